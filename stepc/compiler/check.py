@@ -1,0 +1,240 @@
+"""Everything that can be refused before the step is compiled: axes, parameters, batches, states, losses.
+
+Each check finds all its faults and raises one error. It decides nothing and changes nothing.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepc.core.nodes import Differentiate, Mean, Program, Space, Time
+from stepc.errors import BatchError, ConfigError, LossError, ShardingError, did_you_mean, faults_in_one
+from stepc.language.kinds import Batch, Params, Rows
+from stepc.language.state import State, leaves_by_path
+
+# Leaves that have rows. Typed keys are jax arrays too.
+ArrayLike: TypeAlias = np.ndarray | jax.Array | jax.ShapeDtypeStruct
+
+
+def bind(program: Program, sizes: Mapping[str, int]) -> Program:
+    """Give every mean over mesh axes the size that the mesh gives it.
+
+    Errors: ShardingError, with all axes that the mesh lacks and all that are used twice.
+    """
+    places = [node.place for node in program if isinstance(node, Mean)]
+    used = [axis for place in places if isinstance(place, Space) for axis in place.axes]
+    unknown = sorted(set(used) - set(sizes))
+    faults = [f"the pipeline shards over the axis {axis!r}, which the mesh does not have." for axis in unknown]
+    faults += [f"the pipeline shards over the axis {axis!r} twice." for axis, n in Counter(used).items() if n > 1]
+    if faults:
+        have = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        hints = [did_you_mean(axis, sizes) for axis in unknown]
+        if not sizes:
+            axes = ", ".join(f'"{axis}"' for axis in dict.fromkeys(used))
+            shape = ", ".join("1" for _ in dict.fromkeys(used))
+            hints = [f"Write `compile(pipeline, mesh=jax.make_mesh(({shape},), ({axes},)))` for one device."]
+        facts = (("mesh", have or "none was given to compile"),)
+        suggestion = " ".join(hint for hint in hints if hint) or None
+        raise ShardingError(_sentence(faults_in_one(faults, of="the axes")), facts=facts, suggestion=suggestion)
+    return tuple(
+        replace(node, place=Space(node.place.axes, math.prod(sizes[axis] for axis in node.place.axes)))
+        if isinstance(node, Mean) and isinstance(node.place, Space)
+        else node
+        for node in program
+    )
+
+
+def check_params(params: Params) -> None:
+    """Refuse what cannot be trained. Errors: ConfigError with every leaf that is not a floating-point array."""
+    leaves = leaves_by_path(params)
+    faults = [] if leaves else ["the tree of parameters has no leaves."]
+    for path, leaf in leaves:
+        shown = f"`{path}`" if path else "the parameter"
+        if not isinstance(leaf, (*ArrayLike.__args__, np.generic, float)):
+            faults.append(f"{shown} is {_a(type(leaf).__name__)}, not an array.")
+        elif isinstance(leaf, jax.Array) and leaf.is_deleted():
+            faults.append(f"{shown} is deleted: it was donated to an earlier step.")
+        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            faults.append(f"{shown} has dtype {jnp.result_type(leaf)}; a gradient needs floating-point parameters.")
+    if faults:
+        raise ConfigError(_sentence(faults_in_one(faults, of="the parameters")))
+
+
+def check_state(state: object, expected: Callable[[Params], Any]) -> None:
+    """Refuse a state that another step made.
+
+    Args:
+      expected: the optimizer's `init`; the shapes it gives for the state's parameters are what must be found.
+    Errors: ConfigError with every path that is missing, unexpected or of another shape or dtype.
+    """
+    if not isinstance(state, State):
+        facts = (("expected", "the State that `step.init(params)` returned"), ("got", type(state).__name__))
+        raise ConfigError("This is not a state.", facts=facts)
+    wanted = dict(leaves_by_path(jax.eval_shape(expected, state.params)))
+    found = dict(leaves_by_path(state.opt_state))
+    faults = [f"`opt_state/{path}` is missing." for path in wanted if path not in found]
+    faults += [f"`opt_state/{path}` is not expected." for path in found if path not in wanted]
+    for path in wanted.keys() & found.keys():
+        want, have = (f"{one.dtype}{list(one.shape)}" for one in (wanted[path], found[path]))
+        if want != have:
+            faults.append(f"`opt_state/{path}` is {have}, expected {want}.")
+    if faults:
+        raise ConfigError(
+            _sentence(faults_in_one(sorted(faults), of="the state")),
+            suggestion="Make the state with the `init` of the step that is to run it.",
+        )
+
+
+def check_fixed_point(old: State, new: State) -> None:
+    """Refuse a step whose new state is not of the type of the old one: it would be compiled again every step.
+
+    Errors: ConfigError with every leaf whose shape or dtype changes.
+    """
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ConfigError("The step returns a state of another tree than the one it took.")
+    pairs = zip(leaves_by_path(old), jax.tree.leaves(new), strict=True)
+    faults = [
+        f"`{path}` goes in as {_described(before)} and comes out as {_described(after)}."
+        for (path, before), after in pairs
+        if (before.shape, before.dtype) != (after.shape, after.dtype)
+    ]
+    if faults:
+        raise ConfigError(
+            _sentence(faults_in_one(faults, of="the new state")),
+            facts=(
+                (
+                    "reason",
+                    "a state that changes its type is compiled again every step, and its buffers are lost",
+                ),
+            ),
+        )
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that is not a whole number of 64 bits. Errors: ConfigError."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ConfigError("The seed is not a whole number of 64 bits.", facts=(("got", repr(seed)),))
+
+
+def check_batch(batch: Batch, program: Program) -> None:
+    """Refuse a batch that the program cannot split. Errors: BatchError with all faults."""
+    leaves = leaves_by_path(batch)
+    faults = [fault for path, leaf in leaves if (fault := _leaf_fault(f"`{path}`" if path else "the batch", leaf))]
+    if not leaves:
+        faults = ["the batch has no leaves."]
+    rows = {path: leaf.shape[0] for path, leaf in leaves if isinstance(leaf, ArrayLike) and leaf.ndim}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"`{path}` has {number}" for path, number in rows.items())
+        faults.append(f"the leaves differ in their number of rows: {counts}.")
+    elif not faults:
+        faults = _division_faults(next(iter(rows.values())), program)
+    if faults:
+        raise BatchError(_sentence(faults_in_one(faults, of="the batch")))
+
+
+def checked_loss(node: Differentiate) -> Callable[[Params, Rows], jax.Array]:
+    """The loss, held to its contract while it is traced: a floating-point scalar.
+
+    Errors: LossError; what the loss itself raises passes through unchanged, with a note.
+    """
+
+    def loss(params: Params, rows: Rows) -> jax.Array:
+        try:
+            value = node.loss(params, rows)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise _noted(error, node, rows) from None
+            raise _names_an_axis(error, node) from error
+        except Exception as error:  # the user's own: it passes through as itself
+            _noted(error, node, rows)
+            raise
+        return _checked_value(value, node)
+
+    return loss
+
+
+def _checked_value(value: Any, node: Differentiate) -> jax.Array:
+    facts = (("expected", "a floating-point scalar, a mean over the rows"), ("got", _described(value)))
+    what = f"the loss of `{node.written}` does not return a scalar"
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)):
+        raise LossError(_sentence(f"{what}."), facts=facts)
+    if jnp.shape(value) != ():
+        raise LossError(_sentence(f"{what}."), facts=facts, suggestion="Write `.mean()` over the rows.")
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise LossError(_sentence(f"{what} that has a gradient."), facts=facts)
+    return jnp.asarray(value)
+
+
+def _names_an_axis(error: NameError, node: Differentiate) -> LossError:
+    found = re.search(r"unbound axis name: (\w+)", str(error))
+    axis = found.group(1) if found else "of the mesh"
+    return LossError(
+        f"The loss of `{node.written}` names the mesh axis {axis!r}.",
+        facts=(("reason", "a loss is a function of its own rows; in the reference there is no mesh"),),
+        suggestion="Return the mean over the rows that the loss is given; `shard` averages over the axis.",
+    )
+
+
+def _noted(error: Exception, node: Differentiate, rows: Rows) -> Exception:
+    shapes = ", ".join(f"{path or 'rows'} {_described(leaf)}" for path, leaf in leaves_by_path(rows))
+    error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced on one cell: {shapes}")
+    return error
+
+
+def _leaf_fault(shown: str, leaf: object) -> str | None:
+    if not isinstance(leaf, ArrayLike):
+        if isinstance(leaf, np.number | np.bool | bool | int | float | complex):
+            return f"{shown} is {_a(type(leaf).__name__)}: a scalar, or a list that is not an array, has no rows."
+        return f"{shown} is {_a(type(leaf).__name__)}, not an array."
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
+        return f"{shown} has dtype {leaf.dtype}, which a program cannot take."
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        return f"{shown} is deleted: it was donated."
+    if not leaf.ndim:
+        return f"{shown} is a scalar: it has no rows on axis 0."
+    if not leaf.shape[0]:
+        return f"{shown} has 0 rows."
+    return None
+
+
+def _division_faults(rows: int, program: Program) -> list[str]:
+    parts = [node for node in program if isinstance(node, Mean)]
+    cells = math.prod(node.size for node in parts)
+    if rows % cells == 0:
+        return []
+    below, above = rows // cells * cells, (rows // cells + 1) * cells
+    sizes = f"{below} or {above}" if below else f"{above}"
+    return [f"{rows} rows do not divide by {cells}{_product(parts, cells)}; the nearest that do: {sizes}."]
+
+
+def _product(parts: list[Mean], cells: int) -> str:
+    def shown(node: Mean) -> str:
+        match node.place:
+            case Time(size):
+                return f"{size} (`{node.written}`)"
+            case Space(axes):
+                named = ", ".join(repr(axis) for axis in axes)
+                return f"{node.size} (mesh {'axis' if len(axes) == 1 else 'axes'} {named})"
+
+    return " = " + " × ".join(shown(node) for node in parts) if cells > 1 else ""
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, ArrayLike):
+        return f"{value.dtype}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

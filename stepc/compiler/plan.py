@@ -1,0 +1,179 @@
+"""The plan: everything the compiler decided, as a value that prints. It is told, it decides nothing.
+
+Text only: a plan is compared with golden files, and read by people.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias, assert_never
+
+from stepc.compiler.rewrite import Rewriting
+from stepc.compiler.schedule import (
+    Apply,
+    Compute,
+    Divide,
+    Instruction,
+    Loop,
+    Multiply,
+    Optimize,
+    Reduce,
+    Schedule,
+)
+from stepc.core.nodes import Program, show
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the state, and where it lies."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes_: int
+    sharding: str
+
+
+@dataclass(frozen=True)
+class PlannedCollective:
+    """One reduction that the schedule asks for."""
+
+    kind: str
+    axes: tuple[str, ...]
+    executions: int
+    in_loop: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiler decided.
+
+    Args:
+      pipeline: the pipeline as it was written.
+      mesh: axis sizes by name, in the order of the mesh; empty for a single device.
+      core: the core program before any law.
+      laws: every law that was applied, with the program before and after it.
+      schedule: the order of work.
+      rows: the mesh axes that batch rows lie along.
+      leaves: every leaf of the state; all of them are donated.
+    """
+
+    pipeline: str
+    mesh: tuple[tuple[str, int], ...]
+    core: Program
+    laws: tuple[Rewriting, ...]
+    schedule: Schedule
+    rows: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def normal(self) -> Program:
+        """The core program after all laws."""
+        return self.laws[-1].after if self.laws else self.core
+
+    @property
+    def loop_length(self) -> int:
+        """How many microbatches the loop runs over; 1 if there is no loop."""
+        return max(_loop_lengths(self.schedule, 1))
+
+    @property
+    def collectives(self) -> tuple[PlannedCollective, ...]:
+        """Every reduction, with its place and the reason for it."""
+        return tuple(_collectives(self.schedule, 1))
+
+    def __str__(self) -> str:
+        parts = (
+            f"plan of {self.pipeline}",
+            _section("mesh", [", ".join(f"{name}={size}" for name, size in self.mesh) or "a single device"]),
+            _section("core", _table([("", show(self.core)), *((_law(one), show(one.after)) for one in self.laws)])),
+            *([_section("laws applied", _table(_why(self.laws)))] if self.laws else []),
+            _section("schedule of one step", list(_lines(self.schedule, 0))),
+            _section("collectives", _table([_row(one) for one in self.collectives]) or ["none"]),
+            _section("batch", [_rows(self.rows)]),
+            _section(_state_title(self.leaves), _table([_leaf(one) for one in self.leaves])),
+        )
+        return "\n\n".join(parts)
+
+
+Row: TypeAlias = tuple[str, ...]
+
+
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join((title, *(f"  {line}".rstrip() for line in lines)))
+
+
+def _table(rows: list[Row]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _law(one: Rewriting) -> str:
+    return f"{one.law.name}: {one.law.formula}"
+
+
+def _why(laws: tuple[Rewriting, ...]) -> list[Row]:
+    return [(law.name, law.reason, f"holds for {law.condition}") for law in dict.fromkeys(one.law for one in laws)]
+
+
+def _row(one: PlannedCollective) -> Row:
+    times = f"{one.executions} a step, {'in the loop' if one.in_loop else 'outside any loop'}"
+    return (one.kind, f"over {', '.join(one.axes)}", times, one.reason)
+
+
+def _rows(axes: tuple[str, ...]) -> str:
+    return f"rows along {', '.join(axes)}" if axes else "whole on every device"
+
+
+def _state_title(leaves: tuple[Leaf, ...]) -> str:
+    total = sum(leaf.bytes_ for leaf in leaves)
+    return f"state: {len(leaves)} leaves, {total:,} bytes, every leaf donated"
+
+
+def _leaf(leaf: Leaf) -> Row:
+    return (leaf.path, f"{leaf.dtype}{list(leaf.shape)}", leaf.sharding)
+
+
+def _lines(schedule: Schedule, depth: int) -> Iterator[str]:
+    for one in schedule:
+        yield "  " * depth + _line(one)
+        if isinstance(one, Loop):
+            yield from _lines(one.body, depth + 1)
+
+
+def _line(one: Instruction) -> str:
+    match one:
+        case Compute(node):
+            return f"{node.written}: value and gradient on one cell"
+        case Loop(size):
+            return f"loop {size} times and add up: microbatch j is the rows i with i mod {size} = j"
+        case Reduce(axes, num_devices, reason):
+            return f"all-reduce over {', '.join(axes)} ({num_devices} devices): {reason}"
+        case Multiply(factor):
+            return f"multiply by {factor}"
+        case Divide(count):
+            return f"divide by {count}"
+        case Apply(node):
+            return node.written
+        case Optimize(node):
+            return node.written
+        case _:
+            assert_never(one)
+
+
+def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
+    yield times
+    for one in schedule:
+        if isinstance(one, Loop):
+            yield from _loop_lengths(one.body, times * one.size)
+
+
+def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
+    for one in schedule:
+        match one:
+            case Loop(size, body):
+                yield from _collectives(body, prod((times, size)))
+            case Reduce(axes, _, reason):
+                yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
+            case _:
+                pass

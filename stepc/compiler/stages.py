@@ -1,0 +1,93 @@
+"""The later stages of a step as values, as in `jax.stages`: Lowered and Compiled. They answer, they decide nothing."""
+
+from dataclasses import dataclass
+
+import jax
+from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh
+
+from stepc import inspect
+from stepc.compiler.plan import Plan
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A step that is traced and lowered, not yet compiled: `jax.stages.Lowered` and the plan.
+
+    Args:
+      traced: the `jax.stages.Traced` below it.
+      plan: everything that was decided.
+      mesh: the mesh it is for.
+    """
+
+    traced: jax.stages.Traced
+    plan: Plan
+    mesh: Mesh | None
+
+    def jaxpr(self) -> ClosedJaxpr:
+        """The step as jax sees it."""
+        return self.traced.jaxpr
+
+    def stablehlo(self) -> str:
+        """The text that is handed to XLA."""
+        return self.traced.lower().as_text()
+
+    def compile(self) -> "Compiled":
+        """Compile it; the step itself will not compile again for these shapes."""
+        lowered = self.traced.lower()
+        asked = tuple(info.donated for info in jax.tree.leaves(lowered.args_info[0][0]))
+        return Compiled(lowered.compile(), self.plan, self.mesh, asked)
+
+
+@dataclass(frozen=True)
+class DonatedLeaf:
+    """One leaf of the state: whether its donation was asked for, and whether an output took its buffer."""
+
+    path: str
+    donated: bool
+    aliased: bool
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled step, and questions about it.
+
+    Args:
+      executable: the `jax.stages.Compiled` below it.
+      plan: everything that was decided.
+      mesh: the mesh it is for.
+      asked: of each leaf of the state, in order, whether its donation was asked for.
+    """
+
+    executable: jax.stages.Compiled
+    plan: Plan
+    mesh: Mesh | None
+    asked: tuple[bool, ...]
+
+    def hlo(self) -> str:
+        """The optimised program, as XLA prints it."""
+        text = self.executable.as_text()
+        if text is None:
+            raise ValueError("this backend does not print its programs")
+        return text
+
+    def collectives(self) -> inspect.Collectives:
+        """Every collective: kind, bytes, mesh axes, executions a step, in a loop or not, source."""
+        return inspect.collectives(self.executable, self.mesh)
+
+    def memory(self) -> inspect.Memory:
+        """Bytes per device, as the compiler planned them."""
+        return inspect.memory(self.executable)
+
+    def cost(self) -> inspect.Cost:
+        """Operations per device and step, loops counted."""
+        return inspect.cost(self.executable)
+
+    def donated(self) -> tuple[DonatedLeaf, ...]:
+        """Every leaf of the state, and whether its buffer is used again for the new state."""
+        aliased = inspect.aliases(self.executable)
+        paths = [leaf.path for leaf in self.plan.leaves]
+        return tuple(
+            DonatedLeaf(path, asked, number in aliased)
+            for number, (path, asked) in enumerate(zip(paths, self.asked, strict=True))
+        )

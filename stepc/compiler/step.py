@@ -1,0 +1,251 @@
+"""A pipeline becomes a step. The one place where the surface meets the passes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stepc.compiler.check import bind, check_batch, check_fixed_point, check_params, check_seed, check_state
+from stepc.compiler.lower import Place, lower
+from stepc.compiler.placing import (
+    placement_of,
+    placement_of_state,
+    put,
+    shardings_of,
+    specs_of,
+    with_automatic_axes,
+)
+from stepc.compiler.plan import Leaf, Plan
+from stepc.compiler.rewrite import Rewriting, rewrite
+from stepc.compiler.schedule import Schedule, batch_axes, schedule
+from stepc.compiler.stages import Lowered
+from stepc.core.laws import LAWS, Law
+from stepc.core.nodes import Program, Update
+from stepc.errors import ConfigError
+from stepc.language.kinds import Batch, Metrics, Params
+from stepc.language.pipeline import Pipeline, Transform
+from stepc.language.reference import Reference, complete_words, reference
+from stepc.language.state import State, leaves_by_path
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided before any array is seen: the core, the laws that were applied, the order of work."""
+
+    core: Program
+    laws: tuple[Rewriting, ...]
+    schedule: Schedule
+    rows: tuple[str, ...]
+
+    @property
+    def optimizer(self) -> Any:  # Any: an optax GradientTransformation
+        match self.core[0]:
+            case Update(optimizer):
+                return optimizer
+            case _:
+                raise ValueError("a step begins with an update")
+
+
+def decide(pipeline: Transform | Pipeline, mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> Decision:
+    """Expand, bind to the mesh, rewrite, schedule."""
+    words = complete_words(pipeline)
+    core = bind(tuple(node for word in words for node in word.expand()), dict(mesh.shape) if mesh else {})
+    trace = rewrite(core, laws)
+    normal = trace[-1].after if trace else core
+    return Decision(core, trace, schedule(normal), batch_axes(normal))
+
+
+def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None) -> "Step":
+    """Make one jitted, donating program of a pipeline, for a mesh.
+
+    Meaning: `step(state, batch)` equals `reference(pipeline)(state, batch)`, up to the order of summation.
+    Why: one `lax.scan` over microbatches, one reduction of the gradient a step whatever their number, and every
+      decision printed in `step.lower(state, batch).plan`.
+
+    Args:
+      pipeline: a complete pipeline that gives a step.
+      mesh: a `jax.sharding.Mesh`, its axes of any type; None for the default device. Axes that the pipeline does
+        not name stay automatic: parameters that lie along them stay as they lie.
+    Errors: ConfigError if the pipeline is not complete; ShardingError if the mesh lacks an axis. Nothing is traced
+      or compiled before the first call.
+    Example:
+      >>> compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
+      compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
+
+    Source: ours.
+    """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        facts = (("expected", "a jax.sharding.Mesh, or None"), ("got", type(mesh).__name__))
+        raise ConfigError("`mesh` is not a mesh.", facts=facts)
+    return Step(pipeline, mesh, decide(pipeline, mesh))
+
+
+def _in_our_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace under the step's own mesh, whatever mesh the caller has set: no ambient state changes a step."""
+
+    @wraps(method)
+    def traced(self: "Step", *args: Any) -> Any:
+        if self.mesh is None:
+            return method(self, *args)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return method(self, *args)
+
+    return traced
+
+
+class Step:
+    """A compiled pipeline: `init` makes a state, a call makes a step.
+
+    `traces` counts how often the program was traced; any number of calls with one batch shape is one trace.
+    """
+
+    def __init__(self, pipeline: Transform | Pipeline, mesh: Mesh | None, decision: Decision) -> None:
+        self.pipeline = pipeline
+        self.decision = decision
+        self.mesh = None if mesh is None else with_automatic_axes(mesh)
+        self.traces = 0
+        self._rows = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(decision.rows))
+        # Parameter numbers of the executable are positions of leaves only if unused leaves are kept.
+        options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
+
+        def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics]:  # the name of the program in HLO
+            return self._traced(state, batch)
+
+        self._program = jax.jit(stepc_step, donate_argnums=0, keep_unused=True, **options)
+        self._accepted: set[tuple[Any, ...]] = set()  # signatures of batches that were checked
+
+    def __repr__(self) -> str:
+        mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
+        return f"compile({self.pipeline!r}{mesh})"
+
+    def init(self, params: Params, *, seed: int = 0) -> State:
+        """Make a fresh state and place it on the mesh. The caller's arrays are copied, never aliased or deleted.
+
+        Args:
+          params: a tree of floating-point arrays. Leaves that already lie along other axes of the mesh than those
+            of the rows stay so; all others become whole on every device. Of `jax.ShapeDtypeStruct` leaves the
+            result is the state's shapes, for `lower`.
+          seed: a whole number; it becomes the key `state.rng`.
+        Errors: ConfigError for parameters that cannot be trained, all of them at once.
+        """
+        check_params(params)
+        check_seed(seed)
+        placement = placement_of(params, self.mesh, rows=self.decision.rows)
+        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+        shapes = jax.eval_shape(lambda params: self._fresh(params, seed), bare)
+        placement = placement_of_state(shapes, placement, bare)
+        shapes = replace(shapes, placement=placement)
+        shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            return _shapes_with(shapes, shardings)
+        placed = put(params, None if shardings is None else shardings.params)
+        # One small program makes the state: its copies are new buffers, and no leaf is ever whole where it is not.
+        fresh = jax.jit(lambda params: replace(self._fresh(params, seed), placement=placement), out_shardings=shardings)
+        return jax.block_until_ready(fresh(placed))
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One step. The state is donated: use the returned one.
+
+        Errors: ConfigError, BatchError and LossError before anything is compiled; then nothing is lost.
+        """
+        if type(state) is not State or state.step.is_deleted():
+            self._refuse(state)
+        return self._program(state, self._ready(batch))
+
+    def reference(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
+        check_batch(batch, self.decision.core)
+        here = jax.devices()[0]
+        return self.meaning(jax.device_put(state, here), jax.device_put(batch, here))
+
+    @property
+    def meaning(self) -> Reference:
+        """The reference of this pipeline, with the axis sizes of this mesh."""
+        return reference(self.pipeline, axes={} if self.mesh is None else dict(self.mesh.shape))
+
+    def lower(self, state: State, batch: Batch) -> Lowered:
+        """Trace and lower the step for a state and a batch, or for their shapes."""
+        check_batch(batch, self.decision.core)
+        # jax traces host arrays and device arrays apart, so a lowered step is for the kind it is given.
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=self._rows if isinstance(leaf, jax.Array) else None
+            ),
+            batch,
+        )
+        return Lowered(self._program.trace(state, shapes), self._plan(state), self.mesh)
+
+    @_in_our_mesh
+    def _fresh(self, params: Params, seed: Any) -> State:
+        params = jax.tree.map(jnp.copy, params)
+        # A second copy: an optimizer that keeps the parameters would otherwise share their buffers.
+        opt_state = jax.tree.map(jnp.copy, self.decision.optimizer.init(params))
+        return State(params, opt_state, jnp.zeros((), jnp.int32), jax.random.key(seed))
+
+    @_in_our_mesh
+    def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        self.traces += 1
+        check_state(state, self.decision.optimizer.init)
+        place = Place(self.mesh, self.decision.rows, specs_of(state.params, state.placement, prefix="params"))
+        step = lower(self.decision.schedule, place)
+        params, opt_state, metrics = step(state.params, state.opt_state, batch)
+        new = replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        check_fixed_point(state, new)
+        if self.mesh is None:
+            return new, metrics
+        lying = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
+        return jax.lax.with_sharding_constraint((new, metrics), lying)
+
+    def _ready(self, batch: Batch) -> Batch:
+        leaves, tree = jax.tree.flatten(batch)
+        try:
+            signature = (tree, *[(leaf.shape, leaf.dtype) for leaf in leaves])
+        except AttributeError:
+            signature = ()
+        if signature not in self._accepted:
+            check_batch(batch, self.decision.core)
+            self._accepted.add(signature)
+        if self._rows is not None and any(
+            isinstance(leaf, jax.Array) and leaf.sharding != self._rows for leaf in leaves
+        ):
+            return put(batch, self._rows)
+        return batch
+
+    def _refuse(self, state: Any) -> None:
+        check_state(state, self.decision.optimizer.init)
+        raise ConfigError(
+            "This state was donated to an earlier step: its arrays are deleted.",
+            suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
+        )
+
+    def _plan(self, state: State) -> Plan:
+        placed = dict(state.placement)
+        leaves = tuple(
+            Leaf(path, leaf.shape, str(leaf.dtype), _bytes(leaf), _lies(placed.get(path)))
+            for path, leaf in leaves_by_path(state)
+        )
+        mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
+        made = self.decision
+        return Plan(repr(self.pipeline), mesh, made.core, made.laws, made.schedule, made.rows, leaves)
+
+
+def _shapes_with(shapes: State, shardings: Any) -> State:
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
+    )
+
+
+def _bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return int(jax.eval_shape(jax.random.key_data, leaf).size) * 4
+    return int(leaf.size) * leaf.dtype.itemsize
+
+
+def _lies(spec: PartitionSpec | None) -> str:
+    return "whole on every device" if spec is None else str(spec)

@@ -1,0 +1,132 @@
+"""The errors that stepc raises, and the form of their messages.
+
+    StepcError                    has .suggestion; each class below is also the builtin that it resembles
+    ├── PipelineTypeError         TypeError          two neighbours of `@` do not meet
+    ├── FieldTypeError            TypeError          a word was given a field of the wrong type
+    ├── FieldValueError           ValueError         a word was given a field of the wrong value
+    ├── ConfigError               ValueError         compile, init or run was asked for something impossible
+    ├── LossError                 ValueError         a loss does not return what a loss returns
+    ├── BatchError                ValueError         a batch cannot be split as the pipeline asks
+    ├── ShardingError             ValueError         the pipeline and the mesh do not fit
+    ├── EquivalenceError          AssertionError     a compiled step and its reference differ
+    ├── StepError                 RuntimeError       a step failed while `run` was running it
+    │   └── DataError                                the data failed
+    └── Interrupted               KeyboardInterrupt  Ctrl-C, at a step boundary, with a live state
+
+`StepcError` itself is a `BaseException`, so that `except Exception` takes what resembles an `Exception`
+and leaves `Interrupted` alone, as Python does with its own.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+# Facts are rows of (label, value); they are printed aligned.
+Facts = Sequence[tuple[str, str]]
+
+
+class StepcError(BaseException):
+    """The root of every error that stepc raises.
+
+    Args:
+      what: what is wrong, in the user's words; one sentence.
+      where: the piece of the user's source it is about, with a caret if that helps.
+      facts: aligned rows, (label, value).
+      suggestion: what to write instead, only if it is certain.
+    """
+
+    def __init__(self, what: str, *, where: str = "", facts: Facts = (), suggestion: str | None = None) -> None:
+        self.suggestion = suggestion
+        parts = (what, _indented(where), _indented(_aligned(facts)), suggestion and _indented(suggestion))
+        super().__init__("\n\n".join(part for part in parts if part))
+
+
+class PipelineTypeError(StepcError, TypeError):
+    """Two neighbours of `@` do not meet."""
+
+
+class FieldTypeError(StepcError, TypeError):
+    """A word was given a field of the wrong type."""
+
+
+class FieldValueError(StepcError, ValueError):
+    """A word was given a field of the right type and the wrong value."""
+
+
+class ConfigError(StepcError, ValueError):
+    """`compile`, `init`, a step or `run` was asked for something that cannot be."""
+
+
+class LossError(StepcError, ValueError):
+    """A loss does not return what a loss returns."""
+
+
+class BatchError(StepcError, ValueError):
+    """A batch cannot be split as the pipeline asks."""
+
+
+class ShardingError(StepcError, ValueError):
+    """The pipeline names mesh axes that the mesh does not have, or names one twice."""
+
+
+class EquivalenceError(StepcError, AssertionError):
+    """A compiled step and its reference give different results."""
+
+
+class StepError(StepcError, RuntimeError):
+    """A step failed in `run`; the original exception is `__cause__`.
+
+    Args:
+      phase: what the runner was doing: "data", "step" or "settle".
+      step: the number of the step that failed, counted from 1.
+      state_ok: whether the state is still readable: a failure inside the program destroys the donated state.
+    """
+
+    def __init__(self, what: str, *, phase: str, step: int, state_ok: bool, suggestion: str | None = None) -> None:
+        self.phase = phase
+        self.step = step
+        self.state_ok = state_ok
+        alive = "alive, as it was before the step" if state_ok else "lost: it was donated to the failed step"
+        facts = (("step", str(step)), ("phase", phase), ("state", alive))
+        super().__init__(what, facts=facts, suggestion=suggestion)
+
+
+class DataError(StepError):
+    """The data raised an error, or gave no batch at all."""
+
+
+class Interrupted(StepcError, KeyboardInterrupt):
+    """Ctrl-C: the loop left at a step boundary. `.run` is the finished part, with a live state."""
+
+    def __init__(self, what: str, *, run: object) -> None:
+        self.run = run
+        super().__init__(what)
+
+
+def faults_in_one(faults: Sequence[str], *, of: str) -> str:
+    """One sentence for one fault, a numbered list for several."""
+    if len(faults) == 1:
+        return faults[0]
+    listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, start=1))
+    return f"{len(faults)} faults in {of}:\n\n{listed}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is closest to `name`, as a question, if one is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {close[0]!r}?" if close else None
+
+
+def caret(code: str, marked: str, site: str) -> str:
+    """`code` with carets under its first `marked`, and the file and line at the end."""
+    start = code.index(marked)
+    under = " " * start + "^" * len(marked)
+    return f"{code}\n{under.ljust(len(code))}    ({site})"
+
+
+def _aligned(facts: Facts) -> str:
+    width = max((len(label) for label, _ in facts), default=0)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in facts)
+
+
+def _indented(text: str | None) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in (text or "").splitlines())

@@ -1,0 +1,11 @@
+"""Questions about a compiled program; it knows nothing of pipelines, only executables and HLO text."""
+
+from stepc.inspect.collectives import Collective as Collective
+from stepc.inspect.collectives import Collectives as Collectives
+from stepc.inspect.collectives import collectives as collectives
+from stepc.inspect.donation import Aliases as Aliases
+from stepc.inspect.donation import aliases as aliases
+from stepc.inspect.memory import Cost as Cost
+from stepc.inspect.memory import Memory as Memory
+from stepc.inspect.memory import cost as cost
+from stepc.inspect.memory import memory as memory

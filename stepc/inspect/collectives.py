@@ -1,0 +1,207 @@
+"""What a compiled program sends between devices, how often, and from which line of the source."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import jax
+
+from stepc.inspect.groups import axes_of, groups
+from stepc.inspect.hlo import Computation, Instruction, Module, Shape, parse, text_of
+from stepc.inspect.loops import Execution, executions
+from stepc.inspect.units import readable
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One exchange between devices, as it stands in the compiled program.
+
+    Attributes:
+      kind: HLO's name for it, without `-start`: "all-reduce", "reduce-scatter", "all-gather", ...
+      bytes: the full array of one execution on one device, without padding: all that an all-reduce,
+        reduce-scatter, all-to-all or permute is given; all that an all-gather returns. Of a
+        ragged-all-to-all, the whole input buffer. It is not the traffic on the wire.
+      axes: the mesh axes along which the devices of a group differ; `()` if no mesh is known.
+      executions: how often it runs while the program runs once; None if a loop hides that.
+      in_loop: whether it stands in a loop, at any depth.
+      conditional: whether it stands in a branch; `executions` is then the most that can be.
+      asynchronous: whether the program starts it and waits for it later.
+      source: "file.py:123 (op_name)", or what the metadata knows of that.
+    """
+
+    kind: str
+    bytes: int
+    axes: tuple[str, ...]
+    executions: int | None
+    in_loop: bool
+    conditional: bool
+    asynchronous: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Collectives(Sequence[Collective]):
+    """The collectives of a program, in the order of its text. `print` shows them as a table."""
+
+    rows: tuple[Collective, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> Collective: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Collectives": ...
+    def __getitem__(self, index: int | slice) -> "Collective | Collectives":
+        return self.rows[index] if isinstance(index, int) else Collectives(self.rows[index])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no collectives"
+        table = [("kind", "size", "axes", "executions", "in loop", "source"), *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
+        return "\n".join(lines)
+
+    @property
+    def in_loops(self) -> "Collectives":
+        """Those that stand in a loop, at any depth."""
+        return Collectives(tuple(row for row in self.rows if row.in_loop))
+
+    @property
+    def executed_bytes(self) -> int:
+        """The sum of bytes * executions. A branch counts as if it were always taken.
+
+        Errors: ValueError if some row has an unknown number of executions. A sum that left it out would
+        pass for a bound, which it is not.
+        """
+        unknown = [f"  {row.kind}  {readable(row.bytes)}  {row.source}" for row in self.rows if row.executions is None]
+        if unknown:
+            raise ValueError("\n".join(["It is unknown how often these collectives run:", "", *unknown]))
+        return sum(row.bytes * row.executions for row in self.rows if row.executions is not None)
+
+    def over(self, axis: str) -> "Collectives":
+        """Those that exchange values along this mesh axis, alone or with others."""
+        return Collectives(tuple(row for row in self.rows if axis in row.axes))
+
+
+def collectives(compiled: jax.stages.Compiled | str, mesh: jax.sharding.Mesh | None = None) -> Collectives:
+    """List what a compiled program sends between devices.
+
+    Meaning: one row for each collective of the optimised HLO; a start and its done are one.
+    Why: whether a step reduces its gradient once or once a microbatch stands here, and only here.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` returns, or its `as_text()`.
+      mesh: gives the axes their names. Without it, the mesh of the executable's own shardings is used, if
+        they share one; a text has none, and its rows have no axes.
+    Units:  bytes on one device, for one execution.
+    Errors: ValueError if the backend prints no HLO, or if the mesh has another size than the program.
+    Rows that XLA could not trace to a line keep the name of the operation, or nothing.
+    Example:
+      >>> print(collectives(jax.jit(lambda x: 2 * x).lower(1.0).compile()))
+      no collectives
+
+    Source: ours.
+    """
+    module = parse(text_of(compiled))
+    if mesh is not None and mesh.size != module.num_devices:
+        raise ValueError(f"The program is for {module.num_devices} devices; the mesh has {mesh.size}.")
+    if mesh is None and not isinstance(compiled, str):
+        mesh = _own_mesh(compiled, module.num_devices)
+    known = executions(module)
+    continued = {
+        call.computation
+        for computation in module.computations.values()
+        for instruction in computation.instructions.values()
+        if _continues(instruction)
+        for call in instruction.calls
+    }
+    rows = (
+        _row(module, computation, instruction, known[computation.name], mesh)
+        for computation in module.computations.values()
+        if computation.name not in continued
+        for instruction in computation.instructions.values()
+        if instruction.opcode.removesuffix("-start") in KINDS
+    )
+    return Collectives(tuple(rows))
+
+
+def _row(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    execution: Execution,
+    mesh: jax.sharding.Mesh | None,
+) -> Collective:
+    kind = instruction.opcode.removesuffix("-start")
+    # libtpu prints a reduce-scatter as a fusion of an all-reduce and a slice, and says so in the name.
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    # On a GPU, a start may still be synchronous.
+    is_synchronous = re.search(r'"is_sync\\?":\s*true', instruction.attributes) is not None
+    is_start = instruction.opcode.endswith("-start") and not is_synchronous
+    return Collective(
+        kind=kind,
+        bytes=sum(shape.bytes for shape in _payload(kind, computation, instruction)),
+        axes=() if mesh is None else axes_of(groups(module, instruction), mesh),
+        executions=execution.count,
+        in_loop=execution.in_loop,
+        conditional=execution.conditional,
+        asynchronous=execution.asynchronous or is_start,
+        source=module.source(instruction),
+    )
+
+
+def _payload(kind: str, computation: Computation, instruction: Instruction) -> tuple[Shape, ...]:
+    """The arrays whose bytes count."""
+    given = [computation.instructions[name].shapes for name in instruction.operands]
+    leaves = tuple(leaf for shapes in given for leaf in shapes)
+    if kind == "ragged-all-to-all":  # the rest are the output buffer, the offsets and the sizes
+        return given[0]
+    if kind != "all-gather":
+        return leaves
+    if instruction.opcode == kind:
+        return instruction.shapes
+    # A start returns what it was given, then its results, then what the backend needs to wait for it.
+    return instruction.shapes[len(leaves) : 2 * len(leaves)]
+
+
+def _continues(instruction: Instruction) -> bool:
+    """Whether this is a later part of an asynchronous TPU fusion, whose start holds the same collective."""
+    if instruction.opcode != "fusion":
+        return False
+    names = " ".join([instruction.name, *(call.computation for call in instruction.calls)]).replace("_", "-")
+    return "async-collective" in names and "start" not in names
+
+
+def _own_mesh(compiled: jax.stages.Compiled, num_devices: int) -> jax.sharding.Mesh | None:
+    """The mesh of the executable's shardings, if there is exactly one."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    named = [sharding for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
+    meshes = {sharding.mesh for sharding in named if isinstance(sharding.mesh, jax.sharding.Mesh)}
+    meshes = {mesh for mesh in meshes if mesh.size == num_devices}
+    return meshes.pop() if len(meshes) == 1 else None
+
+
+def _cells(row: Collective) -> tuple[str, ...]:
+    executed = "unknown" if row.executions is None else str(row.executions)
+    return (
+        f"{row.kind} (async)" if row.asynchronous else row.kind,
+        readable(row.bytes),
+        ", ".join(row.axes) or "-",
+        f"at most {executed}" if row.conditional and row.executions is not None else executed,
+        "yes" if row.in_loop else "no",
+        row.source or "-",
+    )

@@ -1,0 +1,261 @@
+"""Optimised HLO text as frozen values; it must not know which question is asked of them."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import MappingProxyType
+
+import jax
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_STRING_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/')
+_COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*\)\s*->.*)?\{$")
+_ASSIGNMENT = re.compile(r"(ROOT\s+)?%?([\w.\-]+)\s*=\s*")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(
+    r"\b(body|condition|to_apply|calls|branch_computations|called_computations|true_computation"
+    r"|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array: its element type as HLO writes it, and its sizes."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """The size without padding or tiling; tokens and opaque values have none."""
+        return math.ceil(self.elements * _bits(self.dtype) / 8)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A computation that an instruction runs, and in which role: `body`, `calls`, `to_apply`, ..."""
+
+    role: str
+    computation: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of HLO. `shapes` are the leaves of the result; `literal` stands between the brackets."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+    calls: tuple[Call, ...]
+    is_root: bool
+
+    @property
+    def op_name(self) -> str:
+        """The path of JAX names that led here, or the empty text."""
+        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return found[1] if found else ""
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A named list of instructions, in the order of the text."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        """The instruction whose value is the value of the computation."""
+        listed = tuple(self.instructions.values())
+        return next((instruction for instruction in listed if instruction.is_root), listed[-1])
+
+
+@dataclass(frozen=True)
+class Module:
+    """A whole program. `frames` maps a stack frame to its innermost `file.py:line`."""
+
+    header: str
+    computations: Mapping[str, Computation]
+    entry: str
+    frames: Mapping[int, str]
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices run the program: partitions times replicas."""
+        partitions = re.search(r"\bnum_partitions=(\d+)", self.header)
+        replicas = re.search(r"\breplica_count=(\d+)", self.header)
+        return int(partitions[1] if partitions else 1) * int(replicas[1] if replicas else 1)
+
+    def source(self, instruction: Instruction) -> str:
+        """Where the instruction came from, as `file.py:123 (op_name)`, or what is known of that."""
+        place = self._place(instruction.attributes)
+        op_name = instruction.op_name
+        return f"{place} ({op_name})" if place and op_name else place or op_name
+
+    def _place(self, attributes: str) -> str:
+        frame = re.search(r"\bstack_frame_id=(\d+)", attributes)
+        if frame and int(frame[1]) in self.frames:
+            return self.frames[int(frame[1])]
+        file = re.search(r'\bsource_file="([^"]*)"', attributes)  # the form before stack frames
+        line = re.search(r"\bsource_line=(\d+)", attributes)
+        return f"{PurePath(file[1]).name}:{line[1]}" if file and line else ""
+
+
+def text_of(compiled: jax.stages.Compiled | str) -> str:
+    """Return the optimised HLO text of an executable; a text is returned as it is."""
+    if isinstance(compiled, str):
+        return compiled
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"The backend raised an error instead of printing HLO: {error}") from error
+    if text is None:
+        raise ValueError("The backend prints no HLO for this executable, so it cannot be read.")
+    return text
+
+
+def parse(text: str) -> Module:
+    """Read optimised HLO text.
+
+    Meaning: the computations, instructions and source tables of the text, and nothing inferred.
+    Why: `as_text` is the only public view of an executable that names its instructions.
+
+    Args:
+      text: what `jax.stages.Compiled.as_text()` returns, on any backend.
+    Errors: ValueError if the text has no entry computation, or a line that is not an instruction.
+    Instructions that XLA hides in sugared asynchronous operations stay hidden.
+    Source: the printer and grammar of XLA, xla/hlo/parser, https://github.com/openxla/xla.
+    """
+    lines = text.splitlines()
+    start = next((at for at, line in enumerate(lines) if _COMPUTATION.match(line.strip())), len(lines))
+    computations: dict[str, Computation] = {}
+    entry = ""
+    for name, is_entry, body in _blocks(lines[start:]):
+        read = (_instruction(statement) for statement in _statements(body))
+        computations[name] = Computation(name, MappingProxyType({line.name: line for line in read}))
+        entry = name if is_entry else entry
+    if not entry:
+        raise ValueError("This is not HLO text: it has no ENTRY computation.")
+    header = next((line for line in lines[:start] if line.strip().startswith("HloModule")), "").strip()
+    return Module(header, MappingProxyType(computations), entry, MappingProxyType(_frames(lines[:start])))
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, bool, list[str]]]:
+    """Cut the text into computations: the name, whether it is the entry, its lines."""
+    opened: re.Match[str] | None = None
+    body: list[str] = []
+    for line in map(str.strip, lines):
+        if opened is None:
+            opened, body = _COMPUTATION.match(line), []
+        elif line == "}" or line.startswith("}, execution_thread="):
+            yield opened[2], opened[1] is not None, body
+            opened = None
+        elif line:
+            body.append(line)
+
+
+def _statements(lines: Iterable[str]) -> Iterator[str]:
+    """Join the lines of an instruction that the printer broke, and drop `/*index=5*/`."""
+    pending = ""
+    for line in lines:
+        kept = _STRING_OR_COMMENT.sub(lambda found: found[0] if found[0][0] == '"' else "", line)
+        pending = f"{pending} {kept}".strip()
+        bare = _STRING.sub("", pending)
+        is_closed = bare.count("(") == bare.count(")") and bare.count("{") == bare.count("}")
+        if is_closed and not bare.endswith(","):
+            yield pending
+            pending = ""
+    if pending:
+        raise ValueError(f"This HLO instruction never ends: {pending[:200]}")
+
+
+def _instruction(statement: str) -> Instruction:
+    # Text in quotes may hold brackets; a mask of the same length keeps the positions.
+    bare = _STRING.sub(lambda found: '"' + "_" * (len(found[0]) - 2) + '"', statement)
+    assigned = _ASSIGNMENT.match(bare)
+    shape_start = assigned.end() if assigned else 0
+    shape_end = _closing(bare, shape_start) if bare.startswith("(", shape_start) else bare.find(" ", shape_start)
+    opcode = _OPCODE.match(bare, shape_end)
+    if not assigned or not opcode:
+        raise ValueError(f"This HLO line is not an instruction: {statement[:200]}")
+    literal_end = _closing(bare, opcode.end() - 1)
+    literal = statement[opcode.end() : literal_end - 1].strip()
+    return Instruction(
+        name=assigned[2],
+        opcode=opcode[1],
+        shapes=tuple(_shapes(bare[shape_start:shape_end])),
+        operands=() if opcode[1] in ("constant", "parameter") else _operands(literal),
+        literal=literal,
+        attributes=statement[literal_end:].lstrip(", "),
+        calls=tuple(_calls(bare[literal_end:])),
+        is_root=assigned[1] is not None,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The position after the bracket that closes the one at `start`."""
+    depth = 0
+    for found in re.finditer(r"[()]", text[start:]):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return start + found.end()
+    raise ValueError(f"Brackets do not close in this HLO line: {text[:200]}")
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for dtype, dims in _ARRAY.findall(text):
+        # `<=5` is a bound on a dynamic size.
+        yield Shape(dtype, tuple(int(size.strip().lstrip("<=")) for size in dims.split(",") if size.strip()))
+
+
+def _operands(literal: str) -> tuple[str, ...]:
+    # Names carry `%` wherever XLA also prints the operand's type, whose commas would mislead a split.
+    names = _NAME.findall(literal) if "%" in literal else literal.split(",")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _calls(attributes: str) -> Iterator[Call]:
+    for role, names in _CALLS.findall(attributes):
+        for name in names.strip("{}").split(","):
+            yield Call(role, name.strip().removeprefix("%"))
+
+
+def _frames(lines: Iterable[str]) -> dict[int, str]:
+    """Resolve the tables after the header: a frame names a location, a location names a file."""
+    tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
+    table: dict[int, str] = {}
+    for line in map(str.strip, lines):
+        number, _, row = line.partition(" ")
+        if line in tables:
+            table = tables[line]
+        elif number.isdigit():
+            table[int(number)] = row
+    files = {key: PurePath(row.strip('"')).name for key, row in tables["FileNames"].items()}
+    places: dict[int, str] = {}
+    for key, row in tables["FileLocations"].items():
+        found = re.search(r"file_name_id=(\d+).*?\bline=(\d+)", row)
+        if found and int(found[1]) in files:
+            places[key] = f"{files[int(found[1])]}:{found[2]}"
+    frames = {key: re.search(r"file_location_id=(\d+)", row) for key, row in tables["StackFrames"].items()}
+    return {key: places[int(found[1])] for key, found in frames.items() if found and int(found[1]) in places}
+
+
+def _bits(dtype: str) -> int:
+    """The width of an element: `f8e4m3fn` has 8 bits, a `pred` is stored in a byte."""
+    if dtype == "pred":
+        return 8
+    digits = re.match(r"[a-z]+(\d+)", dtype)
+    return int(digits[1]) if digits else 0

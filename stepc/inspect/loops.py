@@ -1,0 +1,99 @@
+"""How often each computation of a program runs; it must not know what the computations do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stepc.inspect.hlo import Instruction, Module
+from stepc.inspect.trips import trip_count
+
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How often a computation runs while the entry runs once.
+
+    `count` is None where it is unknown. If `conditional`, it is the most that can happen: a branch counts
+    as often as the conditional itself. `asynchronous` says that the computation is reached through a start.
+    """
+
+    count: int | None
+    in_loop: bool
+    conditional: bool
+    asynchronous: bool
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A place in `caller` where `instruction` runs a computation."""
+
+    caller: str
+    instruction: Instruction
+    role: str
+
+
+def executions(module: Module) -> dict[str, Execution]:
+    """Count how often each computation runs in one execution of the entry.
+
+    Meaning: count(entry) = 1; count(c) = sum over the places that call c of count(caller) * trips(place).
+    Why: HLO text shows a loop body once, however often it runs.
+
+    Args:
+      module: a program, as `stepc.inspect.hlo.parse` reads it.
+    Trip counts come from `known_trip_count`, or from a counter that starts at a constant, moves by a
+    constant, and is compared with a constant. Any other loop has count None, and so has all that it calls.
+    So has a reducer or comparator, which is applied to elements. What nothing calls has count 0.
+    Source: ours.
+    """
+    sites: dict[str, list[_Site]] = {name: [] for name in module.computations}
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            # `-done` and `-update` may name the computation again that `-start` runs.
+            if instruction.opcode.endswith(("-done", "-update")):
+                continue
+            # A computation that XLA did not print has nothing to count.
+            for call in (call for call in instruction.calls if call.computation in sites):
+                sites[call.computation].append(_Site(computation.name, instruction, call.role))
+    known = {module.entry: Execution(1, in_loop=False, conditional=False, asynchronous=False)}
+    for name in module.computations:
+        _count(module, name, sites, known)
+    return known
+
+
+def _count(module: Module, name: str, sites: Mapping[str, list[_Site]], known: dict[str, Execution]) -> Execution:
+    if name not in known:
+        parts = [_through(module, site, _count(module, site.caller, sites, known)) for site in sites[name]]
+        counts = [part.count for part in parts if part.count is not None]
+        known[name] = Execution(
+            count=sum(counts) if len(counts) == len(parts) else None,
+            in_loop=any(part.in_loop for part in parts),
+            conditional=any(part.conditional for part in parts),
+            asynchronous=any(part.asynchronous for part in parts),
+        )
+    return known[name]
+
+
+def _through(module: Module, site: _Site, caller: Execution) -> Execution:
+    """What a call makes of the execution of its caller."""
+    times = _times(module, site)
+    # libtpu writes asynchronous collectives as fusions, and says so only in their names.
+    is_start = site.instruction.opcode.endswith("-start") or "async-collective-start" in site.instruction.name
+    return Execution(
+        count=None if times is None or caller.count is None else times * caller.count,
+        in_loop=caller.in_loop or site.role in ("body", "condition"),
+        conditional=caller.conditional or site.role in _BRANCHES,
+        asynchronous=caller.asynchronous or is_start,
+    )
+
+
+def _times(module: Module, site: _Site) -> int | None:
+    match site.role:
+        case "body":
+            return trip_count(module, site.caller, site.instruction)
+        case "condition":
+            trips = trip_count(module, site.caller, site.instruction)
+            return None if trips is None else trips + 1
+        case "to_apply":
+            return 1 if site.instruction.opcode in ("call", "call-start") else None
+        case _:
+            return 1

@@ -1,0 +1,87 @@
+"""What a compiled program needs: bytes on a device, and multiplications."""
+
+from dataclasses import dataclass
+
+import jax
+
+from stepc.inspect.flops import flops, uncounted
+from stepc.inspect.hlo import parse, text_of
+from stepc.inspect.units import readable
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `aliased` is the part of `outputs` that is written over `arguments`."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """What the program holds at once: arguments + outputs - aliased + temporaries + code."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+    def __str__(self) -> str:
+        rows = {
+            "arguments": self.arguments,
+            "outputs": self.outputs,
+            "aliased": -self.aliased,
+            "temporaries": self.temporaries,
+            "code": self.code,
+            "total": self.total,
+        }
+        return "\n".join(f"{name:<12}{readable(bytes_):>10}" for name, bytes_ in rows.items())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work on one device. `uncounted` names custom calls, whose work no text shows."""
+
+    flops: int | None
+    uncounted: tuple[str, ...]
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """Return how much memory a program needs on one device.
+
+    Meaning: XLA's `memory_analysis`, without its peak, which leaves out the temporaries on the CPU.
+    Why: whether a donation is used, and what a change costs, without running anything.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` returns.
+    Units:  bytes on one device.
+    Errors: ValueError if the backend has no analysis.
+    Host memory is not in it. `total` is a bound if temporaries are not all alive together.
+    Source: ours.
+    """
+    stats = compiled.memory_analysis()
+    if stats is None:
+        raise ValueError("The backend has no memory analysis for this executable.")
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+
+
+def cost(compiled: jax.stages.Compiled | str) -> Cost:
+    """Return how much a program multiplies on one device.
+
+    Meaning: the flops of its matrix products and convolutions, each times how often it runs.
+    Why: XLA's own sum counts the body of a loop once, so it does not see accumulation or layers.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` returns, or its `as_text()`.
+    Units:  flops on one device; a multiplication and an addition are two.
+    Errors: ValueError if the backend prints no HLO.
+    `flops` is None if a product stands in a loop of unknown length. A branch counts as if it were always
+    taken. Element-wise work, and a product of two vectors on the CPU, are not counted.
+    Source: ours.
+    """
+    module = parse(text_of(compiled))
+    return Cost(flops(module), uncounted(module))

@@ -1,0 +1,36 @@
+"""Checks of the fields of words, made when a word is made. All faults have the same form."""
+
+import math
+
+from stepc.errors import FieldTypeError, FieldValueError
+
+
+def positive_integer(word: str, field: str, value: object) -> int:
+    """`value`, if it is a whole number of at least 1; a bool is not a number of anything."""
+    facts = (("field", field), ("expected", "a positive integer"), ("got", repr(value)))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FieldTypeError(f"`{word}({value!r})`: {field} is not an integer.", facts=facts)
+    if value < 1:
+        raise FieldValueError(f"`{word}({value!r})`: {field} is not positive.", facts=facts)
+    return value
+
+
+def finite_number(word: str, field: str, value: object, *, positive: bool) -> float:
+    """`value` as a float, if it is a finite real number, above 0 if `positive`."""
+    expected = "a positive finite number" if positive else "a finite number"
+    facts = (("field", field), ("expected", expected), ("got", repr(value)))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FieldTypeError(f"`{word}({value!r})`: {field} is not a number.", facts=facts)
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise FieldValueError(f"`{word}({value!r})`: {field} is not {expected}.", facts=facts)
+    return float(value)
+
+
+def axis_name(word: str, field: str, value: object) -> str:
+    """`value`, if it is the name of a mesh axis: a string that is not empty."""
+    facts = (("field", field), ("expected", "the name of a mesh axis"), ("got", repr(value)))
+    if not isinstance(value, str):
+        raise FieldTypeError(f"`{word}({value!r})`: {field} is not a string.", facts=facts)
+    if not value:
+        raise FieldValueError(f"`{word}({value!r})`: {field} is empty.", facts=facts)
+    return value

@@ -1,0 +1,91 @@
+"""The reference: the meaning of a pipeline, run as it is written. Plain loops, no jit, no scan, no mesh.
+
+It is slow and obvious on purpose: whatever the compiler makes must equal it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from stepc.errors import ConfigError, ShardingError, did_you_mean
+from stepc.language.kinds import Batch, Kind, Metrics, Params
+from stepc.language.meaning import Fn
+from stepc.language.pipeline import Pipeline, Transform, words_of
+from stepc.language.state import State
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A pipeline as a pair of plain functions; it may stand wherever a compiled step stands."""
+
+    pipeline: Transform | Pipeline
+    meaning: Fn
+
+    def init(self, params: Params, *, seed: int = 0) -> State:
+        """A fresh state."""
+        return self.meaning.init(State(params, None, jnp.zeros((), jnp.int32), jax.random.key(seed)))
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One step, eagerly. Nothing is donated."""
+        return self.meaning.apply(state, jax.tree.map(jnp.asarray, batch))
+
+
+def reference(pipeline: Transform | Pipeline, *, axes: Mapping[str, int] | None = None) -> Reference:
+    """What a pipeline means, as a pair of plain functions.
+
+    Meaning: the fold of the meanings of its words, from the right.
+    Why: the compiled program must equal something that one can read.
+
+    Args:
+      pipeline: a complete pipeline that gives a step.
+      axes: the size of each mesh axis that the pipeline names; a size is all a meaning knows of a mesh.
+    Errors: ConfigError if the pipeline is not complete; ShardingError if it names an axis that `axes` does not.
+    Example:
+      >>> reference(update(optax.sgd(0.1)) @ shard(dp("data")) @ grad(loss), axes={"data": 8})  # doctest: +SKIP
+
+    Source: ours.
+    """
+    words = complete_words(pipeline)
+    sizes = _Sizes(axes or {})
+    meaning = Fn(lambda state: state, _nothing_on_the_right, sizes)
+    for word in reversed(words):
+        meaning = word.meaning(meaning)
+    return Reference(pipeline, meaning)
+
+
+def complete_words(pipeline: object) -> tuple[Transform, ...]:
+    """The words of a complete pipeline that gives a step; ConfigError for anything else."""
+    words = words_of(pipeline)
+    if not words:
+        facts = (
+            ("expected", "a pipeline, such as update(tx) @ grad(loss)"),
+            ("got", type(pipeline).__name__),
+        )
+        raise ConfigError("This is not a pipeline.", facts=facts)
+    if words[-1].takes is not None:
+        what = f"`{pipeline!r}` is a recipe: its last word takes {words[-1].takes}, and nothing gives it one."
+        raise ConfigError(
+            what,
+            suggestion=f"Write `{pipeline!r} @ grad(loss)`." if words[-1].takes is Kind.GRADIENT else None,
+        )
+    if words[0].gives is not Kind.STEP:
+        what = f"`{pipeline!r}` gives {words[0].gives}, not a step: nothing in it updates the parameters."
+        raise ConfigError(what, suggestion=f"Write `update(optimizer) @ {pipeline!r}`.")
+    return words
+
+
+class _Sizes(dict[str, int]):
+    """Axis sizes that refuse an unknown axis in words."""
+
+    def __missing__(self, axis: str) -> NoReturn:
+        facts = (("axes", ", ".join(f"{name}={size}" for name, size in self.items()) or "none"),)
+        raise ShardingError(
+            f"No size is given for the axis {axis!r}.", facts=facts, suggestion=did_you_mean(axis, self)
+        )
+
+
+def _nothing_on_the_right(state: State, rows: object) -> NoReturn:
+    raise ValueError("a complete pipeline ends in a word that takes nothing")

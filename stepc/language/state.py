@@ -1,0 +1,40 @@
+"""What a step takes and returns besides metrics: one value that holds all that training changes."""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import PartitionSpec
+
+from stepc.language.kinds import Params
+
+# Where the leaves lie that do not lie whole on every device: (path, spec), sorted by path.
+Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that a step changes.
+
+    Shapes: `params` and `opt_state` are trees of the user and of optax; `step` is an int32 scalar, so that
+    any number of steps is one trace; `rng` is a scalar typed key.
+    Errors: a state that was given to a step is donated: its arrays are deleted, use the returned one.
+    """
+
+    params: Params
+    opt_state: Any  # Any: whatever tree the optimizer keeps
+    step: Any  # Any: an int32 scalar, or its shape when nothing is computed
+    rng: Any  # Any: a typed key, or its shape
+    # Part of the tree's type, not of its leaves: another placement is another program.
+    placement: Placement = field(default=(), metadata={"static": True})
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A leaf's path as stepc prints it: its keys joined by `/`."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def leaves_by_path(tree: object) -> list[tuple[str, Any]]:
+    """Every leaf of a tree with its path, in the order of `jax.tree.leaves`."""
+    return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]

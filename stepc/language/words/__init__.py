@@ -1,0 +1,1 @@
+"""The words, one file each. No word imports another."""

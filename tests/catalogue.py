@@ -1,0 +1,32 @@
+"""Every word at least once, the probe losses, and the axis sizes that samples name. The ladder is climbed for each."""
+
+import optax
+
+import stepc as sc
+from stepc.testing.probes import PROBES as PROBES
+from stepc.testing.probes import probe_batch as probe_batch
+from stepc.testing.probes import probe_params as probe_params
+
+AXES = {"data": 2, "replica": 4}
+
+# Exact on whole numbers: sums, and products with powers of two. Compared bitwise.
+EXACT = {
+    "accumulate": sc.accumulate(4),
+    "accumulate_one": sc.accumulate(1),
+    "scale": sc.scale(0.5),
+    "scale_negative": sc.scale(-2.0),
+    "shard": sc.shard(sc.dp("data")),
+}
+# Divisions and roots: compared up to rounding.
+ROUNDED = {
+    "clip": sc.clip(1.0),
+    "clip_loose": sc.clip(1e6),
+}
+UPDATES = {
+    "update": sc.update(optax.sgd(0.5)),
+    "update_momentum": sc.update(optax.sgd(0.5, momentum=0.5)),
+    "update_adamw": sc.update(optax.adamw(1e-3)),
+    "update_extra_args": sc.update(optax.contrib.reduce_on_plateau()),
+}
+SOURCES = {"grad": sc.grad(PROBES["over_rows"])}
+SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **SOURCES}

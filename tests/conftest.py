@@ -1,0 +1,67 @@
+"""Eight simulated devices, strict jax, annotations checked at run time, golden files."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# The doors check what they are given themselves, with errors of ours; test_errors.py tries them with everything
+# wrong. What stands behind them is checked by its annotations.
+DOORS = ("fields", "pipeline", "sharding", "reference", "words", "step", "house", "loop")
+UNCHECKABLE = ("strategies",)  # hypothesis types `draw` by a protocol that cannot be checked at run time
+PACKAGE = Path(__file__).parent.parent / "stepc"
+MODULES = [".".join(("stepc", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")]
+install_import_hook(
+    [name for name in MODULES if not set(name.split(".")) & {*DOORS, *UNCHECKABLE, "__init__", "__main__"}],
+    "beartype.beartype",
+)
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Strict dtype promotion would be right too, but optax's Adam raises a Python float to the power of an int32 count.
+
+# A compilation takes as long as it takes; what is random is drawn again every run, and printed when it fails.
+settings.register_profile("ci", deadline=None, print_blob=True)
+settings.load_profile("ci")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regold", action="store_true", help="write the golden files again; review the diff")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a whole text with a file in tests/golden; `--regold` writes it."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--regold"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+        assert text + "\n" == path.read_text(), f"{path.name}: run pytest --regold and review the diff"
+
+    return compare
+
+
+@pytest.fixture(autouse=True)
+def no_more_steps_in_flight() -> object:
+    """Un-awaited steps on simulated devices abort the process: no test leaves one behind."""
+    yield
+    jax.effects_barrier()
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first simulated devices."""
+    shape = tuple(sizes.values())
+    count = 1
+    for size in shape:
+        count *= size
+    return jax.make_mesh(shape, tuple(sizes), devices=jax.devices()[:count])

@@ -1,0 +1,178 @@
+"""Rung 2: wherever a law fires in a random core program, the program means the same after it, bitwise.
+
+And the test of the test: a wrong variant of each law, and of the split, is caught by the same check.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from catalogue import PROBES, probe_batch, probe_params
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from stepc.compiler.rewrite import Rewriting, rewrite
+from stepc.core import evaluate as reader
+from stepc.core.laws import LAWS, Law
+from stepc.core.nodes import Differentiate, Map, Mean, Node, Program, Scale, Space, Time, show
+from stepc.errors import EquivalenceError
+from stepc.testing import assert_equal_trees
+
+NUM_ROWS = 32
+PARAMS = jax.tree.map(jnp.asarray, probe_params())
+BY_NAME = {law.name: law for law in LAWS}
+
+
+def signs(grads: object) -> tuple[object, dict[str, jax.Array]]:
+    """A gradient word that is not linear and yet exact on whole numbers."""
+    return jax.tree.map(jnp.sign, grads), {}
+
+
+def programs(probe: Callable[..., jax.Array]) -> st.SearchStrategy[Program]:
+    times = st.sampled_from([1, 2, 4]).map(lambda k: Mean(Time(k)))
+    scales = st.sampled_from([1.0, 0.5, -2.0]).map(Scale)
+    spaces = st.sampled_from(["a", "b"]).flatmap(
+        lambda axis: st.sampled_from([1, 2, 4]).map(lambda size: Mean(Space((axis,), size)))
+    )
+    nodes = st.lists(st.one_of(times, scales, spaces, st.just(Map(signs))), min_size=1, max_size=6)
+    return nodes.map(lambda found: (*found, Differentiate(probe))).filter(_is_well_formed)
+
+
+def _is_well_formed(program: Program) -> bool:
+    means = [node for node in program if isinstance(node, Mean)]
+    axes = [axis for node in means if isinstance(node.place, Space) for axis in node.place.axes]
+    return NUM_ROWS % prod(node.size for node in means) == 0 and len(axes) == len(set(axes))
+
+
+def assert_means_the_same(one: Rewriting) -> None:
+    batch = jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS, seed=1))
+    before, after = (reader.gradient(program, PARAMS, batch) for program in (one.before, one.after))
+    assert_equal_trees(after, before, tolerance=0.0, of=f"{one.law.name}: `{show(one.before)}` = `{show(one.after)}`")
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_laws_keep_the_meaning_wherever_they_fire(probe: str, data: st.DataObject) -> None:
+    trace = rewrite(data.draw(programs(PROBES[probe])), LAWS)
+    for one in trace:
+        assert_means_the_same(one)
+
+
+# For each law a program on which it fires; a law without one fails the test below.
+FIRES: dict[str, tuple[Node, ...]] = {
+    "drop-unit-mean": (Mean(Time(1)),),
+    "drop-unit-scale": (Scale(1.0),),
+    "merge-time": (Mean(Time(2)), Mean(Time(4))),
+    "merge-space": (Mean(Space(("a",), 2)), Mean(Space(("b",), 4))),
+    "defer-reduce": (Mean(Time(4)), Mean(Space(("a",), 2))),
+    "scale-past-mean": (Mean(Time(4)), Scale(0.5)),
+    "merge-scale": (Scale(0.5), Scale(-2.0)),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("probe", PROBES)
+def test_law_alone_keeps_the_meaning(name: str, probe: str) -> None:
+    (one, *_) = rewrite((*FIRES[name], Differentiate(PROBES[probe])), (BY_NAME[name],))
+    assert one.law.name == name
+    assert_means_the_same(one)
+
+
+def _law(name: str, rewrite_: Callable[..., tuple[Node, ...] | None]) -> Law:
+    return replace(BY_NAME[name], rewrite=rewrite_)
+
+
+WRONG = {
+    "drop-unit-mean": _law("drop-unit-mean", lambda node: () if node == Mean(Time(2)) else None),
+    "drop-unit-scale": _law("drop-unit-scale", lambda node: () if node == Scale(0.5) else None),
+    "merge-time": _law("merge-time", lambda a, b: (Mean(Time(a.size)),) if _both(a, b, Time) else None),
+    "merge-space": _law("merge-space", lambda a, b: (Mean(Space(("a",), a.size)),) if _both(a, b, Space) else None),
+    # The reduction that leaves the loop and takes the division with it only once.
+    "defer-reduce": _law(
+        "defer-reduce", lambda a, b: (b,) if isinstance(a, Mean) and isinstance(b, Mean) and a != b else None
+    ),
+    # True of the loss, false of its gradient: a constant is not the identity of a sum.
+    "scale-past-mean": _law("scale-past-mean", lambda a, b: (a,) if isinstance(a, Mean) and _is_scale(b) else None),
+    "merge-scale": _law("merge-scale", lambda a, b: (Scale(a.factor + b.factor),) if _is_scale(a, b) else None),
+}
+
+
+def _both(a: Node, b: Node, place: type) -> bool:
+    return isinstance(a, Mean) and isinstance(b, Mean) and isinstance(a.place, place) and isinstance(b.place, place)
+
+
+def _is_scale(*nodes: Node) -> bool:
+    return all(isinstance(node, Scale) for node in nodes)
+
+
+WRONG_ON = {**FIRES, "drop-unit-mean": (Mean(Time(2)),), "drop-unit-scale": (Scale(0.5),)}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_wrong_variant_of_a_law_is_caught(name: str) -> None:
+    caught = 0
+    for probe in PROBES.values():
+        program = (*WRONG_ON[name], Differentiate(probe))
+        (one, *_) = rewrite(program, (WRONG[name],))
+        try:
+            assert_means_the_same(one)
+        except EquivalenceError:
+            caught += 1
+    assert caught, f"no probe sees that {name} is wrong"
+
+
+@pytest.mark.parametrize("split", ["contiguous in time", "strided in space", "rows reversed"])
+def test_wrong_split_is_caught(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(mean: Mean, rows: np.ndarray) -> list[np.ndarray]:
+        match split, mean.place:
+            case ("contiguous in time", Time(size)):
+                return list(rows.reshape(size, -1))
+            case ("strided in space", Space()):
+                return list(rows.reshape(-1, mean.size).T)
+            case ("rows reversed", Time()):
+                return [part[::-1] for part in right(mean, rows)]
+            case _:
+                return right(mean, rows)
+
+    right, batch = reader._split, jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS))
+    program = (Mean(Time(4)), Mean(Space(("a",), 2)))
+    expected = [reader.gradient((*program, Differentiate(probe)), PARAMS, batch) for probe in PROBES.values()]
+    monkeypatch.setattr(reader, "_split", wrong)
+    got = [reader.gradient((*program, Differentiate(probe)), PARAMS, batch) for probe in PROBES.values()]
+    with pytest.raises(EquivalenceError):
+        assert_equal_trees(got, expected, tolerance=0.0, of=split)
+
+
+def test_defer_reduce_across_a_nonlinear_node_is_caught() -> None:
+    program = (Mean(Time(4)), Map(signs), Mean(Space(("a",), 2)), Differentiate(PROBES["sharing_a_cell"]))
+    assert not rewrite(program, (BY_NAME["defer-reduce"],))
+    moved = (program[2], program[0], program[1], program[3])
+    with pytest.raises(EquivalenceError):
+        assert_means_the_same(Rewriting(BY_NAME["defer-reduce"], program, moved))
+
+
+@settings(max_examples=200)
+@given(program=programs(PROBES["over_rows"]))
+def test_laws_come_to_an_end_in_the_normal_form(program: Program) -> None:
+    trace = rewrite(program, LAWS)
+    assume(trace)
+    normal = trace[-1].after
+    assert not rewrite(normal, LAWS)
+    assert len(normal) <= len(program)
+    # Between two nodes that are not linear: at most one constant, one mean over space, one loop, in this order.
+    rank = {Scale: 0, Space: 1, Time: 2}
+    for one, two in zip(normal, normal[1:], strict=False):
+        ranks = [rank.get(type(node.place if isinstance(node, Mean) else node)) for node in (one, two)]
+        assert None in ranks or ranks[0] < ranks[1]  # pyright: ignore[reportOperatorIssue]
+
+
+def test_rewrite_of_laws_that_contradict_each_other_raises() -> None:
+    back = _law("defer-reduce", lambda a, b: (b, a) if _both(b, b, Time) and _both(a, a, Space) else None)
+    program = (Mean(Time(2)), Mean(Space(("a",), 2)), Differentiate(PROBES["over_rows"]))
+    with pytest.raises(RuntimeError, match="do not come to an end"):
+        rewrite(program, (BY_NAME["defer-reduce"], back))

@@ -1,0 +1,151 @@
+"""Words and pipelines are values: they print as their source, compare, hash, and compose associatively."""
+
+import copy
+import dataclasses
+import pickle
+
+import jax
+import optax
+import pytest
+from catalogue import PROBES, SAMPLES
+
+import stepc as sc
+from stepc.testing import check_transform
+
+LOSS = PROBES["over_rows"]
+ADAM = optax.adam(1e-3)
+
+
+def test_pipeline_prints_as_the_source_that_made_it() -> None:
+    pipeline = sc.update(optax.adamw(3e-4)) @ sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data")) @ sc.grad(LOSS)
+    assert repr(pipeline) == ('update(optax.adamw(3e-4)) @ clip(1.0) @ accumulate(4) @ shard(dp("data")) @ grad(LOSS)')
+
+
+def test_pipeline_printed_and_evaluated_is_equal() -> None:
+    pipeline = sc.update(ADAM) @ sc.scale(0.5) @ sc.clip(2) @ sc.accumulate(4) @ sc.shard(sc.dp("data")) @ sc.grad(LOSS)
+    assert eval(repr(pipeline), vars(sc) | {"ADAM": ADAM, "LOSS": LOSS}) == pipeline
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        (sc.update(optimizer=optax.adam(1e-3)), "update(optax.adam(1e-3))"),
+        (sc.grad(loss=LOSS), "grad(LOSS)"),
+        (sc.grad(lambda p, b: p["w"].sum()), 'grad(lambda p, b: p["w"].sum())'),
+        (sc.update(*[ADAM]), "update(optimizer)"),
+        (sc.scale(-2), "scale(-2)"),
+    ],
+)  # fmt: skip
+def test_word_prints_its_argument_as_it_was_written(word: sc.Transform, text: str) -> None:
+    assert repr(word) == text
+
+
+def test_argument_that_is_long_or_unreadable_prints_as_a_name() -> None:
+    schedule = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100))
+    assert repr(sc.update(schedule)) == "update(schedule)"
+    word = sc.update(optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)))
+    assert repr(word) == "update(optimizer)"
+    assert repr(eval("sc.grad(LOSS)")) == "grad(over_rows)"
+
+
+def test_composition_is_associative() -> None:
+    a, b, c, d = sc.update(ADAM), sc.clip(1.0), sc.accumulate(4), sc.grad(LOSS)
+    assert ((a @ b) @ c) @ d == a @ (b @ (c @ d)) == (a @ b) @ (c @ d)
+
+
+def test_calling_is_composing() -> None:
+    gradient = sc.accumulate(4)(sc.grad(LOSS))
+    assert gradient == sc.accumulate(4) @ sc.grad(LOSS)
+    assert (sc.update(ADAM) @ sc.clip(1.0))(gradient) == sc.update(ADAM) @ sc.clip(1.0) @ gradient
+
+
+def test_recipe_is_a_value_that_completes_twice() -> None:
+    recipe = sc.update(ADAM) @ sc.clip(1.0)
+    assert recipe @ sc.grad(LOSS) == recipe @ sc.grad(LOSS)
+    assert recipe.takes is sc.Kind.GRADIENT
+    assert recipe.gives is sc.Kind.STEP
+    assert (recipe @ sc.grad(LOSS)).takes is None
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_word_compares_and_hashes_by_its_fields(name: str) -> None:
+    word = SAMPLES[name]
+    assert copy.copy(word) == word
+    assert hash(dataclasses.replace(word)) == hash(word)
+    assert len({word, copy.copy(word)}) == 1
+    assert sum(word == other for other in SAMPLES.values()) == 1
+
+
+def test_words_made_on_different_lines_are_equal() -> None:
+    one = sc.accumulate(4)
+    two = sc.accumulate(4)
+    assert one == two
+    assert one != sc.accumulate(8)
+    assert sc.clip(1) == sc.clip(1.0)
+    assert sc.accumulate(1) != sc.clip(1.0)
+
+
+def test_word_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sc.accumulate(4).k = 8  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_recipe_of_plain_fields_survives_pickling() -> None:
+    recipe = sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data"))
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", ["clip", "scale", "accumulate", "update"])
+def test_word_keeps_the_rules_of_the_house(name: str) -> None:
+    check_transform(SAMPLES[name])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Signed(sc.Transform):
+    """A word of a user's own, as the README shows it."""
+
+    takes = sc.Kind.GRADIENT
+    gives = sc.Kind.GRADIENT
+    rate: float
+
+    def meaning(self, inner: sc.Fn) -> sc.Fn:
+        def apply(state: sc.State, rows: object) -> sc.Gradient:
+            grads, metrics = inner.apply(state, rows)
+            return sc.Gradient(signs(grads, self.rate)[0], metrics)
+
+        return sc.Fn(inner.init, apply, inner.axes)
+
+    def expand(self) -> tuple[sc.nodes.Map, ...]:
+        return (sc.nodes.Map(signs, (self.rate,), written=repr(self)),)
+
+
+def signs(grads: object, rate: float) -> tuple[object, dict[str, jax.Array]]:
+    return jax.tree.map(lambda leaf: rate * jax.numpy.sign(leaf), grads), {}
+
+
+def test_word_of_a_user_keeps_the_rules_of_the_house() -> None:
+    check_transform(Signed(0.5), tolerance=0.0)
+
+
+class Forgetful(Signed):
+    """Its expansion does not mean what it means."""
+
+    def expand(self) -> tuple[sc.nodes.Map, ...]:
+        return (sc.nodes.Map(signs, (2 * self.rate,)),)
+
+
+def test_word_whose_expansion_differs_is_caught() -> None:
+    with pytest.raises(sc.EquivalenceError, match="meaning of .*expansion"):
+        check_transform(Forgetful(0.5), tolerance=0.0)
+
+
+class Linear(Signed):
+    """It claims to be linear: the compiler would move it past the mean."""
+
+    def expand(self) -> tuple[sc.nodes.Scale, ...]:
+        return (sc.nodes.Scale(self.rate),)
+
+
+def test_word_that_claims_to_be_linear_is_caught() -> None:
+    with pytest.raises(sc.EquivalenceError):
+        check_transform(Linear(0.5))

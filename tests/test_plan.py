@@ -1,0 +1,60 @@
+"""The printed plan, whole, against golden files; and what it says, against what was compiled."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+import pytest
+from catalogue import PROBES, probe_batch, probe_params
+from conftest import mesh_of
+
+import stepc as sc
+
+loss = PROBES["over_rows"]
+tx = optax.adamw(3e-4)
+DATA = sc.shard(sc.dp("data"))
+
+PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
+    "clip_outside": (sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
+    "clip_inside": (sc.update(tx) @ sc.accumulate(4) @ sc.clip(1.0) @ DATA @ sc.grad(loss), {"data": 8}),
+    "one_device": (sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ sc.grad(loss), None),
+    "nothing_left": (sc.update(tx) @ sc.accumulate(1) @ sc.scale(1) @ DATA @ sc.grad(loss), {"data": 1}),
+    "everything": (
+        sc.update(tx) @ sc.accumulate(2) @ sc.shard(sc.dp("replica")) @ sc.accumulate(2) @ sc.clip(1.0)
+        @ sc.scale(0.5) @ sc.accumulate(2) @ DATA @ sc.scale(2.0) @ sc.grad(loss),
+        {"replica": 2, "data": 2, "model": 2},
+    ),
+}  # fmt: skip
+
+
+def lowered(name: str) -> sc.Lowered:
+    pipeline, sizes = PLANS[name]
+    step = sc.compile(pipeline, mesh=sizes and mesh_of(**sizes))
+    return step.lower(step.init(probe_params()), probe_batch(64))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_prints_whole(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(f"plans/{name}.txt", str(lowered(name).plan))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_and_executable_agree_on_collectives(name: str) -> None:
+    stage = lowered(name)
+    promised = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.plan.collectives]
+    found = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.compile().collectives()]
+    assert sorted(promised, key=str) == sorted(found, key=str)
+
+
+def test_plan_knows_the_loop_and_the_laws() -> None:
+    plan = lowered("everything").plan
+    assert plan.loop_length == 8
+    names = {one.law.name for one in plan.laws}
+    assert names == {"defer-reduce", "merge-time", "merge-scale", "scale-past-mean", "drop-unit-scale"}
+    assert plan.normal == plan.laws[-1].after
+    assert lowered("one_device").plan.normal == lowered("one_device").plan.core
+
+
+def test_plan_is_a_value() -> None:
+    assert lowered("clip_outside").plan == lowered("clip_outside").plan
+    assert jax.tree.leaves(lowered("clip_outside").plan.rows) == ["data"]

@@ -1,0 +1,330 @@
+"""The compiled step as a program: one trace, donation, one reduction, nothing left of what is not needed."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue import PROBES, probe_batch, probe_params
+from conftest import mesh_of
+from jax.sharding import NamedSharding, PartitionSpec
+
+import stepc as sc
+from stepc.testing import assert_equal_trees, assert_equivalent
+
+LOSS = PROBES["over_rows"]
+ADAM = sc.update(optax.adam(1e-3))
+DATA = sc.shard(sc.dp("data"))
+
+
+def standard(k: int) -> sc.Pipeline:
+    return ADAM @ sc.clip(1.0) @ sc.accumulate(k) @ DATA @ sc.grad(LOSS)
+
+
+def compiled(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh | None, num_rows: int = 256) -> sc.Compiled:
+    step = sc.compile(pipeline, mesh=mesh)
+    return step.lower(step.init(probe_params()), probe_batch(num_rows)).compile()
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    events: list[str] = []
+
+    def note(event: str, duration: float, **about: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            events.append(str(about))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_ten_steps_are_one_trace_and_one_compilation() -> None:
+    step = sc.compile(standard(4), mesh=mesh_of(data=8))
+    state, batch = step.init(probe_params()), probe_batch(64)
+    with counted_compilations() as compilations:
+        for _ in range(10):
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+    assert step.traces == 1
+    assert len(compilations) == 1
+    assert int(state.step) == 10
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_lowering_and_running_share_one_trace_and_one_compilation(kind: Callable[..., Any]) -> None:
+    step = sc.compile(standard(4), mesh=mesh_of(data=8))
+    state, batch = step.init(probe_params()), jax.tree.map(kind, probe_batch(64))
+    with counted_compilations() as compilations:
+        step.lower(state, batch).compile()
+        step(state, batch)
+    assert step.traces == 1
+    assert sum("stepc_step" in name for name in compilations) == 1, compilations
+
+
+def test_another_batch_size_is_another_trace() -> None:
+    step = sc.compile(standard(2), mesh=mesh_of(data=2))
+    state, _ = step(step.init(probe_params()), probe_batch(8))
+    step(state, probe_batch(16))
+    assert step.traces == 2
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 1}, {"data": 8}, {"data": 4, "model": 2}])
+def test_every_leaf_of_the_state_is_donated_and_aliased(mesh: dict[str, int] | None) -> None:
+    pipeline = ADAM @ sc.clip(1.0) @ sc.accumulate(4) @ (DATA @ sc.grad(LOSS) if mesh else sc.grad(LOSS))
+    rows = compiled(pipeline, mesh and mesh_of(**mesh)).donated()
+    assert [row.path for row in rows] == [
+        "params/b", "params/w", "opt_state/0/count", "opt_state/0/mu/b", "opt_state/0/mu/w",
+        "opt_state/0/nu/b", "opt_state/0/nu/w", "step", "rng",
+    ]  # fmt: skip
+    assert all(row.donated and row.aliased for row in rows)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 32])
+def test_gradient_is_reduced_once_a_step_whatever_k(k: int) -> None:
+    (row,) = compiled(standard(k), mesh_of(data=8)).collectives()
+    assert (row.kind, row.axes, row.executions, row.in_loop) == ("all-reduce", ("data",), 1, False)
+    assert row.bytes == 4 * (3 + 1 + 1)  # w, b and the loss, in float32, in one fused sum
+
+
+@pytest.mark.parametrize("k", [2, 8, 32])
+def test_clip_inside_accumulate_reduces_once_a_microbatch(k: int) -> None:
+    pipeline = ADAM @ sc.accumulate(k) @ sc.clip(1.0) @ DATA @ sc.grad(LOSS)
+    program = compiled(pipeline, mesh_of(data=8))
+    (row,) = program.collectives()
+    assert (row.kind, row.executions, row.in_loop) == ("all-reduce", k, True)
+    (planned,) = program.plan.collectives
+    assert (planned.executions, planned.in_loop) == (k, True)
+    assert planned.reason == (
+        f"`clip(1.0)` is not linear: it needs the whole sum, and it stands inside `accumulate({k})`: once a microbatch"
+    )
+
+
+def test_shard_outside_clip_reduces_once_after_it() -> None:
+    pipeline = ADAM @ DATA @ sc.clip(1.0) @ sc.accumulate(4) @ sc.grad(LOSS)
+    (row,) = compiled(pipeline, mesh_of(data=8)).collectives()
+    assert (row.executions, row.in_loop) == (1, False)
+
+
+def test_means_over_two_axes_are_one_reduction() -> None:
+    pipeline = ADAM @ sc.shard(sc.dp("replica")) @ sc.accumulate(4) @ DATA @ sc.grad(LOSS)
+    (row,) = compiled(pipeline, mesh_of(replica=2, data=4)).collectives()
+    assert set(row.axes) == {"replica", "data"}
+    assert (row.executions, row.in_loop) == (1, False)
+
+
+def test_one_microbatch_leaves_no_loop() -> None:
+    text = compiled(standard(1), mesh_of(data=8)).hlo()
+    assert " while(" not in text
+    assert " while(" in compiled(standard(2), mesh_of(data=8)).hlo()
+
+
+def test_nested_accumulations_are_one_loop() -> None:
+    pipeline = ADAM @ sc.accumulate(2) @ DATA @ sc.accumulate(4) @ sc.grad(LOSS)
+    assert compiled(pipeline, mesh_of(data=8)).hlo().count(" while(") == 1
+
+
+def operations(text: str) -> list[str]:
+    """What every instruction does and to what shape, without names and annotations."""
+    return re.findall(r" = (\(?[^%=]*? [\w-]+)\(", text)
+
+
+def test_axis_of_one_device_leaves_nothing() -> None:
+    on_mesh = step_text(sc.compile(standard(4), mesh=mesh_of(data=1)))
+    alone = step_text(sc.compile(ADAM @ sc.clip(1.0) @ sc.accumulate(4) @ sc.grad(LOSS)))
+    assert "all-reduce" not in on_mesh
+    assert operations(on_mesh) == operations(alone)
+
+
+def test_axis_of_one_device_beside_another_leaves_nothing() -> None:
+    pipeline = ADAM @ sc.accumulate(4) @ sc.shard(sc.dp("replica")) @ DATA @ sc.grad(LOSS)
+    both = compiled(pipeline, mesh_of(replica=1, data=8))
+    assert both.plan.rows == ("data",)
+    assert [row.axes for row in both.collectives()] == [("data",)]
+
+
+def step_text(step: sc.Step) -> str:
+    return step.lower(step.init(probe_params()), probe_batch(256)).compile().hlo()
+
+
+def test_program_does_not_grow_with_k() -> None:
+    sizes = {k: len(operations(compiled(standard(k), mesh_of(data=8), 2048).hlo())) for k in (2, 8, 32)}
+    assert max(sizes.values()) <= 1.1 * min(sizes.values()), sizes
+
+
+def two_layers(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
+    return jnp.mean(jnp.square(jnp.matmul(jnp.tanh(jnp.matmul(rows["x"], params["in"])), params["out"])))
+
+
+def model_sharded(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    random = np.random.default_rng(0)
+    lying = {"in": PartitionSpec(None, "model"), "out": PartitionSpec("model", None)}
+    values = {"in": random.normal(size=(16, 32)), "out": random.normal(size=(32, 16))}
+    return {
+        name: jax.device_put(values[name].astype(np.float32), NamedSharding(mesh, spec)) for name, spec in lying.items()
+    }
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.sgd(0.1)])
+def test_model_sharded_parameters_are_never_gathered(optimizer: optax.GradientTransformation) -> None:
+    mesh = mesh_of(data=4, model=2)
+    pipeline = sc.update(optimizer) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(two_layers)
+    step = sc.compile(pipeline, mesh=mesh)
+    params, batch = model_sharded(mesh), {"x": np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32)}
+    state = step.init(params)
+    program = step.lower(state, batch).compile()
+    rows = program.collectives()
+    assert {row.kind for row in rows} == {"all-reduce"}
+    (over_data,) = rows.over("data")
+    assert over_data.axes == ("data",)
+    assert over_data.bytes == 4 * (2 * 16 * 32 // 2 + 1)  # both halves that a device holds, and the loss
+    assert not over_data.in_loop
+    assert_equivalent(step, state, batch)
+    after, _ = step(state, batch)
+    assert after.params["in"].sharding.spec == PartitionSpec(None, "model")
+    for leaf in jax.tree.leaves(after.opt_state):
+        assert leaf.ndim == 0 or "model" in leaf.sharding.spec
+
+
+def test_bfloat16_sums_beside_a_model_axis_do_not_abort() -> None:
+    mesh = mesh_of(data=4, model=2)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model_sharded(mesh))
+    step = sc.compile(sc.update(optax.sgd(0.1)) @ sc.accumulate(2) @ DATA @ sc.grad(two_layers), mesh=mesh)
+    _, metrics = step(step.init(params), {"x": np.ones((16, 16), jnp.bfloat16)})
+    assert np.isfinite(float(metrics["loss"]))
+
+
+def test_model_axis_of_size_one_compiles_and_runs() -> None:
+    mesh = mesh_of(data=1, model=2)
+    step = sc.compile(ADAM @ DATA @ sc.grad(two_layers), mesh=mesh)
+    _, metrics = step(step.init(model_sharded(mesh)), {"x": np.ones((4, 16), np.float32)})
+    assert np.isfinite(float(metrics["loss"]))
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_mesh_of_any_axis_type_works_also_as_the_ambient_mesh(kind: jax.sharding.AxisType) -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    step = sc.compile(ADAM @ sc.clip(1.0) @ sc.accumulate(2) @ DATA @ sc.grad(LOSS), mesh=mesh)
+    batch = jax.device_put(probe_batch(16), NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        inside = step(step.init(probe_params()), batch)
+    outside = step(step.init(probe_params()), probe_batch(16))
+    assert_equal_trees(inside, outside, tolerance=0.0, of="an ambient mesh and none")
+
+
+def lstm(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
+    """Ordinary code that a strict manual region refuses: a literal zero carry, a constant branch, a callback."""
+
+    def turn(carry: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(carry + jnp.outer(column, params["w"]).sum(axis=1)), None
+
+    carry, _ = jax.lax.scan(turn, jnp.zeros(rows["x"].shape[0]), rows["x"].T)
+    jax.debug.callback(lambda _: None, carry[0])
+    total = jax.lax.cond(carry.sum() > 0, lambda: carry, lambda: jnp.ones_like(carry))
+    return jnp.mean(total) + 0.0 * params["b"]
+
+
+def test_ordinary_loss_works_in_the_manual_region() -> None:
+    step = sc.compile(ADAM @ sc.accumulate(2) @ DATA @ sc.grad(lstm), mesh=mesh_of(data=4))
+    assert_equivalent(step, step.init(probe_params()), probe_batch(16))
+
+
+def test_init_neither_deletes_nor_aliases_the_arrays_of_the_caller() -> None:
+    given = {"w": jax.device_put(jnp.ones(3), jax.devices()[0]), "b": np.ones((), np.float32)}
+    for mesh in (None, mesh_of(data=1), mesh_of(data=2)):
+        step = sc.compile(standard(1) if mesh else ADAM @ sc.grad(LOSS), mesh=mesh)
+        state = step.init(given)
+        given["b"][...] = 5.0
+        state, _ = step(state, probe_batch(8))
+        jax.block_until_ready(state)
+        assert not given["w"].is_deleted()
+        assert np.array_equal(given["w"], np.ones(3))
+        assert abs(float(state.params["b"]) - 1.0) < 0.1
+        given["b"][...] = 1.0
+
+
+def test_init_separates_tied_leaves_and_parameters_kept_by_the_optimizer() -> None:
+    tied = jnp.ones(3)
+    keeps = optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5)
+
+    def loss(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        return jnp.mean(jnp.matmul(rows["x"], params["one"] + params["two"]))
+
+    step = sc.compile(ADAM @ sc.grad(loss))
+    step(step.init({"one": tied, "two": tied}), probe_batch(8))
+    kept = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, params))
+    step = sc.compile(sc.update(kept) @ sc.grad(loss))
+    step(step.init({"one": tied, "two": tied}), probe_batch(8))
+    assert not tied.is_deleted()
+    assert keeps is not None
+
+
+def test_init_of_shapes_is_the_state_of_shapes() -> None:
+    mesh = mesh_of(data=4, model=2)
+    step = sc.compile(ADAM @ sc.accumulate(2) @ DATA @ sc.grad(two_layers), mesh=mesh)
+    real = step.init(model_sharded(mesh))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), model_sharded(mesh)
+    )
+    abstract = step.init(shapes)
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    batch = {"x": jax.ShapeDtypeStruct((16, 16), jnp.float32)}
+    assert (
+        step.lower(abstract, batch).compile().hlo()
+        == step.lower(real, {"x": np.ones((16, 16), np.float32)}).compile().hlo()
+    )
+
+
+def test_seed_is_the_key_of_the_state() -> None:
+    step = sc.compile(ADAM @ sc.grad(LOSS))
+    assert step.init(probe_params(), seed=7).rng == jax.random.key(7)
+
+
+def test_batches_of_any_host_or_device_kind_give_the_same_step() -> None:
+    mesh = mesh_of(data=4)
+    step = sc.compile(standard(2), mesh=mesh)
+    host = probe_batch(16)
+    kinds = [
+        host,
+        jax.tree.map(jnp.asarray, host),
+        jax.device_put(host, jax.devices()[3]),
+        jax.device_put(host, NamedSharding(mesh, PartitionSpec())),
+        jax.device_put(host, NamedSharding(mesh, PartitionSpec("data"))),
+    ]
+    results = [step(step.init(probe_params()), batch) for batch in kinds]
+    for result in results[1:]:
+        assert_equal_trees(result, results[0], tolerance=0.0, of="two kinds of batch")
+    assert step.traces == 2  # jax traces host arrays and device arrays apart, wherever the latter lie
+
+
+def test_reference_keeps_the_state_alive() -> None:
+    step = sc.compile(standard(2), mesh=mesh_of(data=4))
+    state = step.init(probe_params())
+    step.reference(state, probe_batch(16))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_state_keeps_its_type_when_fields_are_replaced() -> None:
+    step = sc.compile(standard(2), mesh=mesh_of(data=4))
+    state = step.init(probe_params())
+    state = replace(state, step=jnp.asarray(41, jnp.int32))
+    state, _ = step(state, probe_batch(16))
+    assert int(state.step) == 42
+
+
+def test_memory_cost_and_text_can_be_asked() -> None:
+    step = sc.compile(standard(2), mesh=mesh_of(data=4))
+    lowered = step.lower(step.init(probe_params()), probe_batch(16))
+    program = lowered.compile()
+    assert "stablehlo" in lowered.stablehlo()
+    assert "scan" in str(lowered.jaxpr())
+    assert program.memory().arguments > 0
+    assert program.memory().aliased >= 4 * 3 * (3 + 1)
+    assert program.cost() is not None
+    assert isinstance(program.executable, jax.stages.Compiled)
