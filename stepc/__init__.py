@@ -37,3 +37,5 @@ from stepc.language.words.grad import grad as grad
 from stepc.language.words.scale import scale as scale
 from stepc.language.words.shard import shard as shard
 from stepc.language.words.update import update as update
+from stepc.runner.loop import Run as Run
+from stepc.runner.loop import run as run

@@ -1,0 +1,255 @@
+"""Every error that a user can meet here: its class, its builtin, its whole text, and that nothing was lost.
+
+Each row is one mistake. The texts stand in golden/errors; a text that no row makes is refused.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue import PROBES, probe_batch, probe_params
+from conftest import GOLDEN, mesh_of
+
+import stepc as sc
+from stepc.testing import assert_equal_trees, check_transform
+
+loss = PROBES["over_rows"]
+adamw = optax.adamw(3e-4)
+tx = optax.sgd(0.1)
+dp = sc.shard(sc.dp("data"))
+K, N = 4, 8
+
+
+def step_on(sizes: dict[str, int] | None = None) -> sc.Step:
+    pipeline = sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(K) @ dp @ sc.grad(loss)
+    return sc.compile(pipeline, mesh=mesh_of(**(sizes or {"data": N})))
+
+
+def call(batch: Any) -> None:
+    step = step_on()
+    step(step.init(probe_params()), batch)
+
+
+def trained_with(bad: Callable[..., Any]) -> None:
+    step = sc.compile(sc.update(tx) @ sc.grad(bad))
+    step(step.init(probe_params()), probe_batch(8))
+
+
+def state_of_another_step() -> None:
+    other = sc.compile(sc.update(optax.adam(1e-3)) @ sc.grad(loss))
+    step_on()(other.init(probe_params()), probe_batch(64))
+
+
+def donated_state() -> None:
+    step = step_on()
+    state = step.init(probe_params())
+    step(state, probe_batch(64))
+    step(state, probe_batch(64))
+
+
+def names_an_axis(params: Any, rows: Any) -> jax.Array:
+    return jax.lax.pmean(jnp.mean(rows["y"]), "data")
+
+
+unstable = optax.GradientTransformation(
+    lambda params: jnp.zeros((), jnp.int32), lambda grads, state, params=None: (grads, state + 0.5)
+)
+
+
+def unstable_state() -> None:
+    step = sc.compile(sc.update(unstable) @ sc.grad(loss))
+    step(step.init(probe_params()), probe_batch(8))
+
+
+COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
+    "wrong_order": (sc.PipelineTypeError, lambda: sc.accumulate(4) @ sc.update(adamw)),
+    "wrong_order_complete": (sc.PipelineTypeError, lambda: sc.accumulate(4) @ (sc.update(adamw) @ sc.grad(loss))),
+    "wrong_order_deep": (sc.PipelineTypeError, lambda: sc.clip(1.0) @ (sc.update(adamw) @ sc.accumulate(2) @ dp)),
+    "two_updates": (sc.PipelineTypeError, lambda: sc.update(adamw) @ sc.update(adamw) @ sc.grad(loss)),
+    "right_of_grad": (sc.PipelineTypeError, lambda: sc.grad(loss) @ sc.clip(1.0)),
+    "two_grads": (sc.PipelineTypeError, lambda: sc.grad(loss) @ sc.grad(loss)),
+    "plain_loss": (sc.PipelineTypeError, lambda: sc.update(adamw) @ sc.clip(1.0) @ loss),
+    "called_on_plain_loss": (sc.PipelineTypeError, lambda: sc.clip(1.0)(loss)),
+    "loss_on_the_left": (sc.PipelineTypeError, lambda: loss @ sc.clip(1.0)),
+    "number": (sc.PipelineTypeError, lambda: sc.clip(1.0) @ 3),
+    "optimizer_itself": (sc.PipelineTypeError, lambda: tx @ sc.clip(1.0)),
+}
+FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
+    "k_zero": (sc.FieldValueError, lambda: sc.accumulate(0)),
+    "k_negative": (sc.FieldValueError, lambda: sc.accumulate(-3)),
+    "k_fraction": (sc.FieldTypeError, lambda: sc.accumulate(2.5)),
+    "k_bool": (sc.FieldTypeError, lambda: sc.accumulate(True)),
+    "k_array": (sc.FieldTypeError, lambda: sc.accumulate(np.int32(4))),
+    "max_norm_zero": (sc.FieldValueError, lambda: sc.clip(0)),
+    "max_norm_negative": (sc.FieldValueError, lambda: sc.clip(-1.0)),
+    "max_norm_nan": (sc.FieldValueError, lambda: sc.clip(float("nan"))),
+    "max_norm_inf": (sc.FieldValueError, lambda: sc.clip(float("inf"))),
+    "max_norm_text": (sc.FieldTypeError, lambda: sc.clip("1.0")),
+    "scale_nan": (sc.FieldValueError, lambda: sc.scale(float("nan"))),
+    "scale_none": (sc.FieldTypeError, lambda: sc.scale(None)),
+    "shard_axis": (sc.FieldTypeError, lambda: sc.shard("data")),
+    "shard_mesh": (sc.FieldTypeError, lambda: sc.shard(3)),
+    "dp_number": (sc.FieldTypeError, lambda: sc.dp(0)),
+    "dp_empty": (sc.FieldValueError, lambda: sc.dp("")),
+    "not_an_optimizer": (sc.FieldTypeError, lambda: sc.update(optax.adam)),
+    "not_a_loss": (sc.FieldTypeError, lambda: sc.grad(3)),
+    "loss_is_a_word": (sc.FieldTypeError, lambda: sc.grad(sc.clip(1.0))),
+}
+COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
+    "recipe": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.clip(1.0))),
+    "recipe_reference": (sc.ConfigError, lambda: sc.reference(sc.update(tx) @ sc.clip(1.0))),
+    "no_update": (sc.ConfigError, lambda: sc.compile(sc.clip(1.0) @ sc.grad(loss))),
+    "not_a_pipeline": (sc.ConfigError, lambda: sc.compile(loss)),
+    "not_a_mesh": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), mesh=8)),
+    "unknown_axis": (sc.ShardingError, lambda: step_on({"dta": 8})),
+    "no_mesh": (sc.ShardingError, lambda: sc.compile(sc.update(tx) @ dp @ sc.grad(loss))),
+    "axis_twice_and_unknown": (
+        sc.ShardingError,
+        lambda: sc.compile(
+            sc.update(tx) @ dp @ sc.shard(sc.dp("rows")) @ sc.accumulate(2) @ dp @ sc.grad(loss),
+            mesh=mesh_of(data=8),
+        ),
+    ),
+    "reference_without_axes": (sc.ShardingError, lambda: sc.reference(sc.update(tx) @ dp @ sc.grad(loss))),
+    "integer_parameters": (
+        sc.ConfigError,
+        lambda: step_on().init({"w": np.ones(3, np.int32), "list": ["a", None], "ok": np.ones(3, np.float32)}),
+    ),
+    "no_parameters": (sc.ConfigError, lambda: step_on().init({})),
+    "seed_fraction": (sc.ConfigError, lambda: step_on().init(probe_params(), seed=0.5)),
+}
+CALLING: dict[str, tuple[type, Callable[[], object]]] = {
+    "rows_do_not_divide": (sc.BatchError, lambda: call(probe_batch(100))),
+    "rows_too_few": (sc.BatchError, lambda: call(probe_batch(8))),
+    "ragged": (sc.BatchError, lambda: call({"x": np.ones((64, 3), np.float32), "y": np.ones(32, np.float32)})),
+    "scalar_leaf": (sc.BatchError, lambda: call({**probe_batch(64), "temperature": np.float32(1.0)})),
+    "zero_dimensional": (sc.BatchError, lambda: call({**probe_batch(64), "t": jnp.ones(())})),
+    "several": (sc.BatchError, lambda: call({"x": np.ones((0, 3)), "y": 1, "z": "text", "t": np.array(["a"])})),
+    "empty": (sc.BatchError, lambda: call({})),
+    "none": (sc.BatchError, lambda: call(None)),
+    "zero_rows": (sc.BatchError, lambda: call(probe_batch(0))),
+    "lists": (sc.BatchError, lambda: call({"x": [1.0, 2.0]})),
+    "objects": (sc.BatchError, lambda: call({"x": object()})),
+    "reference_rows": (sc.BatchError, lambda: step_on().reference(step_on().init(probe_params()), probe_batch(100))),
+    "lower_rows": (sc.BatchError, lambda: step_on().lower(step_on().init(probe_params()), probe_batch(100))),
+    "not_a_state": (sc.ConfigError, lambda: step_on()(probe_params(), probe_batch(64))),
+    "another_state": (sc.ConfigError, state_of_another_step),
+    "donated_state": (sc.ConfigError, donated_state),
+    "unstable_state": (sc.ConfigError, unstable_state),
+    "vector_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.matmul(b["x"], p["w"]))),
+    "integer_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.sum(b["y"]).astype(jnp.int32))),
+    "tuple_loss": (sc.LossError, lambda: trained_with(lambda p, b: (jnp.mean(b["y"]), {"a": 1}))),
+    "none_loss": (sc.LossError, lambda: trained_with(lambda p, b: None)),
+    "loss_names_an_axis": (sc.LossError, lambda: trained_with(names_an_axis)),
+}
+RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
+    "run_arguments": (
+        sc.ConfigError,
+        lambda: sc.run(None, None, [], steps=0, on_error="ignore", log_every=True),
+    ),
+    "run_no_data": (sc.DataError, lambda: sc.run(step_on(), step_on().init(probe_params()), [])),
+    "run_bad_batch": (
+        sc.StepError,
+        lambda: sc.run(step_on(), step_on().init(probe_params()), [probe_batch(64), probe_batch(100)]),
+    ),
+    "equivalence": (
+        sc.EquivalenceError,
+        lambda: assert_equal_trees({"w": np.ones(3), "b": np.ones(2)}, {"w": np.zeros(3), "b": np.ones(3)},
+                                   tolerance=0.0, of="two trees"),
+    ),
+    "equivalence_leaves": (
+        sc.EquivalenceError, lambda: assert_equal_trees({"w": 1.0}, {"v": 1.0}, tolerance=0.0, of="two trees")
+    ),
+    "check_transform": (sc.EquivalenceError, lambda: check_transform(loss)),
+}  # fmt: skip
+MISTAKES = {**COMPOSING, **FIELDS, **COMPILING, **CALLING, **RUNNING}
+
+
+@contextmanager
+def no_compilation_of_a_step() -> Iterator[None]:
+    compiled: list[str] = []
+
+    def note(event: str, duration: float, **about: Any) -> None:
+        if event.endswith("backend_compile_duration") and "stepc_step" in str(about):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_refused_in_these_words(name: str, golden: Callable[[str, str], None]) -> None:
+    kind, mistake = MISTAKES[name]
+    with pytest.raises(sc.StepcError) as raised:
+        mistake()
+    assert type(raised.value) is kind
+    golden(f"errors/{name}.txt", f"{kind.__name__}: {without_lines(str(raised.value))}")
+
+
+def without_lines(text: str) -> str:
+    """The file stays, the number of the line in it goes: these tests may grow."""
+    lines = text.split("(test_errors.py:")
+    return "(test_errors.py:".join([lines[0], *(f"N){rest.partition(')')[2]}" for rest in lines[1:])])
+
+
+@pytest.mark.parametrize("name", [name for name in {**COMPILING, **CALLING} if name != "donated_state"])
+def test_mistake_is_refused_before_a_step_is_compiled(name: str) -> None:
+    with no_compilation_of_a_step(), pytest.raises(sc.StepcError):
+        MISTAKES[name][1]()
+
+
+def test_every_golden_error_has_its_mistake() -> None:
+    assert {path.stem for path in Path(GOLDEN, "errors").glob("*.txt")} == set(MISTAKES)
+
+
+def test_refused_batch_leaves_the_state_alive() -> None:
+    step = step_on()
+    state = step.init(probe_params())
+    for bad in (probe_batch(100), {}, {"x": 1}):
+        with pytest.raises(sc.BatchError):
+            step(state, bad)
+    state, _ = step(state, probe_batch(64))
+    assert int(state.step) == 1
+
+
+def test_exception_of_the_loss_passes_through_as_itself_with_a_note() -> None:
+    class Mine(Exception):
+        pass
+
+    def raises(params: Any, rows: Any) -> jax.Array:
+        raise Mine("in my own words")
+
+    step = sc.compile(sc.update(tx) @ sc.accumulate(2) @ sc.grad(raises))
+    state = step.init(probe_params())
+    with pytest.raises(Mine, match="in my own words") as raised:
+        step(state, probe_batch(8))
+    assert raised.value.__notes__[0] == (
+        "stepc: raised by the loss of `grad(raises)` while it was traced on one cell: x float32[4, 3], y float32[4]"
+    )
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_name_error_of_the_loss_passes_through_as_itself() -> None:
+    def misspelt(params: Any, rows: Any) -> jax.Array:
+        return undefined_name  # noqa: F821  # pyright: ignore[reportUndefinedVariable]
+
+    with pytest.raises(NameError, match="undefined_name") as raised:
+        trained_with(misspelt)
+    assert raised.value.__notes__
+
+
+def test_every_error_is_under_stepc_error_and_resembles_a_builtin() -> None:
+    classes = [value for value in vars(sc).values() if isinstance(value, type) and issubclass(value, sc.StepcError)]
+    for kind in classes:
+        builtins = [base for base in kind.__mro__ if base.__module__ == "builtins"]
+        assert kind is sc.StepcError or set(builtins) - {Exception, BaseException, object}, kind
+    assert not issubclass(sc.StepcError, Exception)
+    assert not issubclass(sc.Interrupted, Exception)

@@ -1,0 +1,156 @@
+"""The structure of the house, held by reading the source: who imports whom, how long a file is, what is documented.
+
+The table is the documentation: what a room may import of stepc, besides itself.
+"""
+
+import ast
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from catalogue import SAMPLES
+
+import stepc as sc
+
+PACKAGE = Path(__file__).parent.parent / "stepc"
+LANGUAGE = ("errors", "core.nodes", "language")
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "core": ("core",),
+    # The surface: a word knows core nodes, never a law, a pass, the reference or another word.
+    "language.kinds": (),
+    "language.source": (),
+    "language.fields": ("errors",),
+    "language.sharding": ("language.fields",),
+    "language.state": ("language.kinds",),
+    "language.meaning": ("language.kinds", "language.state"),
+    "language.pipeline": ("core.nodes", "errors", "language.kinds", "language.meaning", "language.source"),
+    "language.words": (
+        "core.nodes", "errors", "language.fields", "language.kinds", "language.meaning", "language.pipeline",
+        "language.sharding", "language.source", "language.state",
+    ),
+    # The reference never sees the core.
+    "language.reference": ("errors", "language.kinds", "language.meaning", "language.pipeline", "language.state"),
+    # The passes never see a word.
+    "compiler.rewrite": ("core.laws", "core.nodes"),
+    "compiler.schedule": ("core.nodes",),
+    "compiler.check": ("core.nodes", "errors", "language.kinds", "language.state"),
+    "compiler.placing": ("language.kinds", "language.state"),
+    "compiler.plan": ("compiler.rewrite", "compiler.schedule", "core.nodes"),
+    "compiler.lower": ("compiler.check", "compiler.schedule", "core.nodes", "language.kinds"),
+    # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
+    "inspect": ("inspect", "errors"),
+    "compiler.stages": ("compiler.plan", "inspect"),
+    "compiler.step": ("compiler", "core", "errors", "language"),
+    "runner": ("errors", "language.kinds", "language.state", "runner"),
+    "testing": ("compiler.step", "core", "errors", "language", "testing"),
+    "programs": ("", "programs", "runner"),
+    "cli": ("", "errors", "programs", "runner"),
+    "__main__": ("cli",),
+}  # fmt: skip
+ONLY_THE_LOWERING_NAMES = {"scan", "shard_map", "psum"}
+LONGEST_FILE, LONGEST_FUNCTION = 300, 40
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def stepc_imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "stepc"]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "stepc":
+            inner = (node.module or "").partition(".")[2]
+            found += [inner] if inner else [alias.name for alias in node.names]
+    return found
+
+
+def covers(prefix: str, module: str) -> bool:
+    return module == prefix or (prefix != "" and module.startswith(f"{prefix}."))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if module_of(path) != "__init__"], ids=module_of)
+def test_room_imports_only_what_the_table_allows(path: Path) -> None:
+    module = module_of(path)
+    rooms = [room for room in ALLOWED if covers(room, module)]
+    if not rooms and not stepc_imports(ast.parse(path.read_text())):
+        return  # the docstring of a package
+    allowed = ALLOWED[max(rooms, key=len)]
+    for imported in stepc_imports(ast.parse(path.read_text())):
+        assert any(covers(prefix, imported) for prefix in allowed), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "language" / "words").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_word_imports_no_other_word(path: Path) -> None:
+    assert not [one for one in stepc_imports(ast.parse(path.read_text())) if covers("language.words", one)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_import_hides_inside_a_function(path: Path) -> None:
+    for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+        assert not [one for one in ast.walk(function) if isinstance(one, ast.Import | ast.ImportFrom)], function.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_file_and_functions_keep_their_budgets(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= LONGEST_FILE
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+        assert (body[-1].end_lineno or 0) - body[0].lineno < LONGEST_FUNCTION, function.name
+
+
+def test_only_the_lowering_names_scan_shard_map_and_psum() -> None:
+    naming = set()
+    for path in (*PACKAGE.glob("language/**/*.py"), *PACKAGE.glob("core/*.py"), *PACKAGE.glob("compiler/*.py")):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        naming |= {module_of(path)} if names & ONLY_THE_LOWERING_NAMES else set()
+    assert naming == {"compiler.lower"}
+
+
+def test_no_private_name_of_jax_is_used() -> None:
+    for path in FILES:
+        assert "jax._src" not in path.read_text(), module_of(path)
+        assert "jaxlib._" not in path.read_text(), module_of(path)
+
+
+def test_core_nodes_and_laws_import_only_the_standard_library() -> None:
+    for name in ("nodes", "laws"):
+        tree = ast.parse((PACKAGE / "core" / f"{name}.py").read_text())
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert all(not (module or "").startswith(("jax", "optax", "numpy")) for module in modules)
+    assert len(sc.nodes.Node.__args__) < 10  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_vocabulary_is_sorted_and_documented() -> None:
+    lines = [line for line in (PACKAGE / "__init__.py").read_text().splitlines() if line.startswith("from")]
+    assert all(line.split(" import ")[1].split(" as ")[0] == line.split(" as ")[1] for line in lines)
+    public = {name: value for name, value in vars(sc).items() if not name.startswith("_")}
+    for name, value in public.items():
+        if not isinstance(value, ModuleType):
+            assert inspect.getdoc(value), f"{name} has no docstring"
+
+
+IN_WORDS = "stepc.language.words"
+WORDS = [name for name, value in vars(sc).items() if getattr(value, "__module__", "").startswith(IN_WORDS)]
+PARTS = ("Meaning:", "Why:", "Args:", "Shapes:", "Units:", "Type:", "Errors:", "Example:", "Source:")
+
+
+@pytest.mark.parametrize("name", [*WORDS, "dp"])
+def test_word_is_documented_after_the_template(name: str) -> None:
+    text = inspect.getdoc(getattr(sc, name)) or ""
+    parts = PARTS if name in WORDS else tuple(part for part in PARTS if part not in ("Shapes:", "Units:", "Type:"))
+    places = [text.find(f"\n{part}") for part in parts]
+    assert -1 not in places, [part for part, place in zip(parts, places, strict=True) if place == -1]
+    assert places == sorted(places)
+
+
+def test_every_word_has_a_sample() -> None:
+    classes = {type(sample).__name__.lower() for sample in SAMPLES.values()}
+    assert classes == set(WORDS)
+    assert classes == {path.stem for path in (PACKAGE / "language" / "words").glob("[!_]*.py")}
