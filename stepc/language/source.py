@@ -24,7 +24,8 @@ class Site:
     line: int
 
     def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.line}"
+        # A notebook cell or a prompt has a file name that is nowhere.
+        return f"{Path(self.file).name}:{self.line}" if Path(self.file).exists() else f"line {self.line}"
 
 
 @dataclass(frozen=True)

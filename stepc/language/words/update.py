@@ -65,7 +65,7 @@ def update(optimizer: optax.GradientTransformation) -> Update:
     An optimizer that needs `value_fn` (a line search) cannot be given one: the batch is gone when it runs.
     Example:
       >>> update(optax.adamw(3e-4)) @ grad(loss)
-      update(optax.adamw(0.0003)) @ grad(loss)
+      update(optax.adamw(3e-4)) @ grad(loss)
 
     Source: optax, https://github.com/google-deepmind/optax.
     """
