@@ -79,4 +79,7 @@ def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
         names = tuple(one for one in (entry if isinstance(entry, tuple) else (entry,)) if one not in (*axes, None))
         return names[0] if len(names) == 1 else names or None
 
-    return PartitionSpec(*map(kept, spec))
+    entries = list(map(kept, spec))
+    while entries and entries[-1] is None:
+        entries.pop()  # as jax writes the shardings of results: one spec, one spelling, one compilation
+    return PartitionSpec(*entries)

@@ -85,6 +85,7 @@ class Compiled:
 
     def donated(self) -> tuple[DonatedLeaf, ...]:
         """Every leaf of the state, and whether its buffer is used again for the new state."""
+        # Every leaf of the state is returned, so jax drops none of them: their numbers are their positions.
         aliased = inspect.aliases(self.executable)
         paths = [leaf.path for leaf in self.plan.leaves]
         return tuple(

@@ -109,13 +109,12 @@ class Step:
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
         self._rows = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(decision.rows))
-        # Parameter numbers of the executable are positions of leaves only if unused leaves are kept.
         options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
 
         def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics]:  # the name of the program in HLO
             return self._traced(state, batch)
 
-        self._program = jax.jit(stepc_step, donate_argnums=0, keep_unused=True, **options)
+        self._program = jax.jit(stepc_step, donate_argnums=0, **options)
         self._accepted: set[tuple[Any, ...]] = set()  # signatures of batches that were checked
 
     def __repr__(self) -> str:
@@ -143,7 +142,8 @@ class Step:
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return _shapes_with(shapes, shardings)
         placed = put(params, None if shardings is None else shardings.params)
-        # One small program makes the state: its copies are new buffers, and no leaf is ever whole where it is not.
+        # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
+        # optimizer; and no leaf is ever whole where it is not to be.
         fresh = jax.jit(lambda params: replace(self._fresh(params, seed), placement=placement), out_shardings=shardings)
         return jax.block_until_ready(fresh(placed))
 
@@ -181,10 +181,7 @@ class Step:
 
     @_in_our_mesh
     def _fresh(self, params: Params, seed: Any) -> State:
-        params = jax.tree.map(jnp.copy, params)
-        # A second copy: an optimizer that keeps the parameters would otherwise share their buffers.
-        opt_state = jax.tree.map(jnp.copy, self.decision.optimizer.init(params))
-        return State(params, opt_state, jnp.zeros((), jnp.int32), jax.random.key(seed))
+        return State(params, self.decision.optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
 
     @_in_our_mesh
     def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -60,8 +60,8 @@ def _merge_time(outer: Node, inner: Node) -> tuple[Node, ...] | None:
 
 def _merge_space(outer: Node, inner: Node) -> tuple[Node, ...] | None:
     match outer, inner:
-        # Contiguous parts of contiguous parts are contiguous parts.
-        case Mean(Space(a)), Mean(Space(b)) if not set(a) & set(b):
+        # Contiguous parts of contiguous parts are contiguous parts. No bound program names an axis twice.
+        case Mean(Space(a)), Mean(Space(b)):
             place = Space((*a, *b), prod((outer.size, inner.size)))
             return (Mean(place, written=f"{outer.written} @ {inner.written}"),)
         case _:

@@ -9,25 +9,25 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-Probe: TypeAlias = Callable[[Any, Any], jax.Array]  # Any, twice: the trees of `probe_params` and `probe_batch`
+Probe: TypeAlias = Callable[[Any, Any], Float[Array, ""]]  # Any, twice: the trees of `probe_params` and `probe_batch`
 
 
-def over_rows(params: dict[str, Any], rows: dict[str, Any]) -> jax.Array:
+def over_rows(params: dict[str, Any], rows: dict[str, Any]) -> Float[Array, ""]:
     """A mean over rows: the half square of a linear prediction's error."""
     error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
     return jnp.mean(error * error) * 0.5
 
 
-def sharing_a_cell(params: dict[str, Any], rows: dict[str, Any]) -> jax.Array:
+def sharing_a_cell(params: dict[str, Any], rows: dict[str, Any]) -> Float[Array, ""]:
     """A product of two means: it depends on which rows share a cell."""
     return jnp.mean(jnp.matmul(rows["x"], params["w"]) + params["b"]) * jnp.mean(rows["y"])
 
 
-def in_order(params: dict[str, Any], rows: dict[str, Any]) -> jax.Array:
+def in_order(params: dict[str, Any], rows: dict[str, Any]) -> Float[Array, ""]:
     """A sum weighted by the place of a row in its cell: it depends on the order as well."""
     weights = jnp.arange(rows["y"].shape[0], dtype=jnp.float32)
     return jnp.mean(weights * (jnp.matmul(rows["x"], params["w"]) + params["b"]) * rows["y"])
