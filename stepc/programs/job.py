@@ -1,0 +1,60 @@
+"""What `stepc train` can be asked for, as one frozen value; it must not import what only the demo extra installs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import stepc as sc
+from stepc.programs.gpt import Size
+
+Value = TypeVar("Value")
+# How a value is read from a word of the command line.
+Reader: TypeAlias = Callable[[str], int | float | Path]
+
+
+def _option(default: Value, unit: str, meaning: str, *, reader: Reader = int, least: int = 1, shown: str = "") -> Value:
+    """A field with all that the command line says about it."""
+    about = {"unit": unit, "meaning": meaning, "reader": reader, "least": least}
+    return field(default=default, metadata={**about, "shown": shown or str(default)})
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train a small GPT on the standard library's source. The fields are the options of `stepc train`.
+
+    Errors: ConfigError that names every field whose value is too small.
+    """
+
+    steps: int = _option(1000, "STEPS", "how many optimizer steps")
+    batch: int = _option(16, "ROWS", "rows in the batch of one step; a multiple of k * devices")
+    k: int = _option(4, "PARTS", "microbatches in one step, one after another")
+    devices: int = _option(2, "DEVICES", "data-parallel devices; simulated on a CPU, else at most what is there")
+    seed: int = _option(0, "SEED", "of parameters, batches and sample", least=0)
+    out: Path | None = _option(
+        None, "FOLDER", "for metrics.jsonl and loss.png", reader=Path, shown="runs/<date>-<time>"
+    )
+    learning_rate: float = _option(1e-2, "RATE", "of adamw, at its peak", reader=float, least=0)
+    layers: int = _option(4, "BLOCKS", "transformer blocks")
+    width: int = _option(64, "FEATURES", "features per position; a multiple of heads")
+    heads: int = _option(4, "HEADS", "attention heads per block")
+    context: int = _option(128, "BYTES", "how many bytes the model sees at once")
+    text_bytes: int = _option(8_000_000, "BYTES", "how much source to read at most")
+    validation_batches: int = _option(8, "BATCHES", "of 32 windows of held-out text, to be judged by")
+    sample_bytes: int = _option(200, "BYTES", "how much to write at the end")
+
+    def __post_init__(self) -> None:
+        faults = []
+        for one in fields(self):
+            value, least = self.__dict__[one.name], one.metadata["least"]
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                faults.append((one.name, f"expected at least {least}, got {value}"))
+        if faults:
+            raise sc.ConfigError("A job cannot have these numbers.", facts=faults)
+        _ = self.size  # checks its own numbers
+
+    @property
+    def size(self) -> Size:
+        """The size of the model."""
+        return Size(layers=self.layers, width=self.width, heads=self.heads, context=self.context)

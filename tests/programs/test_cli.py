@@ -1,0 +1,173 @@
+"""The command line, as a user meets it: help, a whole run, mistakes, Ctrl-C, and no extra."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from stepc.cli import main
+
+SMALL = (
+    "--batch=8 --k=2 --layers=1 --width=16 --heads=2 --context=16 --text-bytes=200000 "
+    "--validation-batches=1 --sample-bytes=20"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def eight_devices() -> None:
+    """Start jax before a command does: it would simulate two devices, for all the tests that follow."""
+    assert len(jax.devices()) == 8
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "stepc", "train", *SMALL, f"--out={folder}", *words]
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One run of six steps, for all the tests that look at what it left."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return folder, subprocess.run(command(folder, "--steps=6"), capture_output=True, text=True, timeout=300)
+
+
+def test_train_small_succeeds(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, ended = finished
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+
+
+def test_train_prints_what_it_does_in_order(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, ended = finished
+    landmarks = [
+        '@ clip(1.0) @ accumulate(2) @ shard(dp("data")) @ grad(loss)\n',
+        "\nplan of ",
+        "\nall-reduce ",
+        "\nstep 0: validation ",
+        "\nstep 1/6  loss ",
+        "\nstep 6: validation ",
+        "(bigram ",
+        "\na sample\n",
+        f"\nmetrics  {folder}/metrics.jsonl",
+        f"\ncurve    {folder}/loss.png\n",
+    ]
+    rest = ended.stdout
+    for landmark in landmarks:
+        assert landmark in rest
+        rest = rest.partition(landmark)[2]
+
+
+def test_train_reduces_once_outside_the_loop(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, ended = finished
+    (row,) = [line.split() for line in ended.stdout.splitlines() if line.startswith("all-reduce ")]
+    _, _, _, axis, executions, in_loop, *_ = row
+    assert (axis, executions, in_loop) == ("data", "1", "no")
+
+
+def test_train_leaves_metrics_and_a_picture(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    # A validation before the first step, after every second, and after the last; a log for every step.
+    assert sorted(steps_in(folder)) == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert is_png(folder / "loss.png")
+
+
+def test_train_same_folder_twice_is_refused(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(["train", *SMALL, f"--out={folder}", "--steps=6"]) == 2
+    assert "never overwrites" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_train_no_folder_named_makes_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, "--steps=1"]) == 0
+    assert main(["train", *SMALL, "--steps=1"]) == 0
+    folders = list(Path("runs").iterdir())
+    assert len(folders) == 2
+    assert all(steps_in(folder) == [0, 1, 1] for folder in folders)
+
+
+def test_train_uneven_batch_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, f"--out={tmp_path / 'run'}", "--batch=7"]) == 2
+    assert capsys.readouterr().err.startswith("stepc: BatchError: 7 rows do not divide by 4 =")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_more_devices_than_jax_has_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--devices=9"]) == 2
+    assert "9 devices cannot be simulated: jax is running already, with 8." in capsys.readouterr().err
+
+
+def test_train_ctrl_c_keeps_the_curve(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        command(folder, "--steps=1000000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        while not running.stdout.readline().startswith("step 1/"):
+            assert running.poll() is None, running.stderr.read()
+        running.send_signal(signal.SIGINT)
+        rest, errors = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "Traceback" not in errors
+    assert "Interrupted after step" in errors
+    assert "the state is alive" in errors
+    assert f"curve    {folder}/loss.png" in rest
+    assert steps_in(folder)[:2] == [0, 1]
+    assert is_png(folder / "loss.png")
+
+
+def test_train_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in ("--steps STEPS", "--batch ROWS", "--k PARTS", "--devices DEVICES", "--seed SEED", "--out FOLDER"):
+        assert option in shown
+    assert "microbatches in one step, one after another (default: 4)" in shown
+    assert "(default: runs/<date>-<time>)" in shown
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_train_without_extra_says_what_to_install(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # Python's own way to say: not installed
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == (
+        f"stepc: `stepc train` needs {missing}. Install it with: pip install 'stepc[demo]'\n"
+    )
+
+
+def test_train_impossible_numbers_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--steps=0", "--devices=-1"]) == 2
+    shown = capsys.readouterr().err
+    assert "steps    expected at least 1, got 0" in shown
+    assert "devices  expected at least 1, got -1" in shown
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "usage: stepc" in capsys.readouterr().err
