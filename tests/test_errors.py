@@ -24,6 +24,7 @@ adamw = optax.adamw(3e-4)
 tx = optax.sgd(0.1)
 dp = sc.shard(sc.dp("data"))
 K, N = 4, 8
+SHAPES = {"w": jax.ShapeDtypeStruct((3,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)}
 
 
 def step_on(sizes: dict[str, int] | None = None) -> sc.Step:
@@ -141,6 +142,13 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "not_a_state": (sc.ConfigError, lambda: step_on()(probe_params(), probe_batch(64))),
     "another_state": (sc.ConfigError, state_of_another_step),
     "donated_state": (sc.ConfigError, donated_state),
+    "shapes_of_a_state": (sc.ConfigError, lambda: step_on()(step_on().init(SHAPES), probe_batch(64))),
+    "shapes_of_a_batch": (
+        sc.BatchError,
+        lambda: step_on()(
+            step_on().init(probe_params()), jax.eval_shape(lambda: jax.tree.map(jnp.asarray, probe_batch(64)))
+        ),
+    ),
     "unstable_state": (sc.ConfigError, unstable_state),
     "vector_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.matmul(b["x"], p["w"]))),
     "integer_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.sum(b["y"]).astype(jnp.int32))),

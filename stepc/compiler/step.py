@@ -25,7 +25,7 @@ from stepc.compiler.schedule import Schedule, batch_axes, schedule
 from stepc.compiler.stages import Lowered
 from stepc.core.laws import LAWS, Law
 from stepc.core.nodes import Program, Update
-from stepc.errors import ConfigError
+from stepc.errors import BatchError, ConfigError
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
 from stepc.language.reference import Reference, complete_words, reference
@@ -152,7 +152,7 @@ class Step:
 
         Errors: ConfigError, BatchError and LossError before anything is compiled; then nothing is lost.
         """
-        if type(state) is not State or state.step.is_deleted():
+        if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
             self._refuse(state)
         return self._program(state, self._ready(batch))
 
@@ -205,6 +205,8 @@ class Step:
             signature = ()
         if signature not in self._accepted:
             check_batch(batch, self.decision.core)
+            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+                raise BatchError("These are the shapes of a batch: `lower` takes them, a step needs the arrays.")
             self._accepted.add(signature)
         if self._rows is not None and any(
             isinstance(leaf, jax.Array) and leaf.sharding != self._rows for leaf in leaves
@@ -214,6 +216,8 @@ class Step:
 
     def _refuse(self, state: Any) -> None:
         check_state(state, self.decision.optimizer.init)
+        if not isinstance(state.step, jax.Array):
+            raise ConfigError("These are the shapes of a state: `lower` takes them, a step needs the arrays.")
         raise ConfigError(
             "This state was donated to an earlier step: its arrays are deleted.",
             suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
