@@ -174,7 +174,7 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "equivalence_leaves": (
         sc.EquivalenceError, lambda: assert_equal_trees({"w": 1.0}, {"v": 1.0}, tolerance=0.0, of="two trees")
     ),
-    "check_transform": (sc.EquivalenceError, lambda: check_transform(loss)),
+    "check_transform": (sc.EquivalenceError, lambda: check_transform(3)),
 }  # fmt: skip
 MISTAKES = {**COMPOSING, **FIELDS, **COMPILING, **CALLING, **RUNNING}
 

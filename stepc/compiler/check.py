@@ -123,8 +123,12 @@ def check_seed(seed: object) -> None:
         raise ConfigError("The seed is not a whole number of 64 bits.", facts=(("got", repr(seed)),))
 
 
-def check_batch(batch: Batch, program: Program) -> None:
-    """Refuse a batch that the program cannot split. Errors: BatchError with all faults."""
+def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> None:
+    """Refuse a batch that the program cannot split. Errors: BatchError with all faults.
+
+    `shapes_too` takes shapes in the place of arrays. It may be called while a part of its faults is being handled:
+    it says all there is to say, so it hides the context.
+    """
     leaves = leaves_by_path(batch)
     faults = [fault for path, leaf in leaves if (fault := _leaf_fault(f"`{path}`" if path else "the batch", leaf))]
     if not leaves:
@@ -135,8 +139,10 @@ def check_batch(batch: Batch, program: Program) -> None:
         faults.append(f"the leaves differ in their number of rows: {counts}.")
     elif not faults:
         faults = _division_faults(next(iter(rows.values())), program)
+    if not shapes_too and any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves):
+        faults.append("these are the shapes of a batch: `lower` takes them, a step needs the arrays.")
     if faults:
-        raise BatchError(_sentence(faults_in_one(faults, of="the batch")))
+        raise BatchError(_sentence(faults_in_one(faults, of="the batch"))) from None
 
 
 def checked_loss(node: Differentiate) -> Callable[[Params, Rows], jax.Array]:

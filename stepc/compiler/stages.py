@@ -1,9 +1,9 @@
 """The later stages of a step as values, as in `jax.stages`: Lowered and Compiled. They answer, they decide nothing."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from stepc import inspect
@@ -24,7 +24,7 @@ class Lowered:
     plan: Plan
     mesh: Mesh | None
 
-    def jaxpr(self) -> ClosedJaxpr:
+    def jaxpr(self) -> Any:  # Any: a jax.extend.core.ClosedJaxpr, whose import takes 27 ms
         """The step as jax sees it."""
         return self.traced.jaxpr
 

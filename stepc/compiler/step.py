@@ -7,9 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepc.compiler.check import bind, check_batch, check_fixed_point, check_params, check_seed, check_state
+from stepc.compiler.check import (
+    bind,
+    check_batch,
+    check_fixed_point,
+    check_params,
+    check_seed,
+    check_state,
+)
 from stepc.compiler.lower import Place, lower
 from stepc.compiler.placing import (
     placement_of,
@@ -25,7 +33,7 @@ from stepc.compiler.schedule import Schedule, batch_axes, schedule
 from stepc.compiler.stages import Lowered
 from stepc.core.laws import LAWS, Law
 from stepc.core.nodes import Program, Update
-from stepc.errors import BatchError, ConfigError
+from stepc.errors import ConfigError
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
 from stepc.language.reference import Reference, complete_words, reference
@@ -115,7 +123,6 @@ class Step:
             return self._traced(state, batch)
 
         self._program = jax.jit(stepc_step, donate_argnums=0, **options)
-        self._accepted: set[tuple[Any, ...]] = set()  # signatures of batches that were checked
 
     def __repr__(self) -> str:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
@@ -134,7 +141,7 @@ class Step:
         check_params(params)
         check_seed(seed)
         placement = placement_of(params, self.mesh, rows=self.decision.rows)
-        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), params)
+        bare = jax.tree.map(_shape_of, params)
         shapes = jax.eval_shape(lambda params: self._fresh(params, seed), bare)
         placement = placement_of_state(shapes, placement, bare)
         shapes = replace(shapes, placement=placement)
@@ -154,7 +161,11 @@ class Step:
         """
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
             self._refuse(state)
-        return self._program(state, self._ready(batch))
+        try:
+            return self._program(state, self._placed(batch))
+        except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
+            check_batch(batch, self.decision.core, shapes_too=False)
+            raise
 
     def reference(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
@@ -186,6 +197,7 @@ class Step:
     @_in_our_mesh
     def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         self.traces += 1
+        check_batch(jax.tree.map(_shape_of, batch), self.decision.core)
         check_state(state, self.decision.optimizer.init)
         place = Place(self.mesh, self.decision.rows, specs_of(state.params, state.placement, prefix="params"))
         step = lower(self.decision.schedule, place)
@@ -197,21 +209,15 @@ class Step:
         lying = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
         return jax.lax.with_sharding_constraint((new, metrics), lying)
 
-    def _ready(self, batch: Batch) -> Batch:
-        leaves, tree = jax.tree.flatten(batch)
-        try:
-            signature = (tree, *[(leaf.shape, leaf.dtype) for leaf in leaves])
-        except AttributeError:
-            signature = ()
-        if signature not in self._accepted:
-            check_batch(batch, self.decision.core)
-            if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-                raise BatchError("These are the shapes of a batch: `lower` takes them, a step needs the arrays.")
-            self._accepted.add(signature)
-        if self._rows is not None and any(
-            isinstance(leaf, jax.Array) and leaf.sharding != self._rows for leaf in leaves
-        ):
-            return put(batch, self._rows)
+    def _placed(self, batch: Batch) -> Batch:
+        """The batch, moved if it is on devices and does not lie as the program takes it. The only loop of a call."""
+        for leaf in jax.tree.leaves(batch):
+            if type(leaf) is np.ndarray:
+                continue
+            if not isinstance(leaf, jax.Array):
+                check_batch(batch, self.decision.core, shapes_too=False)
+            elif self._rows is not None and leaf.sharding != self._rows:
+                return put(batch, self._rows)
         return batch
 
     def _refuse(self, state: Any) -> None:
@@ -232,6 +238,10 @@ class Step:
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
         made = self.decision
         return Plan(repr(self.pipeline), mesh, made.core, made.laws, made.schedule, made.rows, leaves)
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _shapes_with(shapes: State, shardings: Any) -> State:
