@@ -7,6 +7,7 @@ region XLA gathers model-sharded operands of tiled collectives, and bfloat16 sum
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, assert_never
 
 import jax
@@ -114,15 +115,19 @@ def _loop(size: int, body: Schedule, params: Params, rows: Rows, place: Place) -
     cell = jax.jit(lambda params, rows: _run(body, None, params, rows, place), inline=True)
 
     def part(index: jax.Array) -> Rows:
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, axis=1, keepdims=False), parts)
+        take = partial(jax.lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False, allow_negative_indices=False)
+        return jax.tree.map(take, parts)
 
-    def turn(total: Flow, index: jax.Array) -> tuple[Flow, None]:
-        return jax.tree.map(jnp.add, total, cell(params, part(index))), None
+    # The number of the turn is carried, not scanned over: an array of numbers would be read for every row.
+    def turn(carry: tuple[jax.Array, Flow], _: None) -> tuple[tuple[jax.Array, Flow], None]:
+        index, total = carry
+        return (index + 1, jax.tree.map(jnp.add, total, cell(params, part(index)))), None
 
-    shapes = jax.eval_shape(lambda: cell(params, part(jnp.zeros((), jnp.int32))))
+    first = jnp.zeros((), jnp.int32)
+    shapes = jax.eval_shape(lambda: cell(params, part(first)))
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     with jax.named_scope(SCAN_NAME):
-        total, _ = jax.lax.scan(turn, zeros, jnp.arange(size, dtype=jnp.int32))
+        (_, total), _ = jax.lax.scan(turn, (first, zeros), None, length=size)
     return total
 
 
