@@ -308,11 +308,15 @@ def test_batches_of_any_host_or_device_kind_give_the_same_step() -> None:
     assert step.traces == 2  # jax traces host arrays and device arrays apart, wherever the latter lie
 
 
-def test_reference_keeps_the_state_alive() -> None:
-    step = sc.compile(standard(2), mesh=mesh_of(data=4))
+@pytest.mark.parametrize("devices", [1, 4])
+def test_reference_keeps_the_state_alive_and_outlives_it(devices: int) -> None:
+    step = sc.compile(standard(2), mesh=mesh_of(data=devices))
     state = step.init(probe_params())
-    step.reference(state, probe_batch(16))
+    expected, _ = step.reference(state, probe_batch(16))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    got, _ = step(state, probe_batch(16))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(expected))
+    assert got.rng == expected.rng
 
 
 def test_state_keeps_its_type_when_fields_are_replaced() -> None:

@@ -171,7 +171,9 @@ class Step:
         """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
         check_batch(batch, self.decision.core)
         here = jax.devices()[0]
-        return self.meaning(jax.device_put(state, here), jax.device_put(batch, here))
+        # A copy: what the meaning passes through unchanged, such as the key, must outlive a donated state.
+        copied = jax.tree.map(jnp.copy, state)
+        return self.meaning(jax.device_put(copied, here), jax.device_put(batch, here))
 
     @property
     def meaning(self) -> Reference:
