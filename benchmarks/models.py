@@ -1,0 +1,75 @@
+"""What is trained: parameters, a batch, a maker of losses, the optimizer; it must not know what is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from stepc.programs import gpt
+
+Loss: TypeAlias = Callable[[Any, Any], jax.Array]  # Any: trees of parameters and of rows
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a step needs. `make_loss` gives a new function each time, so that nothing is remembered of it."""
+
+    name: str
+    make_loss: Callable[[], Loss]
+    params: Any  # Any: a tree of arrays
+    batch: Any  # Any: a tree of host arrays
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def adamw() -> optax.GradientTransformation:
+    """A new optimizer. Its epsilon is 1e-5 and not 1e-8, so that variants can be compared after one step.
+
+    Adam's first step is g / (|g| + epsilon): with 1e-8, a gradient that is 0 but for rounding becomes a whole step.
+    """
+    return optax.adamw(1e-3, eps=1e-5)
+
+
+def mlp(widths: tuple[int, ...], *, rows: int) -> Model:
+    """Matrices with ReLU between them, and a squared error."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    params = [
+        {"kernel": jnp.asarray(normal(before, after) * (2 / before) ** 0.5), "bias": jnp.zeros(after)}
+        for before, after in pairwise(widths)
+    ]
+    batch = {"x": normal(rows, widths[0]), "y": normal(rows, widths[-1])}
+    return Model(f"MLP {'-'.join(map(str, widths))}, {rows} rows", _mlp_loss, params, batch)
+
+
+def small_gpt(size: gpt.Size, *, rows: int, num_tokens: int = gpt.NUM_BYTES) -> Model:
+    """The GPT of `stepc train`, with a table of `num_tokens` instead of bytes if asked."""
+    key, table = jax.random.split(jax.random.key(0))
+    params = dict(gpt.init(key, size))
+    if num_tokens != gpt.NUM_BYTES:
+        params["byte"] = 0.02 * jax.random.normal(table, (num_tokens, size.width))
+    tokens = np.random.default_rng(0).integers(0, num_tokens, (rows, size.context + 1))
+    what = f"{size.layers} layers, width {size.width}, context {size.context}, {num_tokens} tokens, {rows} rows"
+    return Model(f"GPT {what}", lambda: gpt.make_loss(size), params, {"tokens": tokens.astype(np.int32)})
+
+
+def _mlp_loss() -> Loss:
+    def loss(params: Any, batch: Any) -> jax.Array:
+        *inner, last = params
+        hidden = batch["x"]
+        for layer in inner:
+            hidden = jax.nn.relu(hidden @ layer["kernel"] + layer["bias"])
+        return jnp.square(hidden @ last["kernel"] + last["bias"] - batch["y"]).mean()
+
+    return loss
