@@ -316,7 +316,7 @@ def test_reference_keeps_the_state_alive_and_outlives_it(devices: int) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     got, _ = step(state, probe_batch(16))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(expected))
-    assert got.rng == expected.rng
+    assert np.array_equal(jax.random.key_data(got.rng), jax.random.key_data(expected.rng))
 
 
 def test_state_keeps_its_type_when_fields_are_replaced() -> None:
