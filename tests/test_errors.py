@@ -161,6 +161,7 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: sc.run(None, None, [], steps=0, on_error="ignore", log_every=True),
     ),
+    "run_data": (sc.ConfigError, lambda: sc.run(step_on(), step_on().init(probe_params()), 5)),
     "run_no_data": (sc.DataError, lambda: sc.run(step_on(), step_on().init(probe_params()), [])),
     "run_bad_batch": (
         sc.StepError,

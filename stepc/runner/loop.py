@@ -81,7 +81,7 @@ def run(
       if the data raises, or has no batch; Interrupted (a KeyboardInterrupt) on Ctrl-C, at a step boundary.
     At most two steps are in flight, so a late error is known by the step that caused it.
     """
-    _check(step, steps, on_error, log_every)
+    _check(step, data, steps, on_error, log_every)
     run = Run(state)
     flight: deque[tuple[int, Metrics]] = deque()
     with _interruptible() as interrupted:
@@ -103,10 +103,12 @@ def run(
     return run
 
 
-def _check(step: object, steps: int | None, on_error: str, log_every: int) -> None:
+def _check(step: object, data: object, steps: int | None, on_error: str, log_every: int) -> None:
     faults = []
     if not callable(step):
         faults.append(("step", "a compiled step", step))
+    if not isinstance(data, Iterable):
+        faults.append(("data", "an iterable of batches", data))
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         faults.append(("steps", "a positive integer or None", steps))
     if on_error != "raise":
