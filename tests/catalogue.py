@@ -1,10 +1,14 @@
 """Every word at least once, the probe losses, and the axis sizes that samples name. The ladder is climbed for each."""
 
+import jax.numpy as jnp
 import optax
 
 import stepc as sc
+from stepc.testing.probes import EXACT_SOURCES as EXACT_SOURCES
 from stepc.testing.probes import PROBES as PROBES
+from stepc.testing.probes import SOURCES as SOURCES
 from stepc.testing.probes import probe_batch as probe_batch
+from stepc.testing.probes import probe_carry as probe_carry
 from stepc.testing.probes import probe_params as probe_params
 
 AXES = {"data": 2, "replica": 4}
@@ -16,11 +20,15 @@ EXACT = {
     "scale": sc.scale(0.5),
     "scale_negative": sc.scale(-2.0),
     "shard": sc.shard(sc.dp("data")),
+    "rows": sc.rows(),
+    "loss_scale": sc.loss_scale(initial=8.0, interval=2),
 }
 # Divisions and roots: compared up to rounding.
 ROUNDED = {
     "clip": sc.clip(1.0),
     "clip_loose": sc.clip(1e6),
+    "noise": sc.noise(0.25),
+    "accumulate_narrow": sc.accumulate(4, dtype=jnp.bfloat16),
 }
 UPDATES = {
     "update": sc.update(optax.sgd(0.5)),
@@ -28,5 +36,16 @@ UPDATES = {
     "update_adamw": sc.update(optax.adamw(1e-3)),
     "update_extra_args": sc.update(optax.contrib.reduce_on_plateau()),
 }
-SOURCES = {"grad": sc.grad(PROBES["over_rows"])}
-SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **SOURCES}
+STEPS = {
+    "skip_nonfinite": sc.skip_nonfinite(limit=2),
+    "ema": sc.ema(0.5),
+    "repeat": sc.repeat(2),
+}
+LOSSES = {
+    "cast": sc.cast(jnp.bfloat16),
+    "cast_any": sc.cast(jnp.float16, params=None),
+    "remat": sc.remat(),
+    "remat_dots": sc.remat("dots_saveable"),
+}
+GRADS = {"grad": sc.grad(PROBES["over_rows"])}
+SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **GRADS}

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import nbformat
+import numpy as np
 import optax
 import pytest
 from catalogue import PROBES
@@ -26,9 +29,15 @@ MODULES = [
 ]
 
 
+def loss(params: Any, rows: Any) -> jax.Array:
+    """The loss of the examples: it prints as they write it."""
+    return PROBES["over_rows"](params, rows)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_are_true(name: str) -> None:
-    names = {**vars(sc), **vars(sc.testing), "sc": sc, "optax": optax, "jax": jax, "loss": PROBES["over_rows"]}
+    names = {**vars(sc), **vars(sc.testing), "sc": sc, "optax": optax, "jax": jax, "jnp": jnp, "np": np}
+    names["loss"] = loss
     # Examples are a user's code, not the module's: what they write is quoted as a user's.
     result = doctest.testmod(importlib.import_module(name), extraglobs={**names, "__name__": "__main__"})
     assert result.failed == 0
@@ -63,4 +72,5 @@ def test_notebook_runs_to_its_last_assertion(path: Path) -> None:
 
 
 def output_of(cell: nbformat.NotebookNode) -> str:
-    return "".join(output.get("text", "") for output in cell.outputs if output.get("name") != "stderr")
+    text = "".join(output.get("text", "") for output in cell.outputs if output.get("name") != "stderr")
+    return re.sub(r"(lower\.py):\d+", r"\1:N", text)  # the line of ours that a collective stands in may move

@@ -5,12 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import AXES, EXACT, PROBES, ROUNDED, SAMPLES, UPDATES, probe_batch, probe_params
+from catalogue import (
+    AXES,
+    EXACT,
+    LOSSES,
+    PROBES,
+    ROUNDED,
+    SAMPLES,
+    SOURCES,
+    STEPS,
+    UPDATES,
+    probe_batch,
+    probe_carry,
+    probe_params,
+)
 
 import stepc as sc
 from stepc.compiler.check import bind
 from stepc.core.evaluate import evaluate
+from stepc.language.pipeline import expanded
 from stepc.testing import assert_equal_trees
+from stepc.testing.house import as_seen, world_of
 
 SGD = sc.update(optax.sgd(0.5))
 ROWS = 32
@@ -18,25 +33,38 @@ ROWS = 32
 
 def both_readings(pipeline: sc.Pipeline, *, tolerance: float) -> None:
     meaning = sc.reference(pipeline, axes=AXES)
+    times = [word.n for word in pipeline.words if repr(word).startswith("repeat")]
     batch = jax.tree.map(jnp.asarray, probe_batch(ROWS))
-    state = meaning.init(jax.tree.map(jnp.asarray, probe_params()))
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * times[0]), batch) if times else batch
+    params, carry = jax.tree.map(jnp.asarray, (probe_params(), probe_carry(pipeline.words[-1])))
+    state = meaning.init(params, seed=3, carry=carry)
+    program = bind(expanded(pipeline.words), AXES)
     after, metrics = meaning(state, batch)
-    program = bind(tuple(node for word in pipeline.words for node in word.expand()), AXES)
-    got = evaluate(program, state.params, state.opt_state, batch)
-    assert_equal_trees(got, (after.params, after.opt_state, metrics), tolerance=tolerance, of=repr(pipeline))
+    got, told = evaluate(program, world_of(state), batch)
+    expected = (as_seen(world_of(after)), metrics)
+    assert_equal_trees((as_seen(got), told), expected, tolerance=tolerance, of=repr(pipeline))
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
-def test_expansion_of_a_word_means_what_the_word_means(name: str, probe: str) -> None:
-    word, grad = SAMPLES[name], sc.grad(PROBES[probe])
+def test_expansion_of_a_word_means_what_the_word_means(name: str, source: str) -> None:
+    word, grad, replica = SAMPLES[name], SOURCES[source], sc.shard(sc.dp("replica"))
+    split = sc.accumulate(2) @ replica @ word if name == "rows" else sc.accumulate(2) @ word @ replica
     # Two readings, the same operations in the same order: bitwise also where there is rounding.
-    for pipeline in (
-        SGD @ word @ grad,
-        SGD @ word @ sc.accumulate(2) @ grad,
-        SGD @ sc.accumulate(2) @ word @ sc.shard(sc.dp("replica")) @ grad,
-    ):
+    for pipeline in (SGD @ word @ grad, SGD @ split @ grad):
         both_readings(pipeline, tolerance=0.0)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", STEPS)
+def test_expansion_of_a_step_word_means_what_the_word_means(name: str, source: str) -> None:
+    both_readings(SAMPLES[name] @ SGD @ sc.clip(1.0) @ sc.accumulate(2) @ SOURCES[source], tolerance=0.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_expansion_of_a_loss_word_means_what_the_word_means(name: str) -> None:
+    for probe in PROBES.values():
+        both_readings(SGD @ sc.accumulate(2) @ sc.grad(SAMPLES[name] @ probe), tolerance=0.0)
 
 
 @pytest.mark.parametrize("name", UPDATES)

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from stepc.compiler.rewrite import Rewriting, rewrite
 from stepc.core import evaluate as reader
 from stepc.core.laws import LAWS, Law
-from stepc.core.nodes import Differentiate, Map, Mean, Node, Program, Scale, Space, Time, show
+from stepc.core.nodes import Differentiate, Lanes, Map, Mean, Node, Program, Scale, Space, Time, show
 from stepc.errors import EquivalenceError
 from stepc.testing import assert_equal_trees
 
 NUM_ROWS = 32
-PARAMS = jax.tree.map(jnp.asarray, probe_params())
+WORLD = reader.World(jax.tree.map(jnp.asarray, probe_params()), None)
 BY_NAME = {law.name: law for law in LAWS}
 
 
@@ -38,19 +38,24 @@ def programs(probe: Callable[..., jax.Array]) -> st.SearchStrategy[Program]:
     spaces = st.sampled_from(["a", "b"]).flatmap(
         lambda axis: st.sampled_from([1, 2, 4]).map(lambda size: Mean(Space((axis,), size)))
     )
-    nodes = st.lists(st.one_of(times, scales, spaces, st.just(Map(signs))), min_size=1, max_size=6)
+    nodes = st.lists(
+        st.one_of(times, scales, spaces, st.just(Mean(Lanes())), st.just(Map(signs))), min_size=1, max_size=6
+    )
     return nodes.map(lambda found: (*found, Differentiate(probe))).filter(_is_well_formed)
 
 
 def _is_well_formed(program: Program) -> bool:
     means = [node for node in program if isinstance(node, Mean)]
     axes = [axis for node in means if isinstance(node.place, Space) for axis in node.place.axes]
-    return NUM_ROWS % prod(node.size for node in means) == 0 and len(axes) == len(set(axes))
+    single = next((n for n, node in enumerate(means) if isinstance(node.place, Lanes)), len(means))
+    whole = all(isinstance(node.place, Lanes) or node.size == 1 for node in means[single:])  # one row has no parts
+    divides = NUM_ROWS % prod(node.size for node in means if not isinstance(node.place, Lanes)) == 0
+    return whole and divides and len(axes) == len(set(axes))
 
 
 def assert_means_the_same(one: Rewriting) -> None:
     batch = jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS, seed=1))
-    before, after = (reader.gradient(program, PARAMS, batch) for program in (one.before, one.after))
+    before, after = (reader.gradient(program, WORLD, batch) for program in (one.before, one.after))
     assert_equal_trees(after, before, tolerance=0.0, of=f"{one.law.name}: `{show(one.before)}` = `{show(one.after)}`")
 
 
@@ -69,6 +74,7 @@ FIRES: dict[str, tuple[Node, ...]] = {
     "drop-unit-scale": (Scale(1.0),),
     "merge-time": (Mean(Time(2)), Mean(Time(4))),
     "merge-space": (Mean(Space(("a",), 2)), Mean(Space(("b",), 4))),
+    "merge-lanes": (Mean(Lanes()), Mean(Lanes())),
     "defer-reduce": (Mean(Time(4)), Mean(Space(("a",), 2))),
     "scale-past-mean": (Mean(Time(4)), Scale(0.5)),
     "merge-scale": (Scale(0.5), Scale(-2.0)),
@@ -92,6 +98,8 @@ WRONG = {
     "drop-unit-scale": _law("drop-unit-scale", lambda node: () if node == Scale(0.5) else None),
     "merge-time": _law("merge-time", lambda a, b: (Mean(Time(a.size)),) if _both(a, b, Time) else None),
     "merge-space": _law("merge-space", lambda a, b: (Mean(Space(("a",), a.size)),) if _both(a, b, Space) else None),
+    # Neither of the two is left: the rows share a cell.
+    "merge-lanes": _law("merge-lanes", lambda a, b: () if isinstance(a, Mean) and a == b else None),
     # The reduction that leaves the loop and takes the division with it only once.
     "defer-reduce": _law(
         "defer-reduce", lambda a, b: (b,) if isinstance(a, Mean) and isinstance(b, Mean) and a != b else None
@@ -141,9 +149,9 @@ def test_wrong_split_is_caught(split: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     right, batch = reader._split, jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS))
     program = (Mean(Time(4)), Mean(Space(("a",), 2)))
-    expected = [reader.gradient((*program, Differentiate(probe)), PARAMS, batch) for probe in PROBES.values()]
+    expected = [reader.gradient((*program, Differentiate(probe)), WORLD, batch) for probe in PROBES.values()]
     monkeypatch.setattr(reader, "_split", wrong)
-    got = [reader.gradient((*program, Differentiate(probe)), PARAMS, batch) for probe in PROBES.values()]
+    got = [reader.gradient((*program, Differentiate(probe)), WORLD, batch) for probe in PROBES.values()]
     with pytest.raises(EquivalenceError):
         assert_equal_trees(got, expected, tolerance=0.0, of=split)
 
@@ -164,8 +172,8 @@ def test_laws_come_to_an_end_in_the_normal_form(program: Program) -> None:
     normal = trace[-1].after
     assert not rewrite(normal, LAWS)
     assert len(normal) <= len(program)
-    # Between two nodes that are not linear: at most one constant, one mean over space, one loop, in this order.
-    rank = {Scale: 0, Space: 1, Time: 2}
+    # Between two nodes that are not linear: at most one constant, one mean over space, one loop, one over lanes.
+    rank = {Scale: 0, Space: 1, Time: 2, Lanes: 3}
     for one, two in zip(normal, normal[1:], strict=False):
         ranks = [rank.get(type(node.place if isinstance(node, Mean) else node)) for node in (one, two)]
         assert None in ranks or ranks[0] < ranks[1]  # pyright: ignore[reportOperatorIssue]

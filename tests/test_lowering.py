@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from catalogue import PROBES, SAMPLES, UPDATES, probe_batch, probe_params
+from catalogue import EXACT, PROBES, ROUNDED, SAMPLES, SOURCES, UPDATES, probe_batch, probe_carry, probe_params
 from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepc as sc
-from stepc.compiler.step import decide
+from stepc.compiler.decision import decide
 from stepc.core.evaluate import evaluate
 from stepc.core.laws import LAWS
 from stepc.testing import assert_equal_trees, assert_equivalent
+from stepc.testing.house import as_seen, world_of
 from stepc.testing.strategies import batches, meshes, pipelines
 
 SGD = sc.update(optax.sgd(0.5))
@@ -24,14 +25,18 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
     batch = probe_batch(num_rows)
     for laws in (LAWS, ()):
         step = sc.Step(pipeline, mesh, decide(pipeline, mesh, laws))
-        state = step.init(probe_params())
-        params, opt_state, batch_ = jax.device_put(
-            (state.params, state.opt_state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0]
-        )
-        expected = evaluate(step.decision.core, params, opt_state, batch_)
+        state = fresh(step)
+        before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
+        expected, told = evaluate(step.decision.core, world_of(jax.tree.map(jnp.copy, before)), batch_)
         after, metrics = step(state, batch)
         of = f"{pipeline!r} on {dict(mesh.shape)} with {'all' if laws else 'no'} laws"
-        assert_equal_trees((after.params, after.opt_state, metrics), expected, tolerance=0.0, of=of)
+        got = (as_seen(world_of(after)), metrics)
+        assert_equal_trees(got, (as_seen(expected), told), tolerance=0.0, of=of)
+
+
+def fresh(step: sc.Step, *, seed: int = 0) -> sc.State:
+    """A fresh state of the probes."""
+    return step.init(probe_params(), seed=seed, carry=probe_carry(step.pipeline.words[-1]))
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -69,12 +74,14 @@ def test_steps_of_one_device_and_of_eight_agree_bitwise_on_whole_numbers() -> No
     assert_equal_trees(results[2], results[0], tolerance=0.0, of="eight devices and one")
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLES if name not in {*UPDATES, "grad"}])
-@pytest.mark.parametrize("probe", PROBES)
-def test_compiled_word_equals_its_reference_among_others(name: str, probe: str) -> None:
-    word, grad, replica = SAMPLES[name], sc.grad(PROBES[probe]), sc.shard(sc.dp("replica"))
-    step = sc.compile(SGD @ sc.accumulate(2) @ word @ replica @ grad, mesh=mesh_of(data=2, replica=4))
-    assert_equivalent(step, step.init(probe_params()), probe_batch(64))
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiled_word_equals_its_reference_among_others(name: str, source: str) -> None:
+    word, replica = SAMPLES[name], sc.shard(sc.dp("replica"))
+    split = replica @ word if name == "rows" else word @ replica
+    step = sc.compile(SGD @ sc.accumulate(2) @ split @ SOURCES[source], mesh=mesh_of(data=2, replica=4))
+    # bfloat16 holds 8 bits, and the sums are taken in another order.
+    assert_equivalent(step, fresh(step), probe_batch(64), tolerance=1e-5 if name != "accumulate_narrow" else 2e-2)
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -95,16 +102,16 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     pipeline = data.draw(pipelines(axes=axes, exact=exact))
     batch = data.draw(batches(pipeline, axes=axes))
     step = sc.Step(pipeline, mesh, decide(pipeline, mesh, data.draw(st.sampled_from([LAWS, LAWS, ()]))))
-    assert_equivalent(step, step.init(probe_params()), batch, tolerance=tolerance)
+    assert_equivalent(step, fresh(step), batch, tolerance=tolerance)
 
 
-@settings(max_examples=110)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_exact_pipeline_equals_its_reference_bitwise(data: st.DataObject) -> None:
     climb(data, exact=True, tolerance=0.0)
 
 
-@settings(max_examples=110)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_pipeline_equals_its_reference(data: st.DataObject) -> None:
     # Roots and divisions round; sums of rounded numbers depend on their order.

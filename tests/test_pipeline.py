@@ -95,7 +95,7 @@ def test_recipe_of_plain_fields_survives_pickling() -> None:
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 
-@pytest.mark.parametrize("name", ["clip", "scale", "accumulate", "update"])
+@pytest.mark.parametrize("name", ["clip", "scale", "accumulate", "noise", "update", "ema", "skip_nonfinite", "remat"])
 def test_word_keeps_the_rules_of_the_house(name: str) -> None:
     check_transform(SAMPLES[name])
 
@@ -109,11 +109,10 @@ class Signed(sc.Transform):
     rate: float
 
     def meaning(self, inner: sc.Fn) -> sc.Fn:
-        def apply(state: sc.State, rows: object) -> sc.Gradient:
-            grads, metrics = inner.apply(state, rows)
-            return sc.Gradient(signs(grads, self.rate)[0], metrics)
+        def apply(state: sc.State, cell: sc.Cell) -> sc.Gradient:
+            return inner.apply(state, cell).map(signs, self.rate)
 
-        return sc.Fn(inner.init, apply, inner.axes)
+        return sc.Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[sc.nodes.Map, ...]:
         return (sc.nodes.Map(signs, (self.rate,), written=repr(self)),)

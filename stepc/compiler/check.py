@@ -4,7 +4,6 @@ Each check finds all its faults and raises one error. It decides nothing and cha
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc.core.nodes import Differentiate, Mean, Program, Space, Time
-from stepc.errors import BatchError, ConfigError, LossError, ShardingError, did_you_mean, faults_in_one
-from stepc.language.kinds import Batch, Params, Rows
+from stepc.core.nodes import Differentiate, Lanes, Mean, Program, Repeat, Space, Time
+from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
+from stepc.language.kinds import Batch, Params
 from stepc.language.state import State, leaves_by_path
 
 # Leaves that have rows. Typed keys are jax arrays too.
@@ -43,12 +42,47 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
         facts = (("mesh", have or "none was given to compile"),)
         suggestion = " ".join(hint for hint in hints if hint) or None
         raise ShardingError(_sentence(faults_in_one(faults, of="the axes")), facts=facts, suggestion=suggestion)
-    return tuple(
+    bound = tuple(
         replace(node, place=Space(node.place.axes, math.prod(sizes[axis] for axis in node.place.axes)))
         if isinstance(node, Mean) and isinstance(node.place, Space)
         else node
         for node in program
     )
+    _check_single_rows(bound)
+    return bound
+
+
+def _check_single_rows(program: Program) -> None:
+    means = [node for node in program if isinstance(node, Mean)]
+    single = next((place for place, node in enumerate(means) if isinstance(node.place, Lanes)), len(means))
+    for node in means[single + 1 :]:
+        if not isinstance(node.place, Lanes) and node.place.size != 1:
+            raise ConfigError(
+                f"`{node.written}` stands on the right of `{means[single].written}`: one row has no parts.",
+                suggestion=f"Write `{node.written}` on the left of `{means[single].written}`.",
+            )
+
+
+def check_carry(carry: object, program: Program) -> None:
+    """Refuse a carry that the loss does not ask for, or the lack of one. Errors: ConfigError with all faults."""
+    node = program[-1]
+    if not isinstance(node, Differentiate):
+        raise ValueError("a complete program ends in a loss")
+    if carry is None and node.carry:
+        what = f"The loss of `{node.written}` carries a state of the model's own, and `init` was given none."
+        raise ConfigError(what, suggestion="Write `step.init(params, carry=...)`.")
+    if carry is not None and not node.carry:
+        what = f"`init` was given a carry, and the loss of `{node.written}` does not take one."
+        raise ConfigError(what, suggestion="Write `grad(loss, carry=True)`.")
+    faults = []
+    for path, leaf in leaves_by_path(carry):
+        numeric = isinstance(leaf, (*ArrayLike.__args__, np.generic)) and (
+            jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)
+        )
+        if not numeric:
+            faults.append(f"`carry/{path}` is {_described(leaf)}; what is averaged over devices is a number.")
+    if faults:
+        raise ConfigError(_sentence(faults_in_one(faults, of="the carry")))
 
 
 def check_params(params: Params) -> None:
@@ -71,20 +105,21 @@ def check_state(state: object, expected: Callable[[Params], Any]) -> None:
     """Refuse a state that another step made.
 
     Args:
-      expected: the optimizer's `init`; the shapes it gives for the state's parameters are what must be found.
+      expected: what the words make for the state's parameters, `{"opt_state": ..., "slots": ...}`; its shapes are what
+        must be found.
     Errors: ConfigError with every path that is missing, unexpected or of another shape or dtype.
     """
     if not isinstance(state, State):
         facts = (("expected", "the State that `step.init(params)` returned"), ("got", type(state).__name__))
         raise ConfigError("This is not a state.", facts=facts)
     wanted = dict(leaves_by_path(jax.eval_shape(expected, state.params)))
-    found = dict(leaves_by_path(state.opt_state))
-    faults = [f"`opt_state/{path}` is missing." for path in wanted if path not in found]
-    faults += [f"`opt_state/{path}` is not expected." for path in found if path not in wanted]
+    found = dict(leaves_by_path({"opt_state": state.opt_state, "slots": state.slots}))
+    faults = [f"`{path}` is missing." for path in wanted if path not in found]
+    faults += [f"`{path}` is not expected." for path in found if path not in wanted]
     for path in wanted.keys() & found.keys():
         want, have = (f"{one.dtype}{list(one.shape)}" for one in (wanted[path], found[path]))
         if want != have:
-            faults.append(f"`opt_state/{path}` is {have}, expected {want}.")
+            faults.append(f"`{path}` is {have}, expected {want}.")
     if faults:
         raise ConfigError(
             _sentence(faults_in_one(sorted(faults), of="the state")),
@@ -118,9 +153,13 @@ def check_fixed_point(old: State, new: State) -> None:
 
 
 def check_seed(seed: object) -> None:
-    """Refuse a seed that is not a whole number of 64 bits. Errors: ConfigError."""
+    """Refuse a seed that is neither a whole number of 64 bits nor a typed key. Errors: ConfigError."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ():
+        return
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ConfigError("The seed is not a whole number of 64 bits.", facts=(("got", repr(seed)),))
+        raise ConfigError(
+            "The seed is neither a whole number of 64 bits nor a typed key.", facts=(("got", repr(seed)),)
+        )
 
 
 def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> None:
@@ -133,7 +172,11 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
     faults = [fault for path, leaf in leaves if (fault := _leaf_fault(f"`{path}`" if path else "the batch", leaf))]
     if not leaves:
         faults = ["the batch has no leaves."]
-    rows = {path: leaf.shape[0] for path, leaf in leaves if isinstance(leaf, ArrayLike) and leaf.ndim}
+    repeated = [node for node in program if isinstance(node, Repeat)]
+    if repeated and not faults:
+        faults = _repeat_faults(leaves, repeated[0])
+    axis = len(repeated)
+    rows = {path: leaf.shape[axis] for path, leaf in leaves if isinstance(leaf, ArrayLike) and leaf.ndim > axis}
     if len(set(rows.values())) > 1:
         counts = ", ".join(f"`{path}` has {number}" for path, number in rows.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")
@@ -145,53 +188,13 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
         raise BatchError(_sentence(faults_in_one(faults, of="the batch"))) from None
 
 
-def checked_loss(node: Differentiate) -> Callable[[Params, Rows], jax.Array]:
-    """The loss, held to its contract while it is traced: a floating-point scalar.
-
-    Errors: LossError; what the loss itself raises passes through unchanged, with a note.
-    """
-
-    def loss(params: Params, rows: Rows) -> jax.Array:
-        try:
-            value = node.loss(params, rows)
-        except NameError as error:
-            if "unbound axis name" not in str(error):
-                raise _noted(error, node, rows) from None
-            raise _names_an_axis(error, node) from error
-        except Exception as error:  # the user's own: it passes through as itself
-            _noted(error, node, rows)
-            raise
-        return _checked_value(value, node)
-
-    return loss
-
-
-def _checked_value(value: Any, node: Differentiate) -> jax.Array:
-    facts = (("expected", "a floating-point scalar, a mean over the rows"), ("got", _described(value)))
-    what = f"the loss of `{node.written}` does not return a scalar"
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)):
-        raise LossError(_sentence(f"{what}."), facts=facts)
-    if jnp.shape(value) != ():
-        raise LossError(_sentence(f"{what}."), facts=facts, suggestion="Write `.mean()` over the rows.")
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise LossError(_sentence(f"{what} that has a gradient."), facts=facts)
-    return jnp.asarray(value)
-
-
-def _names_an_axis(error: NameError, node: Differentiate) -> LossError:
-    found = re.search(r"unbound axis name: (\w+)", str(error))
-    axis = found.group(1) if found else "of the mesh"
-    return LossError(
-        f"The loss of `{node.written}` names the mesh axis {axis!r}.",
-        facts=(("reason", "a loss is a function of its own rows; in the reference there is no mesh"),),
-        suggestion="Return the mean over the rows that the loss is given; `shard` averages over the axis.",
-    )
-
-
-def _noted(error: Exception, node: Differentiate, rows: Rows) -> Exception:
-    shapes = ", ".join(f"{path or 'rows'} {_described(leaf)}" for path, leaf in leaves_by_path(rows))
-    error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced on one cell: {shapes}")
-    return error
+def _repeat_faults(leaves: list[tuple[str, Any]], node: Repeat) -> list[str]:
+    stacked = f"`{node.written}` takes {node.size} batches stacked, [{node.size}, batch, ...]"
+    return [
+        f"`{path}` is {_described(leaf)}: {stacked}."
+        for path, leaf in leaves
+        if leaf.ndim < 2 or leaf.shape[0] != node.size or not leaf.shape[1]
+    ]
 
 
 def _leaf_fault(shown: str, leaf: object) -> str | None:
@@ -211,7 +214,7 @@ def _leaf_fault(shown: str, leaf: object) -> str | None:
 
 
 def _division_faults(rows: int, program: Program) -> list[str]:
-    parts = [node for node in program if isinstance(node, Mean)]
+    parts = [node for node in program if isinstance(node, Mean) and not isinstance(node.place, Lanes)]
     cells = math.prod(node.size for node in parts)
     if rows % cells == 0:
         return []
@@ -228,6 +231,8 @@ def _product(parts: list[Mean], cells: int) -> str:
             case Space(axes):
                 named = ", ".join(repr(axis) for axis in axes)
                 return f"{node.size} (mesh {'axis' if len(axes) == 1 else 'axes'} {named})"
+            case Lanes():
+                return "1"
 
     return " = " + " × ".join(shown(node) for node in parts) if cells > 1 else ""
 

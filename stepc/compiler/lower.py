@@ -6,34 +6,45 @@ region XLA gathers model-sharded operands of tiled collectives, and bfloat16 sum
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias, assert_never
+from math import prod
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from stepc.compiler.check import checked_loss
-from stepc.compiler.schedule import (
+from stepc.compiler import flow as flows
+from stepc.compiler import tally
+from stepc.compiler.flow import Cell, Flow, Given
+from stepc.compiler.instructions import (
+    Again,
     Apply,
+    AverageCarry,
     Compute,
-    Divide,
+    Count,
+    CountFirst,
     Instruction,
     Loop,
     Multiply,
     Optimize,
     Reduce,
     Schedule,
-    owes,
+    Settle,
+    Unscale,
+    Vectorise,
 )
-from stepc.language.kinds import Batch, Grads, Metrics, Params, Rows
+from stepc.compiler.loss import checked_loss, num_rows
+from stepc.compiler.making import Made, Sight, made
+from stepc.compiler.schedule import draws, owes
+from stepc.core.terms import sum_of_squares
+from stepc.language.kinds import Batch
+from stepc.language.meaning import tag_of
+from stepc.language.state import State
 
-# What flows from one instruction to the next. The metrics stand first: in a scan's carry, scalars after the gradient
-# cost XLA's buffer assignment half a megabyte on the demo's GPT (measured, jax 0.10.2 on CPU).
-Flow: TypeAlias = tuple[Metrics, Grads]
 SCAN_NAME = "microbatches"  # the named scope of the loop, to find it again in compiled text
+STEPS_NAME = "steps"  # that of `repeat`
 
 
 @dataclass(frozen=True)
@@ -44,112 +55,205 @@ class Place:
       mesh: a mesh of Auto axes, or None for a single device.
       rows: the axes that rows lie along, the outermost first.
       params: a tree of PartitionSpec, one for each parameter; they name no axis of `rows`.
+      carry: the same for the model's own state.
+      numbered: whether rows are to know their numbers.
     """
 
     mesh: Mesh | None
     rows: tuple[str, ...]
     params: Any  # Any: the tree of the parameters
+    carry: Any  # Any: the tree of the model's own state
+    numbered: bool
 
     @property
     def others(self) -> frozenset[str]:
         """The axes that stay automatic."""
         return frozenset(self.mesh.axis_names if self.mesh else ()) - set(self.rows)
 
+    def size_of(self, axes: tuple[str, ...]) -> int:
+        """How many devices there are along these axes."""
+        return prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
-def lower(schedule: Schedule, place: Place) -> Callable[[Params, Any, Batch], tuple[Params, Any, Metrics]]:
-    """One step as a pure function `(params, opt_state, batch) -> (params, opt_state, metrics)`."""
+
+def lower(schedule: Schedule, place: Place) -> Callable[[State, Batch], Made]:
+    """One dispatch as a pure function."""
+    match schedule:
+        case (Again(node, body),):
+            step = lower(body, place)
+
+            def turn(state: State, batch: Batch) -> tuple[State, tuple[Any, Any]]:
+                found = step(state, batch)
+                return found.state, (found.metrics, found.watch)
+
+            def steps(state: State, batches: Batch) -> Made:
+                with jax.named_scope(STEPS_NAME):
+                    state, (metrics, watch) = jax.lax.scan(turn, state, batches, length=node.size)
+                return Made(state, metrics, watch)
+
+            return steps
+        case _:
+            return partial(_step, schedule, place)
+
+
+def _step(schedule: Schedule, place: Place, state: State, batch: Batch) -> Made:
     inside = max((index + 1 for index, one in enumerate(schedule) if owes((one,))), default=0)
+    optimize = schedule[-1]
+    if not isinstance(optimize, Optimize):
+        raise ValueError("a schedule ends in an update")
+    key = jax.random.fold_in(state.rng, state.step) if draws(schedule) else None
+    scale = None if optimize.rescale is None else jax.tree.leaves(state.slots[optimize.rescale[0]])[0]
+    numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if place.numbered else None
+    given, cell = Given(state.params, state.carry, key, scale, None), Cell(batch, numbers)
 
-    def region(params: Params, rows: Rows) -> Flow:
-        return _run(schedule[:inside], None, params, rows, place)
+    def region(given: Given, cell: Cell) -> tuple[Flow, jax.Array]:
+        if cell.numbers is not None:
+            given = replace(given, start=cell.numbers[0], width=num_rows(cell.rows))
+        flow = _run(schedule[:inside], None, cell, given, place)
+        return replace(flow, finite=None), flow.finite[None]
 
-    def step(params: Params, opt_state: Any, batch: Batch) -> tuple[Params, Any, Metrics]:
-        flow = None
-        if inside:
-            rows = PartitionSpec(place.rows)
-            spaced = jax.shard_map(
-                region, mesh=place.mesh, in_specs=(PartitionSpec(), rows), out_specs=PartitionSpec(),
-                axis_names=set(place.rows), check_vma=False,
-            )  # fmt: skip
-            flow = spaced(params, batch)
-        flow = _run(schedule[inside:-1], flow, params, batch, place)
-        return _optimize(schedule[-1], flow, params, opt_state)
+    flow, finite = None, None
+    if inside:
+        rows = PartitionSpec(place.rows)
+        spaced = jax.shard_map(
+            region, mesh=place.mesh, in_specs=(PartitionSpec(), rows), out_specs=(PartitionSpec(), rows),
+            axis_names=set(place.rows), check_vma=False,
+        )  # fmt: skip
+        flow, finite = spaced(given, cell)
+    seen = _num_before_harmless(schedule)
+    flow = _run(schedule[inside:seen], flow, cell, given, place)
+    squares = jax.tree.map(sum_of_squares, flow.grads)
+    flow = _run(schedule[seen:-1], flow, cell, given, place)
+    if place.others:
+        flow = replace(flow, grads=jax.lax.with_sharding_constraint(flow.grads, place.params))
+    return made(optimize, flow, Sight(flow.finite[None] if finite is None else finite, squares), state)
 
-    return step
+
+def _num_before_harmless(schedule: Schedule) -> int:
+    """How much comes before the last words that keep what is finite finite: `clip` looks there, so it costs nothing."""
+    num = len(schedule) - 1
+    while num > 1:
+        match schedule[num - 2 : num]:
+            case (Apply(node), Settle("cells", 1.0, False)) if node.keeps_finite:
+                num -= 2
+            case _:
+                break
+    return num
 
 
-def _run(schedule: Schedule, flow: Flow | None, params: Params, rows: Rows, place: Place) -> Any:
+def _run(schedule: Schedule, flow: Flow | None, cell: Cell, given: Given, place: Place) -> Any:
     for instruction in schedule:
-        flow = _instruct(instruction, flow, params, rows, place)
+        if isinstance(instruction, CountFirst):
+            counts = _run(instruction.body, None, cell, given, place)
+            values = tuple(counts.metrics[str(n)][0].value for n in range(len(counts.metrics)))
+            given = replace(given, counts=values, parts=int(counts.count))
+        else:
+            flow = _instruct(instruction, flow, cell, given, place)
     return flow
 
 
-def _instruct(instruction: Instruction, flow: Any, params: Params, rows: Rows, place: Place) -> Flow:
+def _instruct(instruction: Instruction, flow: Any, cell: Cell, given: Given, place: Place) -> Flow:
     match instruction:
         case Compute(node):
-            value, grads = jax.value_and_grad(checked_loss(node))(params, rows)
-            return {"loss": value}, grads
-        case Loop(size, body):
-            return _loop(size, body, params, rows, place)
+            return flows.computed(instruction, checked_loss(node), cell, given)
+        case Count(node):
+            return flows.counted(node, cell, given)
+        case Loop():
+            return _loop(instruction, cell, given, place)
+        case Vectorise(body):
+            return _vectorise(body, cell, given, place)
         case Reduce(axes):
-            return _reduce(flow, axes, place)
+            return _reduce(flow, axes, given, place)
+        case AverageCarry(axes, num_devices):
+            total = _over_devices(lambda tree: jax.lax.psum(tree, axes), flow.carry, place.carry, place)
+            return replace(flow, carry=jax.tree.map(lambda one: (one / num_devices).astype(one.dtype), total))
         case Multiply(factor):
-            metrics, grads = flow
-            return metrics, jax.tree.map(lambda leaf: leaf * factor, grads)
-        case Divide(count):
-            return jax.tree.map(lambda leaf: leaf / count, flow)
-        case Apply(node):
-            metrics, grads = flow
-            grads, added = node.function(grads, *node.arguments)
-            return {**metrics, **added}, grads
-        case Optimize():
-            raise ValueError("an update stands last, and only once")
+            return replace(flow, grads=jax.tree.map(lambda leaf: leaf * factor, flow.grads))
+        case Unscale():
+            return replace(flow, grads=jax.tree.map(lambda leaf: leaf / given.scale, flow.grads))
+        case Settle():
+            return flows.settled(instruction, flow, given.params)
+        case Apply(node, name, summed):
+            key = () if name is None else (_key_of_cell(name, summed, cell, given, place),)
+            grads, added = node.function(flow.grads, *key, *node.arguments)
+            return flows.opened(grads, added, flow)
+        case Optimize() | Again() | CountFirst():
+            raise ValueError(f"{type(instruction).__name__} has another place")
         case _:
             assert_never(instruction)
 
 
-def _loop(size: int, body: Schedule, params: Params, rows: Rows, place: Place) -> Flow:
+def _loop(loop: Loop, cell: Cell, given: Given, place: Place) -> Flow:
     # [n, ...] -> [n / size, size, ...]: part j is the rows i with i mod size = j, without moving one.
-    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), rows)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, loop.size, *leaf.shape[1:]), cell)
     # Inlined, so the program holds no trace of it; jitted, so the shapes and the loop share one trace of the loss.
-    cell = jax.jit(lambda params, rows: _run(body, None, params, rows, place), inline=True)
+    body = jax.jit(lambda cell, given: _run(loop.body, None, cell, given, place), inline=True)
 
-    def part(index: jax.Array) -> Rows:
+    def part(index: jax.Array) -> Cell:
         take = partial(jax.lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False, allow_negative_indices=False)
         return jax.tree.map(take, parts)
 
     # The number of the turn is carried, not scanned over: an array of numbers would be read for every row.
-    def turn(carry: tuple[jax.Array, Flow], _: None) -> tuple[tuple[jax.Array, Flow], None]:
-        index, total = carry
-        return (index + 1, jax.tree.map(jnp.add, total, cell(params, part(index)))), None
+    def turn(so_far: tuple[jax.Array, Flow, Any], _: None) -> tuple[tuple[jax.Array, Flow, Any], jax.Array]:
+        index, total, carry = so_far
+        flow = body(part(index), replace(given, carry=carry))
+        return (index + 1, flows.added(total, flow, loop.dtype), flow.carry), flow.finite
 
     first = jnp.zeros((), jnp.int32)
-    shapes = jax.eval_shape(lambda: cell(params, part(first)))
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    shapes = jax.eval_shape(lambda: body(part(first), given))
     with jax.named_scope(SCAN_NAME):
-        (_, total), _ = jax.lax.scan(turn, (first, zeros), None, length=size)
-    return total
+        start = (first, flows.none_yet(shapes, loop.dtype), given.carry)
+        (_, total, carry), finite = jax.lax.scan(turn, start, None, length=loop.size)
+    return flows.times(replace(total, carry=carry, finite=finite.reshape(-1)), loop.size)
 
 
-def _reduce(flow: Flow, axes: tuple[str, ...], place: Place) -> Flow:
-    def add_up(flow: Flow) -> Flow:
-        return jax.lax.psum(flow, axes)
+def _vectorise(body: Schedule, cell: Cell, given: Given, place: Place) -> Flow:
+    singles = jax.tree.map(lambda leaf: leaf[:, None], cell)
+    flow = jax.vmap(lambda single: _run(body, None, single, given, place))(singles)
+    return flows.over_lanes(flow, num_rows(cell.rows))
 
-    if not place.others:
-        return add_up(flow)
-    specs = (jax.tree.map(lambda _: PartitionSpec(), flow[0]), place.params)
-    # All axes are manual in here; the mesh is the context's, as jax demands of a nested region.
+
+def _reduce(flow: Flow, axes: tuple[str, ...], given: Given, place: Place) -> Flow:
+    metrics = flow.metrics
+    if tally.has_last(metrics):
+        metrics = tally.only_last(metrics, _part(axes, given, place) == place.size_of(axes) - 1)
+    found = tally.extremes(metrics)
+    specs = (jax.tree.map(lambda _: PartitionSpec(), metrics), place.params if jax.tree.leaves(flow.grads) else ())
+    metrics, grads = _over_devices(lambda tree: jax.lax.psum(tree, axes), (metrics, flow.grads), specs, place)
+    across = {"max": jax.lax.pmax, "min": jax.lax.pmin}
+    for kind, values in found.items():
+        spec = jax.tree.map(lambda _: PartitionSpec(), values)
+        found[kind] = _over_devices(lambda tree, kind=kind: across[kind](tree, axes), values, spec, place)
+    flow = replace(flow, metrics=tally.with_extremes(metrics, found), grads=grads)
+    return flows.times(flow, place.size_of(axes))
+
+
+def _over_devices(function: Callable[[Any], Any], tree: Any, specs: Any, place: Place) -> Any:
+    """The function in a region that is manual over all axes; the mesh is the context's, as jax demands in another."""
+    if not place.others or not jax.tree.leaves(tree):
+        return function(tree)
     return jax.shard_map(
-        add_up, in_specs=(specs,), out_specs=specs, axis_names=set(place.others), check_vma=False
-    )(flow)  # fmt: skip
+        function, in_specs=(specs,), out_specs=specs, axis_names=set(place.others), check_vma=False
+    )(tree)  # fmt: skip
 
 
-def _optimize(instruction: Instruction, flow: Any, params: Params, opt_state: Any) -> tuple[Params, Any, Metrics]:
-    match instruction:
-        case Optimize(node):
-            optimizer = optax.with_extra_args_support(node.optimizer)
-            metrics, grads = flow
-            updates, opt_state = optimizer.update(grads, opt_state, params, value=metrics["loss"], grad=grads)
-            return optax.apply_updates(params, updates), opt_state, metrics
-        case _:
-            raise ValueError("a schedule ends in an update")
+def _part(axes: tuple[str, ...], given: Given, place: Place) -> Any:  # Any: an int32 scalar
+    """Which part along these axes this device has."""
+    part = jnp.zeros((), jnp.int32)
+    for axis in axes:
+        part = part * place.size_of((axis,)) + _coordinate(axis, given, place)
+    return part
+
+
+def _coordinate(axis: str, given: Given, place: Place) -> Any:  # Any: an int32 scalar
+    inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
+    return given.start // given.width // inner % place.size_of((axis,))
+
+
+def _key_of_cell(name: str, summed: tuple[str, ...], cell: Cell, given: Given, place: Place) -> Any:  # Any: a typed key
+    """Folded from the number of the first row of the cell, which spans the devices that are added up already."""
+    number = cell.numbers[0]
+    if given.start is not None:
+        for axis in summed:
+            inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
+            number = number - _coordinate(axis, given, place) * inner * given.width
+    return jax.random.fold_in(jax.random.fold_in(given.key, tag_of(name)), number)

@@ -4,22 +4,28 @@ Text only: a plan is compared with golden files, and read by people.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias, assert_never
 
-from stepc.compiler.rewrite import Rewriting
-from stepc.compiler.schedule import (
+from stepc.compiler.instructions import (
+    Again,
     Apply,
+    AverageCarry,
     Compute,
-    Divide,
+    Count,
+    CountFirst,
     Instruction,
     Loop,
     Multiply,
     Optimize,
     Reduce,
     Schedule,
+    Settle,
+    Unscale,
+    Vectorise,
 )
+from stepc.compiler.rewrite import Rewriting
 from stepc.core.nodes import Program, show
 
 
@@ -36,13 +42,14 @@ class Leaf:
 
 @dataclass(frozen=True)
 class PlannedCollective:
-    """One reduction that the schedule asks for."""
+    """One reduction that the schedule asks for. `executions` are those of a step, or, under `repeat`, of a dispatch."""
 
     kind: str
     axes: tuple[str, ...]
     executions: int
     in_loop: bool
     reason: str
+    per: str = "step"
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ def _why(laws: tuple[Rewriting, ...]) -> list[Row]:
 
 
 def _row(one: PlannedCollective) -> Row:
-    times = f"{one.executions} a step, {'in the loop' if one.in_loop else 'outside any loop'}"
+    times = f"{one.executions} a {one.per}, {'in the loop' if one.in_loop else 'outside any loop'}"
     return (one.kind, f"over {', '.join(one.axes)}", times, one.reason)
 
 
@@ -136,36 +143,77 @@ def _leaf(leaf: Leaf) -> Row:
 
 def _lines(schedule: Schedule, depth: int) -> Iterator[str]:
     for one in schedule:
-        yield "  " * depth + _line(one)
-        if isinstance(one, Loop):
+        if line := _line(one):
+            yield "  " * depth + line
+        if isinstance(one, Loop | Vectorise | CountFirst | Again):
             yield from _lines(one.body, depth + 1)
 
 
-def _line(one: Instruction) -> str:
+def _line(one: Instruction) -> str | None:
     match one:
-        case Compute(node):
-            return f"{node.written}: value and gradient on one cell"
-        case Loop(size):
-            return f"loop {size} times and add up: microbatch j is the rows i with i mod {size} = j"
-        case Reduce(axes, num_devices, reason):
-            return f"all-reduce over {', '.join(axes)} ({num_devices} devices): {reason}"
+        case Compute(node, counts_first, rescaled):
+            how = ", each term divided by its count" if counts_first else ""
+            how += ", times the scale" if rescaled else ""
+            return f"{node.written}: value and gradient on one cell{how}"
+        case Count(node):
+            return f"{node.written}: its counts on one cell, and nothing else of it"
+        case CountFirst():
+            return "count first: one accumulated gradient can be divided by one count only, and the terms have several"
+        case Loop(size, _, dtype):
+            inside = f" in {dtype}" if dtype else ""
+            return f"loop {size} times and add up{inside}: microbatch j is the rows i with i mod {size} = j"
+        case Vectorise():
+            return "side by side for every row, and add up"
+        case Reduce(axes, num_devices, reason, extremes):
+            also = f", then {' and '.join(extremes)} of metrics" if extremes else ""
+            return f"all-reduce over {', '.join(axes)} ({num_devices} devices){also}: {reason}"
+        case AverageCarry(axes, num_devices, reason):
+            return f"all-reduce of the carry over {', '.join(axes)} ({num_devices} devices): {reason}"
         case Multiply(factor):
             return f"multiply by {factor}"
-        case Divide(count):
-            return f"divide by {count}"
+        case Unscale(node):
+            return f"divide by the scale of `{node.written}`"
+        case Settle():
+            return _settle(one)
         case Apply(node):
             return node.written
-        case Optimize(node):
-            return node.written
+        case Optimize():
+            return _optimize(one)
+        case Again(node):
+            return f"{node.size} whole steps, one after another (`{node.written}`)"
         case _:
             assert_never(one)
+
+
+def _settle(one: Settle) -> str | None:
+    if one.by == "count":
+        return "divide by the count that was added up with it"
+    number = " × ".join(
+        [*([f"{one.cells:g}"] if one.cells != 1 else []), *(["the rows of a cell"] if one.lanes else [])]
+    )
+    return f"divide by {number}" if number and one.by == "cells" else None
+
+
+def _optimize(one: Optimize) -> str:
+    follows = "".join(f", then {node.written}" for _, node in one.follows)
+    text = f"{one.node.written}{follows}"
+    if one.guard is not None:
+        text += f", if the loss and the gradient are finite; else the state stays as it is (`{one.guard[1].written}`)"
+    elif one.rescale is not None:
+        text += f", if the gradient is finite; else the state stays as it is (`{one.rescale[1].written}`)"
+    return text
 
 
 def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
     yield times
     for one in schedule:
-        if isinstance(one, Loop):
-            yield from _loop_lengths(one.body, times * one.size)
+        match one:
+            case Loop(size, body):
+                yield from _loop_lengths(body, times * size)
+            case Vectorise(body) | Again(_, body):
+                yield from _loop_lengths(body, times)
+            case _:
+                pass
 
 
 def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
@@ -173,7 +221,15 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
         match one:
             case Loop(size, body):
                 yield from _collectives(body, prod((times, size)))
-            case Reduce(axes, _, reason):
+            case Again(node, body):
+                yield from (replace(one, per="dispatch") for one in _collectives(body, prod((times, node.size))))
+            case CountFirst(body) | Vectorise(body):
+                yield from _collectives(body, times)
+            case Reduce(axes, _, reason, extremes):
+                yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
+                for kind in extremes:
+                    yield PlannedCollective("all-reduce", axes, times, times > 1, f"the {kind} of metrics is no sum")
+            case AverageCarry(axes, _, reason):
                 yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
             case _:
                 pass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from stepc.core.laws import Law
-from stepc.core.nodes import Program
+from stepc.core.nodes import Differentiate, Program
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ def rewrite(program: Program, laws: tuple[Law, ...]) -> tuple[Rewriting, ...]:
     Every law either removes a node or moves a reduction or a constant outwards, so `n` nodes need at most
     `n²` rewritings; a table that needs more contradicts itself, and that is a bug of ours.
     """
+    carries = any(isinstance(node, Differentiate) and node.carry for node in program)
+    laws = tuple(law for law in laws if law.keeps_order or not carries)
     trace: list[Rewriting] = []
     while found := _first(program, laws):
         if len(trace) > len(program) ** 2 + 64:

@@ -5,126 +5,156 @@ sum over them; linear nodes pass the debt on, through loops as well; the first n
 So a reduction stands in a loop only where the order of the words demands it.
 """
 
-from dataclasses import dataclass, replace
-from typing import TypeAlias, assert_never
+from dataclasses import dataclass, field, replace
+from typing import assert_never
 
-from stepc.core.nodes import Differentiate, Map, Mean, Node, Program, Scale, Space, Time, Update
-
-
-@dataclass(frozen=True)
-class Compute:
-    """The loss and its gradient on the rows at hand."""
-
-    node: Differentiate
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The body once per microbatch, its results added up: one `lax.scan`."""
-
-    size: int
-    body: "Schedule"
-
-
-@dataclass(frozen=True)
-class Reduce:
-    """Pay the debt: add up over the devices along `axes`."""
-
-    axes: tuple[str, ...]
-    num_devices: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Multiply:
-    """Multiply the gradient, not its metrics, by a constant."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class Divide:
-    """Divide the gradient and its metrics by the number of cells that were added up."""
-
-    count: int
-
-
-@dataclass(frozen=True)
-class Apply:
-    """A function of the gradient that needs its value."""
-
-    node: Map
-
-
-@dataclass(frozen=True)
-class Optimize:
-    """The optimizer."""
-
-    node: Update
-
-
-Instruction: TypeAlias = Compute | Loop | Reduce | Multiply | Divide | Apply | Optimize
-Schedule: TypeAlias = tuple[Instruction, ...]
+from stepc.compiler.instructions import (
+    Again,
+    Apply,
+    AverageCarry,
+    Compute,
+    Count,
+    CountFirst,
+    Instruction,
+    Loop,
+    Multiply,
+    Optimize,
+    Reduce,
+    Schedule,
+    Settle,
+    Signature,
+    Unscale,
+    Vectorise,
+    everything,
+)
+from stepc.core.nodes import (
+    Differentiate,
+    Follow,
+    Guard,
+    Lanes,
+    Map,
+    Mean,
+    Node,
+    Program,
+    Repeat,
+    Rescale,
+    Scale,
+    Space,
+    Time,
+    Update,
+    named,
+)
 
 
 @dataclass(frozen=True)
 class _Owing:
-    """A schedule so far, and what its result still owes."""
+    """A schedule so far, and what its result still owes.
 
-    schedule: Schedule
+    `summed` are the axes added up or owed so far; `counts` are those of the loss until they are divided by.
+    """
+
+    signature: Signature
+    schedule: Schedule = ()
     axes: tuple[str, ...] = ()
     num_devices: int = 1
-    count: int = 1
+    parts: int = 1
+    lanes: bool = False
     factor: float = 1.0
+    rescaled: Rescale | None = None
+    summed: tuple[str, ...] = ()
+    counts: tuple[float | None, ...] = (1.0,)
+    outermost: bool = field(default=False)
 
     def then(self, instruction: Instruction) -> "_Owing":
         return replace(self, schedule=(*self.schedule, instruction))
 
     def paid(self, reason: str) -> "_Owing":
         """Nothing owed: first the sum, then, once, the division."""
+        first: list[Instruction] = []
         pay: list[Instruction] = []
         if self.axes:
-            pay.append(Reduce(self.axes, self.num_devices, reason))
+            pay.append(Reduce(self.axes, self.num_devices, reason, self.signature.extremes))
+        if len(self.counts) > 1:
+            why = "its terms have counts of their own"
+            owed = (Reduce(self.axes, self.num_devices, why),) if self.axes else ()
+            first.append(CountFirst((*_counting(self.schedule), *owed)))
         if self.factor != 1.0:
             pay.append(Multiply(self.factor))
-        if self.count != 1:
-            pay.append(Divide(self.count))
-        return _Owing((*self.schedule, *pay))
+        if self.rescaled is not None:
+            pay.append(Unscale(self.rescaled))
+        match self.counts:
+            case (None,):
+                pay.append(Settle("count"))
+            case (count,):
+                pay.append(Settle("cells", self.parts * (count or 0.0), self.lanes))
+            case _:
+                pay.append(Settle("nothing"))
+        return _Owing(self.signature, (*first, *self.schedule, *pay), summed=self.summed)
 
 
-def schedule(program: Program) -> Schedule:
+def schedule(program: Program, signature: Signature) -> Schedule:
     """The work of a bound program, in the order in which it is done."""
-    owing = _Owing(())
+    match program:
+        case (Repeat() as node, *rest):
+            return (Again(node, schedule(tuple(rest), signature)),)
+        case _:
+            pass
+    names = {id(node): name for name, node in named(program).items()}
+    owing = _Owing(signature, counts=signature.counts)
     for place in reversed(range(len(program))):
-        owing = _next(owing, program[place], outer=program[:place])
-    return owing.paid("the step ends here").schedule
+        owing = _next(owing, program[place], program[:place], names)
+        if isinstance(program[place], Update):
+            break
+    return owing.schedule if owing.outermost else owing.paid("the step ends here").schedule
 
 
-def _next(owing: _Owing, node: Node, *, outer: Program) -> _Owing:
+def _next(owing: _Owing, node: Node, outer: Program, names: dict[int, str]) -> _Owing:
     match node:
         case Differentiate():
-            return owing.then(Compute(node))
+            rescaled = any(isinstance(one, Rescale) for one in outer)
+            count = owing.counts[0] if len(owing.counts) == 1 else None
+            return owing.then(Compute(node, owing.signature.counts_first, rescaled, count or 1.0))
         case Mean(place):
-            return _averaged(owing, place, node.size)
+            return _averaged(owing, node, place)
         case Scale(factor):
             return replace(owing, factor=owing.factor * factor)
+        case Rescale():
+            return replace(owing, rescaled=node)
         case Map():
-            return owing.paid(_reason(node, outer)).then(Apply(node))
+            name = names[id(node)] if node.draws else None
+            return owing.paid(_reason(node, outer)).then(Apply(node, name, owing.summed))
         case Update():
-            return owing.paid(f"`{node.written}` needs the whole sum").then(Optimize(node))
+            owing = owing.paid(f"`{node.written}` needs the whole sum")
+            return replace(owing.then(_optimized(node, owing.schedule, outer, names)), outermost=True)
+        case Follow() | Guard() | Repeat():
+            raise ValueError(f"`{node}` stands on the left of the update")
         case _:
             assert_never(node)
 
 
-def _averaged(owing: _Owing, place: Time | Space, size: int) -> _Owing:
+def _averaged(owing: _Owing, node: Mean, place: Time | Space | Lanes) -> _Owing:
     match place:
-        case Time():
-            return replace(owing, schedule=(Loop(size, owing.schedule),), count=owing.count * size)
+        case Time(size):
+            loop = Loop(size, owing.schedule, node.dtype)
+            return replace(owing, schedule=(loop,), parts=owing.parts * size)
+        case Lanes():
+            return replace(owing, schedule=(Vectorise(owing.schedule),), lanes=True)
         case Space(axes):
-            num_devices = owing.num_devices * size
-            return replace(owing, axes=(*axes, *owing.axes), num_devices=num_devices, count=owing.count * size)
+            num_devices, parts = owing.num_devices * node.size, owing.parts * node.size
+            if _carries(owing.schedule):
+                reason = f"`{node.written}` averages the model's own state"
+                owing = owing.then(AverageCarry(axes, node.size, reason))
+            summed = (*axes, *owing.summed)
+            return replace(owing, axes=(*axes, *owing.axes), num_devices=num_devices, parts=parts, summed=summed)
         case _:
             assert_never(place)
+
+
+def _optimized(node: Update, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:
+    follows = tuple((names[id(one)], one) for one in reversed(outer) if isinstance(one, Follow))
+    guard = next(((names[id(one)], one) for one in outer if isinstance(one, Guard)), None)
+    rescale = next(((names[id(one.node)], one.node) for one in everything(inner) if isinstance(one, Unscale)), None)
+    return Optimize(node, follows, guard, rescale)
 
 
 def _reason(node: Map, outer: Program) -> str:
@@ -135,12 +165,40 @@ def _reason(node: Map, outer: Program) -> str:
     return f"{reason}, and it stands inside `{'`, `'.join(loops)}`: once a microbatch"
 
 
-def owes(schedule: Schedule) -> bool:
+def _counting(body: Schedule) -> Schedule:
+    """The same work on the same rows, for nothing but the counts."""
+    counted: list[Instruction] = []
+    for one in body:
+        match one:
+            case Compute(node):
+                counted.append(Count(node))
+            case Loop(size, inner):
+                counted.append(Loop(size, _counting(inner)))
+            case Vectorise(inner):
+                counted.append(Vectorise(_counting(inner)))
+            case _:
+                pass
+    return tuple(counted)
+
+
+def _carries(body: Schedule) -> bool:
+    return any(isinstance(one, Compute) and one.node.carry for one in everything(body))
+
+
+def owes(body: Schedule) -> bool:
     """Whether anything in it is added up over devices."""
-    return any(isinstance(one, Reduce) or (isinstance(one, Loop) and owes(one.body)) for one in schedule)
+    return any(isinstance(one, Reduce | AverageCarry) for one in everything(body))
 
 
 def batch_axes(program: Program) -> tuple[str, ...]:
     """The mesh axes that rows lie along, the outermost first."""
     places = [node.place for node in program if isinstance(node, Mean)]
     return tuple(axis for place in places if isinstance(place, Space) for axis in place.axes)
+
+
+def draws(body: Schedule) -> bool:
+    """Whether anything in it is drawn, and so depends on where a row stands in the batch."""
+    return any(
+        (isinstance(one, Apply) and one.name is not None) or (isinstance(one, Compute) and one.node.rng is not None)
+        for one in everything(body)
+    )

@@ -1,7 +1,7 @@
 """A pipeline becomes a step. The one place where the surface meets the passes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -10,15 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepc.compiler.check import (
-    bind,
-    check_batch,
-    check_fixed_point,
-    check_params,
-    check_seed,
-    check_state,
-)
+from stepc.compiler.check import check_batch, check_carry, check_fixed_point, check_params, check_seed, check_state
+from stepc.compiler.decision import Decision, decide, shape_of
+from stepc.compiler.instructions import Schedule
 from stepc.compiler.lower import Place, lower
+from stepc.compiler.making import Made
 from stepc.compiler.placing import (
     placement_of,
     placement_of_state,
@@ -28,43 +24,14 @@ from stepc.compiler.placing import (
     with_automatic_axes,
 )
 from stepc.compiler.plan import Leaf, Plan
-from stepc.compiler.rewrite import Rewriting, rewrite
-from stepc.compiler.schedule import Schedule, batch_axes, schedule
+from stepc.compiler.schedule import draws, schedule
 from stepc.compiler.stages import Lowered
-from stepc.core.laws import LAWS, Law
-from stepc.core.nodes import Program, Update
+from stepc.compiler.watch import Watch
 from stepc.errors import ConfigError
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
-from stepc.language.reference import Reference, complete_words, reference
-from stepc.language.state import State, leaves_by_path
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is decided before any array is seen: the core, the laws that were applied, the order of work."""
-
-    core: Program
-    laws: tuple[Rewriting, ...]
-    schedule: Schedule
-    rows: tuple[str, ...]
-
-    @property
-    def optimizer(self) -> Any:  # Any: an optax GradientTransformation
-        match self.core[0]:
-            case Update(optimizer):
-                return optimizer
-            case _:
-                raise ValueError("a step begins with an update")
-
-
-def decide(pipeline: Transform | Pipeline, mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> Decision:
-    """Expand, bind to the mesh, rewrite, schedule."""
-    words = complete_words(pipeline)
-    core = bind(tuple(node for word in words for node in word.expand()), dict(mesh.shape) if mesh else {})
-    trace = rewrite(core, laws)
-    normal = trace[-1].after if trace else core
-    return Decision(core, trace, schedule(normal), batch_axes(normal))
+from stepc.language.reference import Reference, reference
+from stepc.language.state import KEYS, State, leaves_by_path
 
 
 def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None) -> "Step":
@@ -116,10 +83,11 @@ class Step:
         self.decision = decision
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
-        self._rows = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(decision.rows))
+        spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
+        self._rows = None if self.mesh is None else NamedSharding(self.mesh, spec)
         options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
 
-        def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics]:  # the name of the program in HLO
+        def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics, Watch]:  # the name of the program in HLO
             return self._traced(state, batch)
 
         self._program = jax.jit(stepc_step, donate_argnums=0, **options)
@@ -128,41 +96,62 @@ class Step:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
         return f"compile({self.pipeline!r}{mesh})"
 
-    def init(self, params: Params, *, seed: int = 0) -> State:
+    @property
+    def steps_per_call(self) -> int:
+        """How many steps one call makes: n with `repeat(n)`, else 1."""
+        return self.decision.repeats
+
+    @property
+    def skip_limit(self) -> int | None:
+        """How many skips in a row `run` takes, by `skip_nonfinite`; None without it."""
+        return self.decision.skip_limit
+
+    def init(self, params: Params, *, seed: Any = 0, carry: Any = None) -> State:  # Any: below
         """Make a fresh state and place it on the mesh. The caller's arrays are copied, never aliased or deleted.
 
         Args:
           params: a tree of floating-point arrays. Leaves that already lie along other axes of the mesh than those
             of the rows stay so; all others become whole on every device. Of `jax.ShapeDtypeStruct` leaves the
             result is the state's shapes, for `lower`.
-          seed: a whole number; it becomes the key `state.rng`.
-        Errors: ConfigError for parameters that cannot be trained, all of them at once.
+          seed: a whole number; it becomes the threefry key `state.rng`. Or a typed key, of any implementation.
+          carry: the model's own state, for `grad(loss, carry=True)`: a tree of numbers, such as batch statistics.
+        Errors: ConfigError for parameters that cannot be trained, all of them at once; for a carry that is missing.
         """
         check_params(params)
         check_seed(seed)
+        check_carry(carry, self.decision.core)
         placement = placement_of(params, self.mesh, rows=self.decision.rows)
-        bare = jax.tree.map(_shape_of, params)
-        shapes = jax.eval_shape(lambda params: self._fresh(params, seed), bare)
+        bare = jax.tree.map(shape_of, params)
+        carried = jax.tree.map(shape_of, carry)
+        shapes = jax.eval_shape(lambda params, carry: self._fresh(params, seed, carry), bare, carried)
         placement = placement_of_state(shapes, placement, bare)
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return _shapes_with(shapes, shardings)
-        placed = put(params, None if shardings is None else shardings.params)
+        placed = put((params, carry), None if shardings is None else (shardings.params, shardings.carry))
+
         # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
         # optimizer; and no leaf is ever whole where it is not to be.
-        fresh = jax.jit(lambda params: replace(self._fresh(params, seed), placement=placement), out_shardings=shardings)
-        return jax.block_until_ready(fresh(placed))
+        def fresh(params: Params, carry: Any) -> State:
+            return replace(self._fresh(params, seed, carry), placement=placement)
+
+        return jax.block_until_ready(jax.jit(fresh, out_shardings=shardings)(*placed))
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """One step. The state is donated: use the returned one.
 
         Errors: ConfigError, BatchError and LossError before anything is compiled; then nothing is lost.
         """
+        state, metrics, _ = self.watched(state, batch)
+        return state, metrics
+
+    def watched(self, state: State, batch: Batch) -> Made:
+        """One step, and what it saw of numbers that are not finite: the same program as a call."""
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
             self._refuse(state)
         try:
-            return self._program(state, self._placed(batch))
+            return Made(*self._program(state, self._placed(batch)))
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
             check_batch(batch, self.decision.core, shapes_too=False)
             raise
@@ -190,26 +179,38 @@ class Step:
             ),
             batch,
         )
-        return Lowered(self._program.trace(state, shapes), self._plan(state), self.mesh)
+        return Lowered(self._program.trace(state, shapes), self._plan(state, shapes), self.mesh)
 
     @_in_our_mesh
-    def _fresh(self, params: Params, seed: Any) -> State:
-        return State(params, self.decision.optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
+    def _fresh(self, params: Params, seed: Any, carry: Any) -> State:
+        key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else jax.random.clone(seed)
+        made = self._made_of(params)
+        return State(params, made["opt_state"], jnp.zeros((), jnp.int32), key, carry, made["slots"])
+
+    def _made_of(self, params: Params) -> dict[str, Any]:  # Any: by word
+        return {"opt_state": self.decision.optimizer.init(params), "slots": self.decision.slots(params)}
 
     @_in_our_mesh
-    def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics, Watch]:
         self.traces += 1
-        check_batch(jax.tree.map(_shape_of, batch), self.decision.core)
-        check_state(state, self.decision.optimizer.init)
-        place = Place(self.mesh, self.decision.rows, specs_of(state.params, state.placement, prefix="params"))
-        step = lower(self.decision.schedule, place)
-        params, opt_state, metrics = step(state.params, state.opt_state, batch)
-        new = replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        check_batch(jax.tree.map(shape_of, batch), self.decision.core)
+        check_state(state, self._made_of)
+        signature = self.decision.signed(state, batch)
+        work = schedule(self.decision.normal, signature)
+        place = Place(
+            self.mesh, self.decision.rows, specs_of(state.params, state.placement, prefix="params"),
+            specs_of(state.carry, state.placement, prefix="carry"), draws(work) or signature.has_last,
+        )  # fmt: skip
+        new, metrics, watch = lower(work, place)(state, batch)
         check_fixed_point(state, new)
         if self.mesh is None:
-            return new, metrics
+            return new, metrics, watch
         lying = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
-        return jax.lax.with_sharding_constraint((new, metrics), lying)
+        return (*jax.lax.with_sharding_constraint((new, metrics), lying), watch)
+
+    @_in_our_mesh
+    def _scheduled(self, state: State, batch: Batch) -> Schedule:
+        return schedule(self.decision.normal, self.decision.signed(state, batch))
 
     def _placed(self, batch: Batch) -> Batch:
         """The batch, moved if it is on devices and does not lie as the program takes it. The only loop of a call."""
@@ -223,7 +224,7 @@ class Step:
         return batch
 
     def _refuse(self, state: Any) -> None:
-        check_state(state, self.decision.optimizer.init)
+        check_state(state, self._made_of)
         if not isinstance(state.step, jax.Array):
             raise ConfigError("These are the shapes of a state: `lower` takes them, a step needs the arrays.")
         raise ConfigError(
@@ -231,7 +232,7 @@ class Step:
             suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
         )
 
-    def _plan(self, state: State) -> Plan:
+    def _plan(self, state: State, batch: Batch) -> Plan:
         placed = dict(state.placement)
         leaves = tuple(
             Leaf(path, leaf.shape, str(leaf.dtype), _bytes(leaf), _lies(placed.get(path)))
@@ -239,11 +240,7 @@ class Step:
         )
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
         made = self.decision
-        return Plan(repr(self.pipeline), mesh, made.core, made.laws, made.schedule, made.rows, leaves)
-
-
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+        return Plan(repr(self.pipeline), mesh, made.core, made.laws, self._scheduled(state, batch), made.rows, leaves)
 
 
 def _shapes_with(shapes: State, shardings: Any) -> State:

@@ -4,57 +4,189 @@ The reference slices batches; this reader never does: it carries the *numbers* o
 from the whole batch only where the loss is computed.
 """
 
+import zlib
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, TypeAlias, assert_never
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stepc.core.nodes import Differentiate, Map, Mean, Program, Scale, Space, Time, Update
+from stepc.core.nodes import (
+    Differentiate,
+    Follow,
+    Guard,
+    Lanes,
+    Map,
+    Mean,
+    Program,
+    Repeat,
+    Rescale,
+    Scale,
+    Space,
+    Time,
+    Update,
+    named,
+)
+from stepc.core.terms import Mean as Term
+from stepc.core.terms import (
+    Metric,
+    Outcome,
+    Sums,
+    combined,
+    outcome_of,
+    ratio,
+    sum_of_squares,
+    total_of,
+    value_of,
+    wide,
+)
 
 Tree: TypeAlias = Any  # any pytree of arrays
-Value: TypeAlias = tuple[Tree, dict[str, Any]]  # a gradient, and the metrics that travel with it
 
 
-def evaluate(program: Program, params: Tree, opt_state: Tree, batch: Tree) -> tuple[Tree, Tree, dict[str, Any]]:
-    """One step of a whole program: new parameters, new optimizer state, metrics."""
+@dataclass(frozen=True)
+class World:
+    """All that a program reads and changes besides the batch.
+
+    Args:
+      step: how many steps were made.
+      rng: a typed key.
+      carry: the model's own state, if the loss has one.
+      slots: what the nodes of a program keep, by the names that `named` gives them.
+    """
+
+    params: Tree
+    opt_state: Tree
+    step: Any = 0
+    rng: Any = None
+    carry: Tree = None
+    slots: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """A gradient in flight: for each term the sum of its gradients and of its counts; the metrics likewise."""
+
+    terms: tuple[tuple[Tree, Any], ...]
+    metrics: dict[str, Metric]
+    carry: Tree
+
+
+def evaluate(program: Program, world: World, batch: Tree) -> tuple[World, dict[str, Any]]:
+    """One dispatch of a whole program: the world after it, and the metrics."""
     match program:
-        case (Update(optimizer), *rest):
-            grads, metrics = gradient(tuple(rest), params, batch)
-            optimizer = optax.with_extra_args_support(optimizer)
-            updates, opt_state = optimizer.update(grads, opt_state, params, value=metrics["loss"], grad=grads)
-            return optax.apply_updates(params, updates), opt_state, metrics
+        case (Repeat(size), *rest):
+            told = []
+            for turn in range(size):
+                world, metrics = evaluate(tuple(rest), world, jax.tree.map(lambda leaf, turn=turn: leaf[turn], batch))
+                told.append(metrics)
+            return world, jax.tree.map(lambda *one: jnp.stack(one), *told)
         case _:
-            raise ValueError("a program that updates nothing has a gradient and no step: call `gradient`")
+            return _one_step(program, world, batch)
 
 
-def gradient(program: Program, params: Tree, batch: Tree) -> Value:
-    """The gradient that a program without its update computes from a batch."""
-    num_rows = len(jax.tree.leaves(batch)[0])
-    return _on_rows(program, params, batch, np.arange(num_rows))
+def gradient(program: Program, world: World, batch: Tree) -> tuple[Tree, dict[str, Any]]:
+    """The gradient that a program without its update computes from a batch, and its metrics."""
+    flow = _on_rows(program, world, batch, np.arange(len(jax.tree.leaves(batch)[0])))
+    return _value(flow, world.params), _reported(flow)
 
 
-def _on_rows(program: Program, params: Tree, batch: Tree, rows: np.ndarray) -> Value:
+def _one_step(program: Program, world: World, batch: Tree) -> tuple[World, dict[str, Any]]:
+    names = {id(node): name for name, node in named(program).items()}
+    place = next(n for n, node in enumerate(program) if isinstance(node, Update))
+    outer, update, rest = program[:place], program[place], program[place + 1 :]
+    flow = _on_rows(rest, world, batch, np.arange(len(jax.tree.leaves(batch)[0])))
+    grads, metrics = _value(flow, world.params), _reported(flow)
+    squares = total_of([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
+    fine = bool(jnp.isfinite(metrics["loss"])), bool(jnp.isfinite(squares))
+    guards = [node for node in outer if isinstance(node, Guard)]
+    scales = [node for node in rest if isinstance(node, Rescale)]
+    happened = all(fine) if guards else fine[1] or not scales
+    slots = dict(world.slots)
+    for node in scales:
+        metrics[names[id(node)]] = jax.tree.leaves(slots[names[id(node)]])[0]
+        slots[names[id(node)]] = node.advance(slots[names[id(node)]], *map(jnp.asarray, fine), *node.arguments)
+    if happened:
+        optimizer = optax.with_extra_args_support(update.optimizer)  # pyright: ignore[reportAttributeAccessIssue]
+        updates, opt_state = optimizer.update(grads, world.opt_state, world.params, value=metrics["loss"], grad=grads)
+        params = optax.apply_updates(world.params, updates)
+        for node in outer:
+            if isinstance(node, Follow):
+                slots[names[id(node)]] = node.advance(slots[names[id(node)]], params, *node.arguments)
+        world = replace(world, params=params, opt_state=opt_state, step=world.step + 1, carry=flow.carry)
+    for node in guards:
+        total, in_a_row = slots[names[id(node)]]
+        count = 0 if happened else 1
+        slots[names[id(node)]] = type(slots[names[id(node)]])(total + count, 0 * in_a_row if happened else in_a_row + 1)
+        metrics["skipped"] = jnp.asarray(count, jnp.int32)
+    return replace(world, slots=slots), metrics
+
+
+def _on_rows(program: Program, world: World, batch: Tree, rows: np.ndarray, factor: Any = 1.0) -> _Flow:
     node, inner = program[0], program[1:]
     match node:
-        case Differentiate(loss):
-            cell = jax.tree.map(lambda leaf: leaf[rows], batch)
-            value, grads = jax.value_and_grad(loss)(params, cell)
-            return grads, {"loss": value}
+        case Differentiate():
+            return _differentiated(node, world, batch, rows, factor)
         case Mean():
-            parts = [_on_rows(inner, params, batch, part) for part in _split(node, rows)]
-            return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *parts)
-        case Scale(factor):
-            grads, metrics = _on_rows(inner, params, batch, rows)
-            return jax.tree.map(lambda leaf: leaf * factor, grads), metrics
-        case Map(function, arguments):
-            grads, metrics = _on_rows(inner, params, batch, rows)
-            grads, added = function(grads, *arguments)
-            return grads, {**metrics, **added}
-        case Update():
-            raise ValueError("an update stands outermost, and only once")
+            return _averaged(node, inner, world, batch, rows, factor)
+        case Scale(by):
+            flow = _on_rows(inner, world, batch, rows, factor)
+            return replace(flow, terms=_each(flow.terms, lambda leaf: leaf * by))
+        case Map():
+            flow = _on_rows(inner, world, batch, rows, factor)
+            key = (_key(world, zlib.crc32(_name(program, node).encode()) | 2**31, rows[0]),) if node.draws else ()
+            grads, added = node.function(_value(flow, world.params), *key, *node.arguments)
+            return replace(flow, terms=((_wide(grads), 1),), metrics={**flow.metrics, **_scalars(added)})
+        case Rescale():
+            by = jax.tree.leaves(world.slots[_name(program, node)])[0]
+            flow = _on_rows(inner, world, batch, rows, factor * by)
+            return replace(flow, terms=_each(flow.terms, lambda leaf: leaf / by))
+        case Update() | Follow() | Guard() | Repeat():
+            raise ValueError(f"`{node}` stands outside of the gradient, and only once")
         case _:
             assert_never(node)
+
+
+def _differentiated(node: Differentiate, world: World, batch: Tree, rows: np.ndarray, factor: Any) -> _Flow:
+    cell = jax.tree.map(lambda leaf: leaf[rows], batch)
+    keys = ()
+    if node.rng is not None:
+        drawn = [_key(world, row) for row in (rows if node.rng == "example" else rows[:1])]
+        keys = (jnp.stack(drawn) if node.rng == "example" else drawn[0],)
+
+    def outcome(params: Tree) -> Outcome:
+        carry = (world.carry,) if node.carry else ()
+        return outcome_of(node.function(params, cell, *keys, *carry), has_aux=node.has_aux, carry=node.carry)
+
+    found = outcome(world.params)
+    terms = []
+    for number, term in enumerate(found.terms):
+        grads = jax.grad(lambda params, number=number: outcome(params).terms[number].total * factor)(world.params)
+        terms.append((_wide(grads), term.count))
+    return _Flow(tuple(terms), {"loss": Sums(found.terms), **found.metrics}, found.carry)
+
+
+def _averaged(mean: Mean, inner: Program, world: World, batch: Tree, rows: np.ndarray, factor: Any) -> _Flow:
+    parts: list[_Flow] = []
+    for part in _split(mean, rows):
+        parts.append(_on_rows(inner, world, batch, part, factor))
+        if isinstance(mean.place, Time):
+            world = replace(world, carry=parts[-1].carry)
+
+    def add(one: Any, two: Any) -> Any:
+        narrow = mean.dtype or one.dtype
+        return one.astype(narrow) + two.astype(narrow)
+
+    def both(one: _Flow, two: _Flow) -> _Flow:
+        pairs = zip(one.terms, two.terms, strict=True)
+        terms = tuple((jax.tree.map(add, a[0], b[0]), a[1] + b[1]) for a, b in pairs)
+        return _Flow(terms, {name: combined(one.metrics[name], two.metrics[name]) for name in one.metrics}, None)
+
+    carry = parts[-1].carry if isinstance(mean.place, Time) else _mean([part.carry for part in parts])
+    return replace(reduce(both, parts), carry=carry)
 
 
 def _split(mean: Mean, rows: np.ndarray) -> list[np.ndarray]:
@@ -63,5 +195,41 @@ def _split(mean: Mean, rows: np.ndarray) -> list[np.ndarray]:
             return list(rows.reshape(-1, size).T)
         case Space():
             return list(rows.reshape(mean.size, -1))
+        case Lanes():
+            return list(rows.reshape(-1, 1))
         case _:
             assert_never(mean.place)
+
+
+def _mean(trees: list[Tree]) -> Tree:
+    return jax.tree.map(lambda *one: (total_of(one) / len(one)).astype(one[0].dtype), *trees)
+
+
+def _value(flow: _Flow, params: Tree) -> Tree:
+    whole = [jax.tree.map(lambda leaf, count=count: ratio(leaf, count), grads) for grads, count in flow.terms]
+    return jax.tree.map(lambda like, *parts: total_of(parts).astype(like.dtype), params, *whole)
+
+
+def _reported(flow: _Flow) -> dict[str, Any]:
+    return {name: value_of(metric) for name, metric in flow.metrics.items()}
+
+
+def _each(terms: tuple[tuple[Tree, Any], ...], function: Any) -> tuple[tuple[Tree, Any], ...]:
+    return tuple((jax.tree.map(function, grads), count) for grads, count in terms)
+
+
+def _wide(grads: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), grads)
+
+
+def _scalars(added: dict[str, Any]) -> dict[str, Metric]:
+    return {name: Term(value, 1) for name, value in added.items()}
+
+
+def _name(program: Program, node: Any) -> str:
+    # By identity: two equal nodes have two names. What stands on the left does not change the names on the right.
+    return next(name for name, one in named(program).items() if one is node)
+
+
+def _key(world: World, *numbers: Any) -> Any:
+    return reduce(jax.random.fold_in, numbers, jax.random.fold_in(world.rng, world.step))

@@ -3,9 +3,9 @@
 A program is a tuple of nodes, outermost first, as a pipeline is read. Every node but the last maps what
 stands on its right; the last one computes a gradient from rows.
 
-    program  ::=  update? node* differentiate
-    node     ::=  mean[place] | scale(c) | map(f)
-    place    ::=  time k | space axes
+    program  ::=  repeat? (guard | follow)* update? node* differentiate
+    node     ::=  mean[place] | scale(c) | map(f) | rescale
+    place    ::=  time k | space axes | lanes
 """
 
 from collections.abc import Callable
@@ -41,30 +41,78 @@ class Space:
 
 
 @dataclass(frozen=True)
+class Lanes:
+    """Every row a part of its own, side by side on one device. Their number belongs to a batch."""
+
+    size: None = None
+
+    def __str__(self) -> str:
+        return "lanes"
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """A function of the loss, between it and its gradient: `function(loss, *arguments)` is a loss.
+
+    A module-level function and a tuple, not a closure: so two equal words expand to equal wraps.
+    """
+
+    function: Callable[..., Callable[..., Any]]  # Any: a loss takes the user's own trees
+    arguments: tuple[object, ...] = ()
+    written: Written = field(default="wrap", compare=False)
+
+
+@dataclass(frozen=True)
 class Differentiate:
-    """The value and the gradient of a loss on the rows it is given."""
+    """The value and the gradient of a loss on the rows it is given.
+
+    Args:
+      loss: the user's own function.
+      wraps: what stands between the loss and its gradient, outermost first.
+      has_aux: whether it returns metrics beside its value.
+      rng: "example" for one key a row, "microbatch" for one key a cell, None for none.
+      carry: whether it takes and returns model state.
+    """
 
     loss: Callable[..., Any]  # Any: a loss takes the user's own trees
+    wraps: tuple[Wrap, ...] = ()
+    has_aux: bool = False
+    rng: str | None = None
+    carry: bool = False
     written: Written = field(default="grad", compare=False)
 
     def __str__(self) -> str:
         return self.written
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The loss in its wraps."""
+        function = self.loss
+        for wrap in reversed(self.wraps):
+            function = wrap.function(function, *wrap.arguments)
+        return function
+
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over equal parts of the rows. Linear."""
+    """The mean over equal parts of the rows. Linear.
 
-    place: Time | Space
+    Args:
+      place: where the parts lie.
+      dtype: in which gradients are added up over time, by name; None for float32, or theirs if that is wider.
+    """
+
+    place: Time | Space | Lanes
+    dtype: str | None = None
     written: Written = field(default="mean", compare=False)
 
     def __str__(self) -> str:
-        return f"mean[{self.place}]"
+        return f"mean[{self.place}{', ' + self.dtype if self.dtype else ''}]"
 
     @property
     def size(self) -> int:
         if self.place.size is None:
-            raise ValueError(f"{self} is not bound to a mesh: its size is not known")
+            raise ValueError(f"{self} has no size yet: a mesh gives space its size, and a batch gives it to lanes")
         return self.place.size
 
 
@@ -83,14 +131,36 @@ class Scale:
 class Map:
     """A function of the gradient that is not linear: it needs the value, so every sum must be paid before it.
 
-    `function(grads, *arguments)` returns the new gradient and the metrics named in `adds`, all scalars.
+    `function(grads, *arguments)` returns the new gradient and the metrics named in `adds`, all scalars. With `draws`
+    it is `function(grads, key, *arguments)`, the key from the seed, the step, the cell and the node's own name.
+    With `keeps_finite` the norm of what it gives is finite if and only if that of what it takes is.
     A module-level function and a tuple, not a closure: so two equal words expand to equal nodes.
     """
 
     function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of scalars)
     arguments: tuple[object, ...] = ()
     adds: tuple[str, ...] = ()
+    draws: bool = False
+    keeps_finite: bool = False
+    name: str = "map"
     written: Written = field(default="map", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """The loss times a number that the state keeps, and the gradient divided by it: nothing but rounding changes.
+
+    `advance(slot, loss_is_finite, gradient_is_finite)` is the slot after a step; its first leaf is the number.
+    """
+
+    initial: Callable[..., Any]  # Any: (*arguments) -> the slot
+    advance: Callable[..., Any]  # Any: (slot, bool, bool, *arguments) -> the slot
+    arguments: tuple[object, ...] = ()
+    name: str = "loss_scale"
+    written: Written = field(default="rescale", compare=False)
 
     def __str__(self) -> str:
         return self.written
@@ -107,10 +177,68 @@ class Update:
         return self.written
 
 
-Node = Differentiate | Mean | Scale | Map | Update
+@dataclass(frozen=True)
+class Follow:
+    """A slot of the state that follows the parameters: `initial(params)`, then `advance(slot, params, *arguments)`."""
+
+    initial: Callable[..., Any]  # Any: trees of the user
+    advance: Callable[..., Any]  # Any: trees of the user
+    arguments: tuple[object, ...] = ()
+    name: str = "follow"
+    written: Written = field(default="follow", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A step whose loss or gradient is not finite did not happen: the state stays as it was, but for the count."""
+
+    limit: int | None
+    name: str = "skip_nonfinite"
+    written: Written = field(default="guard", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Whole steps one after another in one dispatch, over a leading axis of the batch."""
+
+    size: int
+    written: Written = field(default="repeat", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+Node = Differentiate | Mean | Scale | Map | Rescale | Update | Follow | Guard | Repeat
 Program = tuple[Node, ...]
 
 
 def show(program: Program) -> str:
     """The program as a formula, read as in mathematics: the rightmost acts first."""
     return " . ".join(str(node) for node in program)
+
+
+def named(program: Program) -> dict[str, Map | Rescale | Follow | Guard]:
+    """The nodes that keep a slot of the state, or draw, by names that tell them apart: the second `ema` is `ema_2`."""
+    found: dict[str, Map | Rescale | Follow | Guard] = {}
+    for node in reversed(program):
+        match node:
+            case Rescale() | Follow() | Guard() | Map(draws=True):
+                found[unique_name(node.name, tuple(found))] = node
+            case _:
+                pass
+    return found
+
+
+def unique_name(name: str, taken: tuple[str, ...]) -> str:
+    """`name`, or with the first number from 2 on that makes it unlike those taken."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found

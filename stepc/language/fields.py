@@ -2,6 +2,9 @@
 
 import math
 
+import jax.numpy as jnp
+import numpy as np
+
 from stepc.errors import FieldTypeError, FieldValueError
 
 
@@ -24,6 +27,28 @@ def finite_number(word: str, field: str, value: object, *, positive: bool) -> fl
     if not math.isfinite(value) or (positive and value <= 0):
         raise FieldValueError(f"`{word}({value!r})`: {field} is not {expected}.", facts=facts)
     return float(value)
+
+
+def boolean(word: str, field: str, value: object) -> bool:
+    """`value`, if it is True or False."""
+    if not isinstance(value, bool):
+        facts = (("field", field), ("expected", "True or False"), ("got", repr(value)))
+        raise FieldTypeError(f"`{word}({field}={value!r})`: {field} is not a claim.", facts=facts)
+    return value
+
+
+def floating_dtype(word: str, field: str, value: object, *, optional: bool = True) -> np.dtype | None:
+    """`value` as a dtype, if it is a floating-point one; None stays None if that is allowed."""
+    if value is None and optional:
+        return None
+    facts = (("field", field), ("expected", "a floating-point dtype, such as jnp.bfloat16"), ("got", repr(value)))
+    try:
+        dtype = jnp.dtype(value)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    except TypeError:
+        raise FieldTypeError(f"`{word}`: {field} is not a dtype.", facts=facts) from None
+    if value is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise FieldValueError(f"`{word}`: {field} is not a floating-point dtype.", facts=facts)
+    return dtype
 
 
 def axis_name(word: str, field: str, value: object) -> str:

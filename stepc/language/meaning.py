@@ -1,42 +1,171 @@
-"""The type of a meaning: the pair of functions that a word defines, and nothing else."""
+"""The type of a meaning: the pair of functions that a word defines, and what flows between them."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from stepc.language.kinds import Batch, Grads, Metrics, Rows
+from stepc.core.nodes import unique_name
+from stepc.core.terms import Mean as MeanOf
+from stepc.core.terms import Metric, combined, ratio, sum_of_squares, total_of, value_of, wide
+from stepc.language.kinds import Batch, Grads, Metrics, Params, Rows
 from stepc.language.state import State
 
 
-class Gradient(NamedTuple):
-    """What flows between gradient words: a gradient, and the metrics that travel with it."""
+@dataclass(frozen=True)
+class Cell:
+    """Some rows of a batch, their global numbers, and by how much the loss is multiplied before its gradient.
 
-    grads: Grads
+    Args:
+      rows: the batch with fewer rows.
+      numbers: `[rows]`, the place of each row in the whole batch, rising.
+      factor: of `loss_scale`; 1 without it.
+    """
+
+    rows: Rows
+    numbers: jax.Array
+    factor: Any = 1.0  # Any: a number, or an array
+
+    def part(self, take: Callable[[Any], Any]) -> "Cell":
+        """The cell of the rows that `take` takes of each leaf."""
+        return replace(self, rows=jax.tree.map(take, self.rows), numbers=take(self.numbers))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it has."""
+        return len(self.numbers)
+
+
+class Term(NamedTuple):
+    """One term of a gradient: a sum over cells, and the count that it is to be divided by."""
+
+    total: Grads
+    count: Any  # Any: a number, or an array
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What flows between gradient words: a ratio of sums, until a word that is not linear makes it a value.
+
+    Args:
+      terms: for each term of the loss the sum of its gradients, in float32 at least, and of its counts.
+      metrics: what is reported, as sums.
+      params: the parameters; the value has their dtypes.
+      carry: the model's own state after the rows so far; None without `carry=True`.
+      advances: by slot, what becomes of it after the step, of (loss is finite, gradient is finite), made or not.
+    """
+
+    terms: tuple[Term, ...]
+    metrics: Mapping[str, Metric]
+    params: Params
+    carry: Any = None  # Any: a tree of the user's
+    advances: Mapping[str, Callable[[bool, bool], Any]] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Grads:
+        """Every term divided by its own count, and added up."""
+        whole = [jax.tree.map(lambda leaf, count=count: ratio(leaf, count), total) for total, count in self.terms]
+        return jax.tree.map(lambda like, *parts: total_of(parts).astype(like.dtype), self.params, *whole)
+
+    @property
+    def reported(self) -> Metrics:
+        """The metrics, as numbers."""
+        return {name: value_of(metric) for name, metric in self.metrics.items()}
+
+    def map(self, function: Callable[..., tuple[Grads, Metrics]], *arguments: object) -> "Gradient":
+        """`function(value, *arguments)`, a new gradient and metrics to add: for words that are not linear."""
+        grads, added = function(self.value, *arguments)
+        terms = (Term(jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), grads), 1),)
+        return replace(self, terms=terms, metrics={**self.metrics, **{name: MeanOf(x, 1) for name, x in added.items()}})
+
+    def linear(self, function: Callable[[jax.Array], jax.Array]) -> "Gradient":
+        """The function of every leaf of every sum: for words that are linear."""
+        return replace(self, terms=tuple(Term(jax.tree.map(function, total), count) for total, count in self.terms))
+
+
+class Stepped(NamedTuple):
+    """What flows between step words: a step that was made, or not.
+
+    Args:
+      state: after the step.
+      metrics: as they are reported.
+      is_finite: whether the loss and every leaf of the gradient are.
+      happened: whether the step was made; if not, parameters and all that follows them are as they were.
+      always: the slots that a step advances whether it happens or not.
+    """
+
+    state: State
     metrics: Metrics
+    is_finite: bool
+    happened: bool
+    always: dict[str, Any]  # Any: by word
 
 
 @dataclass(frozen=True)
 class Fn:
-    """A pair of pure functions, and the sizes of the mesh axes it is meant for.
+    """A pair of pure functions, and what they are told of their surroundings.
 
     Args:
       init: fills a word's own part of a fresh state.
-      apply: of a gradient, `(state, rows) -> Gradient`; of a step, `(state, batch) -> (state, metrics)`.
+      apply: of a gradient, `(state, cell) -> Gradient`; of a step, `(state, batch) -> Stepped`;
+        of a loss, the loss itself.
       axes: size of every mesh axis by name; a meaning knows no more of a mesh than that.
+      names: those of the words on the right that keep a slot of the state, or draw.
     """
 
     init: Callable[[State], State]
-    apply: Callable[[State, Rows | Batch], Any]  # Any: by kind, as above
+    apply: Callable[..., Any]  # Any: by kind, as above
     axes: Mapping[str, int]
+    names: tuple[str, ...] = field(default=())
+
+    def fresh_name(self, name: str) -> str:
+        """`name`, told apart from the names on the right."""
+        return unique_name(name, self.names)
 
 
-def mean_of(parts: Sequence[Gradient]) -> Gradient:
-    """The sum of the parts, one after another, divided by how many there are."""
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *parts)
+def added_up(parts: Sequence[Gradient], *, dtype: str | None = None) -> Gradient:
+    """The sums of the parts, one after another, their terms and their metrics each. The carry is the caller's matter.
+
+    `dtype` is that of the additions; theirs without it.
+    """
+
+    def add(one: jax.Array, two: jax.Array) -> jax.Array:
+        return one.astype(dtype or one.dtype) + two.astype(dtype or two.dtype)
+
+    def both(one: Gradient, two: Gradient) -> Gradient:
+        pairs = zip(one.terms, two.terms, strict=True)
+        terms = tuple(Term(jax.tree.map(add, a.total, b.total), a.count + b.count) for a, b in pairs)
+        metrics = {name: combined(metric, two.metrics[name]) for name, metric in one.metrics.items()}
+        return Gradient(terms, metrics, one.params, None, two.advances)
+
+    return reduce(both, parts)
 
 
-def num_rows(rows: Rows) -> int:
-    """How many rows a batch has."""
-    return jax.tree.leaves(rows)[0].shape[0]
+def mean_of_carries(parts: Sequence[Gradient]) -> Any:  # Any: a tree of the user's
+    """The mean of what each part made of the model's own state, in the dtypes of that state."""
+    carries = [part.carry for part in parts]
+    return jax.tree.map(lambda *one: (total_of(one) / len(one)).astype(one[0].dtype), *carries)
+
+
+def key_of(state: State, *numbers: Any) -> Any:  # Any: whole numbers; a typed key
+    """The key of these numbers in this step: folded from (seed, step, *numbers)."""
+    return reduce(jax.random.fold_in, numbers, jax.random.fold_in(state.rng, state.step))
+
+
+def tag_of(name: str) -> int:
+    """The number that tells the draws of a word from those of rows; no row has a number as large."""
+    return zlib.crc32(name.encode()) | 2**31
+
+
+def is_finite(tree: Any) -> bool:  # Any: a loss, or a gradient
+    """Whether the norm of all leaves together is finite."""
+    return bool(jnp.isfinite(total_of([sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)])))
+
+
+def whole(batch: Batch) -> Cell:
+    """A batch as one cell."""
+    return Cell(batch, jnp.arange(jax.tree.leaves(batch)[0].shape[0]))

@@ -1,21 +1,38 @@
 """Words and their composition: `@`, calling, printing, comparing. It knows no particular word."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from types import FunctionType
 from typing import Any, ClassVar, Self, TypeAlias
 
-from stepc.core.nodes import Node
+import numpy as np
+
+from stepc.core.nodes import Node, Program, Wrap
 from stepc.errors import PipelineTypeError, caret
 from stepc.language.kinds import Kind
 from stepc.language.meaning import Fn
-from stepc.language.source import Site, site_of_caller
+from stepc.language.source import Quoted, Site, site_of_caller
 
 # What may stand beside `@`; a plain function is accepted only to be refused with a remedy.
 Operand: TypeAlias = "Transform | Pipeline | Callable[..., Any]"
 
 _LONGEST_NAME = 40  # columns; whatever prints longer is named by its type in messages
+
+
+def word_of(kind: type) -> str:
+    """The word that a class is written as: `SkipNonfinite` is `skip_nonfinite`."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).lstrip("_")
+
+
+def _shown(value: object) -> str:
+    match value:
+        case str():
+            return f'"{value}"'
+        case np.dtype():
+            return f"jnp.{value.name}"
+        case _:
+            return repr(value)
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +45,7 @@ class Transform(ABC):
 
     takes: ClassVar[Kind | None]  # None: nothing stands on its right
     gives: ClassVar[Kind]
+    stands: ClassVar[str] = "anywhere"  # that its kinds allow; or "once" in a pipeline, or only "outermost"
 
     def __new__(cls, *_: object, **__: object) -> Self:
         # The site is no field: it is not compared, hashed or printed, and a subclass need not know of it.
@@ -40,8 +58,8 @@ class Transform(ABC):
         """The definition, as plain Python loops: no jit, no scan, no mesh."""
 
     @abstractmethod
-    def expand(self) -> tuple[Node, ...]:
-        """The word in core nodes, outermost first; `stepc.core.nodes` lists them."""
+    def expand(self) -> tuple[Node | Wrap, ...]:
+        """The word in core nodes, outermost first; `stepc.core.nodes` lists them. A word of losses: in wraps."""
 
     def __matmul__(self, inner: Operand) -> "Pipeline":
         return compose(self, inner)
@@ -54,15 +72,32 @@ class Transform(ABC):
         return compose(self, inner)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__.lower()}({', '.join(self._arguments())})"
+        return f"{word_of(type(self))}({', '.join(self._arguments())})"
 
     def _arguments(self) -> Iterator[str]:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.kw_only and one.default is not MISSING and value == one.default:
+            if one.default is not MISSING and value == one.default:
                 continue
-            shown = f'"{value}"' if isinstance(value, str) else repr(value)
-            yield f"{one.name}={shown}" if one.kw_only else shown
+            yield f"{one.name}={_shown(value)}" if one.kw_only else _shown(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Objective(Transform):
+    """A plain loss as the innermost word, as in `grad(cast(jnp.bfloat16) @ loss)`. It prints as the function."""
+
+    takes: ClassVar = None
+    gives: ClassVar = Kind.LOSS
+    loss: Quoted
+
+    def meaning(self, inner: Fn) -> Fn:
+        return Fn(inner.init, self.loss.value, inner.axes)
+
+    def expand(self) -> tuple[Node, ...]:
+        return ()  # the loss itself is a field of `Differentiate`
+
+    def __repr__(self) -> str:
+        return repr(self.loss)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,9 +136,21 @@ def compose(outer: Operand, inner: Operand) -> Pipeline:
     Errors: PipelineTypeError if what `inner` gives is not what `outer` takes.
     """
     left, right = words_of(outer), words_of(inner)
+    if left and not right and left[-1].takes is Kind.LOSS and callable(inner):
+        right = (Objective(Quoted(inner, name_of(inner))),)
     if left and right and left[-1].takes is right[0].gives:
         return Pipeline((*left, *right))
     raise _mismatch(outer, inner, site_of_caller())
+
+
+def expanded(words: Iterable[Transform]) -> Program:
+    """The core program of these words."""
+    return tuple(node for word in words for node in word.expand() if not isinstance(node, Wrap))
+
+
+def name_of(loss: Callable[..., Any]) -> str:
+    """How a function prints where its text in the source is not to be had."""
+    return loss.__name__ if isinstance(loss, FunctionType) else type(loss).__name__
 
 
 def words_of(operand: object) -> tuple[Transform, ...]:
@@ -129,6 +176,8 @@ def _mismatch(outer: Operand, inner: Operand, site: Site) -> PipelineTypeError:
     remedy = _well_typed_order(left, right)
     where = caret(repr(Pipeline((*left, *right))), repr(meet), str(site))
     suggestion = f"Write `{remedy!r}`." if remedy else None
+    if meet.takes is Kind.GRADIENT and other.gives is Kind.LOSS:
+        suggestion = f"Write `{outer!r} @ grad({inner!r})`."
     return PipelineTypeError(what, where=where, facts=facts, suggestion=suggestion)
 
 

@@ -5,7 +5,7 @@ It is slow and obvious on purpose: whatever the compiler makes must equal it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from stepc.errors import ConfigError, ShardingError, did_you_mean
 from stepc.language.kinds import Batch, Kind, Metrics, Params
 from stepc.language.meaning import Fn
 from stepc.language.pipeline import Pipeline, Transform, words_of
-from stepc.language.state import State
+from stepc.language.state import KEYS, State
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Reference:
     pipeline: Transform | Pipeline
     meaning: Fn
 
-    def init(self, params: Params, *, seed: int = 0) -> State:
+    def init(self, params: Params, *, seed: int = 0, carry: Any = None) -> State:
         """A fresh state."""
-        return self.meaning.init(State(params, None, jnp.zeros((), jnp.int32), jax.random.key(seed)))
+        key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else seed
+        return self.meaning.init(State(params, None, jnp.zeros((), jnp.int32), key, carry))
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """One step, eagerly. Nothing is donated."""
-        return self.meaning.apply(state, jax.tree.map(jnp.asarray, batch))
+        made = self.meaning.apply(state, jax.tree.map(jnp.asarray, batch))
+        return made.state, made.metrics
 
 
 def reference(pipeline: Transform | Pipeline, *, axes: Mapping[str, int] | None = None) -> Reference:
@@ -71,10 +73,23 @@ def complete_words(pipeline: object) -> tuple[Transform, ...]:
             what,
             suggestion=f"Write `{pipeline!r} @ grad(loss)`." if words[-1].takes is Kind.GRADIENT else None,
         )
+    _check_places(words)
     if words[0].gives is not Kind.STEP:
         what = f"`{pipeline!r}` gives {words[0].gives}, not a step: nothing in it updates the parameters."
         raise ConfigError(what, suggestion=f"Write `update(optimizer) @ {pipeline!r}`.")
     return words
+
+
+def _check_places(words: tuple[Transform, ...]) -> None:
+    """Refuse what the kinds allow and the meaning does not: a word that may stand only outermost, or only once."""
+    for place, word in enumerate(words):
+        if word.stands == "outermost" and place:
+            rest = " @ ".join(map(repr, (word, *words[:place], *words[place + 1 :])))
+            raise ConfigError(
+                f"`{word!r}` stands outermost: it repeats all that a step does.", suggestion=f"Write `{rest}`."
+            )
+        if word.stands == "once" and sum(type(one) is type(word) for one in words) > 1:
+            raise ConfigError(f"`{word!r}`: a word of its kind stands twice in `{' @ '.join(map(repr, words))}`.")
 
 
 class _Sizes(dict[str, int]):

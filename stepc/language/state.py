@@ -1,7 +1,7 @@
 """What a step takes and returns besides metrics: one value that holds all that training changes."""
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.sharding import PartitionSpec
@@ -11,6 +11,17 @@ from stepc.language.kinds import Params
 # Where the leaves lie that do not lie whole on every device: (path, spec), sorted by path.
 Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
 
+# The implementation of keys that a number as a seed makes. Named here, not taken from jax's configuration: no ambient
+# state changes what a pipeline means.
+KEYS = "threefry2x32"
+
+
+class Skips(NamedTuple):
+    """How many steps were skipped, in all and in a row, by `skip_nonfinite`."""
+
+    total: Any  # Any, twice: an int32 scalar, or its shape
+    consecutive: Any
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -18,7 +29,9 @@ class State:
     """All that a step changes.
 
     Shapes: `params` and `opt_state` are trees of the user and of optax; `step` is an int32 scalar, so that
-    any number of steps is one trace; `rng` is a scalar typed key.
+    any number of steps is one trace; `rng` is a scalar typed key, the seed: it never changes, keys are folded from
+    it and the step; `carry` is the model's own state, None without `grad(loss, carry=True)`; `slots` has what each
+    stateful word keeps, by the word's name.
     Errors: a state that was given to a step is donated: its arrays are deleted, use the returned one.
     """
 
@@ -26,6 +39,8 @@ class State:
     opt_state: Any  # Any: whatever tree the optimizer keeps
     step: Any  # Any: an int32 scalar, or its shape when nothing is computed
     rng: Any  # Any: a typed key, or its shape
+    carry: Any = None  # Any: whatever tree the model keeps
+    slots: dict[str, Any] = field(default_factory=dict)  # Any: by word
     # Part of the tree's type, not of its leaves: another placement is another program.
     placement: Placement = field(default=(), metadata={"static": True})
 

@@ -1,18 +1,19 @@
 """The rules that every word keeps, ours and our users'. One call checks them all."""
 
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import jax
 import optax
 
 from stepc.compiler.step import compile as compile_step
-from stepc.core.evaluate import evaluate
-from stepc.core.nodes import Node, show
+from stepc.core.evaluate import World, evaluate
+from stepc.core.nodes import Node, Wrap, show
 from stepc.errors import EquivalenceError
 from stepc.language.kinds import Kind
-from stepc.language.pipeline import Pipeline, Transform
+from stepc.language.pipeline import Pipeline, Transform, expanded
 from stepc.language.reference import reference
+from stepc.language.state import State
 from stepc.language.words.accumulate import accumulate
 from stepc.language.words.grad import grad
 from stepc.language.words.update import update
@@ -30,7 +31,7 @@ def check_transform(word: Transform, *, tolerance: float = 1e-5) -> None:
     Why: a word of your own is then as safe to compose as ours.
 
     Args:
-      word: a word from gradient to gradient that names no mesh axis, or an `update`.
+      word: any word that names no mesh axis and no size of a batch: of losses, of gradients, of steps, or an `update`.
       tolerance: as in `assert_equivalent`; 0 for a word that is exact on whole numbers.
     Errors: EquivalenceError that names the rule that is broken; what the word itself raises passes through.
     Example:
@@ -54,7 +55,9 @@ def _is_a_value(word: Transform) -> None:
         "hashes as a copy of itself": lambda: hash(replace(word)) == hash(word),
         "prints as a call": lambda: repr(word).endswith(")") and "(" in repr(word),
         "gives a kind": lambda: isinstance(word.gives, Kind),
-        "expands to core nodes": lambda: all(isinstance(node, Node) for node in word.expand()),
+        "expands to core nodes, a word of losses to wraps": lambda: all(
+            isinstance(node, Wrap if word.gives is Kind.LOSS else Node) for node in word.expand()
+        ),
         "expands to the same nodes again": lambda: word.expand() == word.expand(),
         "expands to nodes that hash": lambda: isinstance(hash(word.expand()), int),
     }
@@ -63,22 +66,39 @@ def _is_a_value(word: Transform) -> None:
             raise EquivalenceError(f"A word of stepc {rule}; `{word!r}` does not.")
 
 
-def _pipelines(word: Transform, probe: Any) -> list[Pipeline]:
+def _pipelines(word: Transform, probe: Any) -> list[Pipeline]:  # Any: a probe
     begin, end = grad(probe), update(optax.sgd(0.5))
-    if word.gives is Kind.STEP:
-        return [word @ begin, word @ accumulate(2) @ begin]
-    return [
-        end @ word @ begin,
-        end @ word @ accumulate(4) @ begin,
-        end @ accumulate(2) @ word @ accumulate(2) @ begin,
-    ]
+    match word.takes, word.gives:
+        case _, Kind.LOSS:
+            inside = grad(word @ probe)
+            return [end @ inside, end @ accumulate(4) @ inside]
+        case Kind.STEP, Kind.STEP:
+            return [word @ end @ begin, word @ end @ accumulate(2) @ begin]
+        case _, Kind.STEP:
+            return [word @ begin, word @ accumulate(2) @ begin]
+        case _:
+            return [
+                end @ word @ begin,
+                end @ word @ accumulate(4) @ begin,
+                end @ accumulate(2) @ word @ accumulate(2) @ begin,
+            ]
 
 
 def _expansion_means_the_same(pipeline: Pipeline, probe: str, tolerance: float) -> None:
     meaning, batch = reference(pipeline), probe_batch(_NUM_ROWS)
     state = meaning.init(jax.tree.map(jax.numpy.asarray, probe_params()))
     after, metrics = meaning(state, batch)
-    program = tuple(node for word in pipeline.words for node in word.expand())
-    got = evaluate(program, state.params, state.opt_state, jax.tree.map(jax.numpy.asarray, batch))
+    program = expanded(pipeline.words)
+    got, told = evaluate(program, world_of(state), jax.tree.map(jax.numpy.asarray, batch))
     of = f"the meaning of `{pipeline!r}` and of its expansion `{show(program)}`, for the loss {probe!r}"
-    assert_equal_trees(got, (after.params, after.opt_state, metrics), tolerance=tolerance, of=of)
+    assert_equal_trees((as_seen(got), told), (as_seen(world_of(after)), metrics), tolerance=tolerance, of=of)
+
+
+def world_of(state: State) -> World:
+    """A state as the core sees it."""
+    return World(state.params, state.opt_state, state.step, state.rng, state.carry, state.slots)
+
+
+def as_seen(world: World) -> dict[str, Any]:  # Any: trees of arrays
+    """All of it that changes, as a tree."""
+    return {one.name: getattr(world, one.name) for one in fields(world) if one.name != "rng"}

@@ -1,44 +1,115 @@
 """Losses that find a wrong split or a wrong law, and whole numbers on which sums are exact.
 
 A mean over rows alone is blind: a batch split wrongly has the same mean. So there is a loss that depends on which
-rows share a cell, and one that depends on their order in it. Batches hold small whole numbers, so with part counts
-that are powers of two every sum is exact in float32, and results are compared with `==`.
+rows share a cell, one that depends on their order in it, and one that depends on the keys it is given. Batches hold
+small whole numbers, so with part counts that are powers of two every sum is exact in float32, and results are
+compared with `==`.
 """
 
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from stepc.core.terms import Last, Max, Mean, Min, Sum, Sums
+from stepc.language.words.grad import Grad, grad
+
 Probe: TypeAlias = Callable[[Any, Any], Float[Array, ""]]  # Any, twice: the trees of `probe_params` and `probe_batch`
+Tree: TypeAlias = dict[str, Any]  # Any: arrays
 
 
-def over_rows(params: dict[str, Any], rows: dict[str, Any]) -> Float[Array, ""]:
+def over_rows(params: Tree, rows: Tree) -> Float[Array, ""]:
     """A mean over rows: the half square of a linear prediction's error."""
     error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
     return jnp.mean(error * error) * 0.5
 
 
-def sharing_a_cell(params: dict[str, Any], rows: dict[str, Any]) -> Float[Array, ""]:
+def sharing_a_cell(params: Tree, rows: Tree) -> Float[Array, ""]:
     """A product of two means: it depends on which rows share a cell."""
     return jnp.mean(jnp.matmul(rows["x"], params["w"]) + params["b"]) * jnp.mean(rows["y"])
 
 
-def in_order(params: dict[str, Any], rows: dict[str, Any]) -> Float[Array, ""]:
+def in_order(params: Tree, rows: Tree) -> Float[Array, ""]:
     """A sum weighted by the place of a row in its cell: it depends on the order as well."""
     weights = jnp.arange(rows["y"].shape[0], dtype=jnp.float32)
     return jnp.mean(weights * (jnp.matmul(rows["x"], params["w"]) + params["b"]) * rows["y"])
 
 
+def drawing(params: Tree, rows: Tree, keys: Any) -> Float[Array, ""]:  # Any: typed keys, one a row
+    """A mean over rows with dropout: it depends on the key of each row."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (3,)))(keys)
+    error = jnp.matmul(rows["x"] * kept * 2.0, params["w"]) + params["b"] - rows["y"]
+    return jnp.mean(error * error) * 0.5
+
+
+def drawing_a_cell(params: Tree, rows: Tree, key: Any) -> Float[Array, ""]:  # Any: a typed key
+    """The same with one key a cell."""
+    return drawing(params, rows, jax.random.split(key, rows["y"].shape[0]))
+
+
+def tokens(params: Tree, rows: Tree) -> Mean:
+    """A mean over the rows whose `y` is positive: whole cells may count nothing."""
+    error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
+    mask = (rows["y"] > 0).astype(jnp.float32)
+    return Mean(jnp.sum(error * error * mask), jnp.sum(mask))
+
+
+def terms(params: Tree, rows: Tree) -> Sums:
+    """Three terms with three counts, as a mixture of experts has them: tokens, a balance, and a plain scalar."""
+    error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
+    routed = (rows["x"][:, 0] > 0).astype(jnp.float32)
+    balance = Mean(jnp.sum(error * routed), jnp.sum(routed))
+    return tokens(params, rows) + 0.5 * balance + 0.25 * jnp.sum(params["w"] * params["w"])
+
+
+def measuring(params: Tree, rows: Tree) -> tuple[Float[Array, ""], Tree]:
+    """A mean over rows that reports a metric of every kind."""
+    error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
+    told = {
+        "plain": jnp.mean(error),
+        "mean": Mean(jnp.sum(error), jnp.sum(rows["y"] > 0)),
+        "sum": Sum(jnp.sum(error)),
+        "num": Sum(jnp.sum(rows["y"] > 0)),
+        "max": Max(jnp.max(error)),
+        "min": Min(jnp.min(rows["y"])),
+        "last": Last(error[-1]),
+    }
+    return over_rows(params, rows), told
+
+
+def carrying(params: Tree, rows: Tree, carry: Tree) -> tuple[Float[Array, ""], Tree]:
+    """A loss that depends on what the cells before it have seen."""
+    seen = {"seen": carry["seen"] + jnp.sum(rows["y"]), "cells": carry["cells"] + 1}
+    return over_rows(params, rows) + carry["seen"] * params["b"], seen
+
+
 PROBES = MappingProxyType({"over_rows": over_rows, "sharing_a_cell": sharing_a_cell, "in_order": in_order})
+# With the words that they begin a pipeline with. Exact ones give the same bits in any order of summation.
+EXACT_SOURCES = MappingProxyType(
+    {
+        **{name: grad(probe) for name, probe in PROBES.items()},
+        "drawing": grad(drawing, rng="example"),
+        "drawing_a_cell": grad(drawing_a_cell, rng="microbatch"),
+        "tokens": grad(tokens),
+        "measuring": grad(measuring, has_aux=True),
+        "carrying": grad(carrying, carry=True),
+    }
+)
+SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "terms": grad(terms)})
 
 
 def probe_params() -> dict[str, np.ndarray]:
     """Whole-number parameters: a vector of three and a scalar."""
     return {"w": np.array([2.0, -1.0, 1.0], np.float32), "b": np.array(1.0, np.float32)}
+
+
+def probe_carry(source: Grad) -> dict[str, np.ndarray] | None:
+    """What `carrying` carries at first; None for a loss that carries nothing."""
+    return {"seen": np.zeros((), np.float32), "cells": np.zeros((), np.int32)} if source.carry else None
 
 
 def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:

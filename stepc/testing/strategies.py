@@ -5,20 +5,30 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from stepc.core.nodes import Mean, Time
-from stepc.language.pipeline import Pipeline, Transform
+from stepc.core.nodes import Lanes, Mean, Repeat, Time
+from stepc.language.pipeline import Pipeline, Transform, expanded
 from stepc.language.sharding import dp
 from stepc.language.words.accumulate import accumulate
+from stepc.language.words.cast import cast
 from stepc.language.words.clip import clip
-from stepc.language.words.grad import grad
+from stepc.language.words.ema import ema
+from stepc.language.words.grad import Grad, grad
+from stepc.language.words.loss_scale import loss_scale
+from stepc.language.words.noise import noise
+from stepc.language.words.remat import remat
+from stepc.language.words.repeat import repeat
+from stepc.language.words.rows import rows
 from stepc.language.words.scale import scale
 from stepc.language.words.shard import shard
+from stepc.language.words.skip_nonfinite import skip_nonfinite
 from stepc.language.words.update import update
-from stepc.testing.probes import PROBES, Probe, probe_batch
+from stepc.testing.probes import EXACT_SOURCES, SOURCES, Probe, probe_batch
 
 MOST_CELLS = 32  # a reference runs every cell on its own
 
@@ -32,6 +42,22 @@ def meshes(*, axes: tuple[str, ...] = ("data", "replica"), most_devices: int | N
         return jax.make_mesh(shape, names, devices=devices[: prod(shape)])
 
     return st.builds(made, sizes, st.permutations(axes).map(tuple))
+
+
+def sources(*, exact: bool = False) -> st.SearchStrategy[Grad]:
+    """The gradients of the probe losses, plain, cast and rematerialised.
+
+    A narrow type rounds wherever it is summed, so what is drawn here casts to float32: the words, not the rounding.
+    """
+    plain = st.sampled_from(list((EXACT_SOURCES if exact else SOURCES).values()))
+    wraps = [lambda word: word, lambda word: _inside(remat(), word), lambda word: _inside(cast(jnp.float32), word)]
+    wraps += [lambda word: _inside(cast(jnp.float32) @ remat("dots_saveable"), word)]
+    return st.builds(lambda wrap, word: wrap(word), st.sampled_from(wraps), plain)
+
+
+def _inside(words: Transform | Pipeline, source: Grad) -> Grad:
+    loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
+    return grad(words @ loss, has_aux=source.has_aux, rng=source.rng, carry=source.carry)
 
 
 @st.composite
@@ -53,38 +79,64 @@ def pipelines(
       words: words of your own, from gradient to gradient, to mix in.
       longest: number of words between `update` and `grad` at most.
     """
+    chosen = draw(_gradient_words(axes, exact, words, longest))
+    optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5)]
+    pipeline = update(draw(st.sampled_from(optimizers)))
+    outside: list[Transform] = draw(
+        st.lists(st.sampled_from([skip_nonfinite(limit=3), ema(0.5)]), max_size=2, unique=True)
+    )
+    for word in outside:
+        pipeline = word @ pipeline
+    if draw(st.sampled_from([False, False, False, True])):
+        pipeline = repeat(2) @ pipeline
+    for word in chosen:
+        pipeline = pipeline @ word
+    return pipeline @ (grad(loss) if loss is not None else draw(sources(exact=exact)))
+
+
+@st.composite
+def _gradient_words(
+    draw: st.DrawFn, axes: Mapping[str, int], exact: bool, words: tuple[Transform, ...], longest: int
+) -> list[Transform]:
     free, cells, chosen = dict(axes), 1, []
     for _ in range(draw(st.integers(0, longest))):
-        sizes = [k for k in (1, 2, 4, 8) if cells * k <= MOST_CELLS]
-        spaces = [axis for axis, size in free.items() if cells * size <= MOST_CELLS]
+        single = rows() in chosen  # one row has no parts
+        sizes = [k for k in (1, 2, 4, 8) if cells * k <= MOST_CELLS] if not single else [1]
+        spaces = [axis for axis, size in free.items() if cells * size <= MOST_CELLS and not (single and size > 1)]
         options: list[st.SearchStrategy[Any]] = [
             st.sampled_from(sizes).map(accumulate),
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
             *([st.sampled_from(spaces).map(lambda axis: shard(dp(axis)))] if spaces else []),
-            *([] if exact else [st.sampled_from([0.5, 1.0, 1e6]).map(clip)]),
+            *([st.just(loss_scale(initial=8.0))] if loss_scale(initial=8.0) not in chosen else []),
+            *([st.just(rows())] if cells <= MOST_CELLS // 4 else []),
+            *([] if exact else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
+            st.sampled_from(sizes).map(lambda k: accumulate(k, dtype=jnp.float32)),
             *([st.sampled_from(words)] if words else []),
         ]
         word = draw(st.one_of(options))
         chosen.append(word)
         cells *= num_parts(word, axes)
         free = {axis: size for axis, size in free.items() if repr(word) != repr(shard(dp(axis)))}
-    optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5)]
-    probe = loss or draw(st.sampled_from(list(PROBES.values())))
-    pipeline = update(draw(st.sampled_from(optimizers)))
-    for word in chosen:
-        pipeline = pipeline @ word
-    return pipeline @ grad(probe)
+    return chosen
 
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:
     """Whole-number batches for the probes, with as many rows as the pipeline can split."""
     cells = prod(num_parts(word, axes) for word in pipeline.words)
+    times = [node.size for node in expanded(pipeline.words) if isinstance(node, Repeat)]
     # Powers of two, so that a mean over the rows of a cell is exact.
-    rows = st.sampled_from([1, 2, 4]).map(lambda each: each * cells)
-    return st.builds(lambda number, seed: probe_batch(number, seed=seed), rows, st.integers(0, 2**16))
+    num_rows = st.sampled_from([1, 2, 4]).map(lambda each: each * cells)
+
+    def made(number: int, seed: int) -> dict[str, Any]:
+        if not times:
+            return probe_batch(number, seed=seed)
+        steps = [probe_batch(number, seed=seed + turn) for turn in range(times[0])]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+
+    return st.builds(made, num_rows, st.integers(0, 2**16))
 
 
 def num_parts(word: Transform, axes: Mapping[str, int]) -> int:
-    """Into how many parts a word splits its rows."""
-    places = [node.place for node in word.expand() if isinstance(node, Mean)]
+    """Into how many parts a word splits its rows; a word that takes single rows is counted as one."""
+    places = [node.place for node in word.expand() if isinstance(node, Mean) and not isinstance(node.place, Lanes)]
     return prod(one.size if isinstance(one, Time) else prod(axes[axis] for axis in one.axes) for one in places)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from stepc.core.nodes import Map
+from stepc.core.terms import sum_of_squares, total_of
 from stepc.language.fields import finite_number
-from stepc.language.kinds import Grads, Kind, Metrics, Rows
-from stepc.language.meaning import Fn, Gradient
+from stepc.language.kinds import Grads, Kind, Metrics
+from stepc.language.meaning import Cell, Fn, Gradient
 from stepc.language.pipeline import Transform
 from stepc.language.state import State
 
@@ -26,24 +27,20 @@ class Clip(Transform):
         finite_number("clip", "max_norm", self.max_norm, positive=True)
 
     def meaning(self, inner: Fn) -> Fn:
-        def apply(state: State, rows: Rows) -> Gradient:
-            grads, metrics = inner.apply(state, rows)
-            clipped, added = clip_to_norm(grads, self.max_norm)
-            return Gradient(clipped, {**metrics, **added})
+        def apply(state: State, cell: Cell) -> Gradient:
+            return inner.apply(state, cell).map(clip_to_norm, self.max_norm)
 
-        return Fn(inner.init, apply, inner.axes)
+        return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[Map, ...]:
-        return (Map(clip_to_norm, (self.max_norm,), adds=("grad_norm",), written=repr(self)),)
+        return (Map(clip_to_norm, (self.max_norm,), adds=("grad_norm",), keeps_finite=True, written=repr(self)),)
 
 
 def clip_to_norm(grads: Grads, max_norm: float) -> tuple[Grads, Metrics]:
-    """The gradient times min(1, max_norm / norm), and its norm before. Sums of squares are taken in float32."""
-    squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))) for leaf in jax.tree.leaves(grads)
-    ]
-    norm = jnp.sqrt(sum(squares[1:], squares[0]))
-    factor = jnp.where(norm > max_norm, max_norm / norm, jnp.ones_like(norm))
+    """The gradient times min(1, max_norm / norm), and its norm before. A norm that is not finite makes it all NaN."""
+    norm = jnp.sqrt(total_of([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)]))
+    # Infinity would make a factor of 0: an update of nothing, and nobody would see why.
+    factor = jnp.where(norm > max_norm, max_norm / jnp.where(jnp.isinf(norm), jnp.nan, norm), jnp.ones_like(norm))
     return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads), {"grad_norm": norm}
 
 
@@ -61,7 +58,8 @@ def clip(max_norm: float) -> Clip:
     Errors: FieldTypeError, FieldValueError for a bad `max_norm`; PipelineTypeError if the stage on its right gives
       no gradient.
     Not linear, so its place matters: `clip(c) @ accumulate(k)` clips the average once, `accumulate(k) @ clip(c)`
-    clips each microbatch, and to the right of `shard` each device's part. A gradient that is not finite stays so.
+    clips each microbatch, and to the right of `shard` each device's part. A gradient whose norm is not finite comes
+    out as NaN, every leaf.
     Example:
       >>> clip(1.0) @ accumulate(4) @ grad(loss)
       clip(1.0) @ accumulate(4) @ grad(loss)

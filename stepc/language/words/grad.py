@@ -1,19 +1,22 @@
 """`grad`: where every pipeline begins, on its right: the gradient of a loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import FunctionType
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
 
 from stepc.core.nodes import Differentiate
-from stepc.errors import FieldTypeError
-from stepc.language.kinds import Kind, Rows
-from stepc.language.meaning import Fn, Gradient
-from stepc.language.pipeline import Transform
+from stepc.core.terms import Outcome, Sums, outcome_of, wide
+from stepc.errors import FieldTypeError, FieldValueError
+from stepc.language.fields import boolean
+from stepc.language.kinds import Kind, Params
+from stepc.language.meaning import Cell, Fn, Gradient, Term, key_of
+from stepc.language.pipeline import Objective, Pipeline, Transform, name_of
 from stepc.language.source import Quoted, quoted_argument
 from stepc.language.state import State
+
+RNG = ("example", "microbatch")
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,43 +25,111 @@ class Grad(Transform):
 
     takes: ClassVar = None
     gives: ClassVar = Kind.GRADIENT
-    loss: Quoted
+    loss: Quoted | Pipeline
+    has_aux: bool = field(default=False, kw_only=True)
+    rng: str | None = field(default=None, kw_only=True)
+    carry: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.loss.value) or isinstance(self.loss.value, Transform):
-            facts = (("expected", "a function of (params, rows)"), ("got", type(self.loss.value).__name__))
-            raise FieldTypeError(f"`grad({self.loss!r})`: loss is not a function.", facts=facts)
+        boolean("grad", "has_aux", self.has_aux)
+        boolean("grad", "carry", self.carry)
+        if self.rng is not None and self.rng not in RNG:
+            facts = (("field", "rng"), ("expected", 'None, "example" or "microbatch"'), ("got", repr(self.rng)))
+            raise FieldValueError(f"`grad(rng={self.rng!r})`: there are no such keys.", facts=facts)
+        match self.loss:
+            case Pipeline():
+                _check_complete(self.loss)
+            case Quoted(value) if not callable(value) or isinstance(value, Transform):
+                facts = (("expected", "a function of (params, rows)"), ("got", type(value).__name__))
+                raise FieldTypeError(f"`grad({self.loss!r})`: loss is not a function.", facts=facts)
+            case Quoted():
+                pass
 
     def meaning(self, inner: Fn) -> Fn:
-        def apply(state: State, rows: Rows) -> Gradient:
-            value, grads = jax.value_and_grad(self.loss.value)(state.params, rows)
-            return Gradient(grads, {"loss": value})
+        function = _meaning_of(self.loss, inner)
 
-        return Fn(inner.init, apply, inner.axes)
+        def apply(state: State, cell: Cell) -> Gradient:
+            found = self._outcome(function, state.params, state, cell)
+
+            # One backward pass for each term: slow and obvious.
+            def total(params: Params, number: int) -> jax.Array:
+                return self._outcome(function, params, state, cell).terms[number].total * cell.factor
+
+            totals = [jax.grad(total)(state.params, number) for number in range(len(found.terms))]
+            sums = [jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), one) for one in totals]
+            terms = tuple(Term(one, term.count) for one, term in zip(sums, found.terms, strict=True))
+            return Gradient(terms, {"loss": Sums(found.terms), **found.metrics}, state.params, found.carry)
+
+        return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[Differentiate, ...]:
-        return (Differentiate(self.loss.value, written=repr(self)),)
+        words = self.loss.words if isinstance(self.loss, Pipeline) else ()
+        wraps = tuple(wrap for word in words for wrap in word.expand())
+        value = words[-1].loss.value if words else self.loss.value  # pyright: ignore[reportAttributeAccessIssue]
+        return (Differentiate(value, wraps, self.has_aux, self.rng, self.carry, written=repr(self)),)  # pyright: ignore[reportArgumentType]
+
+    def _outcome(self, function: Callable[..., Any], params: Params, state: State, cell: Cell) -> Outcome:
+        keys = ()
+        if self.rng == "example":
+            keys = (jax.numpy.stack([key_of(state, number) for number in cell.numbers]),)
+        elif self.rng == "microbatch":
+            keys = (key_of(state, cell.numbers[0]),)
+        carry = (state.carry,) if self.carry else ()
+        return outcome_of(function(params, cell.rows, *keys, *carry), has_aux=self.has_aux, carry=self.carry)
 
 
-def grad(loss: Callable[..., Any]) -> Grad:
+def grad(
+    loss: Callable[..., Any] | Pipeline, *, has_aux: bool = False, rng: str | None = None, carry: bool = False
+) -> Grad:
     """Take the value and the gradient of a loss, on the rows it is given.
 
-    Meaning: jax.value_and_grad(loss)(params, rows).
+    Meaning: jax.value_and_grad(loss)(params, rows); of `sc.Mean(total, count)` terms, the sums over all cells first,
+      and each term divided by its own count.
     Why: a step begins with a gradient; what the loss is given, and how its parts are averaged, stands on the left.
 
     Args:
-      loss: `loss(params, rows)` returns a scalar, a mean over the rows it is given. Any pytrees, any model library.
-    Shapes: `rows` is the batch with fewer rows; the gradient has the shapes and dtypes of `params`.
-    Units: per example, if the loss is a mean over examples.
+      loss: `loss(params, rows)` returns a scalar, a mean over the rows it is given; or `sc.Mean(total, count)`; or sums
+        and multiples of these. Any pytrees, any model library. Words from loss to loss stand inside:
+        `grad(cast(jnp.bfloat16) @ remat() @ loss)`.
+      has_aux: the loss returns `(value, metrics)`, a dict of scalars (the mean over cells), `sc.Mean`, `sc.Sum`,
+        `sc.Max`, `sc.Min` or `sc.Last`; all of them are reported.
+      rng: "example" gives `loss(params, rows, keys)` one typed key a row, folded from (seed, step, number of the row in
+        the batch), so a draw depends neither on k nor on the mesh; use it with `jax.vmap`. "microbatch" gives
+        `loss(params, rows, key)` one key a cell, folded from the number of its first row: cheaper, and it does depend
+        on k and on the mesh.
+      carry: the loss takes the model's own state as its last argument and returns it as its last result:
+        `(value, carry)`, or `(value, metrics, carry)`. It passes through microbatches in order, and over a mesh axis by
+        mean, where the axis is named: `accumulate(4) @ shard(...)` averages it once a microbatch.
+    Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes and dtypes of `params`.
+    Units: per example, if the loss is a mean over examples; per unit of the count, for `sc.Mean`.
     Type: loss -> gradient; adds the metric `loss`
-    Errors: FieldTypeError if `loss` is no function; at the first call, LossError if it does not return a floating
-      scalar. Its own exceptions pass through, with a note.
+    Errors: FieldTypeError, FieldValueError for bad fields; at the first call, LossError if it does not return what it
+      promises, or a count depends on the parameters, or `rng="example"` meets an implementation of keys whose draws
+      depend on how many are drawn together (`rbg`). Its own exceptions pass through, with a note.
     A loss that couples rows (a contrast, batch statistics) sees the rows of its own cell alone.
     Example:
-      >>> grad(loss)
-      grad(loss)
+      >>> grad(loss, rng="example")
+      grad(loss, rng="example")
 
-    Source: `jax.value_and_grad`.
+    Source: `jax.value_and_grad`; per-example keys: ours.
     """
-    otherwise = loss.__name__ if isinstance(loss, FunctionType) else type(loss).__name__
-    return Grad(quoted_argument(loss, position=0, keyword="loss", otherwise=otherwise))
+    if isinstance(loss, Pipeline):
+        return Grad(loss, has_aux=has_aux, rng=rng, carry=carry)
+    quoted = quoted_argument(loss, position=0, keyword="loss", otherwise=name_of(loss))
+    return Grad(quoted, has_aux=has_aux, rng=rng, carry=carry)
+
+
+def _meaning_of(loss: Quoted | Pipeline, inner: Fn) -> Callable[..., Any]:
+    if isinstance(loss, Quoted):
+        return loss.value
+    for word in reversed(loss.words):
+        inner = word.meaning(inner)
+    return inner.apply
+
+
+def _check_complete(loss: Pipeline) -> None:
+    if loss.gives is Kind.LOSS and isinstance(loss.words[-1], Objective):
+        return
+    facts = (("expected", "words from loss to loss, and a function on their right"), ("got", f"{loss!r}"))
+    suggestion = f"Write `grad({loss!r} @ loss)`." if loss.gives is Kind.LOSS else None
+    raise FieldTypeError(f"`grad({loss!r})`: this is not a loss.", facts=facts, suggestion=suggestion)

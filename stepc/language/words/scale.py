@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
-
 from stepc.core.nodes import Scale as ScaleNode
 from stepc.language.fields import finite_number
-from stepc.language.kinds import Kind, Rows
-from stepc.language.meaning import Fn, Gradient
+from stepc.language.kinds import Kind
+from stepc.language.meaning import Cell, Fn, Gradient
 from stepc.language.pipeline import Transform
 from stepc.language.state import State
 
@@ -25,11 +23,10 @@ class Scale(Transform):
         finite_number("scale", "c", self.c, positive=False)
 
     def meaning(self, inner: Fn) -> Fn:
-        def apply(state: State, rows: Rows) -> Gradient:
-            grads, metrics = inner.apply(state, rows)
-            return Gradient(jax.tree.map(lambda leaf: leaf * self.c, grads), metrics)
+        def apply(state: State, cell: Cell) -> Gradient:
+            return inner.apply(state, cell).linear(lambda leaf: leaf * self.c)
 
-        return Fn(inner.init, apply, inner.axes)
+        return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[ScaleNode, ...]:
         return (ScaleNode(float(self.c), written=repr(self)),)

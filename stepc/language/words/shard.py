@@ -1,14 +1,12 @@
 """`shard`: a mean over space, and where things lie."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
-
-import jax
 
 from stepc.core.nodes import Mean, Space
 from stepc.errors import FieldTypeError
-from stepc.language.kinds import Kind, Rows
-from stepc.language.meaning import Fn, Gradient, mean_of, num_rows
+from stepc.language.kinds import Kind
+from stepc.language.meaning import Cell, Fn, Gradient, added_up, mean_of_carries
 from stepc.language.pipeline import Transform
 from stepc.language.sharding import DataParallel
 from stepc.language.state import State
@@ -31,12 +29,13 @@ class Shard(Transform):
     def meaning(self, inner: Fn) -> Fn:
         size = inner.axes[self.rules.axis]
 
-        def apply(state: State, rows: Rows) -> Gradient:
-            width = num_rows(rows) // size
-            parts = [jax.tree.map(lambda leaf, j=j: leaf[j * width : (j + 1) * width], rows) for j in range(size)]
-            return mean_of([inner.apply(state, part) for part in parts])
+        def apply(state: State, cell: Cell) -> Gradient:
+            width = cell.num_rows // size
+            cells = [cell.part(lambda leaf, j=j: leaf[j * width : (j + 1) * width]) for j in range(size)]
+            parts = [inner.apply(state, one) for one in cells]
+            return replace(added_up(parts), carry=mean_of_carries(parts))
 
-        return Fn(inner.init, apply, inner.axes)
+        return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[Mean, ...]:
         return (Mean(Space((self.rules.axis,)), written=repr(self)),)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import jax.numpy as jnp
 import optax
 
 from stepc.core.nodes import Update as UpdateNode
 from stepc.errors import FieldTypeError
-from stepc.language.kinds import Batch, Kind, Metrics
-from stepc.language.meaning import Fn
+from stepc.language.kinds import Batch, Kind
+from stepc.language.meaning import Fn, Stepped, is_finite, whole
 from stepc.language.pipeline import Transform
 from stepc.language.source import Quoted, quoted_argument
 from stepc.language.state import State
@@ -36,14 +37,25 @@ class Update(Transform):
         def init(state: State) -> State:
             return replace(inner.init(state), opt_state=optimizer.init(state.params))
 
-        def apply(state: State, batch: Batch) -> tuple[State, Metrics]:
-            grads, metrics = inner.apply(state, batch)
+        def apply(state: State, batch: Batch) -> Stepped:
+            found = inner.apply(state, whole(batch))
+            grads, metrics = found.value, found.reported
+            loss_is_finite, gradient_is_finite = bool(jnp.isfinite(metrics["loss"])), is_finite(grads)
+            # What advances in any case, such as the scale of the loss; where there is any, a bad step is not made.
+            always = {name: after(loss_is_finite, gradient_is_finite) for name, after in found.advances.items()}
+            told = Stepped(
+                replace(state, slots={**state.slots, **always}), metrics, loss_is_finite and gradient_is_finite,
+                gradient_is_finite or not always, always,
+            )  # fmt: skip
+            if not told.happened:
+                return told
             extra = {"value": metrics["loss"], "grad": grads}
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
             params = optax.apply_updates(state.params, updates)
-            return replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+            new = replace(told.state, params=params, opt_state=opt_state, step=state.step + 1, carry=found.carry)
+            return told._replace(state=new)
 
-        return Fn(init, apply, inner.axes)
+        return Fn(init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[UpdateNode, ...]:
         return (UpdateNode(self.optimizer.value, written=repr(self)),)

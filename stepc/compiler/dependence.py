@@ -1,0 +1,65 @@
+"""Which inputs of a traced function its outputs depend on: the one file here that may use a name jax may move."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+try:
+    from jax.interpreters.partial_eval import dce_jaxpr
+except ImportError:  # moved: then every equation is taken to need all of its inputs
+    dce_jaxpr = None
+
+
+def dependence(
+    traced: ClosedJaxpr, *, outputs: Iterable[int]
+) -> tuple[list[bool], Callable[[Sequence[Any]], list[Any]]]:
+    """Of each input, whether any of these outputs depends on it; and the function that computes just these outputs.
+
+    Args:
+      traced: what `jax.make_jaxpr` returned.
+      outputs: their positions.
+    The function takes all inputs, as a flat list, and runs only what the outputs depend on: dead code is cut, also
+    inside loops and branches. Where this jax cannot do that, the answer errs towards dependence.
+    """
+    wanted = set(outputs)
+    if dce_jaxpr is None:
+        return _by_equations(traced, wanted), lambda given: _picked(jaxpr_as_fun(traced)(*given), wanted)
+    used = [n in wanted for n in range(len(traced.jaxpr.outvars))]
+    jaxpr, needs = dce_jaxpr(_silent(traced.jaxpr), used)
+    alone = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))
+    return needs, lambda given: alone(*(one for one, needed in zip(given, needs, strict=True) if needed))
+
+
+def _silent(jaxpr: Jaxpr) -> Jaxpr:
+    """Without what only prints or reports: it would count as needed, and with it all that it looks at."""
+    equations = []
+    for equation in jaxpr.eqns:
+        if equation.outvars or not equation.effects:
+            params = {name: _silent_part(part) for name, part in equation.params.items()}
+            equations.append(equation.replace(params=params, effects=set()) if equation.effects else equation)
+    return jaxpr.replace(eqns=equations, effects=set())
+
+
+def _silent_part(part: Any) -> Any:
+    match part:
+        case Jaxpr():
+            return _silent(part)
+        case ClosedJaxpr():
+            return ClosedJaxpr(_silent(part.jaxpr), part.consts)
+        case tuple() | list():
+            return type(part)(map(_silent_part, part)) if type(part) in (tuple, list) else part
+        case _:
+            return part
+
+
+def _by_equations(traced: ClosedJaxpr, wanted: set[int]) -> list[bool]:
+    needed = {id(var) for n, var in enumerate(traced.jaxpr.outvars) if n in wanted}
+    for equation in reversed(traced.jaxpr.eqns):
+        if any(id(var) in needed for var in equation.outvars):
+            needed |= {id(var) for var in equation.invars}
+    return [id(var) in needed for var in traced.jaxpr.invars]
+
+
+def _picked(results: Sequence[Any], wanted: set[int]) -> list[Any]:
+    return [one for n, one in enumerate(results) if n in wanted]

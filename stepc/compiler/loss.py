@@ -1,0 +1,221 @@
+"""The contract of a loss, held while it is traced: what it returns, and that what it divides by is only counted."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepc.compiler.dependence import dependence
+from stepc.compiler.instructions import Signature
+from stepc.core.nodes import Differentiate
+from stepc.core.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Outcome, is_static, merged, outcome_of
+from stepc.errors import LossError, faults_in_one
+from stepc.language.kinds import Params, Rows
+from stepc.language.state import leaves_by_path
+
+# What else a step reports under a name of its own.
+RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
+# Implementations whose draws for one key do not depend on how many keys are drawn from side by side.
+BATCH_STABLE = ("threefry2x32",)
+Call = Callable[[Params, Rows, Any, Any], Outcome]  # Any, twice: typed keys, and a tree of the user's; or None
+
+
+def checked_loss(node: Differentiate) -> Call:
+    """The loss, called as the node says and held to its contract.
+
+    Errors: LossError; what the loss itself raises passes through unchanged, with a note.
+    """
+
+    def call(params: Params, rows: Rows, keys: Any, carry: Any) -> Outcome:
+        given = (*(() if node.rng is None else (keys,)), *((carry,) if node.carry else ()))
+        try:
+            returned = node.function(params, rows, *given)
+        except NameError as error:
+            if "unbound axis name" not in str(error):
+                raise _noted(error, node, rows) from None
+            raise _names_an_axis(error, node) from error
+        except Exception as error:  # the user's own: it passes through as itself
+            _noted(error, node, rows)
+            raise
+        _check_returned(returned, node)
+        outcome = outcome_of(returned, has_aux=node.has_aux, carry=node.carry)
+        if node.carry:
+            _check_carry(carry, outcome.carry, node)
+        return outcome
+
+    return call
+
+
+def sign(node: Differentiate, params: Params, rows: Rows, key: Any, carry: Any) -> Signature:
+    """What a loss returns for such rows.
+
+    Args: shapes, of one cell each; the key is that of the state.
+    Errors: LossError if a count depends on the parameters or on the carry, or if the keys cannot be one a row.
+    """
+    if node.rng == "example":
+        _check_keys(key, node)
+    keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
+    outcomes, traced, outputs = _traced(node, params, carry, rows, keys)
+    terms, metrics = merged(outcomes.terms), outcomes.metrics.values()
+    signature = Signature(
+        tuple(float(one.count) if is_static(one.count) else None for one in terms),
+        tuple(sorted({type(one).__name__.lower() for one in metrics if isinstance(one, Max | Min)})),
+        any(isinstance(one, Last) for one in metrics),
+    )
+    if outputs:
+        _check_counts(dependence(traced, outputs=outputs)[0], params, carry, node)
+    return signature
+
+
+def counts_of(node: Differentiate, params: Params, carry: Any, rows: Rows, keys: Any) -> list[jax.Array]:
+    """The counts of the terms of the loss that the rows decide, at no cost but that of counting."""
+    _, traced, outputs = _traced(node, params, carry, rows, keys)
+    return dependence(traced, outputs=outputs)[1](jax.tree.leaves((params, carry, rows, keys)))
+
+
+def _traced(node: Differentiate, params: Params, carry: Any, rows: Rows, keys: Any) -> tuple[Outcome, Any, range]:
+    """What the loss returned, its operations, and which of their results are counts that the rows decide."""
+    outcomes: list[Outcome] = []
+
+    def totals_and_counts(params: Params, carry: Any, rows: Rows, keys: Any) -> tuple[list[Any], list[Any]]:
+        outcomes.append(checked_loss(node)(params, rows, keys, carry))
+        terms = merged(outcomes[-1].terms)
+        return [one.total for one in terms], [one.count for one in terms if not is_static(one.count)]
+
+    traced, (totals, counts) = jax.make_jaxpr(totals_and_counts, return_shape=True)(params, carry, rows, keys)
+    return outcomes[0], traced, range(len(totals), len(totals) + len(counts))
+
+
+def _check_counts(needs: list[bool], params: Params, carry: Any, node: Differentiate) -> None:
+    paths = [f"params/{path}".rstrip("/") for path, _ in leaves_by_path(params)]
+    paths += [f"carry/{path}".rstrip("/") for path, _ in leaves_by_path(carry)]
+    if used := [path for path, needed in zip(paths, needs, strict=False) if needed]:
+        raise LossError(
+            f"A count of the loss of `{node.written}` depends on the parameters, or on the carry.",
+            facts=(("depends on", ", ".join(f"`{path}`" for path in used)),),
+            suggestion="Count rows or tokens: `sc.Mean(total, count)` is divided by the count, which has no gradient.",
+        )
+
+
+def keys_of(node: Differentiate, key: Any, numbers: Any) -> Any:  # Any: typed keys, or their shapes
+    """The keys that the loss is given for the rows of these numbers."""
+    if isinstance(numbers, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda key, numbers: keys_of(node, key, numbers), key, numbers)
+    if node.rng == "example":
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+    return jax.random.fold_in(key, numbers[0])
+
+
+def num_rows(rows: Rows) -> int:
+    """How many rows a cell has."""
+    return jax.tree.leaves(rows)[0].shape[0]
+
+
+def _check_returned(returned: Any, node: Differentiate) -> None:
+    wanted = ("value", *(("metrics",) if node.has_aux else ()), *(("carry",) if node.carry else ()))
+    if len(wanted) > 1 and not (isinstance(returned, tuple) and len(returned) == len(wanted)):
+        facts = (("expected", f"a tuple ({', '.join(wanted)})"), ("got", described(returned)))
+        raise LossError(f"The loss of `{node.written}` does not return what it promises.", facts=facts)
+    value = returned[0] if len(wanted) > 1 else returned
+    for term in value.terms if isinstance(value, AbstractTerms) else (value,):
+        _check_value(term, node)
+    if node.has_aux:
+        _check_metrics(returned[1], node)
+
+
+def _check_value(value: Any, node: Differentiate) -> None:
+    total = value.total if isinstance(value, Mean) else value
+    what = f"The loss of `{node.written}` does not return a scalar"
+    facts = (("expected", "a floating-point scalar, a mean over the rows"), ("got", described(value)))
+    if isinstance(value, Mean):
+        what = f"The loss of `{node.written}` returns a `Mean` that is not of two scalars"
+        facts = (("expected", "a floating-point total, a sum over the rows, and a count"), ("got", described(value)))
+        if not _is_scalar(value.count):
+            raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
+    if not isinstance(total, (jax.Array, np.ndarray, np.generic, float, int)):
+        raise LossError(f"{what}.", facts=facts)
+    if jnp.shape(total) != ():
+        remedy = "Write `.sum()` over the rows." if isinstance(value, Mean) else "Write `.mean()` over the rows."
+        raise LossError(f"{what}.", facts=facts, suggestion=remedy)
+    if not jnp.issubdtype(jnp.result_type(total), jnp.floating):
+        raise LossError(f"{what} that has a gradient.", facts=facts)
+
+
+def _check_metrics(metrics: Any, node: Differentiate) -> None:
+    if not isinstance(metrics, dict):
+        facts = (("expected", "a dict of scalars by name"), ("got", described(metrics)))
+        raise LossError(f"The metrics of `{node.written}` are not a dict.", facts=facts)
+    faults = [f"`{name}` is a name that the step itself reports." for name in metrics if name in RESERVED]
+    for name, metric in metrics.items():
+        numbers = jax.tree.leaves(metric) if isinstance(metric, Metric) else [metric]
+        faults += [
+            f"`{name}` is {described(number)}; a metric is a scalar, or sc.Mean, Sum, Max, Min, Last."
+            for number in numbers
+            if not _is_scalar(number)
+        ]
+    if faults:
+        raise LossError(_sentence(faults_in_one(faults, of=f"the metrics of `{node.written}`")))
+
+
+def _check_carry(before: Any, after: Any, node: Differentiate) -> None:
+    old, new = (dict(leaves_by_path(one)) for one in (before, after))
+    faults = [f"`carry/{path}` is not returned." for path in old if path not in new]
+    faults += [f"`carry/{path}` was not given." for path in new if path not in old]
+    for path in old.keys() & new.keys():
+        if described(old[path]) != described(new[path]):
+            faults.append(f"`carry/{path}` goes in as {described(old[path])} and comes out as {described(new[path])}.")
+    if faults or jax.tree.structure(before) != jax.tree.structure(after):
+        told = faults_in_one(sorted(faults) or ["the tree is another one."], of="the carry")
+        raise LossError(f"The carry of `{node.written}` does not come out as it went in: {told}")
+
+
+def _check_keys(key: Any, node: Differentiate) -> None:
+    names: list[str] = []
+    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), key)
+    if (name := names[0]) not in BATCH_STABLE:
+        facts = (
+            ("implementation", name),
+            ("reason", "what one of its keys draws depends on how many keys are drawn from side by side"),
+            ("stable", ", ".join(BATCH_STABLE)),
+        )
+        raise LossError(
+            f"`{node.written}` asks for one key a row, and this implementation of keys cannot give them.",
+            facts=facts,
+            suggestion='Give `init` a number as its seed, or write `rng="microbatch"`.',
+        )
+
+
+def _names_an_axis(error: NameError, node: Differentiate) -> LossError:
+    found = re.search(r"unbound axis name: (\w+)", str(error))
+    axis = found.group(1) if found else "of the mesh"
+    return LossError(
+        f"The loss of `{node.written}` names the mesh axis {axis!r}.",
+        facts=(("reason", "a loss is a function of its own rows; in the reference there is no mesh"),),
+        suggestion="Return the mean over the rows that the loss is given; `shard` averages over the axis.",
+    )
+
+
+def _noted(error: Exception, node: Differentiate, rows: Rows) -> Exception:
+    shapes = ", ".join(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
+    error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced on one cell: {shapes}")
+    return error
+
+
+def described(value: Any) -> str:
+    """The dtype and shape of an array, the type of anything else."""
+    if isinstance(value, np.ndarray | jax.Array | jax.ShapeDtypeStruct):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Mean):
+        return f"Mean({described(value.total)}, {described(value.count)})"
+    return type(value).__name__
+
+
+def _is_scalar(number: Any) -> bool:
+    return isinstance(number, jax.Array | np.ndarray | np.generic | float | int) and jnp.shape(number) == ()
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
