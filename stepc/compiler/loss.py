@@ -58,13 +58,7 @@ def sign(node: Differentiate, params: Params, rows: Rows, key: Any, carry: Any) 
     if node.rng == "example":
         _check_keys(key, node)
     keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
-    outcomes, traced, outputs = _traced(node, params, carry, rows, keys)
-    terms, metrics = merged(outcomes.terms), outcomes.metrics.values()
-    signature = Signature(
-        tuple(float(one.count) if is_static(one.count) else None for one in terms),
-        tuple(sorted({type(one).__name__.lower() for one in metrics if isinstance(one, Max | Min)})),
-        any(isinstance(one, Last) for one in metrics),
-    )
+    signature, traced, outputs = _traced(node, params, carry, rows, keys)
     if outputs:
         _check_counts(dependence(traced, outputs=outputs)[0], params, carry, node)
     return signature
@@ -73,20 +67,28 @@ def sign(node: Differentiate, params: Params, rows: Rows, key: Any, carry: Any) 
 def counts_of(node: Differentiate, params: Params, carry: Any, rows: Rows, keys: Any) -> list[jax.Array]:
     """The counts of the terms of the loss that the rows decide, at no cost but that of counting."""
     _, traced, outputs = _traced(node, params, carry, rows, keys)
-    return dependence(traced, outputs=outputs)[1](jax.tree.leaves((params, carry, rows, keys)))
+    counts = dependence(traced, outputs=outputs)[1](jax.tree.leaves((params, carry, rows, keys)))
+    return [jnp.asarray(count) for count in counts]
 
 
-def _traced(node: Differentiate, params: Params, carry: Any, rows: Rows, keys: Any) -> tuple[Outcome, Any, range]:
+def _traced(node: Differentiate, params: Params, carry: Any, rows: Rows, keys: Any) -> tuple[Signature, Any, range]:
     """What the loss returned, its operations, and which of their results are counts that the rows decide."""
-    outcomes: list[Outcome] = []
+    signatures: list[Signature] = []
 
     def totals_and_counts(params: Params, carry: Any, rows: Rows, keys: Any) -> tuple[list[Any], list[Any]]:
-        outcomes.append(checked_loss(node)(params, rows, keys, carry))
-        terms = merged(outcomes[-1].terms)
+        outcome = checked_loss(node)(params, rows, keys, carry)
+        terms, metrics = merged(outcome.terms), outcome.metrics.values()
+        signatures.append(
+            Signature(
+                tuple(float(one.count) if is_static(one.count) else None for one in terms),
+                tuple(sorted({type(one).__name__.lower() for one in metrics if isinstance(one, Max | Min)})),
+                any(isinstance(one, Last) for one in metrics),
+            )
+        )
         return [one.total for one in terms], [one.count for one in terms if not is_static(one.count)]
 
     traced, (totals, counts) = jax.make_jaxpr(totals_and_counts, return_shape=True)(params, carry, rows, keys)
-    return outcomes[0], traced, range(len(totals), len(totals) + len(counts))
+    return signatures[0], traced, range(len(totals), len(totals) + len(counts))
 
 
 def _check_counts(needs: list[bool], params: Params, carry: Any, node: Differentiate) -> None:

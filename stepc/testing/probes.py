@@ -88,18 +88,18 @@ def carrying(params: Tree, rows: Tree, carry: Tree) -> tuple[Float[Array, ""], T
 
 
 PROBES = MappingProxyType({"over_rows": over_rows, "sharing_a_cell": sharing_a_cell, "in_order": in_order})
-# With the words that they begin a pipeline with. Exact ones give the same bits in any order of summation.
+# With the words that they begin a pipeline with. Exact ones give the same bits in any order of summation; the others
+# divide by counts that are no powers of two, and XLA multiplies by the reciprocal where it likes.
 EXACT_SOURCES = MappingProxyType(
     {
         **{name: grad(probe) for name, probe in PROBES.items()},
         "drawing": grad(drawing, rng="example"),
         "drawing_a_cell": grad(drawing_a_cell, rng="microbatch"),
-        "tokens": grad(tokens),
         "measuring": grad(measuring, has_aux=True),
         "carrying": grad(carrying, carry=True),
     }
 )
-SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "terms": grad(terms)})
+SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "tokens": grad(tokens), "terms": grad(terms)})
 
 
 def probe_params() -> dict[str, np.ndarray]:

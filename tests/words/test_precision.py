@@ -1,0 +1,108 @@
+"""`cast`, `remat` and the type of the accumulator, as the program has them."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue import probe_batch, probe_params
+from conftest import mesh_of
+
+import stepc as sc
+from stepc.testing.probes import over_rows
+
+ADAM = sc.update(optax.adam(1e-3))
+DATA = sc.shard(sc.dp("data"))
+WIDE = {"in": np.ones((4, 8), np.float32), "out": np.ones((8, 1), np.float32)}
+
+
+def network(params: Any, rows: Any) -> jax.Array:
+    hidden = jnp.tanh(rows["x"] @ params["in"])
+    return jnp.mean(jnp.square((hidden @ params["out"]).astype(jnp.float32)))
+
+
+def lowered(source: sc.Transform, k: int = 2, *, dtype: Any = None, params: Any = WIDE) -> sc.Lowered:
+    step = sc.compile(ADAM @ sc.accumulate(k, dtype=dtype) @ DATA @ source, mesh=mesh_of(data=2))
+    return step.lower(step.init(params), {"x": np.ones((16, 4), np.float32)})
+
+
+def carried(jaxpr: Any) -> set[str]:
+    """The types of the matrices in the carries of all loops, those inside other operations too."""
+    found: set[str] = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            start = equation.params["num_consts"]
+            kept = equation.invars[start : start + equation.params["num_carry"]]
+            found |= {str(var.aval.dtype) for var in kept if var.aval.ndim == 2}
+        for part in equation.params.values():
+            inner = getattr(part, "jaxpr", part)
+            found |= carried(inner) if hasattr(inner, "eqns") else set()
+    return found
+
+
+def test_cast_computes_in_bfloat16_and_keeps_everything_else_in_float32() -> None:
+    stage = lowered(sc.grad(sc.cast(jnp.bfloat16) @ network))
+    text = str(stage.jaxpr())
+    assert set(re.findall(r"(\w+)\[4,8\] = tanh", text)) == {"bf16"}
+    assert all(kind == "bf16" for kind in re.findall(r":(\w+)\[[\d,]*\] = dot_general", text))
+    assert {leaf.dtype for leaf in stage.plan.leaves if leaf.path.startswith(("params", "opt_state/0/mu"))} == {
+        "float32"
+    }
+    (row,) = stage.compile().collectives()
+    assert row.bytes == 4 * (4 * 8 + 8 + 1)  # reduced in float32
+
+
+@pytest.mark.parametrize(("dtype", "kind", "size"), [(None, "float32", 4), (jnp.bfloat16, "bfloat16", 2)])
+def test_accumulator_has_the_type_that_was_asked_for(dtype: Any, kind: str, size: int) -> None:
+    stage = lowered(sc.grad(network), dtype=dtype)
+    assert carried(stage.jaxpr().jaxpr) == {kind}
+    gradient = 4 * 8 + 8
+    total = sum(row.bytes for row in stage.compile().collectives())
+    # XLA for CPU widens sums of bfloat16 over devices, so there the bytes are those of float32.
+    assert total in (size * gradient + 4, 4 * gradient + 4)
+
+
+def test_gradients_of_bfloat16_parameters_are_added_up_in_float32() -> None:
+    def loss(params: Any, rows: Any) -> jax.Array:
+        return jnp.mean(rows["x"]).astype(jnp.float32) * params["w"].astype(jnp.float32)
+
+    step = sc.compile(sc.update(optax.trace(0.0)) @ sc.accumulate(256) @ sc.grad(loss))
+    # The gradient of each microbatch is 1, and of one of them 257 / 256: a sum in bfloat16 stops at 256.
+    x = np.ones((256, 1), np.float32)
+    state, _ = step(step.init({"w": jnp.zeros((), jnp.bfloat16)}), {"x": x})
+    assert state.opt_state.trace["w"].dtype == jnp.bfloat16
+    assert float(state.opt_state.trace["w"]) == 1.0
+    narrow = sc.compile(sc.update(optax.trace(0.0)) @ sc.accumulate(1024, dtype=jnp.bfloat16) @ sc.grad(loss))
+    state, _ = narrow(narrow.init({"w": jnp.zeros((), jnp.bfloat16)}), {"x": np.ones((1024, 1), np.float32)})
+    assert float(state.opt_state.trace["w"]) == 0.25  # 256 + 1 is 256 in eight bits
+
+
+def test_cast_refuses_parameters_that_are_no_masters() -> None:
+    params = {"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(())}
+    step = sc.compile(ADAM @ sc.grad(sc.cast(jnp.bfloat16) @ over_rows))
+    with pytest.raises(sc.ConfigError, match="`w` is bfloat16, expected float32"):
+        step(step.init(params), probe_batch(8))
+    free = sc.compile(ADAM @ sc.grad(sc.cast(jnp.float16, params=None) @ over_rows))
+    _, metrics = free(free.init(params), probe_batch(8))
+    assert metrics["loss"].dtype == jnp.float32
+
+
+def test_remat_computes_again_what_its_policy_does_not_keep() -> None:
+    def dots(source: sc.Transform) -> int:
+        return str(lowered(source).jaxpr()).count("dot_general")
+
+    plain = dots(sc.grad(network))
+    assert dots(sc.grad(sc.remat() @ network)) > plain
+    assert dots(sc.grad(sc.remat("dots_saveable") @ network)) == plain
+    assert dots(sc.grad(sc.remat("everything_saveable") @ network)) == plain
+
+
+def test_remat_keeps_numbers_as_counts() -> None:
+    def loss(params: Any, rows: Any) -> Any:
+        return sc.Mean(jnp.sum((rows["x"] @ params["w"]) ** 2), rows["y"].shape[0]) + params["b"] ** 2
+
+    step = sc.compile(ADAM @ sc.accumulate(2) @ sc.grad(sc.remat() @ loss))
+    assert "count first" not in str(step.lower(step.init(probe_params()), probe_batch(8)).plan)
