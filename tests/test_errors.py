@@ -18,6 +18,7 @@ from conftest import GOLDEN, mesh_of
 
 import stepc as sc
 from stepc.testing import assert_equal_trees, check_transform
+from stepc.testing.probes import drawing
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)
@@ -37,9 +38,18 @@ def call(batch: Any) -> None:
     step(step.init(probe_params()), batch)
 
 
-def trained_with(bad: Callable[..., Any]) -> None:
-    step = sc.compile(sc.update(tx) @ sc.grad(bad))
-    step(step.init(probe_params()), probe_batch(8))
+def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = None, **options: Any) -> None:
+    step = sc.compile(sc.update(tx) @ sc.grad(bad, **options))
+    step(step.init(params or probe_params(), seed=seed, carry=given), probe_batch(8))
+
+
+def fresh_with(source: sc.Transform, carry: Any) -> None:
+    sc.compile(sc.update(tx) @ source).init(probe_params(), carry=carry)
+
+
+def repeated(batch: Any) -> None:
+    step = sc.compile(sc.repeat(4) @ sc.update(tx) @ sc.grad(loss))
+    step(step.init(probe_params()), batch)
 
 
 def state_of_another_step() -> None:
@@ -79,6 +89,10 @@ COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
     "called_on_plain_loss": (sc.PipelineTypeError, lambda: sc.clip(1.0)(loss)),
     "loss_on_the_left": (sc.PipelineTypeError, lambda: loss @ sc.clip(1.0)),
     "number": (sc.PipelineTypeError, lambda: sc.clip(1.0) @ 3),
+    "cast_of_a_gradient": (sc.PipelineTypeError, lambda: sc.cast(jnp.bfloat16) @ sc.grad(loss)),
+    "cast_outside_of_grad": (sc.PipelineTypeError, lambda: sc.accumulate(4) @ (sc.cast(jnp.bfloat16) @ loss)),
+    "ema_of_a_gradient": (sc.PipelineTypeError, lambda: sc.ema(0.9) @ sc.clip(1.0)),
+    "skip_inside": (sc.PipelineTypeError, lambda: sc.update(tx) @ sc.skip_nonfinite() @ sc.grad(loss)),
     "optimizer_itself": (sc.PipelineTypeError, lambda: tx @ sc.clip(1.0)),
 }
 FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
@@ -101,6 +115,19 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "not_an_optimizer": (sc.FieldTypeError, lambda: sc.update(optax.adam)),
     "not_a_loss": (sc.FieldTypeError, lambda: sc.grad(3)),
     "loss_is_a_word": (sc.FieldTypeError, lambda: sc.grad(sc.clip(1.0))),
+    "loss_words_alone": (sc.FieldTypeError, lambda: sc.grad(sc.cast(jnp.bfloat16) @ sc.remat())),
+    "rng_unknown": (sc.FieldValueError, lambda: sc.grad(loss, rng="row")),
+    "has_aux_number": (sc.FieldTypeError, lambda: sc.grad(loss, has_aux=1)),
+    "accumulate_dtype": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.int32)),
+    "cast_nothing": (sc.FieldTypeError, lambda: sc.cast("narrow")),
+    "remat_policy": (sc.FieldValueError, lambda: sc.remat("dot_saveable")),
+    "remat_function": (sc.FieldTypeError, lambda: sc.remat(jax.checkpoint_policies.dots_saveable)),
+    "noise_zero": (sc.FieldValueError, lambda: sc.noise(0.0)),
+    "ema_one": (sc.FieldValueError, lambda: sc.ema(1.0)),
+    "skip_limit": (sc.FieldValueError, lambda: sc.skip_nonfinite(limit=0)),
+    "repeat_fraction": (sc.FieldTypeError, lambda: sc.repeat(0.5)),
+    "loss_scale_initial": (sc.FieldValueError, lambda: sc.loss_scale(initial=-1.0)),
+    "loss_scale_claim": (sc.FieldTypeError, lambda: sc.loss_scale("dynamic")),
 }
 COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "recipe": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.clip(1.0))),
@@ -123,6 +150,18 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         lambda: step_on().init({"w": np.ones(3, np.int32), "list": ["a", None], "ok": np.ones(3, np.float32)}),
     ),
     "no_parameters": (sc.ConfigError, lambda: step_on().init({})),
+    "repeat_inside": (sc.ConfigError, lambda: sc.compile(sc.ema(0.9) @ sc.repeat(4) @ sc.update(tx) @ sc.grad(loss))),
+    "skip_twice": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.skip_nonfinite() @ sc.ema(0.9) @ sc.skip_nonfinite() @ sc.update(tx) @ sc.grad(loss)),
+    ),
+    "rows_split_again": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.update(tx) @ sc.rows() @ sc.clip(1.0) @ sc.accumulate(2) @ sc.grad(loss)),
+    ),
+    "carry_missing": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), None)),
+    "carry_not_asked_for": (sc.ConfigError, lambda: fresh_with(sc.grad(loss), {"mean": np.zeros(3)})),
+    "carry_of_text": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), {"a": "b", "c": np.array(True)})),
     "seed_fraction": (sc.ConfigError, lambda: step_on().init(probe_params(), seed=0.5)),
 }
 CALLING: dict[str, tuple[type, Callable[[], object]]] = {
@@ -154,6 +193,30 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "integer_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.sum(b["y"]).astype(jnp.int32))),
     "tuple_loss": (sc.LossError, lambda: trained_with(lambda p, b: (jnp.mean(b["y"]), {"a": 1}))),
     "none_loss": (sc.LossError, lambda: trained_with(lambda p, b: None)),
+    "count_depends_on_parameters": (
+        sc.LossError,
+        lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(b["y"]), jnp.sum(p["w"])) + jnp.sum(p["b"])),
+    ),
+    "mean_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(b["x"] @ p["w"], 3))),
+    "count_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(p["w"]), b["y"] > 0))),
+    "aux_missing": (sc.LossError, lambda: trained_with(loss, has_aux=True)),
+    "aux_not_a_dict": (sc.LossError, lambda: trained_with(lambda p, b: (loss(p, b), [1.0]), has_aux=True)),
+    "aux_faults": (
+        sc.LossError,
+        lambda: trained_with(lambda p, b: (loss(p, b), {"loss": 1.0, "y": b["y"], "s": sc.Sum(b["x"])}), has_aux=True),
+    ),
+    "keys_not_stable": (sc.LossError, lambda: trained_with(drawing, seed=jax.random.key(0, impl="rbg"), rng="example")),
+    "carry_changes": (
+        sc.LossError,
+        lambda: trained_with(lambda p, b, c: (loss(p, b), {"m": c["m"] > 0}), given={"m": np.zeros(())}, carry=True),
+    ),
+    "narrow_masters": (
+        sc.ConfigError,
+        lambda: trained_with(sc.cast(jnp.bfloat16) @ loss, params=jax.tree.map(jnp.bfloat16, probe_params())),
+    ),
+    "repeat_rows": (sc.BatchError, lambda: repeated(probe_batch(8))),
+    "pad_too_many": (sc.BatchError, lambda: sc.pad_batch(probe_batch(8), 4)),
+    "pad_faults": (sc.BatchError, lambda: sc.pad_batch({"x": np.ones((3, 2)), "y": np.ones(2), "z": 1.0}, 0)),
     "loss_names_an_axis": (sc.LossError, lambda: trained_with(names_an_axis)),
 }
 RUNNING: dict[str, tuple[type, Callable[[], object]]] = {

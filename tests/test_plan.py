@@ -3,12 +3,15 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
-from catalogue import PROBES, probe_batch, probe_params
+from catalogue import PROBES, SOURCES, probe_batch, probe_carry, probe_params
 from conftest import mesh_of
 
 import stepc as sc
+from stepc.testing.probes import terms, tokens
 
 loss = PROBES["over_rows"]
 tx = optax.adamw(3e-4)
@@ -24,13 +27,28 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         @ sc.scale(0.5) @ sc.accumulate(2) @ DATA @ sc.scale(2.0) @ sc.grad(loss),
         {"replica": 2, "data": 2, "model": 2},
     ),
+    "terms": (sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(terms), {"data": 8}),
+    "guarded": (
+        sc.ema(0.9) @ sc.skip_nonfinite() @ sc.update(tx) @ sc.loss_scale() @ sc.accumulate(4) @ DATA
+        @ sc.grad(sc.cast(jnp.float16) @ sc.remat() @ tokens),
+        {"data": 8},
+    ),
+    "private": (
+        sc.update(tx) @ sc.noise(0.1) @ sc.accumulate(4) @ DATA @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss), {"data": 8}
+    ),
+    "measuring": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["measuring"], {"data": 8}),
+    "carrying": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["carrying"], {"data": 8}),
+    "repeated": (sc.repeat(2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
 }  # fmt: skip
 
 
 def lowered(name: str) -> sc.Lowered:
     pipeline, sizes = PLANS[name]
     step = sc.compile(pipeline, mesh=sizes and mesh_of(**sizes))
-    return step.lower(step.init(probe_params()), probe_batch(64))
+    batch = probe_batch(64)
+    if step.steps_per_call > 1:
+        batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
+    return step.lower(step.init(probe_params(), carry=probe_carry(pipeline.words[-1])), batch)
 
 
 @pytest.mark.parametrize("name", PLANS)

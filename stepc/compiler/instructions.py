@@ -12,13 +12,15 @@ class Signature:
 
     Args:
       counts: for each term of its value, the number it counts in every cell, or None where the rows decide.
-      extremes: "max" and "min", where a metric is one.
+      apart: "max", "min" and "whole numbers", where a metric is one: they do not ride in the sum of the gradient.
       has_last: whether a metric is the last of its kind.
+      carried: the types of the numbers that it carries.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
-    extremes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     has_last: bool = False
+    carried: tuple[str, ...] = ()
 
     @property
     def counts_first(self) -> bool:
@@ -74,21 +76,22 @@ class Vectorise:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Pay the debt: add up over the devices along `axes`. Largest and smallest metrics are reductions of their own."""
+    """Pay the debt: add up over the devices along `axes`. Metrics `apart` are reductions of their own."""
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
-    extremes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class AverageCarry:
-    """The mean of the model's own state over the devices along `axes`, as soon as it is there."""
+    """The mean of the model's own state over the devices along `axes`, as soon as it is there: one for each type."""
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
+    dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

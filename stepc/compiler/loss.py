@@ -11,7 +11,7 @@ import numpy as np
 from stepc.compiler.dependence import dependence
 from stepc.compiler.instructions import Signature
 from stepc.core.nodes import Differentiate
-from stepc.core.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Outcome, is_static, merged, outcome_of
+from stepc.core.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Outcome, Sum, is_static, merged, outcome_of
 from stepc.errors import LossError, faults_in_one
 from stepc.language.kinds import Params, Rows
 from stepc.language.state import leaves_by_path
@@ -81,14 +81,26 @@ def _traced(node: Differentiate, params: Params, carry: Any, rows: Rows, keys: A
         signatures.append(
             Signature(
                 tuple(float(one.count) if is_static(one.count) else None for one in terms),
-                tuple(sorted({type(one).__name__.lower() for one in metrics if isinstance(one, Max | Min)})),
+                tuple(sorted({kind for one in metrics if (kind := _kind_apart(one))})),
                 any(isinstance(one, Last) for one in metrics),
+                tuple(sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(outcome.carry)})),
             )
         )
         return [one.total for one in terms], [one.count for one in terms if not is_static(one.count)]
 
     traced, (totals, counts) = jax.make_jaxpr(totals_and_counts, return_shape=True)(params, carry, rows, keys)
     return signatures[0], traced, range(len(totals), len(totals) + len(counts))
+
+
+def _kind_apart(metric: Metric) -> str | None:
+    """What keeps a metric out of the sum of the gradient, if anything does."""
+    match metric:
+        case Max() | Min():
+            return type(metric).__name__.lower()
+        case Sum(value) | Last(value) if not jnp.issubdtype(value.dtype, jnp.floating):
+            return "whole numbers"
+        case _:
+            return None
 
 
 def _check_counts(needs: list[bool], params: Params, carry: Any, node: Differentiate) -> None:

@@ -164,8 +164,8 @@ def _line(one: Instruction) -> str | None:
             return f"loop {size} times and add up{inside}: microbatch j is the rows i with i mod {size} = j"
         case Vectorise():
             return "side by side for every row, and add up"
-        case Reduce(axes, num_devices, reason, extremes):
-            also = f", then {' and '.join(extremes)} of metrics" if extremes else ""
+        case Reduce(axes, num_devices, reason, apart):
+            also = f", then {' and '.join(apart)} of metrics" if apart else ""
             return f"all-reduce over {', '.join(axes)} ({num_devices} devices){also}: {reason}"
         case AverageCarry(axes, num_devices, reason):
             return f"all-reduce of the carry over {', '.join(axes)} ({num_devices} devices): {reason}"
@@ -225,11 +225,13 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                 yield from (replace(one, per="dispatch") for one in _collectives(body, prod((times, node.size))))
             case CountFirst(body) | Vectorise(body):
                 yield from _collectives(body, times)
-            case Reduce(axes, _, reason, extremes):
+            case Reduce(axes, _, reason, apart):
                 yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
-                for kind in extremes:
-                    yield PlannedCollective("all-reduce", axes, times, times > 1, f"the {kind} of metrics is no sum")
-            case AverageCarry(axes, _, reason):
-                yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
+                for kind in apart:
+                    why = f"{kind} of metrics: not a sum of the gradient's type"
+                    yield PlannedCollective("all-reduce", axes, times, times > 1, why)
+            case AverageCarry(axes, _, reason, dtypes):
+                for dtype in dtypes:
+                    yield PlannedCollective("all-reduce", axes, times, times > 1, f"{reason}, in {dtype}")
             case _:
                 pass

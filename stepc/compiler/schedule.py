@@ -73,7 +73,7 @@ class _Owing:
         first: list[Instruction] = []
         pay: list[Instruction] = []
         if self.axes:
-            pay.append(Reduce(self.axes, self.num_devices, reason, self.signature.extremes))
+            pay.append(Reduce(self.axes, self.num_devices, reason, self.signature.apart))
         if len(self.counts) > 1:
             why = "its terms have counts of their own"
             owed = (Reduce(self.axes, self.num_devices, why),) if self.axes else ()
@@ -143,7 +143,7 @@ def _averaged(owing: _Owing, node: Mean, place: Time | Space | Lanes) -> _Owing:
             num_devices, parts = owing.num_devices * node.size, owing.parts * node.size
             if _carries(owing.schedule):
                 reason = f"`{node.written}` averages the model's own state"
-                owing = owing.then(AverageCarry(axes, node.size, reason))
+                owing = owing.then(AverageCarry(axes, node.size, reason, owing.signature.carried))
             summed = (*axes, *owing.summed)
             return replace(owing, axes=(*axes, *owing.axes), num_devices=num_devices, parts=parts, summed=summed)
         case _:

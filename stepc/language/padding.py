@@ -45,8 +45,9 @@ def pad_batch(batch: Batch, rows: int) -> tuple[Batch, Mask]:
             if _is_bad(size, rows)
         ]
     faults += [f"`{path}` is a scalar: it has no rows on axis 0." for path, size in sizes.items() if size is None]
-    if len(set(sizes.values())) > 1:
-        counts = ", ".join(f"`{path}` has {size}" for path, size in sizes.items())
+    known = {path: size for path, size in sizes.items() if size is not None}
+    if len(set(known.values())) > 1:
+        counts = ", ".join(f"`{path}` has {size}" for path, size in known.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")
     if faults:
         what = faults_in_one(faults, of="what is to be padded")

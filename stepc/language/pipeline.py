@@ -176,8 +176,13 @@ def _mismatch(outer: Operand, inner: Operand, site: Site) -> PipelineTypeError:
     remedy = _well_typed_order(left, right)
     where = caret(repr(Pipeline((*left, *right))), repr(meet), str(site))
     suggestion = f"Write `{remedy!r}`." if remedy else None
-    if meet.takes is Kind.GRADIENT and other.gives is Kind.LOSS:
-        suggestion = f"Write `{outer!r} @ grad({inner!r})`."
+    match meet.takes, other.gives:
+        case Kind.GRADIENT, Kind.LOSS:
+            suggestion = f"Write `{outer!r} @ grad({inner!r})`."
+        case Kind.LOSS, _:
+            suggestion = f"Write `grad({outer!r} @ loss)`: words of losses stand inside of `grad`."
+        case _:
+            pass
     return PipelineTypeError(what, where=where, facts=facts, suggestion=suggestion)
 
 

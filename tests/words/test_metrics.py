@@ -53,4 +53,4 @@ def test_sums_ride_in_the_reduction_of_the_gradient_and_extremes_do_not() -> Non
         # Besides the gradient: a largest, a smallest, and a sum of whole numbers, which stay whole numbers.
         assert len(rows) == number
         assert all(not row.in_loop for row in rows)
-    assert sum("is no sum" in one.reason for one in lowered.plan.collectives) == 2
+    assert sum("not a sum of the gradient's type" in one.reason for one in lowered.plan.collectives) == 3
