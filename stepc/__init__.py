@@ -11,6 +11,7 @@ from stepc.compiler.step import Step as Step
 from stepc.compiler.step import compile as compile
 from stepc.core import nodes as nodes
 from stepc.errors import BatchError as BatchError
+from stepc.errors import BudgetError as BudgetError
 from stepc.errors import ConfigError as ConfigError
 from stepc.errors import DataError as DataError
 from stepc.errors import EquivalenceError as EquivalenceError
@@ -22,6 +23,7 @@ from stepc.errors import PipelineTypeError as PipelineTypeError
 from stepc.errors import ShardingError as ShardingError
 from stepc.errors import StepcError as StepcError
 from stepc.errors import StepError as StepError
+from stepc.inspect.budget import Budget as Budget
 from stepc.language.kinds import Kind as Kind
 from stepc.language.meaning import Fn as Fn
 from stepc.language.meaning import Gradient as Gradient

@@ -41,10 +41,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.lower": ("compiler.check", "compiler.schedule", "core.nodes", "language.kinds"),
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
     "inspect": ("inspect", "errors"),
-    "compiler.stages": ("compiler.plan", "inspect"),
+    "compiler.measures": ("compiler.plan", "inspect"),
+    "compiler.stages": ("compiler.measures", "compiler.plan", "inspect"),
     "compiler.step": ("compiler", "core", "errors", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),
-    "testing": ("compiler.step", "core", "errors", "language", "testing"),
+    "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
     "programs": ("", "programs", "runner"),
     "cli": ("", "errors", "programs", "runner"),
     "__main__": ("cli",),

@@ -7,7 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from stepc import inspect
+from stepc.compiler.measures import gradient_reductions
 from stepc.compiler.plan import Plan
+from stepc.inspect.budget import Measure
 
 
 @dataclass(frozen=True)
@@ -92,3 +94,18 @@ class Compiled:
             DonatedLeaf(path, asked, number in aliased)
             for number, (path, asked) in enumerate(zip(paths, self.asked, strict=True))
         )
+
+    def check(self, budget: inspect.Budget, *, traces: int | None = None) -> None:
+        """Hold the step to a budget.
+
+        Args:
+          traces: how often the step was traced, `step.traces`; needed if the budget promises it.
+        Errors: BudgetError with a table of what was promised, what is, and the lines responsible.
+        """
+        lost = tuple(leaf.path for leaf in self.donated() if leaf.donated and not leaf.aliased)
+        known = {
+            "donated": Measure(len(lost), tuple(f"{path} is copied" for path in lost)),
+            "gradient_reductions": gradient_reductions(self.plan, self.executable, self.collectives()),
+            **({} if traces is None else {"traces": Measure(traces)}),
+        }
+        inspect.check(budget, self.executable, self.mesh, known=known)

@@ -1,5 +1,7 @@
 """Questions about a compiled program; it knows nothing of pipelines, only executables and HLO text."""
 
+from stepc.inspect.budget import Budget as Budget
+from stepc.inspect.budget import check as check
 from stepc.inspect.collectives import Collective as Collective
 from stepc.inspect.collectives import Collectives as Collectives
 from stepc.inspect.collectives import collectives as collectives

@@ -38,6 +38,7 @@ class Collective:
       conditional: whether it stands in a branch; `executions` is then the most that can be.
       asynchronous: whether the program starts it and waits for it later.
       source: "file.py:123 (op_name)", or what the metadata knows of that.
+      payload: the arrays that `bytes` adds up.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Collective:
     conditional: bool
     asynchronous: bool
     source: str
+    payload: tuple[Shape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,17 @@ def _row(
     # On a GPU, a start may still be synchronous.
     is_synchronous = re.search(r'"is_sync\\?":\s*true', instruction.attributes) is not None
     is_start = instruction.opcode.endswith("-start") and not is_synchronous
+    payload = _payload(kind, computation, instruction)
     return Collective(
         kind=kind,
-        bytes=sum(shape.bytes for shape in _payload(kind, computation, instruction)),
+        bytes=sum(shape.bytes for shape in payload),
         axes=() if mesh is None else axes_of(groups(module, instruction), mesh),
         executions=execution.count,
         in_loop=execution.in_loop,
         conditional=execution.conditional,
         asynchronous=execution.asynchronous or is_start,
         source=module.source(instruction),
+        payload=payload,
     )
 
 
