@@ -218,6 +218,7 @@ PROMISING: dict[str, tuple[type, Callable[[], object]]] = {
             sc.Budget(donated=True, gradient_reductions=1, flops=0), jax.jit(lambda x: x).lower(1.0).compile()
         ),
     ),
+    "budget_is_not_one": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), budget={"traces": 1})),
     "budget_broken": (
         sc.BudgetError,
         lambda: compiled_by_hand(

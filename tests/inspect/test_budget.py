@@ -131,6 +131,39 @@ def test_budget_copied_leaf_of_a_state_is_named() -> None:
         )
 
 
+def test_compile_with_budget_runs_as_before_with_one_trace_and_one_compilation() -> None:
+    counted: list[str] = []
+
+    def note(event: str, duration: float, **about: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            counted.append(event)
+
+    step = sc.compile(OUTSIDE, mesh=mesh_of(data=8), budget=sc.Budget(gradient_reductions=1, traces=1, donated=True))
+    state = step.init(probe_params())
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for _ in range(3):
+        state, metrics = step(state, probe_batch(64))
+        jax.block_until_ready(metrics)
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert (step.traces, len(counted), int(state.step)) == (1, 1, 3)
+
+
+def test_compile_with_broken_budget_leaves_the_state_alive() -> None:
+    step = sc.compile(INSIDE, mesh=mesh_of(data=8), budget=DEMANDING)
+    state = step.init(probe_params())
+    with pytest.raises(sc.BudgetError):
+        step(state, probe_batch(64))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_compile_with_budget_refuses_a_second_trace_before_it_runs() -> None:
+    step = sc.compile(OUTSIDE, mesh=mesh_of(data=8), budget=sc.Budget(traces=1))
+    state, _ = step(step.init(probe_params()), probe_batch(64))
+    with pytest.raises(sc.BudgetError, match=r"traces +1 +2"):
+        step(state, probe_batch(128))
+    assert int(state.step) == 1
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [(0, 0), (12, 12), ("12B", 12), ("1.5 kB", 1500), ("12MiB", 12 * 2**20), ("2GiB", 2**31), ("3 GB", 3 * 10**9)],
