@@ -24,6 +24,7 @@ from stepc.errors import ShardingError as ShardingError
 from stepc.errors import StepcError as StepcError
 from stepc.errors import StepError as StepError
 from stepc.inspect.budget import Budget as Budget
+from stepc.inspect.topology import topology as topology
 from stepc.language.kinds import Kind as Kind
 from stepc.language.meaning import Fn as Fn
 from stepc.language.meaning import Gradient as Gradient

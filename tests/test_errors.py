@@ -4,6 +4,7 @@ Each row is one mistake. The texts stand in golden/errors; a text that no row ma
 """
 
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,12 @@ def toml(text: str) -> Path:
     path = Path(tempfile.mkdtemp()) / "budget.toml"
     path.write_text(text)
     return path
+
+
+def without(module: str, mistake: Callable[[], object]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module, None)  # Python's own way to say: not installed
+        mistake()
 
 
 COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
@@ -227,7 +234,12 @@ PROMISING: dict[str, tuple[type, Callable[[], object]]] = {
     ),
     "budget_broken_alone": (sc.BudgetError, lambda: compiled_by_hand(sc.Budget(collective_bytes="64 B"))),
 }
-MISTAKES = {**COMPOSING, **FIELDS, **COMPILING, **CALLING, **RUNNING, **PROMISING}
+ABSENT: dict[str, tuple[type, Callable[[], object]]] = {
+    "topology_not_a_name": (sc.ConfigError, lambda: sc.topology("v5e-256")),
+    "topology_no_libtpu": (sc.ConfigError, lambda: without("libtpu", lambda: sc.topology("tpu:v5e:16x16"))),
+    "topology_no_cuda": (sc.ConfigError, lambda: without("jax_plugins", lambda: sc.topology("gpu:h100:32x8"))),
+}
+MISTAKES = {**COMPOSING, **FIELDS, **COMPILING, **CALLING, **RUNNING, **PROMISING, **ABSENT}
 
 
 @contextmanager
@@ -257,6 +269,7 @@ def without_lines(text: str) -> str:
     """The file stays, the number of the line in it goes: these tests may grow. So goes what a version of XLA needs."""
     text = re.sub(r"test_errors\.py:\d+ \(", "test_errors.py:N (", text).replace(tempfile.gettempdir(), "/tmp")
     text = re.sub(r"(temp_bytes .*  )[\d,]+ B", r"\1SOME B", text)
+    text = text.replace(f"=={jax.__version__}", "==VERSION")
     text = re.sub(r"/tmp/\w+/budget", "budget", text)
     lines = text.split("(test_errors.py:")
     return "(test_errors.py:".join([lines[0], *(f"N){rest.partition(')')[2]}" for rest in lines[1:])])

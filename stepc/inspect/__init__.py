@@ -11,3 +11,4 @@ from stepc.inspect.memory import Cost as Cost
 from stepc.inspect.memory import Memory as Memory
 from stepc.inspect.memory import cost as cost
 from stepc.inspect.memory import memory as memory
+from stepc.inspect.topology import topology as topology
