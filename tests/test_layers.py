@@ -42,7 +42,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
     "inspect": ("inspect", "errors"),
     "compiler.measures": ("compiler.plan", "inspect"),
-    "compiler.stages": ("compiler.measures", "compiler.plan", "inspect"),
+    "compiler.breakdown": ("compiler.plan", "inspect"),
+    "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect"),
     "compiler.guard": ("compiler.stages", "inspect"),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from stepc import inspect
+from stepc.compiler.breakdown import broken_down
 from stepc.compiler.measures import gradient_reductions
 from stepc.compiler.plan import Plan
 from stepc.inspect.budget import Measure
@@ -78,12 +79,16 @@ class Compiled:
         return inspect.collectives(self.executable, self.mesh)
 
     def memory(self) -> inspect.Memory:
-        """Bytes per device, as the compiler planned them."""
-        return inspect.memory(self.executable)
+        """Bytes per device, as the compiler planned them, and what they are for."""
+        return broken_down(inspect.memory(self.executable), self.plan, self.executable)
 
     def cost(self) -> inspect.Cost:
-        """Operations per device and step, loops counted."""
+        """Operations and bytes moved per device and step, loops counted."""
         return inspect.cost(self.executable)
+
+    def roofline(self, device: str) -> inspect.Roofline | None:
+        """The least time of a step on a named device, an estimate; None if a loop does not say how often it turns."""
+        return inspect.roofline(self.cost(), self.memory(), self.collectives(), device)
 
     def donated(self) -> tuple[DonatedLeaf, ...]:
         """Every leaf of the state, and whether its buffer is used again for the new state."""

@@ -9,6 +9,9 @@ from stepc.inspect.donation import Aliases as Aliases
 from stepc.inspect.donation import aliases as aliases
 from stepc.inspect.memory import Cost as Cost
 from stepc.inspect.memory import Memory as Memory
+from stepc.inspect.memory import Part as Part
 from stepc.inspect.memory import cost as cost
 from stepc.inspect.memory import memory as memory
+from stepc.inspect.roofline import Roofline as Roofline
+from stepc.inspect.roofline import roofline as roofline
 from stepc.inspect.topology import topology as topology

@@ -40,6 +40,7 @@ class Collective:
       asynchronous: whether the program starts it and waits for it later.
       source: "file.py:123 (op_name)", or what the metadata knows of that.
       payload: the arrays that `bytes` adds up.
+      group_size: how many devices exchange with each other.
       loops: the loops around it, the outermost first, with their turns: ("microbatches/while x4",).
       between: of an asynchronous one, what is scheduled between its start and its done; None if that is not known.
     """
@@ -53,6 +54,7 @@ class Collective:
     asynchronous: bool
     source: str
     payload: tuple[Shape, ...] = ()
+    group_size: int = 1
     loops: tuple[str, ...] = ()
     between: Between | None = None
 
@@ -158,17 +160,19 @@ def _row(
     is_synchronous = re.search(r'"is_sync\\?":\s*true', instruction.attributes) is not None
     is_start = instruction.opcode.endswith("-start") and not is_synchronous
     is_asynchronous = execution.asynchronous or is_start
+    grouped = groups(module, instruction)
     payload = _payload(kind, computation, instruction)
     return Collective(
         kind=kind,
         bytes=sum(shape.bytes for shape in payload),
-        axes=() if mesh is None else axes_of(groups(module, instruction), mesh),
+        axes=() if mesh is None else axes_of(grouped, mesh),
         executions=execution.count,
         in_loop=execution.in_loop,
         conditional=execution.conditional,
         asynchronous=is_asynchronous,
         source=module.source(instruction),
         payload=payload,
+        group_size=max(map(len, grouped)),
         loops=execution.loops,
         between=between(module, *(start or (computation, instruction))) if is_asynchronous else None,
     )

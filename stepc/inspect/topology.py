@@ -53,7 +53,8 @@ def topology(name: str, **axes: int) -> Mesh:
       axes: the size of each mesh axis, in order; by default all devices lie along one axis, `data`.
     Errors: ConfigError if the compiler for the platform is not installed, with the command that installs it; if the
       platform has no such topology; if the sizes do not multiply to the number of devices.
-    Such a mesh compiles and runs nothing: give `init` and `lower` shapes, `jax.ShapeDtypeStruct`.
+    Such a mesh compiles and runs nothing: give `init` and `lower` shapes, `jax.ShapeDtypeStruct`. Where no GPU is,
+    jax loads its CUDA plugin only under `jax.config.update("jax_platforms", "cpu")`.
     Example:
       >>> topology("tpu:v5e:16x16", data=64, model=4)  # doctest: +SKIP
       Mesh('data': 64, 'model': 4, axis_types=(Auto, Auto))
@@ -113,8 +114,17 @@ def _gpus(name: str, generation: str, shape: str) -> list[Any]:
     if len(sizes) > 2 or not all(sizes):
         raise ConfigError(f"{name}: the shape of GPUs is hosts x GPUs a host, such as 32x8, or GPUs alone, such as 8.")
     hosts, each = (1, *sizes) if len(sizes) == 1 else sizes
+    jax.devices("cpu")  # jax finds its plugins when it first looks for devices
     described = _described(_GPUS[generation])
-    found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x{hosts}x{each}")
+    try:
+        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x{hosts}x{each}")
+    except (
+        NotImplementedError
+    ) as error:  # the plugin refuses to load where it finds no CUDA, unless CUDA is not asked for
+        raise ConfigError(
+            f"{name}: jax did not load its CUDA plugin, because it looked for a GPU and found no CUDA libraries.",
+            suggestion='Before anything looks for devices: jax.config.update("jax_platforms", "cpu")',
+        ) from error
     return list(found.devices)
 
 
