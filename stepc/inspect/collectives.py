@@ -40,6 +40,7 @@ class Collective:
       asynchronous: whether the program starts it and waits for it later.
       source: "file.py:123 (op_name)", or what the metadata knows of that.
       payload: the arrays that `bytes` adds up.
+      name: of the instruction, in HLO.
       group_size: how many devices exchange with each other.
       loops: the loops around it, the outermost first, with their turns: ("microbatches/while x4",).
       between: of an asynchronous one, what is scheduled between its start and its done; None if that is not known.
@@ -54,6 +55,7 @@ class Collective:
     asynchronous: bool
     source: str
     payload: tuple[Shape, ...] = ()
+    name: str = ""
     group_size: int = 1
     loops: tuple[str, ...] = ()
     between: Between | None = None
@@ -172,6 +174,7 @@ def _row(
         asynchronous=is_asynchronous,
         source=module.source(instruction),
         payload=payload,
+        name=instruction.name,
         group_size=max(map(len, grouped)),
         loops=execution.loops,
         between=between(module, *(start or (computation, instruction))) if is_asynchronous else None,

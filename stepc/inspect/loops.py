@@ -81,12 +81,13 @@ def _through(module: Module, site: _Site, caller: Execution) -> Execution:
     times = turns(module, site.caller, site.instruction, site.role)
     # libtpu writes asynchronous collectives as fusions, and says so only in their names.
     is_start = site.instruction.opcode.endswith("-start") or "async-collective-start" in site.instruction.name
+    loop = f"{named(site.instruction)} x{'?' if times is None else times}"
     return Execution(
         count=None if times is None or caller.count is None else times * caller.count,
         in_loop=caller.in_loop or site.role in ("body", "condition"),
         conditional=caller.conditional or site.role in _BRANCHES,
         asynchronous=caller.asynchronous or is_start,
-        loops=(*caller.loops, _named(site.instruction, times)) if site.role == "body" else caller.loops,
+        loops=(*caller.loops, loop) if site.role == "body" else caller.loops,
     )
 
 
@@ -104,7 +105,7 @@ def turns(module: Module, caller: str, instruction: Instruction, role: str) -> i
             return 1
 
 
-def _named(loop: Instruction, times: int | None) -> str:
-    """The end of a loop's path of JAX names, which holds the user's own scopes, or its name in HLO."""
-    path = [part for part in loop.op_name.split("/") if not part.startswith("jit(") and part != "shard_map"]
-    return f"{'/'.join(path[-2:]) or loop.name} x{'?' if times is None else times}"
+def named(instruction: Instruction) -> str:
+    """The end of its path of JAX names, which holds the user's own scopes, or its name in HLO."""
+    path = [part for part in instruction.op_name.split("/") if not part.startswith("jit(") and part != "shard_map"]
+    return "/".join(path[-2:]) or instruction.name

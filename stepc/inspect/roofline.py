@@ -73,7 +73,7 @@ def roofline(cost: Cost, memory: Memory, collectives: Iterable[Collective], devi
     An estimate. Peaks are from data sheets, no program reaches them, and latency is not in it.
     Source: Williams, Waterman and Patterson, Roofline, 2009, https://doi.org/10.1145/1498765.1498785.
     """
-    row = named(device) if isinstance(device, str) else device
+    row = device_named(device) if isinstance(device, str) else device
     rows = tuple(collectives)
     if cost.flops is None or cost.bytes is None or any(one.executions is None for one in rows):
         return None
@@ -86,7 +86,7 @@ def roofline(cost: Cost, memory: Memory, collectives: Iterable[Collective], devi
     )
 
 
-def named(device: str) -> Device:
+def device_named(device: str) -> Device:
     """The row of that name, with or without a shape: "tpu:v5e:16x16" is "tpu:v5e"."""
     name = ":".join(device.split(":")[:2])
     if name not in DEVICES:

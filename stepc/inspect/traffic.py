@@ -1,7 +1,7 @@
 """The bytes that a program moves to and from the main memory of a device, counted from its text."""
 
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape
-from stepc.inspect.loops import executions
+from stepc.inspect.loops import executions, turns
 
 # These move nothing: they name what is there, wait, or run computations that are counted themselves.
 _STILL = (
@@ -38,13 +38,32 @@ def traffic(module: Module) -> int | None:
     return total
 
 
+def moved_by(module: Module, computation: Computation, instruction: Instruction) -> int | None:
+    """Count the bytes that one instruction moves, with all that it runs; None if it hides how often it runs it."""
+    total = _moved(module, computation, instruction)
+    if not _runs(instruction):
+        return total
+    for call in (call for call in instruction.calls if call.computation in module.computations):
+        inner = module.computations[call.computation]
+        parts = [moved_by(module, inner, each) for each in inner.instructions.values()]
+        times = turns(module, computation.name, instruction, call.role)
+        if None in parts or (times is None and any(parts)):
+            return None
+        total += (times or 0) * sum(part or 0 for part in parts)
+    return total
+
+
+def _runs(instruction: Instruction) -> bool:
+    """Whether the computations it names run as they stand, and are not the inside of a fusion, or a reducer."""
+    return instruction.opcode in ("call", "call-start", "async-start", "while", "conditional")
+
+
 def _inside(module: Module) -> set[str]:
     """The computations whose instructions never touch memory on their own: bodies of fusions, reducers, comparators."""
     inner: set[str] = set()
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
-            runs = instruction.opcode in ("call", "call-start", "async-start", "while", "conditional")
-            if not runs:
+            if not _runs(instruction):
                 inner.update(call.computation for call in instruction.calls)
     # What a fusion calls may call others.
     while (
