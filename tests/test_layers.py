@@ -43,7 +43,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "errors"),
     "compiler.measures": ("compiler.plan", "inspect"),
     "compiler.breakdown": ("compiler.plan", "inspect"),
-    "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect"),
+    # For eyes: it shows what is known of a program, and of its plan if it has one.
+    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report"),
+    "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
     "compiler.guard": ("compiler.stages", "inspect"),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),

@@ -1,16 +1,18 @@
 """The later stages of a step as values, as in `jax.stages`: Lowered and Compiled. They answer, they decide nothing."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from stepc import inspect
+from stepc import inspect, report
 from stepc.compiler.breakdown import broken_down
 from stepc.compiler.measures import gradient_reductions
 from stepc.compiler.plan import Plan
 from stepc.inspect.budget import Measure
+from stepc.inspect.donation import DonatedLeaf
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,6 @@ class Lowered:
         lowered = self.traced.lower()
         asked = tuple(info.donated for info in jax.tree.leaves(lowered.args_info[0][0]))
         return Compiled(lowered.compile(), self.plan, self.mesh, asked)
-
-
-@dataclass(frozen=True)
-class DonatedLeaf:
-    """One leaf of the state: whether its donation was asked for, and whether an output took its buffer."""
-
-    path: str
-    donated: bool
-    aliased: bool
 
 
 @dataclass(frozen=True)
@@ -114,3 +107,18 @@ class Compiled:
             **({} if traces is None else {"traces": Measure(traces)}),
         }
         inspect.check(budget, self.executable, self.mesh, known=known)
+
+    def known(self, device: str | None = None) -> report.Known:
+        """All there is to know of the step, as one value; times are drawn for `device`, such as "tpu:v5e"."""
+        return report.known_of_step(self.plan, self.executable, self.mesh, self.memory(), self.donated(), device)
+
+    def explain(self, device: str | None = None) -> str:
+        """The pipeline, the laws, the plan, collectives, memory, cost, donation, as text."""
+        return report.text(self.known(device))
+
+    def report(self, path: str | Path, device: str | None = None) -> Path:
+        """Write all of it, with pictures and the HLO, as one page that needs no network."""
+        return report.write(self.known(device), path)
+
+    def _repr_html_(self) -> str:
+        return report.fragment(self.known())
