@@ -4,6 +4,7 @@ update(optax.adamw(3e-4)) @ clip(1.0) @ accumulate(4) @ shard(dp("data")) @ grad
 """
 
 from stepc import inspect as inspect
+from stepc import report as report
 from stepc import testing as testing
 from stepc.compiler.stages import Compiled as Compiled
 from stepc.compiler.stages import Lowered as Lowered

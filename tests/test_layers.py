@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
-    "programs": ("", "programs", "runner"),
+    "programs": ("", "errors", "programs", "runner"),
     "cli": ("", "errors", "programs", "runner"),
     "__main__": ("cli",),
 }  # fmt: skip

@@ -5,6 +5,8 @@ from stepc.inspect.budget import check as check
 from stepc.inspect.collectives import Collective as Collective
 from stepc.inspect.collectives import Collectives as Collectives
 from stepc.inspect.collectives import collectives as collectives
+from stepc.inspect.devices import DEVICES as DEVICES
+from stepc.inspect.devices import Device as Device
 from stepc.inspect.difference import Diff as Diff
 from stepc.inspect.difference import diff as diff
 from stepc.inspect.donation import Aliases as Aliases

@@ -52,7 +52,8 @@ class Roofline:
 
     def __str__(self) -> str:
         share = self.total_bytes / self.device.memory_bytes
-        fits = f"{share:.0%} of its memory" if self.fits else f"does not fit: {share:.0%} of its memory"
+        shown = "less than 1%" if share < 0.01 else f"{share:.0%}"
+        fits = f"{shown} of its memory" if self.fits else f"does not fit: {share:.0%} of its memory"
         return (
             f"{self.device.name}: an estimate, {duration(self.overlapped_seconds)} (all overlapped) to "
             f"{duration(self.exposed_seconds)} (no exchange overlapped), bound by {self.bound}; {fits}"

@@ -34,6 +34,7 @@ function write(block) {
   pre.replaceChildren();
   for (const line of block.lines) {
     const text = metadata.checked ? line : bare(line);
+    if (term && !text.toLowerCase().includes(term)) continue; // what is searched for is all that is shown
     let start = 0;
     for (let at; term && (at = text.toLowerCase().indexOf(term, start)) >= 0; start = at + term.length) {
       const mark = document.createElement("mark");
