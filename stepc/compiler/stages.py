@@ -44,7 +44,7 @@ class Lowered:
         return Compiled(lowered.compile(), self.plan, self.mesh, asked)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compiled:
     """A compiled step, and questions about it.
 
@@ -59,6 +59,10 @@ class Compiled:
     plan: Plan
     mesh: Mesh | None
     asked: tuple[bool, ...]
+
+    def __repr__(self) -> str:
+        mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
+        return f"Compiled({self.plan.pipeline}{mesh})"
 
     def hlo(self) -> str:
         """The optimised program, as XLA prints it."""
