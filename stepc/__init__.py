@@ -4,6 +4,7 @@ update(optax.adamw(3e-4)) @ clip(1.0) @ accumulate(4) @ shard(dp("data")) @ grad
 """
 
 from stepc import inspect as inspect
+from stepc import report as report
 from stepc import testing as testing
 from stepc.compiler.stages import Compiled as Compiled
 from stepc.compiler.stages import Lowered as Lowered
@@ -16,6 +17,7 @@ from stepc.core.terms import Mean as Mean
 from stepc.core.terms import Min as Min
 from stepc.core.terms import Sum as Sum
 from stepc.errors import BatchError as BatchError
+from stepc.errors import BudgetError as BudgetError
 from stepc.errors import ConfigError as ConfigError
 from stepc.errors import DataError as DataError
 from stepc.errors import EquivalenceError as EquivalenceError
@@ -27,6 +29,8 @@ from stepc.errors import PipelineTypeError as PipelineTypeError
 from stepc.errors import ShardingError as ShardingError
 from stepc.errors import StepcError as StepcError
 from stepc.errors import StepError as StepError
+from stepc.inspect.budget import Budget as Budget
+from stepc.inspect.topology import topology as topology
 from stepc.language.kinds import Kind as Kind
 from stepc.language.meaning import Cell as Cell
 from stepc.language.meaning import Fn as Fn

@@ -4,16 +4,24 @@ import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import stepc as sc
+from stepc.programs import see
 from stepc.programs.job import Job
+from stepc.programs.target import EXAMPLE, Target, compiled, read_axes
 
 # What `stepc train` imports beyond what stepc needs: the extra "demo".
 DEMO = ("rich", "matplotlib")
 FAILED, MISTAKEN, INTERRUPTED = 1, 2, 130
+Options: TypeAlias = dict[str, Any]  # Any: each is what the reader of its option returns
+
+TARGET = """a program to look at: FILE.py:NAME or module:NAME. NAME is a tuple (step, state, batch), or a function that
+returns one, given mesh= if it takes it; (jitted function, *arguments) does as well. Arguments may be shapes."""
+EXIT = "exit codes: 0 if all went well, 2 for a mistake in the command."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,18 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
       argv: the words after `stepc`; those of the process by default.
-    Meaning: 0 if all went well, 1 if the extra is not installed, 2 for a mistake in the command, 130 for Ctrl-C.
-    Errors: what is neither of these passes through with its traceback: it is a fault of ours.
+    Meaning: 0 if all went well; 1 if the extra is not installed, a budget is broken, or two programs differ; 2 for a
+      mistake in the command; 130 for Ctrl-C.
+    Errors: what is neither of these passes through with its traceback: it is a fault of ours, or of the user's program.
     """
     options = vars(_parser().parse_args(argv))
+    run: Callable[[Options], int] = options.pop("run")
     try:
-        return _train(options)
+        return run(options)
     except sc.Interrupted as stop:
         return _ended(str(stop), INTERRUPTED)
     except KeyboardInterrupt:
         return _ended("Interrupted outside of the training loop.", INTERRUPTED)
     except sc.StepError:
         raise  # the step itself failed: its cause and traceback are what one needs
+    except sc.BudgetError as error:
+        return _ended(f"{type(error).__name__}: {error}", FAILED)
     except sc.StepcError as error:
         return _ended(f"{type(error).__name__}: {error}", MISTAKEN)
 
@@ -40,12 +52,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepc", description="A compiler for JAX training steps.")
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_train(commands)
+    one = _command(commands, "explain", _explain, "print all there is to know of a compiled step", EXIT)
+    _add_target(one)
+    _add_device(one)
+    one = _command(commands, "report", _report, "write all of it, with pictures and the HLO, as one page", EXIT)
+    _add_target(one)
+    _add_device(one)
+    one.add_argument("--out", "-o", type=Path, default=Path("step.html"), metavar="FILE", help="(default: step.html)")
+    ends = "exit codes: 0 if every promise holds, 1 if one is broken, 2 for a mistake in the command."
+    one = _command(commands, "check", _check, "hold a compiled step to a budget", ends)
+    _add_target(one)
+    one.add_argument(
+        "--budget", type=Path, required=True, metavar="FILE.toml", help="the promises, by the fields of stepc.Budget"
+    )
+    ends = "exit codes: 0 if nothing changed, 1 if something did, 2 for a mistake in the command."
+    one = _command(commands, "diff", _diff, "show what changed between two compiled programs", ends)
+    for name in ("before", "after"):
+        one.add_argument(name, metavar=name.upper(), help="as in `stepc explain`, or a file of HLO text (.txt, .hlo)")
+    _add_place(one)
+    return parser
+
+
+def _command(
+    commands: Any,  # Any: argparse has no public type for its subparsers
+    name: str,
+    run: Callable[[Options], int],
+    meaning: str,
+    ends: str,
+) -> argparse.ArgumentParser:
+    one = commands.add_parser(
+        name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.", epilog=ends, allow_abbrev=False
+    )
+    one.set_defaults(run=run)
+    return one
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("target", nargs="?", metavar="TARGET", help=TARGET)
+    which.add_argument(
+        "--jit", metavar="MODULE:FUNCTION", help="any jitted function, that need not have heard of stepc"
+    )
+    parser.add_argument(
+        "--args", default=EXAMPLE, metavar="NAME", help=f"its arguments, beside it in the module (default: {EXAMPLE})"
+    )
+    _add_place(parser)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on", metavar="TOPOLOGY", help="compile for what is not there: tpu:v5p:8x8x16, gpu:h100:32x8 (default: here)"
+    )
+    parser.add_argument("--mesh", metavar="AXES", help="data=256,model=4; on a CPU, the devices are simulated")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(sc.inspect.DEVICES)
+    parser.add_argument("--device", metavar="DEVICE", help=f"whose peaks to estimate times with: {known}")
+
+
+def _add_train(commands: Any) -> None:  # Any: see `_command`
     train = commands.add_parser(
         "train",
         help="train a small GPT with a compiled step",
         description="Train a small GPT on the source of Python's standard library, and show the compiled step.",
         allow_abbrev=False,
     )
+    train.set_defaults(run=_train)
     for one in fields(Job):
         meaning, default = one.metadata["meaning"], one.metadata["shown"]
         train.add_argument(
@@ -55,10 +129,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar=one.metadata["unit"],
             help=f"{meaning} (default: {default})",
         )
-    return parser
 
 
-def _train(options: dict[str, Any]) -> int:  # Any: each is what the reader of its field returns
+def _train(options: Options) -> int:
     missing = [name for name in DEMO if importlib.util.find_spec(name) is None]
     if missing:
         needed, them = " and ".join(missing), "it" if len(missing) == 1 else "them"
@@ -67,6 +140,37 @@ def _train(options: dict[str, Any]) -> int:  # Any: each is what the reader of i
     # first, instead of catching ImportError, keeps an import that fails for another reason a traceback.
     importlib.import_module("stepc.programs.train").train(Job(**options))
     return 0
+
+
+def _explain(options: Options) -> int:
+    see.explain(_target(options), device=options["device"])
+    return 0
+
+
+def _report(options: Options) -> int:
+    see.report(_target(options), device=options["device"], out=options["out"])
+    return 0
+
+
+def _check(options: Options) -> int:
+    see.check(_target(options), budget=options["budget"])
+    return 0
+
+
+def _diff(options: Options) -> int:
+    axes = None if options["mesh"] is None else read_axes(options["mesh"])
+    before, after = (
+        see.text_of(options[name]) or compiled(options[name], on=options["on"], axes=axes).compiled
+        for name in ("before", "after")
+    )
+    found = sc.inspect.diff(before, after)
+    print(found)
+    return FAILED if found else 0
+
+
+def _target(options: Options) -> Target:
+    axes = None if options["mesh"] is None else read_axes(options["mesh"])
+    return compiled(options["target"] or options["jit"], args=options["args"], on=options["on"], axes=axes)
 
 
 def _ended(message: str, code: int) -> int:

@@ -9,6 +9,7 @@
     ├── BatchError                ValueError         a batch cannot be split as the pipeline asks
     ├── ShardingError             ValueError         the pipeline and the mesh do not fit
     ├── EquivalenceError          AssertionError     a compiled step and its reference differ
+    ├── BudgetError               AssertionError     a program does not keep what was promised of it
     ├── StepError                 RuntimeError       a step failed while `run` was running it
     │   └── DataError                                the data failed
     └── Interrupted               KeyboardInterrupt  Ctrl-C, at a step boundary, with a live state
@@ -70,6 +71,14 @@ class ShardingError(StepcError, ValueError):
 
 class EquivalenceError(StepcError, AssertionError):
     """A compiled step and its reference give different results."""
+
+
+class BudgetError(StepcError, AssertionError):
+    """A compiled program does not keep what was promised of it. `.broken` names the promises."""
+
+    def __init__(self, what: str, *, where: str, broken: tuple[str, ...]) -> None:
+        self.broken = broken
+        super().__init__(what, where=where)
 
 
 class StepError(StepcError, RuntimeError):

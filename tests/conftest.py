@@ -14,7 +14,19 @@ from jaxtyping import install_import_hook
 
 # The doors check what they are given themselves, with errors of ours; test_errors.py tries them with everything
 # wrong. What stands behind them is checked by its annotations.
-DOORS = ("fields", "pipeline", "padding", "sharding", "reference", "words", "decision", "step", "house", "loop")
+DOORS = (
+    "fields",
+    "pipeline",
+    "padding",
+    "sharding",
+    "reference",
+    "words",
+    "decision",
+    "step",
+    "house",
+    "loop",
+    "budget",
+)
 UNCHECKABLE = ("strategies",)  # hypothesis types `draw` by a protocol that cannot be checked at run time
 PACKAGE = Path(__file__).parent.parent / "stepc"
 MODULES = [".".join(("stepc", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")]

@@ -62,12 +62,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
     "inspect": ("inspect", "errors"),
-    "compiler.stages": ("compiler.plan", "inspect"),
     "compiler.decision": ("compiler", "core", "language"),
-    "compiler.step": ("compiler", "core", "errors", "language"),
+    "compiler.measures": ("compiler.plan", "inspect"),
+    "compiler.breakdown": ("compiler.plan", "inspect"),
+    # For eyes: it shows what is known of a program, and of its plan if it has one.
+    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report"),
+    "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
+    "compiler.guard": ("compiler.stages", "inspect"),
+    "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),
-    "testing": ("compiler.step", "core", "errors", "language", "testing"),
-    "programs": ("", "programs", "runner"),
+    "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
+    "programs": ("", "errors", "programs", "runner"),
     "cli": ("", "errors", "programs", "runner"),
     "__main__": ("cli",),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc.compiler.check import check_batch, check_carry, check_fixed_point, check_params, check_seed, check_state
 from stepc.compiler.decision import Decision, decide, shape_of
+from stepc.compiler.guard import Guard
 from stepc.compiler.instructions import Schedule
 from stepc.compiler.lower import Place, lower
 from stepc.compiler.making import Made
@@ -28,13 +29,14 @@ from stepc.compiler.schedule import draws, schedule
 from stepc.compiler.stages import Lowered
 from stepc.compiler.watch import Watch
 from stepc.errors import ConfigError
+from stepc.inspect.budget import Budget
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
 from stepc.language.reference import Reference, reference
 from stepc.language.state import KEYS, State, leaves_by_path
 
 
-def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None) -> "Step":
+def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget: Budget | None = None) -> "Step":
     """Make one jitted, donating program of a pipeline, for a mesh.
 
     Meaning: `step(state, batch)` equals `reference(pipeline)(state, batch)`, up to the order of summation.
@@ -45,8 +47,9 @@ def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None) -> "Ste
       pipeline: a complete pipeline that gives a step.
       mesh: a `jax.sharding.Mesh`, its axes of any type; None for the default device. Axes that the pipeline does
         not name stay automatic: parameters that lie along them stay as they lie.
+      budget: what the step is promised to cost; the first call for a form of batch is held to it before it runs.
     Errors: ConfigError if the pipeline is not complete; ShardingError if the mesh lacks an axis. Nothing is traced
-      or compiled before the first call.
+      or compiled before the first call; that raises BudgetError if the program breaks its budget.
     Example:
       >>> compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
       compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
@@ -56,7 +59,10 @@ def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None) -> "Ste
     if mesh is not None and not isinstance(mesh, Mesh):
         facts = (("expected", "a jax.sharding.Mesh, or None"), ("got", type(mesh).__name__))
         raise ConfigError("`mesh` is not a mesh.", facts=facts)
-    return Step(pipeline, mesh, decide(pipeline, mesh))
+    if budget is not None and not isinstance(budget, Budget):
+        facts = (("expected", "a stepc.Budget, or None"), ("got", type(budget).__name__))
+        raise ConfigError("`budget` is not a budget.", facts=facts)
+    return Step(pipeline, mesh, decide(pipeline, mesh), None if budget is None else Guard(budget))
 
 
 def _in_our_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,9 +84,12 @@ class Step:
     `traces` counts how often the program was traced; any number of calls with one batch shape is one trace.
     """
 
-    def __init__(self, pipeline: Transform | Pipeline, mesh: Mesh | None, decision: Decision) -> None:
+    def __init__(
+        self, pipeline: Transform | Pipeline, mesh: Mesh | None, decision: Decision, guard: Guard | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.decision = decision
+        self._guard = guard
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
         spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
@@ -151,7 +160,10 @@ class Step:
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
             self._refuse(state)
         try:
-            return Made(*self._program(state, self._placed(batch)))
+            placed = self._placed(batch)
+            if self._guard is not None:
+                self._guard.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
+            return Made(*self._program(state, placed))
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
             check_batch(batch, self.decision.core, shapes_too=False)
             raise

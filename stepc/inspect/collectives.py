@@ -10,6 +10,7 @@ import jax
 from stepc.inspect.groups import axes_of, groups
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape, parse, text_of
 from stepc.inspect.loops import Execution, executions
+from stepc.inspect.overlap import Between, between, continues
 from stepc.inspect.units import readable
 
 KINDS = (
@@ -38,6 +39,11 @@ class Collective:
       conditional: whether it stands in a branch; `executions` is then the most that can be.
       asynchronous: whether the program starts it and waits for it later.
       source: "file.py:123 (op_name)", or what the metadata knows of that.
+      payload: the arrays that `bytes` adds up.
+      name: of the instruction, in HLO.
+      group_size: how many devices exchange with each other.
+      loops: the loops around it, the outermost first, with their turns: ("microbatches/while x4",).
+      between: of an asynchronous one, what is scheduled between its start and its done; None if that is not known.
     """
 
     kind: str
@@ -48,6 +54,11 @@ class Collective:
     conditional: bool
     asynchronous: bool
     source: str
+    payload: tuple[Shape, ...] = ()
+    name: str = ""
+    group_size: int = 1
+    loops: tuple[str, ...] = ()
+    between: Between | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,10 @@ class Collectives(Sequence[Collective]):
     def __str__(self) -> str:
         if not self.rows:
             return "no collectives"
-        table = [("kind", "size", "axes", "executions", "in loop", "source"), *map(_cells, self.rows)]
+        head = ("kind", "size", "axes", "executions", "in loop", "meanwhile", "source")
+        table = [head, *map(_cells, self.rows)]
+        if all(row.between is None for row in self.rows):
+            table = [(*cells[:5], cells[6]) for cells in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
         return "\n".join(lines)
@@ -121,15 +135,9 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: jax.sharding.Mesh | N
     if mesh is None and not isinstance(compiled, str):
         mesh = _own_mesh(compiled, module.num_devices)
     known = executions(module)
-    continued = {
-        call.computation
-        for computation in module.computations.values()
-        for instruction in computation.instructions.values()
-        if _continues(instruction)
-        for call in instruction.calls
-    }
+    continued, starts = _asynchronous(module)
     rows = (
-        _row(module, computation, instruction, known[computation.name], mesh)
+        _row(module, computation, instruction, known[computation.name], mesh, starts.get(computation.name))
         for computation in module.computations.values()
         if computation.name not in continued
         for instruction in computation.instructions.values()
@@ -144,6 +152,7 @@ def _row(
     instruction: Instruction,
     execution: Execution,
     mesh: jax.sharding.Mesh | None,
+    start: tuple[Computation, Instruction] | None,
 ) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
     # libtpu prints a reduce-scatter as a fusion of an all-reduce and a slice, and says so in the name.
@@ -152,16 +161,38 @@ def _row(
     # On a GPU, a start may still be synchronous.
     is_synchronous = re.search(r'"is_sync\\?":\s*true', instruction.attributes) is not None
     is_start = instruction.opcode.endswith("-start") and not is_synchronous
+    is_asynchronous = execution.asynchronous or is_start
+    grouped = groups(module, instruction)
+    payload = _payload(kind, computation, instruction)
     return Collective(
         kind=kind,
-        bytes=sum(shape.bytes for shape in _payload(kind, computation, instruction)),
-        axes=() if mesh is None else axes_of(groups(module, instruction), mesh),
+        bytes=sum(shape.bytes for shape in payload),
+        axes=() if mesh is None else axes_of(grouped, mesh),
         executions=execution.count,
         in_loop=execution.in_loop,
         conditional=execution.conditional,
-        asynchronous=execution.asynchronous or is_start,
+        asynchronous=is_asynchronous,
         source=module.source(instruction),
+        payload=payload,
+        name=instruction.name,
+        group_size=max(map(len, grouped)),
+        loops=execution.loops,
+        between=between(module, *(start or (computation, instruction))) if is_asynchronous else None,
     )
+
+
+def _asynchronous(module: Module) -> tuple[set[str], dict[str, tuple[Computation, Instruction]]]:
+    """The computations that only go on with what a start began, and of each that a start runs, that start."""
+    continued: set[str] = set()
+    starts: dict[str, tuple[Computation, Instruction]] = {}
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            called = [call.computation for call in instruction.calls]
+            if continues(instruction):
+                continued.update(called)
+            elif instruction.opcode.endswith("-start") or "async-collective-start" in instruction.name:
+                starts.update((name, (computation, instruction)) for name in called)
+    return continued, starts
 
 
 def _payload(kind: str, computation: Computation, instruction: Instruction) -> tuple[Shape, ...]:
@@ -176,14 +207,6 @@ def _payload(kind: str, computation: Computation, instruction: Instruction) -> t
         return instruction.shapes
     # A start returns what it was given, then its results, then what the backend needs to wait for it.
     return instruction.shapes[len(leaves) : 2 * len(leaves)]
-
-
-def _continues(instruction: Instruction) -> bool:
-    """Whether this is a later part of an asynchronous TPU fusion, whose start holds the same collective."""
-    if instruction.opcode != "fusion":
-        return False
-    names = " ".join([instruction.name, *(call.computation for call in instruction.calls)]).replace("_", "-")
-    return "async-collective" in names and "start" not in names
 
 
 def _own_mesh(compiled: jax.stages.Compiled, num_devices: int) -> jax.sharding.Mesh | None:
@@ -202,6 +225,7 @@ def _cells(row: Collective) -> tuple[str, ...]:
         readable(row.bytes),
         ", ".join(row.axes) or "-",
         f"at most {executed}" if row.conditional and row.executions is not None else executed,
-        "yes" if row.in_loop else "no",
+        (" > ".join(row.loops) or "yes") if row.in_loop else "no",
+        "-" if row.between is None else str(row.between),
         row.source or "-",
     )

@@ -13,6 +13,15 @@ _DONOR = re.compile(r"\((\d+),\s*\{([\d,\s]*)\}\)")
 
 
 @dataclass(frozen=True)
+class DonatedLeaf:
+    """One leaf of the arguments: whether its donation was asked for, and whether a result took its buffer."""
+
+    path: str
+    donated: bool
+    aliased: bool
+
+
+@dataclass(frozen=True)
 class Aliases(Mapping[int, int]):
     """From the number of a flat argument to the number of the flat result that takes its buffer.
 
@@ -57,6 +66,22 @@ def aliases(compiled: jax.stages.Compiled | str) -> Aliases:
         tuple(sorted(pairs.items())),
         tuple(sorted(_number(index, otherwise=argument) for argument, index in donors)),
     )
+
+
+def donated_leaves(compiled: jax.stages.Compiled) -> tuple[DonatedLeaf, ...]:
+    """Every leaf of the arguments, its keys joined by `/`, and whether a result is written over it.
+
+    Nothing, if jax dropped arguments that are not used: the numbers of the rest are then not those of the leaves.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(compiled.args_info)
+    module = parse(text_of(compiled))
+    taken = [one for one in module.computations[module.entry].instructions.values() if one.opcode == "parameter"]
+    if len(taken) != len(leaves):
+        return ()
+    found = aliases(compiled)
+    # The first key says whether it is a positional argument or one by name, the second which.
+    named = ((jax.tree_util.keystr(path[1:], simple=True, separator="/"), info) for path, info in leaves)
+    return tuple(DonatedLeaf(path, info.donated, number in found) for number, (path, info) in enumerate(named))
 
 
 def _field(header: str, name: str) -> str:

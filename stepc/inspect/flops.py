@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape
-from stepc.inspect.loops import executions
+from stepc.inspect.loops import executions, turns
 
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
@@ -31,6 +31,19 @@ def flops(module: Module) -> int | None:
         if once and count is None:
             return None
         total += once * (count or 0)
+    return total
+
+
+def flops_of(module: Module, computation: Computation, instruction: Instruction) -> int | None:
+    """Count the flops of one instruction and of all that it runs; None if it holds a loop of unknown length."""
+    total = _flops(computation, instruction) or 0
+    for call in (call for call in instruction.calls if call.computation in module.computations):
+        inner = module.computations[call.computation]
+        parts = [flops_of(module, inner, each) for each in inner.instructions.values()]
+        times = turns(module, computation.name, instruction, call.role)
+        if None in parts or (times is None and any(parts)):
+            return None
+        total += (times or 0) * sum(part or 0 for part in parts)
     return total
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from types import MappingProxyType
 
@@ -14,7 +14,7 @@ _STRING_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/')
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*\)\s*->.*)?\{$")
 _ASSIGNMENT = re.compile(r"(ROOT\s+)?%?([\w.\-]+)\s*=\s*")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\]")
+_ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{[^}]*?S\((\d+)\)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(
     r"\b(body|condition|to_apply|calls|branch_computations|called_computations|true_computation"
@@ -25,10 +25,14 @@ _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: its element type as HLO writes it, and its sizes."""
+    """One array: its element type as HLO writes it, and its sizes.
+
+    `space` is where it lies: 0 is the main memory, 1 on a TPU the small fast one. It is no part of `==`.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = field(default=0, compare=False)
 
     @property
     def elements(self) -> int:
@@ -216,9 +220,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shapes(text: str) -> Iterator[Shape]:
-    for dtype, dims in _ARRAY.findall(text):
+    for dtype, dims, space in _ARRAY.findall(text):
         # `<=5` is a bound on a dynamic size.
-        yield Shape(dtype, tuple(int(size.strip().lstrip("<=")) for size in dims.split(",") if size.strip()))
+        sizes = tuple(int(size.strip().lstrip("<=")) for size in dims.split(",") if size.strip())
+        yield Shape(dtype, sizes, int(space or 0))
 
 
 def _operands(literal: str) -> tuple[str, ...]:

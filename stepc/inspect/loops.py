@@ -1,7 +1,7 @@
 """How often each computation of a program runs; it must not know what the computations do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stepc.inspect.hlo import Instruction, Module
 from stepc.inspect.trips import trip_count
@@ -15,12 +15,14 @@ class Execution:
 
     `count` is None where it is unknown. If `conditional`, it is the most that can happen: a branch counts
     as often as the conditional itself. `asynchronous` says that the computation is reached through a start.
+    `loops` are the loops around it, the outermost first, with their turns: "microbatches/while x4".
     """
 
     count: int | None
     in_loop: bool
     conditional: bool
     asynchronous: bool
+    loops: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,31 +71,41 @@ def _count(module: Module, name: str, sites: Mapping[str, list[_Site]], known: d
             in_loop=any(part.in_loop for part in parts),
             conditional=any(part.conditional for part in parts),
             asynchronous=any(part.asynchronous for part in parts),
+            loops=tuple(dict.fromkeys(loop for part in parts for loop in part.loops)),
         )
     return known[name]
 
 
 def _through(module: Module, site: _Site, caller: Execution) -> Execution:
     """What a call makes of the execution of its caller."""
-    times = _times(module, site)
+    times = turns(module, site.caller, site.instruction, site.role)
     # libtpu writes asynchronous collectives as fusions, and says so only in their names.
     is_start = site.instruction.opcode.endswith("-start") or "async-collective-start" in site.instruction.name
+    loop = f"{named(site.instruction)} x{'?' if times is None else times}"
     return Execution(
         count=None if times is None or caller.count is None else times * caller.count,
         in_loop=caller.in_loop or site.role in ("body", "condition"),
         conditional=caller.conditional or site.role in _BRANCHES,
         asynchronous=caller.asynchronous or is_start,
+        loops=(*caller.loops, loop) if site.role == "body" else caller.loops,
     )
 
 
-def _times(module: Module, site: _Site) -> int | None:
-    match site.role:
+def turns(module: Module, caller: str, instruction: Instruction, role: str) -> int | None:
+    """How often an instruction runs one of its computations; None if that is unknown."""
+    match role:
         case "body":
-            return trip_count(module, site.caller, site.instruction)
+            return trip_count(module, caller, instruction)
         case "condition":
-            trips = trip_count(module, site.caller, site.instruction)
+            trips = trip_count(module, caller, instruction)
             return None if trips is None else trips + 1
         case "to_apply":
-            return 1 if site.instruction.opcode in ("call", "call-start") else None
+            return 1 if instruction.opcode in ("call", "call-start") else None
         case _:
             return 1
+
+
+def named(instruction: Instruction) -> str:
+    """The end of its path of JAX names, which holds the user's own scopes, or its name in HLO."""
+    path = [part for part in instruction.op_name.split("/") if not part.startswith("jit(") and part != "shard_map"]
+    return "/".join(path[-2:]) or instruction.name

@@ -1,4 +1,4 @@
-"""What a compiled program needs: bytes on a device, and multiplications."""
+"""What a compiled program needs: bytes on a device, multiplications, and bytes moved."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,32 @@ import jax
 
 from stepc.inspect.flops import flops, uncounted
 from stepc.inspect.hlo import parse, text_of
+from stepc.inspect.traffic import traffic
 from stepc.inspect.units import readable
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the arguments or of the temporaries, and what it is for."""
+
+    of: str
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `aliased` is the part of `outputs` that is written over `arguments`."""
+    """Bytes on one device. `aliased` is the part of `outputs` that is written over `arguments`.
+
+    `parts` says what arguments and temporaries are for, where that is known.
+    """
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
     code: int
+    parts: tuple[Part, ...] = ()
 
     @property
     def total(self) -> int:
@@ -33,15 +47,40 @@ class Memory:
             "code": self.code,
             "total": self.total,
         }
-        return "\n".join(f"{name:<12}{readable(bytes_):>10}" for name, bytes_ in rows.items())
+        lines = [(name, name, bytes_) for name, bytes_ in rows.items()]
+        lines += [(part.of, f"  {part.name}", part.bytes) for part in self.parts]
+        ordered = sorted(lines, key=lambda line: list(rows).index(line[0]))
+        width = max(len(name) for _, name, _ in ordered)
+        return "\n".join(f"{name:<{max(width, 12)}}{readable(bytes_):>10}" for _, name, bytes_ in ordered)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work on one device. `uncounted` names custom calls, whose work no text shows."""
+    """Work on one device; None is unknown, because of a loop that does not say how often it turns.
+
+    Attributes:
+      flops: of matrix products and convolutions, loops multiplied out.
+      bytes: moved to and from the main memory, loops multiplied out; a bound from above.
+      uncounted: the custom calls, whose work no text shows.
+    """
 
     flops: int | None
+    bytes: int | None
     uncounted: tuple[str, ...]
+
+    @property
+    def intensity(self) -> float | None:
+        """Flops for each byte moved; None if either is unknown, or nothing is moved."""
+        return self.flops / self.bytes if self.flops is not None and self.bytes else None
+
+    def __str__(self) -> str:
+        rows = {
+            "flops": "unknown" if self.flops is None else f"{self.flops:,}",
+            "bytes moved": "unknown" if self.bytes is None else readable(self.bytes),
+            "flops a byte": "unknown" if self.intensity is None else f"{self.intensity:.1f}",
+            **({"not counted": ", ".join(self.uncounted)} if self.uncounted else {}),
+        }
+        return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
@@ -70,9 +109,10 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def cost(compiled: jax.stages.Compiled | str) -> Cost:
-    """Return how much a program multiplies on one device.
+    """Return how much a program multiplies and moves on one device.
 
-    Meaning: the flops of its matrix products and convolutions, each times how often it runs.
+    Meaning: the flops of its matrix products and convolutions, and the bytes that its instructions read and write,
+      each times how often it runs.
     Why: XLA's own sum counts the body of a loop once, so it does not see accumulation or layers.
 
     Args:
@@ -84,4 +124,4 @@ def cost(compiled: jax.stages.Compiled | str) -> Cost:
     Source: ours.
     """
     module = parse(text_of(compiled))
-    return Cost(flops(module), uncounted(module))
+    return Cost(flops(module), traffic(module), uncounted(module))

@@ -1,0 +1,138 @@
+"""The bytes that a program moves to and from the main memory of a device, counted from its text."""
+
+from stepc.inspect.hlo import Computation, Instruction, Module, Shape
+from stepc.inspect.loops import executions, turns
+
+# These move nothing: they name what is there, wait, or run computations that are counted themselves.
+_STILL = (
+    "after-all", "bitcast", "bitcast-convert", "call", "conditional", "constant", "domain", "get-tuple-element",
+    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
+)  # fmt: skip
+# These look at a part of their first operand, as large as their result.
+_SLICING = ("dynamic-slice", "gather", "slice")
+_MAIN = 0
+
+
+def traffic(module: Module) -> int | None:
+    """Count the bytes that are read and written, loops multiplied out; None if a loop hides how often.
+
+    Meaning: of each instruction that stands outside a fusion, its operands and its results; of a slice, and of an
+      update in place, the part that is touched.
+    Why: a step is as slow as the slower of its arithmetic and its memory, and XLA's own sum counts a loop once.
+
+    Args:
+      module: a program, as `stepc.inspect.hlo.parse` reads it.
+    Units:  bytes on one device, without padding. On a TPU, what lies in the fast memory does not count.
+    What stays in a cache between two instructions is counted twice: it is a bound from above.
+    Source: after XLA, hlo_cost_analysis.cc, https://github.com/openxla/xla.
+    """
+    total, known, inner = 0, executions(module), _inside(module)
+    for computation in module.computations.values():
+        if computation.name in inner:
+            continue
+        once = sum(_moved(module, computation, each) for each in computation.instructions.values())
+        count = known[computation.name].count
+        if once and count is None:
+            return None
+        total += once * (count or 0)
+    return total
+
+
+def moved_by(module: Module, computation: Computation, instruction: Instruction) -> int | None:
+    """Count the bytes that one instruction moves, with all that it runs; None if it hides how often it runs it."""
+    total = _moved(module, computation, instruction)
+    if not _runs(instruction):
+        return total
+    for call in (call for call in instruction.calls if call.computation in module.computations):
+        inner = module.computations[call.computation]
+        parts = [moved_by(module, inner, each) for each in inner.instructions.values()]
+        times = turns(module, computation.name, instruction, call.role)
+        if None in parts or (times is None and any(parts)):
+            return None
+        total += (times or 0) * sum(part or 0 for part in parts)
+    return total
+
+
+def _runs(instruction: Instruction) -> bool:
+    """Whether the computations it names run as they stand, and are not the inside of a fusion, or a reducer."""
+    return instruction.opcode in ("call", "call-start", "async-start", "while", "conditional")
+
+
+def _inside(module: Module) -> set[str]:
+    """The computations whose instructions never touch memory on their own: bodies of fusions, reducers, comparators."""
+    inner: set[str] = set()
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            if not _runs(instruction):
+                inner.update(call.computation for call in instruction.calls)
+    # What a fusion calls may call others.
+    while (
+        more := {
+            call.computation
+            for name in inner & set(module.computations)
+            for instruction in module.computations[name].instructions.values()
+            for call in instruction.calls
+        }
+        - inner
+    ):
+        inner |= more
+    return inner
+
+
+def _moved(module: Module, computation: Computation, instruction: Instruction) -> int:
+    opcode = instruction.opcode
+    if opcode in _STILL or opcode.endswith(("-done", "-update")) or opcode in ("call-start", "async-start"):
+        return 0
+    given = [computation.instructions[name].shapes for name in instruction.operands]
+    if opcode == "fusion" and instruction.calls[0].computation in module.computations:
+        return _fused(module.computations[instruction.calls[0].computation], instruction, given)
+    if opcode in _SLICING:
+        return 2 * _bytes(instruction.shapes) + sum(map(_bytes, given[1:]))
+    if opcode == "dynamic-update-slice":
+        return 2 * _bytes(given[1])
+    results = instruction.shapes
+    if opcode.endswith("-start"):  # it returns what it was given, its result, and what it waits with
+        results = instruction.shapes[len(given) : 2 * len(given)] if len(instruction.shapes) > len(given) else results
+    return sum(map(_bytes, given)) + _bytes(results)
+
+
+def _fused(body: Computation, fusion: Instruction, given: list[tuple[Shape, ...]]) -> int:
+    """What a fusion reads of its operands, and writes of its results."""
+    parameters = {int(each.literal): each for each in body.instructions.values() if each.opcode == "parameter"}
+    total = sum(_read(body, parameters[at], shapes) for at, shapes in enumerate(given) if at in parameters)
+    root = _through(body, body.root)
+    roots = [_through(body, body.instructions[name]) for name in root.operands] if root.opcode == "tuple" else [root]
+    for shape, written in zip(fusion.shapes, roots, strict=False):
+        if written.opcode == "dynamic-update-slice":
+            total += _bytes(body.instructions[written.operands[1]].shapes)
+        else:
+            total += _bytes((shape,))
+    return total
+
+
+def _read(body: Computation, parameter: Instruction, shapes: tuple[Shape, ...]) -> int:
+    """The bytes of one operand that are looked at."""
+    if not _bytes(shapes):
+        return 0
+    names, touched = [parameter.name], 0
+    for each in body.instructions.values():
+        used = [at for at, name in enumerate(each.operands) if name in names]
+        if not used:
+            continue
+        if each.opcode in ("bitcast", "copy", "reshape") and each.shapes[0].elements == shapes[0].elements:
+            names.append(each.name)
+        elif used == [0] and each.opcode in _SLICING:
+            touched += sum(shape.bytes for shape in each.shapes)
+        elif used != [0] or each.opcode != "dynamic-update-slice":
+            return _bytes(shapes)
+    return min(touched, _bytes(shapes))
+
+
+def _through(body: Computation, instruction: Instruction) -> Instruction:
+    while instruction.opcode in ("bitcast", "copy") and instruction.operands:
+        instruction = body.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _bytes(shapes: tuple[Shape, ...]) -> int:
+    return sum(shape.bytes for shape in shapes if shape.space == _MAIN)

@@ -1,0 +1,158 @@
+"""`stepc explain`, `report`, `check` and `diff`, as a user meets them: what they print, exit codes, mistakes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from stepc.cli import main
+from stepc.programs.target import compiled
+from stepc.report import terminal
+
+MINE = """
+import jax, jax.numpy as jnp, optax
+import stepc as sc
+
+S = jax.ShapeDtypeStruct
+
+def loss(params, rows):
+    return jnp.mean((jnp.tanh(rows["x"] @ params["in"]) @ params["out"]) ** 2)
+
+def build(mesh, inside=False):
+    middle = sc.accumulate(4) @ sc.clip(1.0) if inside else sc.clip(1.0) @ sc.accumulate(4)
+    step = sc.compile(sc.update(optax.adamw(3e-4)) @ middle @ sc.shard(sc.dp("data")) @ sc.grad(loss), mesh=mesh)
+    state = step.init({"in": S((32, 64), jnp.float32), "out": S((64, 16), jnp.float32)})
+    return step, state, {"x": S((256, 32), jnp.float32)}
+
+def inside(mesh):
+    return build(mesh, inside=True)
+
+@jax.jit
+def train_step(params, x):
+    return params - jax.grad(lambda p: jnp.mean((x @ p) ** 2))(params)
+
+example_args = (S((64, 64), jnp.float32), S((128, 64), jnp.float32))
+pair = (train_step, *example_args)
+number = 3
+
+def needs(a, b):
+    return a
+"""
+MESH = "--mesh=data=8"
+KEPT = 'gradient_reductions = 1\ncollectives_in_loops = 0\ncollective_bytes = "12MiB"\ndonated = true\ntraces = 1\n'
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a user has it, with eight devices that jax already runs."""
+    assert len(jax.devices()) == 8
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "budget.toml").write_text(KEPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_explain_prints_the_plan_and_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "mine.py:build", MESH, "--device=gpu:h100"]) == 0
+    shown = capsys.readouterr().out
+    for landmark in ("plan of update(", "defer-reduce", "as compiled: collectives", "accumulator", "gpu:h100: "):
+        assert landmark in shown
+
+
+def test_explain_of_a_jitted_function_needs_no_stepc(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--jit", "mine:train_step"]) == 0
+    assert "no collectives" in capsys.readouterr().out
+    assert main(["explain", "mine.py:pair"]) == 0
+
+
+def test_check_of_a_kept_budget_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "mine.py:build", MESH, "--budget=budget.toml"]) == 0
+    assert "all 5 promises hold" in capsys.readouterr().out
+
+
+def test_check_of_a_broken_budget_exits_with_one_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "mine.py:inside", MESH, "--budget=budget.toml"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("stepc: BudgetError: 2 of 5 promises are broken.")
+    assert "responsible" in shown
+
+
+def test_report_writes_a_page_and_says_where(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "mine.py:build", MESH, "--out=step.html"]) == 0
+    assert capsys.readouterr().out.startswith("step.html  ")
+    assert (mine / "step.html").read_text().startswith("<!doctype html>")
+
+
+def test_diff_exits_with_one_if_something_changed(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", "mine.py:build", "mine.py:build", MESH]) == 0
+    assert capsys.readouterr().out == "nothing changed\n"
+    assert main(["diff", "mine.py:build", "mine.py:inside", MESH]) == 1
+    assert "  + 4 x all-reduce" in capsys.readouterr().out
+    (mine / "a.txt").write_text("HloModule m\nENTRY e {\n  ROOT a = f32[4] parameter(0)\n}\n")
+    assert main(["diff", "a.txt", "a.txt"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["explain", "mine.py:biuld"], "`mine.py` has no `biuld`."),
+        (["explain", "nofile.py:build"], "There is no file nofile.py."),
+        (["explain", "nomodule:build"], "There is no module `nomodule` here."),
+        (["explain", "mine.py"], "This does not name a program."),
+        (["explain", "mine.py:number"], "`mine.py:number` is not a program to look at."),
+        (["explain", "mine.py:needs"], "`mine.py:needs` takes a, b; only `mesh` is known here."),
+        (["explain", "mine.py:build", "--mesh=data"], "--mesh does not say which axes there are."),
+        (["explain", "mine.py:build", "--mesh=data=16"], "The mesh has 16 devices, and there are 8."),
+        (["explain", "mine.py:build", MESH, "--device=tpu:v0"], "This device is not in the table."),
+        (["explain", "--jit=mine:train_step", MESH], "The program is for 1 device, and the mesh has 8."),
+        (["explain", "--jit=mine:train_step", "--args=exmple"], "`mine` has no `exmple`"),
+        (["check", "mine.py:build", MESH, "--budget=no.toml"], "The budget no.toml cannot be read"),
+        (["report", "mine.py:build", MESH, "--out=no/x.html"], "There is no folder no to write x.html to."),
+        (["diff", "a.txt", "b.txt"], "There is no file a.txt."),
+    ],
+)
+def test_mistake_is_a_message_and_exits_with_two(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("stepc: ConfigError: ")
+    assert message in shown
+
+
+def test_exception_of_the_users_own_file_passes_through(mine: Path) -> None:
+    (mine / "raises.py").write_text("raise RuntimeError('mine')\n")
+    with pytest.raises(RuntimeError, match="mine"):
+        main(["explain", "raises.py:x"])
+
+
+@pytest.mark.parametrize("verb", ["explain", "report", "check", "diff"])
+def test_help_teaches_names_exit_codes_and_topologies(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exit codes: 0 if" in shown
+    assert "tpu:v5p:8x8x16" in shown
+
+
+def shown_on(width: int) -> Callable[[str], str]:
+    def show(name: str) -> str:
+        console = Console(width=width, record=True, force_terminal=True)
+        axes = None if name == "pair" else {"data": 8}
+        terminal.show(compiled(f"mine.py:{name}", axes=axes).known(None), console)
+        return console.export_text()
+
+    return show
+
+
+@pytest.mark.parametrize("width", [60, 160])
+def test_terminal_shows_laws_collectives_and_memory_bars(width: int) -> None:
+    text = shown_on(width)("build")
+    for landmark in ("defer-reduce", "collectives", "optimizer state", "█", "donation"):
+        assert landmark in text
+    assert max(map(len, text.splitlines())) <= width
+    assert "no value leaves its device" in shown_on(width)("pair")

@@ -1,0 +1,170 @@
+"""The page and the text: what must stand in them, that they ask no network, and what they weigh."""
+
+import base64
+import re
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from conftest import mesh_of
+
+import stepc as sc
+from stepc import report
+from stepc.inspect import Memory, Part
+from stepc.inspect.devices import Device
+from stepc.inspect.timeline import Exchange, Loop, Work
+from stepc.report import pictures
+
+ADAM = sc.update(optax.adam(1e-3))
+MIDDLE = sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data"))
+ROUND = Device("round", "", 1.0, 1, 1.0, 1.0, "ours")
+VOID = {"meta", "input", "br"}
+
+
+def loss(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
+    return jnp.mean((jnp.tanh(rows["x"] @ params["in"]) @ params["out"]) ** 2)
+
+
+def compiled() -> sc.Compiled:
+    step = sc.compile(ADAM @ MIDDLE @ sc.grad(loss), mesh=mesh_of(data=8))
+    params = {"in": jnp.ones((64, 128)), "out": jnp.ones((128, 32))}
+    return step.lower(step.init(params), {"x": jax.ShapeDtypeStruct((256, 64), jnp.float32)}).compile()
+
+
+class _Balance(HTMLParser):
+    """Every tag that opens closes, in order; what is loaded from elsewhere is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def checked(html: str) -> str:
+    balance = _Balance()
+    balance.feed(html)
+    assert (balance.open, balance.loaded) == ([], [])
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", html)
+    return html
+
+
+def test_report_is_one_page_that_loads_nothing_and_weighs_little(tmp_path: Path) -> None:
+    path = compiled().report(tmp_path / "step.html")
+    html = checked(path.read_text(encoding="utf-8"))
+    assert len(html.encode()) < 1_000_000
+    for title in ("The step", "One step, to scale", "Memory on one device", "Collectives", "Laws", "Plan", "HLO"):
+        assert f"<h2>{title}</h2>" in html
+    assert "defer-reduce" in html and "microbatches/while × 4" in html
+
+
+def test_report_holds_the_whole_program() -> None:
+    program = compiled()
+    html = report.page(program.known())
+    packed = re.search(r'id="packed">([^<]*)<', html)
+    assert packed is not None
+    assert zlib.decompress(base64.b64decode(packed[1])).decode() == program.hlo()
+
+
+def test_report_of_a_program_that_is_too_long_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["stepc.report.page"], "_MOST_HLO_BYTES", 2_000)
+    html = report.page(compiled().known())
+    assert re.search(r"The first [\d,]+ of [\d,]+ characters", html)
+
+
+def test_report_of_a_function_that_never_heard_of_stepc() -> None:
+    program = jax.jit(lambda w, x: w - x.T @ jnp.tanh(x @ w), donate_argnums=0)
+    shapes = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((64, 16), jnp.float32)
+    known = report.known(program.lower(*shapes).compile(), title="<mine> & yours", device="gpu:h100")
+    html = checked(report.page(known))
+    assert "<h1><code>&lt;mine&gt; &amp; yours</code></h1>" in html
+    assert "No value leaves its device." in html and "<h2>Plan</h2>" not in html
+    assert "gpu:h100" in html
+    assert "program <mine> & yours" in report.text(known)
+
+
+def test_report_of_a_loop_of_unknown_length_says_so() -> None:
+    program = jax.jit(lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w @ w, w))
+    known = report.known(program.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile(), title="until")
+    html = checked(report.page(known))
+    assert "does not say how often it turns" in html
+    assert "unknown" in report.text(known)
+
+
+def test_report_for_an_unknown_device_is_refused() -> None:
+    with pytest.raises(sc.ConfigError, match="not in the table"):
+        compiled().report("never.html", device="tpu:v0")
+    assert not Path("never.html").exists()
+
+
+def test_explain_is_the_plan_and_what_became_of_it() -> None:
+    program = compiled()
+    told = program.explain()
+    assert told.startswith(str(program.plan))
+    for title in ("collectives", "memory on one device", "work on one device", "donation"):
+        assert f"as compiled: {title}\n" in told
+    assert "all 9 donated leaves are written over" in told
+    assert "tpu:v5e: " in told and "estimated from peaks" in told
+
+
+def test_notebook_shows_the_pictures_without_a_script() -> None:
+    html = checked(compiled()._repr_html_())
+    assert html.startswith('<div class="stepc">')
+    assert "<script" not in html and "<svg" in html
+
+
+def test_words_are_drawn_in_the_order_in_which_they_act() -> None:
+    html = pictures.words('update(optax.chain(a, "x @ y")) @ accumulate(4) @ grad(loss)', " @ ")
+    shown = re.findall(r'class="word (\w+)">([^<]*)<', html)
+    assert [word for _, word in shown] == [
+        "grad(loss)",
+        "accumulate(4)",
+        "update(optax.chain(a, &quot;x @ y&quot;))",
+    ]
+    assert [role for role, _ in shown] == ["source", "time", "end"]
+
+
+def bars(html: str) -> list[tuple[str, str, str]]:
+    return re.findall(r'<rect class="(\w+)" x="([\d.]+%)" width="([\d.]+%)"', html)
+
+
+def test_course_is_drawn_to_scale() -> None:
+    loop = Loop(2, (Work(1, 0, "product"), Exchange("all-reduce", 1.0, 1, ("data",), False, "line")), "while")
+    html = pictures.course((loop, Work(4, 0, "update")), ROUND)
+    assert bars(html) == [
+        ("work", "0.0000%", "12.5000%"),
+        ("exchange", "12.5000%", "12.5000%"),
+        ("work", "25.0000%", "12.5000%"),
+        ("exchange", "37.5000%", "12.5000%"),
+        ("work", "50.0000%", "50.0000%"),
+    ]
+    assert "while × 2" in html and "turn 2 of 2" in html
+
+
+def test_course_lets_work_begin_beside_an_exchange() -> None:
+    html = pictures.course((Exchange("all-gather", 3.0, 1, (), True, ""), Work(4, 0, "")), ROUND)
+    assert bars(html) == [("exchange", "0.0000%", "75.0000%"), ("work", "0.0000%", "100.0000%")]
+
+
+def test_course_of_many_turns_is_drawn_as_one_bar() -> None:
+    html = pictures.course((Loop(1000, (Work(1, 0, ""),), "while"),), ROUND)
+    assert len(bars(html)) == 1 and "all 1000 turns together" in html
+
+
+def test_memory_is_drawn_by_its_parts() -> None:
+    parts = (Part("arguments", "parameters", 600), Part("temporaries", "activations and the rest", 400))
+    html = pictures.memory(Memory(600, 600, 600, 400, 0, parts))
+    assert re.findall(r"flex-grow:(\d+)", html) == ["600", "400"]
+    assert "60%" in html and "40%" in html
