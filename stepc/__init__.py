@@ -43,5 +43,10 @@ from stepc.language.words.grad import grad as grad
 from stepc.language.words.scale import scale as scale
 from stepc.language.words.shard import shard as shard
 from stepc.language.words.update import update as update
+from stepc.runner.checkpoints import Checkpoints as Checkpoints
 from stepc.runner.loop import Run as Run
 from stepc.runner.loop import run as run
+from stepc.runner.policies import Raise as Raise
+from stepc.runner.policies import Retry as Retry
+from stepc.runner.policies import Rollback as Rollback
+from stepc.runner.policies import Skip as Skip

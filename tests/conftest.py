@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 # The doors check what they are given themselves, with errors of ours; test_errors.py tries them with everything
 # wrong. What stands behind them is checked by its annotations.
-DOORS = ("fields", "pipeline", "sharding", "reference", "words", "step", "house", "loop")
+DOORS = ("fields", "pipeline", "sharding", "reference", "words", "step", "house", "loop", "policies", "checkpoints")
 UNCHECKABLE = ("strategies",)  # hypothesis types `draw` by a protocol that cannot be checked at run time
 PACKAGE = Path(__file__).parent.parent / "stepc"
 MODULES = [".".join(("stepc", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")]
@@ -31,6 +31,8 @@ settings.register_profile("ci", deadline=None, print_blob=True)
 settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+pytest_plugins = ["faults.results"]  # the table of faults, written from the tests that passed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
