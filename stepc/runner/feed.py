@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from stepc.errors import BatchError
 from stepc.language.kinds import Batch
 from stepc.runner.batches import Spec, checked, copied, is_short
 
@@ -36,16 +35,24 @@ class Item:
 
 @dataclass(frozen=True)
 class Broken:
-    """A read that failed; `place` counts how often a batch was asked for."""
+    """A read that failed, when `given` batches had been given and one had been asked for `place` times."""
 
     error: Exception
     place: int
+    given: int
     is_dead: bool = False
 
 
 @dataclass(frozen=True)
 class End:
     """The data has ended as data ends, or the run is to end."""
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What a reading thread met that is no `Exception`; the thread of the run raises it."""
+
+    error: BaseException
 
 
 Read: TypeAlias = Item | Broken | End
@@ -65,6 +72,7 @@ class Source:
     short: str = "raise"
     spec: Spec | None = None
     num_reads: int = 0
+    num_given: int = 0
     num_dropped: int = 0
     batches: Iterator[Batch] = field(init=False)
     failed: Exception | None = None
@@ -84,19 +92,24 @@ class Source:
                     batch = next(self.batches)
                     after = position_of(self.batches)
             except StopIteration:
-                return End() if self.failed is None else Broken(self.failed, self.num_reads, is_dead=True)
+                return End() if self.failed is None else self._broken(self.failed, is_dead=True)
             except Exception as error:  # whatever the data raises; what is done about it is for a policy to say
                 self.failed = error
-                return Broken(error, self.num_reads)
+                return self._broken(error)
             self.failed = None
             if self.short == "drop" and is_short(batch, self.spec):
                 self.num_dropped += 1
                 continue
             try:
                 self.spec = checked(batch, self.spec, self.saved_rows)
-            except BatchError as error:
-                return Broken(error, self.num_reads)
-            return Item(self.place(copied(batch)), after)
+                item = Item(self.place(copied(batch)), after)
+            except Exception as error:  # BatchError, or whatever the user's `place` raises
+                return self._broken(error)
+            self.num_given += 1
+            return item
+
+    def _broken(self, error: Exception, *, is_dead: bool = False) -> Broken:
+        return Broken(error, self.num_reads, self.num_given, is_dead)
 
     def go_to(self, position: Any) -> None:  # Any: see Positioned
         """Let the next batch be the one that followed when the data stood there, if it can."""
@@ -138,7 +151,7 @@ class Feed:
         self.again: deque[Item] = deque()
         self._broken: Broken | None = None
         self._num_ahead = num_ahead
-        self._ready: queue.Queue[Read] = queue.Queue(max(num_ahead, 1))
+        self._ready: queue.Queue[Read | Raised] = queue.Queue(max(num_ahead, 1))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -190,12 +203,17 @@ class Feed:
                 continue
             if not isinstance(found, Item):  # the thread has ended
                 self._thread = None
+            if isinstance(found, Raised):
+                raise found.error
             return found
         return End()
 
-    def _work(self, ready: "queue.Queue[Read]", stop: threading.Event) -> None:
+    def _work(self, ready: "queue.Queue[Read | Raised]", stop: threading.Event) -> None:
         while not stop.is_set():
-            found = self.source.read()
+            try:
+                found = self.source.read()
+            except BaseException as error:  # SystemExit and the like: a thread that ends unseen would be a hang
+                found = Raised(error)
             while not stop.is_set():
                 try:
                     ready.put(found, timeout=POLL_SECONDS)

@@ -192,7 +192,10 @@ class Training:
     def recover(self, failure: StepError, found: Item | Broken | End) -> None:
         """Log a failure; then raise it, or bring back what the policy promised."""
         kind = KINDS.get(type(failure))
-        place = found.place if isinstance(found, Broken) and kind == "data" else failure.step
+        place = failure.step
+        if isinstance(found, Broken) and kind == "data":
+            # To skip goes on to another read; to read again begins with as many batches given.
+            place = found.given if isinstance(self.ledger.policies[kind], Retry) else found.place
         refusal = self.refusal(kind, failure, found, place)
         what = str(failure).partition("\n")[0]
         self.scribe.event(
@@ -210,7 +213,7 @@ class Training:
         policy = self.ledger.policies[kind]
         match policy:
             case Retry():
-                wait = policy.wait_seconds * 2 ** (self.ledger.attempts[kind, place] - 1)
+                wait = float(policy.wait_seconds) * 2 ** (self.ledger.attempts[kind, place] - 1)
                 self.wait(wait)
                 self.feed.retry() if kind == "data" else self.rewind(leave_out=None)
             case Skip():
