@@ -44,9 +44,14 @@ from stepc.language.words.scale import scale as scale
 from stepc.language.words.shard import shard as shard
 from stepc.language.words.update import update as update
 from stepc.runner.checkpoints import Checkpoints as Checkpoints
+from stepc.runner.console import Console as Console
+from stepc.runner.jsonl import JSONL as JSONL
 from stepc.runner.loop import Run as Run
 from stepc.runner.loop import run as run
+from stepc.runner.picture import Picture as Picture
 from stepc.runner.policies import Raise as Raise
 from stepc.runner.policies import Retry as Retry
 from stepc.runner.policies import Rollback as Rollback
 from stepc.runner.policies import Skip as Skip
+from stepc.runner.table import CSV as CSV
+from stepc.runner.tensorboard import TensorBoard as TensorBoard

@@ -38,6 +38,9 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
     ]
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
         faults.append(("checkpoint", "sc.Checkpoints(directory, every=…) or None", checkpoint))
+    watchdog = asked["watchdog_seconds"]
+    if watchdog is not None and not (type(watchdog) in (int, float) and watchdog > 0):
+        faults.append(("watchdog_seconds", "a positive number or None", watchdog))
     if place is not None and not callable(place):
         faults.append(("place", "a function of a batch, or None", place))
     if asked["short_batches"] not in ("raise", "drop"):

@@ -18,15 +18,17 @@ from stepc.language.state import State
 from stepc.runner.agenda import Agenda, Evaluation, Hook, Profile
 from stepc.runner.anchor import copy
 from stepc.runner.arguments import check_arguments, check_replay, check_state, goes_back
+from stepc.runner.cache import kept_programs
 from stepc.runner.checkpoints import Checkpoints, Keeper
 from stepc.runner.feed import Feed, Positioned, Source, position_of
 from stepc.runner.flight import Runnable, call_of, deleted_leaves, skip_limit_of, steps_per_call_of
 from stepc.runner.policies import Ledger, Policy, policies_of
+from stepc.runner.result import Run as Run
 from stepc.runner.scribe import Logger as Logger
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Signals, watched_signals
-from stepc.runner.training import Run as Run
 from stepc.runner.training import Training
+from stepc.runner.watchdog import Watchdog
 
 OnError = str | Policy | dict[str, str | Policy]
 
@@ -51,6 +53,8 @@ def run(
     place: Callable[[Batch], Batch] | None = None,
     short_batches: str = "raise",
     donate_input: bool = False,
+    watchdog_seconds: float | None = None,
+    compilation_cache: str | Path | None = None,
 ) -> Run:
     """Train: one step for each batch.
 
@@ -76,6 +80,8 @@ def run(
       prefetch: how many batches a thread reads ahead; 0 reads in the main thread.
       place: puts a batch on devices, in that thread.
       short_batches: "raise", or "drop" those with fewer rows than the first.
+      watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
+      compilation_cache: a directory where jax keeps compiled programs, for this run and the next.
       donate_input: takes the caller's state instead of a copy.
     Errors: ConfigError before anything runs; a StepError from the original, with the number of the step;
       CheckpointError, ResumeError; Interrupted (a KeyboardInterrupt) for Ctrl-C and Preempted (exit code 143) for
@@ -90,6 +96,9 @@ def run(
     source = Source(data, place or (lambda batch: batch), short_batches)
     check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
     with ExitStack() as ways_out:
+        ways_out.enter_context(kept_programs(compilation_cache))
+        watchdog = Watchdog(watchdog_seconds)
+        ways_out.callback(watchdog.close)
         signals = ways_out.enter_context(watched_signals())
         scribe = Scribe(loggers, log_every, strict_loggers)
         ledger = Ledger(policies)
@@ -106,6 +115,7 @@ def run(
             signals=signals,
             agenda=agenda,
             keeper=None if checkpoint is None else _keeper(checkpoint, state, ledger, scribe, ways_out),
+            watchdog=watchdog,
             steps=steps,
             window=window,
             steps_per_call=steps_per_call_of(step),
@@ -141,6 +151,7 @@ def _train(training: Training, *, begins_with: str) -> None:
             training.keeper.finish()
         if gone := deleted_leaves(jax.block_until_ready(run.state)):
             raise StepError(f"The state was lost: {gone[0]}.", phase="settle", step=run.steps, state_ok=False)
+        scribe.event("end", run.steps, level=logging.INFO, ended=run.ended)
     except BaseException as error:  # it is raised again; what must be done first, is done
         _leave(training, error)
         raise

@@ -10,7 +10,6 @@ from typing import Any, assert_never
 import jax
 
 from stepc.errors import BatchError, DataError, DeviceError, NonFiniteError, StepError
-from stepc.language.state import State
 from stepc.runner.agenda import Agenda
 from stepc.runner.anchor import Anchor, copy
 from stepc.runner.checkpoints import Keeper
@@ -26,36 +25,13 @@ from stepc.runner.flight import (
     not_finite,
 )
 from stepc.runner.policies import Ledger, Raise, Retry, Rollback, Skip
+from stepc.runner.result import Run
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Leave, Signals
+from stepc.runner.watchdog import Watchdog
 
 KINDS = {DataError: "data", NonFiniteError: "nonfinite", DeviceError: "device"}
 EXHAUSTED = "the policy is to raise"
-
-
-@dataclass
-class Run:
-    """What a run did.
-
-    Args:
-      state: the state after the last finished step; alive.
-      steps: the number of the last finished step, those of earlier runs on the same checkpoints among them.
-      ended: "steps", "data", "interrupted" or "preempted".
-      metrics: those of the last finished step, as floats.
-      failures: how many of each kind there were, also those that a policy went on from.
-      skipped: how many steps, and how many reads of the data, were left out.
-      rollbacks: how often the run went back.
-      logger_failures: how often each logger raised, by the name of its class.
-    """
-
-    state: State  # None in the `.run` of an error that left none
-    steps: int = 0
-    ended: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
-    failures: dict[str, int] = field(default_factory=dict)
-    skipped: int = 0
-    rollbacks: int = 0
-    logger_failures: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,6 +46,7 @@ class Training:
     signals: Signals
     agenda: Agenda
     keeper: Keeper | None
+    watchdog: Watchdog
     steps: int | None
     window: int
     steps_per_call: int
@@ -112,6 +89,7 @@ class Training:
     def dispatch(self, item: Item) -> None:
         """Give a batch to the step. What fails here is this step's, once the older ones have settled."""
         first = self.number + 1
+        self.watchdog.beat(self.number)
         if self.anchor is not None:
             self.anchor.kept.append(item)
         if not item.is_hole:
@@ -275,8 +253,8 @@ class Training:
                 self._give_again(later)
             else:
                 self.feed.go_to(after)
-        self.scribe.event("rollback", failed_at, to=number, data=policy.data)
         self.scribe.trim(number)
+        self.scribe.event("rollback", failed_at, to=number, data=policy.data)
         self.agenda.go_back(number)
         self._forget_skips_after(number)
         self._stand_at(state, number, after)
