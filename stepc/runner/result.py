@@ -1,8 +1,7 @@
 """What a run did."""
 
 from dataclasses import dataclass, field
-
-from stepc.language.state import State
+from typing import Any
 
 
 @dataclass
@@ -20,7 +19,7 @@ class Run:
       logger_failures: how often each logger raised, by the name of its class.
     """
 
-    state: State  # None in the `.run` of an error that left none
+    state: Any  # Any: a state, whatever it is made of; None in the `.run` of an error that left none
     steps: int = 0
     ended: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
