@@ -75,12 +75,15 @@ class Source:
     num_given: int = 0
     num_dropped: int = 0
     batches: Iterator[Batch] = field(init=False)
+    position: Callable[[], Any] = field(init=False)  # Any: see Positioned
     failed: Exception | None = None
     before: Any = None  # Any: see Positioned
     saved_rows: dict[str, str] | None = None  # how a batch looked before a resume
 
     def __post_init__(self) -> None:
         self.batches = iter(self.data)
+        # Asked once: to ask whether an iterator has the methods takes as long as a small step.
+        self.position = position_reader(self.batches)
 
     def read(self, reading: Callable[[], AbstractContextManager[object]] = nullcontext) -> Read:
         """The next batch, checked, copied and placed. `reading` is entered while the user's own code runs."""
@@ -88,9 +91,9 @@ class Source:
             self.num_reads += 1
             try:
                 with reading():
-                    self.before = position_of(self.batches)
+                    self.before = self.position()
                     batch = next(self.batches)
-                    after = position_of(self.batches)
+                    after = self.position()
             except StopIteration:
                 return End() if self.failed is None else self._broken(self.failed, is_dead=True)
             except Exception as error:  # whatever the data raises; what is done about it is for a policy to say
@@ -121,13 +124,13 @@ class Source:
                 pass
 
 
-def position_of(batches: object) -> Any:  # Any: see Positioned
-    """Where the data stands, or None if it cannot say."""
+def position_reader(batches: object) -> Callable[[], Any]:  # Any: see Positioned
+    """How to ask where the data stands; None, if it cannot say."""
     match batches:
         case Positioned():
-            return batches.get_state()
+            return batches.get_state
         case _:
-            return None
+            return lambda: None
 
 
 class Feed:

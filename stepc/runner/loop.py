@@ -20,7 +20,7 @@ from stepc.runner.anchor import copy
 from stepc.runner.arguments import check_arguments, check_replay, check_state, goes_back
 from stepc.runner.cache import kept_programs
 from stepc.runner.checkpoints import Checkpoints, Keeper
-from stepc.runner.feed import Feed, Positioned, Source, position_of
+from stepc.runner.feed import Feed, Positioned, Source
 from stepc.runner.flight import Runnable, call_of, deleted_leaves, skip_limit_of, steps_per_call_of
 from stepc.runner.policies import Ledger, Policy, policies_of
 from stepc.runner.result import Run as Run
@@ -164,7 +164,7 @@ def _resume(training: Training) -> None:
         return
     if training.position is None and not isinstance(training.feed.source.batches, Positioned):
         training.scribe.event("resume_not_exact", 0, why="the data has no `get_state()` and `set_state(state)`")
-    training.position = position_of(training.feed.source.batches)
+    training.position = training.feed.source.position()
     found = training.keeper.restore(training.run.state)
     if found is not None:
         training.run.state, training.number, training.position = found.state, found.number, found.position
