@@ -143,7 +143,7 @@ def _train(training: Training, *, begins_with: str) -> None:
         scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
         training.loop()
         run.ended = _how_it_ended(training)
-        if training.number == 0 and run.ended == "data":
+        if training.number == 0 and run.ended == "data" and training.feed.source.num_given == 0:
             raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True)
         scribe.tell_last()
         if training.keeper is not None:

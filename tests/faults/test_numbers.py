@@ -171,3 +171,8 @@ def test_step_that_repeats_logs_each_of_its_steps() -> None:
     run = sc.run(Twice(), fresh(), FaultPlan().batches(3), loggers=[logger], log_every=1, steps=6)
     assert [number for number, _ in logger.told] == [1, 2, 3, 4, 5, 6]
     assert run.steps == int(run.state.step) == 6
+
+
+def test_rollback_that_drops_every_batch_is_a_normal_end() -> None:
+    run = run_with({4: "nan"}, num=4, on_error="rollback")
+    assert (run.ended, run.steps, digest(run.state)) == ("data", 0, digest(fresh()))

@@ -54,11 +54,13 @@ def interrupted_at_random(times: int) -> None:
     exact: dict[int, str] = {}
     state = fresh()
     for _ in range(times):
-        timer = send_after(draw.uniform(0.0005, 0.02))
+        timer = None
         with pytest.raises(KeyboardInterrupt) as raised:
+            timer = send_after(draw.uniform(0.0005, 0.02))  # in here: it may come before the timer has begun
             while True:
                 sc.run(step(), state, endless(), steps=10_000, on_error="retry", snapshot_every=3)
-        timer.join()
+        if timer is not None:
+            timer.join()
         match raised.value:
             case sc.Interrupted():
                 run = raised.value.run
