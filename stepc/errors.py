@@ -11,11 +11,17 @@
     ├── EquivalenceError          AssertionError     a compiled step and its reference differ
     ├── BudgetError               AssertionError     a program does not keep what was promised of it
     ├── StepError                 RuntimeError       a step failed while `run` was running it
-    │   └── DataError                                the data failed
-    └── Interrupted               KeyboardInterrupt  Ctrl-C, at a step boundary, with a live state
+    │   ├── DataError                                the data failed
+    │   ├── BuildError                               the step could not be traced or compiled
+    │   ├── NonFiniteError                           a loss or a gradient is not finite
+    │   └── DeviceError                              the program failed while it ran
+    ├── CheckpointError           OSError            a checkpoint cannot be written, or the one asked for not read
+    ├── ResumeError               ValueError         what was saved does not fit what is to go on
+    ├── Interrupted               KeyboardInterrupt  Ctrl-C, at a step boundary, with a live state
+    └── Preempted                 SystemExit         SIGTERM, at a step boundary; exit code 143
 
 `StepcError` itself is a `BaseException`, so that `except Exception` takes what resembles an `Exception`
-and leaves `Interrupted` alone, as Python does with its own.
+and leaves `Interrupted` and `Preempted` alone, as Python does with its own.
 """
 
 import difflib
@@ -82,25 +88,77 @@ class BudgetError(StepcError, AssertionError):
 
 
 class StepError(StepcError, RuntimeError):
-    """A step failed in `run`; the original exception is `__cause__`.
+    """A step failed in `run`; the original exception, if there is one, is `__cause__`.
 
     Args:
-      phase: what the runner was doing: "data", "step" or "settle".
+      phase: what the runner was doing: "data", "build", "dispatch", "settle", "eval", "hook" or "log".
       step: the number of the step that failed, counted from 1.
-      state_ok: whether the state is still readable: a failure inside the program destroys the donated state.
+      state_ok: whether the state is as it was before the step: a failure inside the program destroys the donated one.
+      facts: further rows for the message.
+    `.run` is the `Run` so far; its state is the last good one that exists, or None.
     """
 
-    def __init__(self, what: str, *, phase: str, step: int, state_ok: bool, suggestion: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        phase: str,
+        step: int,
+        state_ok: bool,
+        facts: Facts = (),
+        suggestion: str | None = None,
+    ) -> None:
         self.phase = phase
         self.step = step
         self.state_ok = state_ok
-        alive = "alive, as it was before the step" if state_ok else "lost: it was donated to the failed step"
-        facts = (("step", str(step)), ("phase", phase), ("state", alive))
-        super().__init__(what, facts=facts, suggestion=suggestion)
+        self.run: object = None
+        alive = "alive, as it was before the step" if state_ok else self.state_lost
+        rows = (("step", str(step)), ("phase", phase), ("state", alive), *facts)
+        super().__init__(what, facts=rows, suggestion=suggestion)
+
+    state_lost = "lost: it was donated to the failed step"
 
 
 class DataError(StepError):
-    """The data raised an error, or gave no batch at all."""
+    """The data raised an error, gave a batch that does not fit, or gave no batch at all."""
+
+
+class BuildError(StepError):
+    """The step could not be traced or compiled, or does not return what a step returns."""
+
+
+class NonFiniteError(StepError):
+    """A loss or a gradient is not finite."""
+
+    state_lost = "holds what the step made of it"
+
+
+class DeviceError(StepError):
+    """The program failed while it ran."""
+
+
+class CheckpointError(StepcError, OSError):
+    """A checkpoint cannot be written, or the one that was asked for cannot be read.
+
+    Args:
+      step: the step that is not saved, or not read; None before the first.
+    """
+
+    def __init__(self, what: str, *, step: int | None = None, facts: Facts = (), suggestion: str | None = None) -> None:
+        self.phase = "save"
+        self.step = step
+        self.state_ok = True
+        self.run: object = None
+        super().__init__(what, facts=facts, suggestion=suggestion)
+
+
+class ResumeError(StepcError, ValueError):
+    """What was saved does not fit what is to go on, or none of it can be read."""
+
+    def __init__(self, what: str, *, facts: Facts = (), suggestion: str | None = None) -> None:
+        self.phase = "restore"
+        self.state_ok = True
+        super().__init__(what, facts=facts, suggestion=suggestion)
 
 
 class Interrupted(StepcError, KeyboardInterrupt):
@@ -109,6 +167,15 @@ class Interrupted(StepcError, KeyboardInterrupt):
     def __init__(self, what: str, *, run: object) -> None:
         self.run = run
         super().__init__(what)
+
+
+class Preempted(StepcError, SystemExit):
+    """SIGTERM: the loop left at a step boundary. `.run` is the finished part; the exit code is 143."""
+
+    def __init__(self, what: str, *, run: object) -> None:
+        self.run = run
+        super().__init__(what)
+        self.code = 143  # 128 + SIGTERM, as a shell reports it
 
 
 def faults_in_one(faults: Sequence[str], *, of: str) -> str:

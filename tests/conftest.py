@@ -26,6 +26,8 @@ DOORS = (
     "house",
     "loop",
     "budget",
+    "policies",
+    "checkpoints",
 )
 UNCHECKABLE = ("strategies",)  # hypothesis types `draw` by a protocol that cannot be checked at run time
 PACKAGE = Path(__file__).parent.parent / "stepc"
@@ -43,6 +45,8 @@ settings.register_profile("ci", deadline=None, print_blob=True)
 settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+pytest_plugins = ["faults.results"]  # the table of faults, written from the tests that passed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

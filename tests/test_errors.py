@@ -109,6 +109,37 @@ def without(module: str, mistake: Callable[[], object]) -> None:
         mistake()
 
 
+def run_on(batch: Any) -> None:
+    step = step_on()
+    sc.run(step, step.init(probe_params()), [batch])
+
+
+def run_donated_state() -> None:
+    step = step_on()
+    state = step.init(probe_params())
+    step(state, probe_batch(64))
+    sc.run(step, state, [])
+
+
+def dies() -> Iterator[Any]:
+    yield probe_batch(64)
+    raise OSError("the disk is gone")
+
+
+def run_nan() -> None:
+    batch = probe_batch(64)
+    batch["y"][3] = np.nan
+    run_on(batch)
+
+
+def run_late() -> None:
+    def call(state: Any, batch: Any) -> Any:
+        state, metrics = step_on()(state, batch)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    sc.run(call, step_on().init(probe_params()), [probe_batch(64)])
+
+
 COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
     "wrong_order": (sc.PipelineTypeError, lambda: sc.accumulate(4) @ sc.update(adamw)),
     "wrong_order_complete": (sc.PipelineTypeError, lambda: sc.accumulate(4) @ (sc.update(adamw) @ sc.grad(loss))),
@@ -155,7 +186,7 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "remat_function": (sc.FieldTypeError, lambda: sc.remat(jax.checkpoint_policies.dots_saveable)),
     "noise_zero": (sc.FieldValueError, lambda: sc.noise(0.0)),
     "ema_one": (sc.FieldValueError, lambda: sc.ema(1.0)),
-    "skip_limit": (sc.FieldValueError, lambda: sc.skip_nonfinite(limit=0)),
+    "skip_nonfinite_limit": (sc.FieldValueError, lambda: sc.skip_nonfinite(limit=0)),
     "repeat_fraction": (sc.FieldTypeError, lambda: sc.repeat(0.5)),
     "loss_scale_initial": (sc.FieldValueError, lambda: sc.loss_scale(initial=-1.0)),
     "loss_scale_claim": (sc.FieldTypeError, lambda: sc.loss_scale("dynamic")),
@@ -256,9 +287,39 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
         lambda: sc.run(None, None, [], steps=0, on_error="ignore", log_every=True),
     ),
     "run_data": (sc.ConfigError, lambda: sc.run(step_on(), step_on().init(probe_params()), 5)),
+    "run_policies": (
+        sc.ConfigError,
+        lambda: sc.run(
+            step_on(), None, [], window=-1, snapshot_every=0, prefetch=True, place=3, short_batches="pad",
+            on_error={"disk": "raise", "data": sc.Rollback(), "device": "retyr"}, eval=(0, len, []),
+            hooks=[len], profile=(3, 2, "traces"), checkpoint="runs",
+        ),
+    ),
+    "run_replay": (
+        sc.ConfigError,
+        lambda: sc.run(
+            step_on(), step_on().init(probe_params()), [], on_error=sc.Rollback(data="replay"),
+            checkpoint=sc.Checkpoints("runs", every=1),
+        ),
+    ),
+    "run_not_a_state": (sc.ConfigError, lambda: sc.run(step_on(), {"w": 1, "b": "two"}, [])),
+    "run_donated_state": (sc.ConfigError, run_donated_state),
+    "run_bad_leaf": (sc.DataError, lambda: run_on({"x": [1, 2], "y": np.array(["a"]), "z": np.zeros((0, 2))})),
+    "run_large_number": (sc.DataError, lambda: run_on({"x": np.array([1, 2**40])})),
+    "run_dead_generator": (sc.DataError, lambda: sc.run(step_on(), step_on().init(probe_params()), dies(),
+                                                        on_error="skip")),
+    "run_nan": (sc.NonFiniteError, run_nan),
+    "run_late": (sc.DeviceError, run_late),
+    "run_not_a_table": (sc.BuildError, lambda: sc.run(lambda state, batch: (state, {"l": jnp.zeros(3)}),
+                                                      step_on().init(probe_params()), [probe_batch(64)])),
+    "skip_limit": (sc.ConfigError, lambda: sc.Skip(limit=0)),
+    "skip_ratio": (sc.ConfigError, lambda: sc.Skip(ratio=2)),
+    "retry_wait": (sc.ConfigError, lambda: sc.Retry(wait_seconds=-1)),
+    "rollback_data": (sc.ConfigError, lambda: sc.Rollback(data="drop")),
+    "checkpoints": (sc.ConfigError, lambda: sc.Checkpoints(None, every=0, keep=1.5, every_seconds=0)),
     "run_no_data": (sc.DataError, lambda: sc.run(step_on(), step_on().init(probe_params()), [])),
     "run_bad_batch": (
-        sc.StepError,
+        sc.DataError,
         lambda: sc.run(step_on(), step_on().init(probe_params()), [probe_batch(64), probe_batch(100)]),
     ),
     "equivalence": (

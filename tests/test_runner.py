@@ -99,9 +99,10 @@ def test_failing_logger_never_stops_training_and_is_reported(caplog: pytest.LogC
     logger = Remembering()
     run = sc.run(step, state, data(5), loggers=[Failing(), logger], log_every=2)
     assert run.steps == 5
-    assert run.logger_failures == {"Failing": 4}
+    assert run.logger_failures == {"Failing": 3}
     assert [number for number, _ in logger.told] == [1, 2, 4, 5]
-    assert "the logger Failing failed at step 5: OSError: no space left" in caplog.text
+    assert "the logger Failing failed at step 4: OSError: no space left" in caplog.text
+    assert "the logger Failing failed 3 times in a row: it is left alone" in caplog.text
 
 
 def test_bad_batch_is_logged_and_raised_with_its_number_and_a_live_state(caplog: pytest.LogCaptureFixture) -> None:
@@ -109,9 +110,10 @@ def test_bad_batch_is_logged_and_raised_with_its_number_and_a_live_state(caplog:
     with pytest.raises(sc.StepError) as raised:
         sc.run(step, state, [*data(3), probe_batch(15)])
     error = raised.value
-    assert (error.step, error.phase, error.state_ok) == (4, "step", True)
+    assert (error.step, error.phase, error.state_ok) == (4, "data", True)
     assert isinstance(error.__cause__, sc.BatchError)
-    assert "Step 4 failed in phase 'step'" in caplog.text
+    assert "The data failed before step 4" in caplog.text
+    assert error.run.steps == int(error.run.state.step) == 3
 
 
 def test_failing_data_is_a_data_error_and_not_an_end() -> None:

@@ -55,7 +55,9 @@ def made(optimize: Optimize, flow: Flow, sight: Sight, state: State) -> Made:
         before: Skips = state.slots[name]
         slots[name] = Skips(before.total + skipped, (before.consecutive + skipped) * skipped)
         metrics["skipped"] = skipped
-    return Made(replace(new, slots=slots), metrics, Watch(is_finite, *sight))
+    # An overflow that the scale of the loss adapts to is nothing to stop for.
+    is_fine = loss_is_finite if optimize.guard is None and optimize.rescale is not None else is_finite
+    return Made(replace(new, slots=slots), metrics, Watch(is_fine, *sight))
 
 
 def _if(happens: jax.Array, optimize: Optimize, flow: Flow, metrics: Metrics, state: State) -> State:

@@ -16,7 +16,8 @@ class Watch:
     """Flags of one step. They are outputs of their own, never donated: they can be read as late as one likes.
 
     Args:
-      finite: whether the loss and the norm of the gradient are finite, after the reduction.
+      finite: whether the loss and the norm of the gradient are finite, after the reduction; with `loss_scale` alone,
+        which adapts to an overflow of the gradient, whether the loss is.
       losses: `[devices, microbatches]`, whether the loss of each cell is; `[1, microbatches]` on a single device.
       squares: a tree like the parameters, the sum of squares of each leaf of the gradient, before `clip` and `noise`.
     """

@@ -1,16 +1,19 @@
-"""A logger for eyes: a progress bar, or plain lines where there is no terminal; the only file here that needs rich."""
+"""A logger for eyes: a progress bar, or plain lines where there is no terminal; it needs rich when it is made."""
 
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TextColumn
+from stepc.errors import ConfigError
 
 PLAIN_EVERY_SECONDS = 10.0
 UNKNOWN = "-"
+QUIET = ("start", "end", "checkpoint", "snapshots")
 
 
 class Console:
@@ -20,11 +23,13 @@ class Console:
       so compilation is in neither the speed nor the time left.
 
     Args:
-      steps: number of the last step.
-      tokens_per_step: tokens in one batch over all devices and microbatches.
-      terminal: where to write; standard output by default.
+      steps: number of the last step; None if that is not known, and then no time is left to tell.
+      tokens_per_step: tokens in one batch over all devices and microbatches; None tells examples.
+      examples_per_step: rows in one batch; without either, whole steps are told.
+      terminal: a rich console to write to; one on standard output by default.
       clock: the time in seconds; for tests.
-    Units: tokens per second of whole steps: loss, gradient, reduction and update.
+    Errors: ConfigError without the extra "demo".
+    Units: tokens or examples per second of whole steps: loss, gradient, reduction and update.
     Without a terminal it prints a line every ten seconds, and one for the first step and the last.
     Example:
       >>> with Console(steps=300, tokens_per_step=2048) as logger: sc.run(..., loggers=(logger,))  # doctest: +SKIP
@@ -33,36 +38,52 @@ class Console:
     def __init__(
         self,
         *,
-        steps: int,
-        tokens_per_step: int,
-        terminal: Terminal | None = None,
+        steps: int | None = None,
+        tokens_per_step: int | None = None,
+        examples_per_step: int | None = None,
+        terminal: Any = None,  # Any: a console of rich, which is loaded below
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.terminal = Terminal() if terminal is None else terminal
+        if importlib.util.find_spec("rich") is None:
+            raise ConfigError("`Console` needs rich.", suggestion="Install it with: pip install 'stepc[demo]'")
+        # By name, and not at the top: `import stepc` must not need it.
+        progress = importlib.import_module("rich.progress")
+        self.terminal = importlib.import_module("rich.console").Console() if terminal is None else terminal
         self.steps = steps
-        self._pace = _Pace(tokens_per_step, clock)
+        counted = [(tokens_per_step, "tokens"), (examples_per_step, "examples"), (1, "steps")]
+        amount, self._unit = next((many, unit) for many, unit in counted if many is not None)
+        self._pace = _Pace(amount, clock)
         self._printed_at: float | None = None
         self._clock = clock
-        self._bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[left]} left"),
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.fields[where]}"),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[left]} left"),
             console=self.terminal,
             disable=not self.terminal.is_terminal,
             expand=True,
         )
-        self._task = self._bar.add_task("", total=steps, loss=UNKNOWN, speed=UNKNOWN, left=UNKNOWN)
+        self._task = self._bar.add_task("", total=steps, where="", loss=UNKNOWN, speed=UNKNOWN, left=UNKNOWN)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Show the metrics of one step."""
+        if "loss" not in metrics:  # of an evaluation
+            self.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            return
         self._pace.reached(step)
         loss = f"{metrics['loss']:.4f}"
-        speed, left = self._pace.speed(), self._pace.left(self.steps)
+        where = f"step {step}" if self.steps is None else f"step {step}/{self.steps}"
+        speed, left = f"{self._pace.speed()} {self._unit}/s", self._pace.left(self.steps)
         if self.terminal.is_terminal:
             self._bar.start()
-            self._bar.update(self._task, completed=step, loss=loss, speed=speed, left=left)
+            self._bar.update(self._task, completed=step, where=where, loss=loss, speed=speed, left=left)
         elif self._is_due(step):
-            self.say(f"step {step}/{self.steps}  loss {loss}  {speed} tokens/s  {left} left")
+            self.say(f"{where}  loss {loss}  {speed}  {left} left")
+
+    def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
+        """Show what happened, but for what is shown anyway."""
+        if name not in QUIET:
+            self.say(f"step {step}: {name}  " + "  ".join(f"{key}: {value}" for key, value in facts.items()))
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -91,7 +112,8 @@ class Console:
 
     def _is_due(self, step: int) -> bool:
         now = self._clock()
-        is_due = self._printed_at is None or step >= self.steps or now - self._printed_at >= PLAIN_EVERY_SECONDS
+        is_last = self.steps is not None and step >= self.steps
+        is_due = self._printed_at is None or is_last or now - self._printed_at >= PLAIN_EVERY_SECONDS
         if is_due:
             self._printed_at = now
         return is_due
@@ -100,8 +122,8 @@ class Console:
 class _Pace:
     """Seconds per step since the first step that was logged."""
 
-    def __init__(self, tokens_per_step: int, clock: Callable[[], float]) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, amount: int, clock: Callable[[], float]) -> None:
+        self.amount = amount  # of what a step takes
         self.clock = clock
         self.first: tuple[int, float] | None = None
         self.step = 0
@@ -124,9 +146,9 @@ class _Pace:
     def speed(self) -> str:
         if self.seconds_per_step is None:
             return UNKNOWN
-        return f"{self.tokens_per_step / self.seconds_per_step:,.0f}"
+        return f"{self.amount / self.seconds_per_step:,.0f}"
 
-    def left(self, steps: int) -> str:
-        if self.seconds_per_step is None:
+    def left(self, steps: int | None) -> str:
+        if self.seconds_per_step is None or steps is None:
             return UNKNOWN
         return str(timedelta(seconds=round(max(steps - self.step, 0) * self.seconds_per_step)))

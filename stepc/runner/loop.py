@@ -1,57 +1,45 @@
-"""The loop: takes batches, makes steps, tells the loggers. It knows nothing of what a step is made of."""
+"""`run`: puts the parts together, and sees to it that each way out leaves everything in order."""
 
+import importlib
+import importlib.util
 import logging
+import platform
 import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import jax
 
-from stepc.errors import ConfigError, DataError, Interrupted, StepError
-from stepc.language.kinds import Batch, Metrics
+from stepc.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    Preempted,
+    ResumeError,
+    StepError,
+)
+from stepc.language.kinds import Batch
 from stepc.language.state import State
+from stepc.runner.agenda import Agenda, Evaluation, Hook, Profile
+from stepc.runner.anchor import copy
+from stepc.runner.arguments import check_arguments, check_replay, check_state, goes_back
+from stepc.runner.cache import kept_programs
+from stepc.runner.checkpoints import Checkpoints, Keeper
+from stepc.runner.feed import Feed, Positioned, Source
+from stepc.runner.flight import Runnable, call_of, deleted_leaves, skip_limit_of, steps_per_call_of
+from stepc.runner.policies import Ledger, Policy, policies_of
+from stepc.runner.result import Run as Run
+from stepc.runner.scribe import Logger as Logger
+from stepc.runner.scribe import Scribe
+from stepc.runner.signals import Signals, watched_signals
+from stepc.runner.training import Training
+from stepc.runner.watchdog import Watchdog
 
-IN_FLIGHT = 2  # more un-awaited steps on simulated devices abort the process; fewer cost nothing (measured)
-_LOG = logging.getLogger("stepc")
-
-
-class Logger(Protocol):
-    """Anything with `log`. It gets host floats of settled steps, never an array."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take note of the metrics of one step; steps count from 1."""
-
-
-class Runnable(Protocol):
-    """A compiled step, or its reference."""
-
-    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """One step."""
-        ...
-
-
-@dataclass
-class Run:
-    """What a run did.
-
-    Args:
-      state: the state after the last finished step; alive.
-      steps: how many steps were finished.
-      ended: "steps", "data" or "interrupted".
-      metrics: those of the last finished step, as floats.
-      logger_failures: how often each logger raised, by the name of its class.
-    """
-
-    state: State
-    steps: int = 0
-    ended: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
-    logger_failures: dict[str, int] = field(default_factory=dict)
+OnError = str | Policy | dict[str, str | Policy]
 
 
 def run(
@@ -60,127 +48,212 @@ def run(
     data: Iterable[Batch],
     *,
     steps: int | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
+    checkpoint: Checkpoints | None = None,
     loggers: Sequence[Logger] = (),
     log_every: int = 10,
+    strict_loggers: bool = False,
+    eval: tuple[int, Callable[[Any, Batch], Any], Iterable[Batch]] | None = None,
+    hooks: Sequence[tuple[int, Hook]] = (),
+    profile: tuple[int, int, str | Path] | None = None,
+    window: int = 2,
+    snapshot_every: int = 10,
+    prefetch: int = 0,
+    place: Callable[[Batch], Batch] | None = None,
+    short_batches: str = "raise",
+    donate_input: bool = False,
+    watchdog_seconds: float | None = None,
+    compilation_cache: str | Path | None = None,
 ) -> Run:
     """Train: one step for each batch.
 
     Meaning: for batch in data: state, metrics = step(state, batch).
-    Why: errors keep the number of the step that failed, loggers cannot stop training, and Ctrl-C leaves a live state.
+    Why: a failure keeps the number of its step and is met as a policy says; no way out loses a state that could live.
 
     Args:
       step: a compiled step, or a reference.
-      state: it is donated to the first step, as in a call of `step`; use `Run.state`.
-      data: batches.
-      steps: how many steps; None for as many as there are batches.
-      on_error: "raise": log, then raise. There is no other policy yet.
+      state: it is copied, and stays alive.
+      data: batches. An iterator with `get_state` and `set_state` is resumed exactly.
+      steps: the number of the last step, steps of earlier runs on the same checkpoints included; None: all the data.
+      on_error: a policy or its name, "raise", "skip", "retry" or "rollback"; or a dict of them by kind of failure:
+        "data", "nonfinite", "device", "save". Without a name a policy governs the first three, where it can.
+      checkpoint: where to save, and to go on from.
       loggers: each is told of the first step, of every `log_every`-th, and of the last.
       log_every: in steps.
-    Errors: ConfigError before the first step; StepError from the original, with the number of the step; DataError
-      if the data raises, or has no batch; Interrupted (a KeyboardInterrupt) on Ctrl-C, at a step boundary.
-    At most two steps are in flight, so a late error is known by the step that caused it.
+      strict_loggers: whether a logger that fails is an error. Otherwise it is left alone after three in a row.
+      eval: (every, judge, data): `judge(state, batch)` gives metrics; their means are logged as `eval_…`.
+      hooks: (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` gives a copy of the state.
+      profile: (start, stop, directory): jax's profiler traces these steps.
+      window: how many steps may be in flight. 0 waits for each.
+      snapshot_every: in steps; how often a policy that goes on copies the state, and how many batches it keeps.
+      prefetch: how many batches a thread reads ahead; 0 reads in the main thread.
+      place: puts a batch on devices, in that thread.
+      short_batches: "raise", or "drop" those with fewer rows than the first.
+      watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
+      compilation_cache: a directory where jax keeps compiled programs, for this run and the next.
+      donate_input: takes the caller's state instead of a copy.
+    Errors: ConfigError before anything runs; a StepError from the original, with the number of the step;
+      CheckpointError, ResumeError; Interrupted (a KeyboardInterrupt) for Ctrl-C and Preempted (exit code 143) for
+      SIGTERM, at a step boundary, after a checkpoint. A policy that goes on after a failure on a device pays for a copy
+      of the state, and the batches since.
+    Source: ours.
     """
-    _check(step, data, steps, on_error, log_every)
-    run = Run(state)
-    flight: deque[tuple[int, Metrics]] = deque()
-    with _interruptible() as interrupted:
-        for number, batch in _numbered(data, steps, run):
-            try:
-                run.state, metrics = step(run.state, batch)
-            except Exception as error:  # whatever the step raises: it is logged, and raised from
-                raise _failure(error, "step", number, run.state) from error
-            flight.append((number, metrics))
-            _settle(flight, IN_FLIGHT, run, loggers, log_every)
-            if interrupted.is_set():
-                break
-        _settle(flight, 0, run, loggers, log_every)
-        run.ended = "interrupted" if interrupted.is_set() else "steps" if run.steps == steps else "data"
-    if run.steps % log_every and run.steps != 1:
-        _tell(loggers, run)
-    if run.ended == "interrupted":
-        raise Interrupted(f"Interrupted after step {run.steps}; the state is alive in `.run.state`.", run=run)
-    return run
+    asked = dict(locals())
+    check_arguments(asked)
+    policies = policies_of(on_error)
+    check_state(state)
+    source = Source(data, place or (lambda batch: batch), short_batches)
+    check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
+    with ExitStack() as ways_out:
+        ways_out.enter_context(kept_programs(compilation_cache))
+        watchdog = Watchdog(watchdog_seconds)
+        ways_out.callback(watchdog.close)
+        signals = ways_out.enter_context(watched_signals())
+        scribe = Scribe(loggers, log_every, strict_loggers)
+        ledger = Ledger(policies)
+        feed = Feed(source, num_ahead=prefetch, is_over=signals.is_over, reading=signals.reading)
+        ways_out.callback(feed.close)
+        agenda = Agenda(eval and Evaluation(*eval), hooks, profile and Profile(*profile))
+        ways_out.callback(agenda.close)
+        training = Training(
+            call=call_of(step),
+            run=Run(state if donate_input else copy(state)),
+            feed=feed,
+            ledger=ledger,
+            scribe=scribe,
+            signals=signals,
+            agenda=agenda,
+            keeper=None if checkpoint is None else _keeper(checkpoint, state, ledger, scribe, ways_out),
+            watchdog=watchdog,
+            steps=steps,
+            window=window,
+            steps_per_call=steps_per_call_of(step),
+            skip_limit=skip_limit_of(step),
+            snapshot_every=snapshot_every if goes_back(policies) else None,
+        )
+        _train(training, begins_with=repr(step))
+    return _given_back(training.run, signals)
 
 
-def _check(step: object, data: object, steps: int | None, on_error: str, log_every: int) -> None:
-    faults = []
-    if not callable(step):
-        faults.append(("step", "a compiled step", step))
-    if not isinstance(data, Iterable):
-        faults.append(("data", "an iterable of batches", data))
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        faults.append(("steps", "a positive integer or None", steps))
-    if on_error != "raise":
-        faults.append(("on_error", '"raise"', on_error))
-    if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1:
-        faults.append(("log_every", "a positive integer", log_every))
-    if faults:
-        facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
-        raise ConfigError("`run` cannot do what it was asked for.", facts=facts)
+def _keeper(wanted: Checkpoints, state: State, ledger: Ledger, scribe: Scribe, ways_out: ExitStack) -> Keeper:
+    # By name, and not at the top: `import stepc` must not need Orbax. Asking first keeps other failures a traceback.
+    if importlib.util.find_spec("orbax") is None:
+        raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
+    vault = importlib.import_module("stepc.runner.vault").Vault(Path(wanted.directory), keep=wanted.keep, state=state)
+    ways_out.callback(vault.close)
+    return Keeper(wanted, vault, ledger, scribe)
 
 
-def _numbered(data: Iterable[Batch], steps: int | None, run: Run) -> Iterator[tuple[int, Batch]]:
-    batches, number = iter(data), 0
-    while steps is None or number < steps:
-        number += 1
-        try:
-            batch = next(batches)
-        except StopIteration:
-            if number == 1:
-                raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True) from None
-            return
-        except Exception as error:  # whatever the data raises: it is logged, and raised from
-            raise _failure(error, "data", number, run.state) from error
-        yield number, batch
-
-
-def _settle(flight: deque[tuple[int, Metrics]], most: int, run: Run, loggers: Sequence[Logger], every: int) -> None:
-    """Wait for the oldest steps until at most `most` are in flight."""
-    while len(flight) > most:
-        number, metrics = flight.popleft()
-        try:
-            run.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        except (RuntimeError, ValueError) as error:  # jax raises either for a failed program
-            raise _failure(error, "settle", number, run.state) from error
-        run.steps = number
-        if number == 1 or number % every == 0:
-            _tell(loggers, run)
-
-
-def _tell(loggers: Sequence[Logger], run: Run) -> None:
-    for logger in loggers:
-        try:
-            logger.log(run.metrics, run.steps)
-        except Exception as error:  # a logger never stops training; its failures are counted and reported
-            name = type(logger).__name__
-            run.logger_failures[name] = run.logger_failures.get(name, 0) + 1
-            _LOG.warning("the logger %s failed at step %d: %s: %s", name, run.steps, type(error).__name__, error)
-
-
-def _failure(error: Exception, phase: str, number: int, state: State) -> StepError:
-    alive = phase != "settle" and not any(
-        leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)
-    )
-    what = f"Step {number} failed in phase {phase!r}: {type(error).__name__}: {error}"
-    _LOG.error("%s", what)
-    return (DataError if phase == "data" else StepError)(what, phase=phase, step=number, state_ok=alive)
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets a flag that the loop reads between steps; a second one acts at once."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag  # Python delivers signals to the main thread only
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        flag.set()
-
-    before: Any = signal.signal(signal.SIGINT, note)
+def _train(training: Training, *, begins_with: str) -> None:
+    """The run itself; then whatever ended it, nothing is left in flight, unsaved or unread."""
+    scribe, run = training.scribe, training.run
     try:
-        yield flag
+        _resume(training)
+        scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
+        training.loop()
+        run.ended = _how_it_ended(training)
+        if training.number == 0 and run.ended == "data" and training.feed.source.num_given == 0:
+            raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True)
+        scribe.tell_last()
+        if training.keeper is not None:
+            training.save()
+            training.keeper.finish()
+        if gone := deleted_leaves(jax.block_until_ready(run.state)):
+            raise StepError(f"The state was lost: {gone[0]}.", phase="settle", step=run.steps, state_ok=False)
+        scribe.event("end", run.steps, level=logging.INFO, ended=run.ended)
+    except BaseException as error:  # it is raised again; what must be done first, is done
+        _leave(training, error)
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        _report(training)
+
+
+def _resume(training: Training) -> None:
+    if training.keeper is None:
+        return
+    if training.position is None and not isinstance(training.feed.source.batches, Positioned):
+        training.scribe.event("resume_not_exact", 0, why="the data has no `get_state()` and `set_state(state)`")
+    training.position = training.feed.source.position()
+    found = training.keeper.restore(training.run.state)
+    if found is not None:
+        training.run.state, training.number, training.position = found.state, found.number, found.position
+        training.run.steps = found.number
+        training.feed.go_to(found.position)
+        training.feed.source.saved_rows = dict(found.batch)
+        training.agenda.done = found.number
+    # Without a checkpoint a log that is there is of a run that had none either: it began at 0, and so does this one.
+    training.scribe.resume(training.number)
+    if found is not None:
+        done = training.steps is not None and found.number >= training.steps
+        training.scribe.event("already_done" if done else "resumed", found.number, asked=training.steps)
+
+
+def _header(training: Training, step: str) -> dict[str, object]:
+    return {
+        "trains": step,
+        "devices": f"{jax.device_count()} {jax.devices()[0].platform}",
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "signals": "SIGINT and SIGTERM" if training.signals.is_protected else "no_signal_protection",
+    }
+
+
+def _how_it_ended(training: Training) -> str:
+    match training.signals.received:
+        case signal.SIGINT:
+            return "interrupted"
+        case signal.SIGTERM:
+            return "preempted"
+        case _:
+            return "steps" if training.is_over() else "data"
+
+
+def _leave(training: Training, error: BaseException) -> None:
+    """Before an error goes on: save what lives, wait for what is being saved, and say on the error what else failed."""
+    run = training.run
+    if isinstance(error, KeyboardInterrupt):
+        return  # a second Ctrl-C: at once
+    try:
+        if not isinstance(error, StepError | CheckpointError):
+            training.settle(0)
+        if isinstance(error, NonFiniteError) and error.state_ok:
+            training.drain()
+        is_good = not training.flight and not (isinstance(error, StepError) and not error.state_ok)
+        if not is_good or deleted_leaves(run.state):
+            kept: Any = None if training.anchor is None else copy(training.anchor.state)  # Any: a state, or none
+            run.state = kept
+            run.steps = run.steps if training.anchor is None else training.anchor.number
+        if training.keeper is not None:
+            if is_good and not isinstance(error, CheckpointError | ResumeError) and training.number > 0:
+                training.save()
+            training.keeper.finish()
+    except (StepError, CheckpointError) as second:
+        error.add_note(f"stepc: and then: {type(second).__name__}: {str(second).partition(chr(10))[0]}")
+    match error:
+        case StepError() | CheckpointError():
+            error.run = run
+        case _:
+            pass
+
+
+def _report(training: Training) -> None:
+    run, ledger = training.run, training.ledger
+    run.failures = dict(ledger.failures)
+    run.skipped, run.rollbacks = ledger.num_skipped, ledger.rollbacks
+    run.logger_failures = dict(training.scribe.failures)
+    if run.ended:
+        run.metrics = training.scribe.last_metrics()
+
+
+def _given_back(run: Run, signals: Signals) -> Run:
+    """The run, or the exception that its signal asks for; the handlers are those from before."""
+    what = f"after step {run.steps}; the state is alive in `.run.state`."
+    match run.ended:
+        case "interrupted":
+            signals.pass_on()
+            raise Interrupted(f"Interrupted {what}", run=run)
+        case "preempted":
+            signals.pass_on()
+            raise Preempted(f"Preempted {what}", run=run)
+        case _:
+            return run

@@ -28,7 +28,8 @@ def command(folder: Path, *words: str) -> list[str]:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "event" not in line]
 
 
 def is_png(path: Path) -> bool:

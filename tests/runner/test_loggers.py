@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -160,11 +161,123 @@ def test_loggers_in_a_run_are_told_the_same(tmp_path: Path) -> None:
         state = step.init({"w": jnp.float32(0.0)}, seed=0)
         run = sc.run(step, state, data(), steps=7, loggers=(console, lines), log_every=3)
     assert run.logger_failures == {}
-    assert [line["step"] for line in read_lines(path)] == [1, 3, 6, 7]
+    assert [line["step"] for line in read_lines(path) if "event" not in line] == [1, 3, 6, 7]
     assert [line.split()[1] for line in written.getvalue().splitlines()] == ["1/7", "7/7"]
 
 
 def test_import_stepc_loads_no_extra() -> None:
-    code = "import sys, stepc; print([name for name in ('rich', 'matplotlib') if name in sys.modules])"
+    extras = ("rich", "matplotlib", "orbax", "grain", "tensorboardX")
+    code = f"import sys, stepc; print([name for name in {extras} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_jsonl_trim_drops_later_steps_and_a_torn_line_and_keeps_events(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with JSONL(path) as logger:
+        for step in (1, 2, 3):
+            logger.log({"loss": 1.0}, step)
+        logger.event("failure", {"what": "it"}, 3)
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    with JSONL(path) as logger:
+        logger.trim(2)
+        logger.log({"loss": 2.0}, 3)
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 3]
+    assert read_lines(path)[2] == {"what": "it", "step": 3, "event": "failure"}
+
+
+def test_csv_writes_columns_and_widens_and_trims(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "metrics.csv"
+    with sc.CSV(path) as logger:
+        logger.log({"loss": 2.5}, 1)
+        logger.log({"loss": 2.25, "eval_loss": 3.0}, 2)
+        logger.log({"loss": math.nan}, 3)
+    assert path.read_text() == "step,loss,eval_loss\n1,2.5,\n2,2.25,3.0\n3,nan,\n"
+    with sc.CSV(path) as logger:
+        logger.trim(1)
+        logger.log({"eval_loss": 1.0}, 2)
+    assert path.read_text() == "step,loss,eval_loss\n1,2.5,\n2,,1.0\n"
+
+
+def test_tensorboard_writes_event_files(tmp_path: Path) -> None:
+    with sc.TensorBoard(tmp_path) as logger:
+        logger.log({"loss": 2.5}, 1)
+        logger.event("failure", {"what": "it"}, 1)
+        logger.trim(0)
+        logger.log({"loss": 2.0}, 1)
+    written = b"".join(path.read_bytes() for path in tmp_path.glob("events*"))
+    assert b"loss" in written and b"failure" in written
+
+
+def small_run(**options: object) -> sc.Run:
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
+    return sc.run(step, step.init(jnp.float32(0.0)), [jnp.arange(4.0)] * 8, **options)  # pyright: ignore
+
+
+def test_picture_is_drawn_when_a_run_ends(tmp_path: Path) -> None:
+    small_run(loggers=[sc.Picture(tmp_path / "metrics.png")], log_every=1)
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_is_logged_beside_the_losses(tmp_path: Path) -> None:
+    judged: list[float] = []
+
+    def judge(state: sc.State, batch: jnp.ndarray) -> dict[str, jnp.ndarray]:
+        judged.append(float(state.params))
+        return {"gap": jnp.abs(state.params - batch).mean()}
+
+    with sc.CSV(tmp_path / "m.csv") as table:
+        small_run(loggers=[table], log_every=4, eval=(4, judge, [jnp.zeros(4), jnp.ones(4)]))
+    rows = (tmp_path / "m.csv").read_text().splitlines()
+    assert rows[0] == "step,loss,eval_gap"
+    assert len(judged) == 4
+
+
+def test_evaluation_by_a_step_leaves_the_state(tmp_path: Path) -> None:
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
+    plain = small_run()
+    judged = small_run(eval=(2, step, [jnp.arange(4.0)] * 2))
+    assert float(judged.state.params) == float(plain.state.params)
+
+
+def test_hook_gets_host_floats_and_a_copy() -> None:
+    seen: list[tuple[int, float]] = []
+
+    def hook(step: int, metrics: Mapping[str, float], snapshot: object) -> None:
+        assert type(metrics["loss"]) is float and callable(snapshot)
+        state = snapshot()
+        state.params.delete()
+        seen.append((step, metrics["loss"]))
+
+    run = small_run(hooks=[(4, hook)])
+    assert [step for step, _ in seen] == [4, 8]
+    assert float(run.state.params) == float(small_run().state.params)
+
+
+def test_profile_of_some_steps_is_written(tmp_path: Path) -> None:
+    small_run(profile=(3, 5, tmp_path))
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_compiled_programs_are_kept(tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    small_run(compilation_cache=tmp_path)
+    assert list(tmp_path.glob("jit_stepc_step*"))
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_console_without_steps_or_tokens_tells_steps_and_events() -> None:
+    clock, written = Clock(), io.StringIO()
+    console = sc.Console(terminal=Terminal(file=written, force_terminal=False, width=60), clock=clock)
+    console.log({"loss": 2.0}, 1)
+    console.event("failure", {"what": "it"}, 1)
+    console.log({"eval_loss": 1.5}, 1)
+    clock.seconds = 20.0
+    console.log({"loss": 1.5}, 11)
+    assert written.getvalue().splitlines() == [
+        "step 1  loss 2.0000  - steps/s  - left",
+        "step 1: failure  what: it",
+        "step 1  eval_loss 1.5000",
+        "step 11  loss 1.5000  0 steps/s  - left",
+    ]

@@ -161,3 +161,47 @@ def test_loss_scale_saves_gradients_from_underflow() -> None:
         found.append(np.asarray(state.opt_state.trace["w"]))
     assert np.array_equal(found[0], np.full(3, 2.0**-26, np.float32))
     assert np.array_equal(found[1], np.zeros(3, np.float32))
+
+
+def ten(bad: set[int]) -> list[dict[str, np.ndarray]]:
+    return [poisoned() if number in bad else probe_batch(64, seed=number) for number in range(1, 11)]
+
+
+def test_run_without_the_word_raises_at_the_step_that_was_not_finite_and_says_where() -> None:
+    step = sc.compile(ADAM @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(over_rows), mesh=mesh_of(data=8))
+    with pytest.raises(sc.NonFiniteError) as raised:
+        sc.run(step, step.init(probe_params()), ten({4}))
+    text = str(raised.value)
+    assert raised.value.step == 4
+    assert "1 on device 4 (of 4, counted from 0)" in text
+    assert "not finite in b, w (2 of 2 leaves)" in text
+    assert "loss" in text and "grad_norm" in text
+
+
+def test_run_counts_skips_and_raises_when_there_are_too_many_in_a_row() -> None:
+    step = sc.compile(sc.skip_nonfinite(limit=3) @ ADAM @ sc.accumulate(4) @ sc.grad(over_rows))
+    run = sc.run(step, step.init(probe_params()), ten({2, 3, 5}))
+    assert (run.ended, run.steps, run.skipped) == ("data", 10, 3)
+    assert int(run.state.step) == 7
+    with pytest.raises(sc.NonFiniteError, match="fewer than 3 in a row") as raised:
+        sc.run(step, step.init(probe_params()), ten({2, 5, 6, 7, 9}))
+    assert (raised.value.step, raised.value.state_ok) == (7, True)
+    assert int(raised.value.run.state.step) in (4, 5)  # alive, and without any of the bad steps
+
+
+def test_run_of_repeated_steps_names_the_step_within_its_dispatch() -> None:
+    step = sc.compile(sc.repeat(2) @ ADAM @ sc.accumulate(4) @ sc.grad(over_rows))
+    batches = ten({6})
+    pairs = [jax.tree.map(lambda *x: np.stack(x), *batches[n : n + 2]) for n in range(0, 10, 2)]
+    with pytest.raises(sc.NonFiniteError, match="1 \\(of 4") as raised:
+        sc.run(step, step.init(probe_params()), pairs)
+    assert raised.value.step == 6
+
+
+def test_run_goes_on_where_only_the_scale_of_the_loss_overflowed() -> None:
+    def loss(params: Any, rows: Any) -> jax.Array:
+        return jnp.mean(rows["x"] @ params["w"]).astype(jnp.float32) + params["b"].astype(jnp.float32)
+
+    step = sc.compile(ADAM @ sc.loss_scale(initial=2.0**17) @ sc.grad(sc.cast(jnp.float16) @ loss))
+    run = sc.run(step, step.init(probe_params()), [{"x": np.ones((8, 3), np.float32)}] * 5)
+    assert (run.steps, int(run.state.step)) == (5, 3)

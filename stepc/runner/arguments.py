@@ -1,0 +1,124 @@
+"""What `run` was asked for, refused before anything runs, all faults at once. It does nothing else."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from stepc.errors import ConfigError
+from stepc.language.state import leaves_by_path
+from stepc.runner.checkpoints import Checkpoints
+from stepc.runner.policies import Policy, Raise, Rollback, faults_of
+
+NOT_ASKED = "`run` cannot do what it was asked for."
+
+
+def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked here
+    """Refuse arguments that cannot be.
+
+    Errors: ConfigError.
+    """
+    steps, place, checkpoint, data = (asked[name] for name in ("steps", "place", "checkpoint", "data"))
+    faults: list[tuple[str, str, object]] = []
+    if not callable(asked["step"]):
+        faults.append(("step", "a compiled step", asked["step"]))
+    if not isinstance(data, Iterable):
+        faults.append(("data", "an iterable of batches", data))
+    if steps is not None and not _is_count(steps):
+        faults.append(("steps", "a positive integer or None", steps))
+    faults += [
+        (name, "a positive integer", asked[name])
+        for name in ("log_every", "snapshot_every")
+        if not _is_count(asked[name])
+    ]
+    faults += [
+        (name, "an integer from 0", asked[name])
+        for name in ("window", "prefetch")
+        if not (asked[name] == 0 and type(asked[name]) is int or _is_count(asked[name]))
+    ]
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
+        faults.append(("checkpoint", "sc.Checkpoints(directory, every=…) or None", checkpoint))
+    watchdog = asked["watchdog_seconds"]
+    if watchdog is not None and not (type(watchdog) in (int, float) and watchdog > 0):
+        faults.append(("watchdog_seconds", "a positive number or None", watchdog))
+    if place is not None and not callable(place):
+        faults.append(("place", "a function of a batch, or None", place))
+    if asked["short_batches"] not in ("raise", "drop"):
+        faults.append(("short_batches", '"raise" or "drop"', asked["short_batches"]))
+    faults += _schedules(asked)
+    facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
+    facts += faults_of(asked["on_error"])
+    if facts:
+        raise ConfigError(NOT_ASKED, facts=facts)
+
+
+def _schedules(asked: Mapping[str, Any]) -> list[tuple[str, str, object]]:
+    faults: list[tuple[str, str, object]] = []
+    match asked["eval"]:
+        case None:
+            pass
+        case (every, judge, data) if _is_count(every) and callable(judge) and isinstance(data, Iterable):
+            if iter(data) is data:
+                faults.append(("eval", "data that can be gone through again, such as a list", data))
+        case other:
+            faults.append(("eval", "(every, judge, data)", other))
+    match asked["profile"]:
+        case None:
+            pass
+        case (start, stop, _) if _is_count(start) and _is_count(stop) and start <= stop:
+            pass
+        case other:
+            faults.append(("profile", "(start, stop, directory)", other))
+    for hook in asked["hooks"]:
+        match hook:
+            case (every, function) if _is_count(every) and callable(function):
+                pass
+            case other:
+                faults.append(("hooks", "pairs (every, function)", other))
+    return faults
+
+
+def check_state(state: object) -> None:
+    """Refuse a state that holds anything but living arrays.
+
+    Errors: ConfigError with each path.
+    """
+    odd, dead = [], []
+    for path, leaf in leaves_by_path(state):
+        if not isinstance(leaf, jax.Array):
+            odd.append((path or "state", f"expected a jax array, got {type(leaf).__name__}"))
+        elif leaf.is_deleted():
+            dead.append((path, "deleted"))
+    if odd or not jax.tree.leaves(state):
+        facts = odd or [("state", "expected arrays, got none")]
+        raise ConfigError("This is not a state.", facts=facts, suggestion="`step.init(params)` makes one.")
+    if dead:
+        raise ConfigError(
+            "This state was donated to an earlier step or run: its arrays are deleted.",
+            facts=dead[:5],
+            suggestion="Use the state that was returned: `run = sc.run(…)`, then `run.state`.",
+        )
+
+
+def check_replay(policies: Mapping[str, Policy], *, is_positioned: bool, saves: bool) -> None:
+    """Refuse a promise to give batches again that the data cannot keep.
+
+    Errors: ConfigError.
+    """
+    facts = [
+        (f"on_error[{kind!r}]", f"{policy!r} returns to a checkpoint, and the data cannot")
+        for kind, policy in policies.items()
+        if isinstance(policy, Rollback) and policy.data == "replay" and saves and not is_positioned
+    ]
+    if facts:
+        remedy = 'Either give an iterator with `get_state()` and `set_state(state)`, or say Rollback(data="skip").'
+        raise ConfigError(NOT_ASKED, facts=facts, suggestion=remedy)
+
+
+def goes_back(policies: Mapping[str, Policy]) -> bool:
+    """Whether a policy promises to go on from a failure that takes the state."""
+    return any(not isinstance(policy, Raise) for kind, policy in policies.items() if kind in ("nonfinite", "device"))
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1

@@ -1,0 +1,160 @@
+"""When a run is saved and what that includes; how bytes get to a disk is the vault's. Knows no step."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from stepc.errors import CheckpointError, ConfigError
+from stepc.runner.policies import Ledger
+from stepc.runner.scribe import Scribe
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Save a run in a directory, and go on from there.
+
+    Meaning: every `every` steps, or `every_seconds`, and at the end: state, position of the data and what belongs to
+      them, in one commit. A run that finds checkpoints in the directory goes on from the last good one.
+    Why: a process may die at any moment; the next start then loses at most `every` steps, and no bit of the result.
+
+    Args:
+      directory: where; made if it is missing. One process at a time.
+      every: in steps; a positive integer.
+      keep: how many checkpoints stay; a positive integer.
+      every_seconds: saves sooner than `every`, if that long has passed; None for never.
+    Errors: ConfigError for what is not such a number. Needs the extra "checkpoint" when a run starts.
+    To go on exactly, the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
+    Example:
+      >>> Checkpoints("runs/first", every=100)
+      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None)
+    """
+
+    directory: str | Path
+    every: int
+    keep: int = 3
+    every_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        faults: list[tuple[str, str, object]]
+        faults = [] if isinstance(self.directory, str | Path) else [("directory", "a path", self.directory)]
+        for name, value in (("every", self.every), ("keep", self.keep)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                faults.append((name, "a positive integer", value))
+        seconds: object = self.every_seconds
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0):
+            faults.append(("every_seconds", "a positive number or None", seconds))
+        if faults:
+            facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
+            raise ConfigError("`Checkpoints` cannot be made so.", facts=facts)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was read back."""
+
+    state: Any  # Any: a state
+    number: int
+    position: Any  # Any: where the data stood
+    batch: Mapping[str, str]
+
+
+@runtime_checkable
+class Vault(Protocol):
+    """A directory of numbered saves, each whole or not there."""
+
+    def save(self, number: int, state: Any, meta: Mapping[str, Any]) -> None:  # Any: a state; what JSON can hold
+        """Begin to save; what is given may be overwritten when this returns."""
+
+    def wait(self) -> None:
+        """Until what was begun is committed. Errors: CheckpointError."""
+
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        ...
+
+    def restore(self, target: Any, tell: Callable[[str, int, str], None]) -> tuple[Any, Mapping[str, Any]] | None:
+        """The newest good save, placed like `target`, and its meta; None if there is none. `tell` hears of bad ones."""
+        ...
+
+    def close(self) -> None:
+        """Give the directory free."""
+
+
+@dataclass
+class Keeper:
+    """The checkpoints of one run."""
+
+    wanted: Checkpoints
+    vault: Vault
+    ledger: Ledger
+    scribe: Scribe
+    clock: Callable[[], float] = time.monotonic
+    saved: int = -1
+    _under_way: int = -1
+    _saved_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._saved_at = self.clock()
+
+    def restore(self, target: Any) -> Restored | None:  # Any: a state
+        """The last good checkpoint, or None. Later ones are set aside: the run goes on from this one."""
+        self.finish()
+
+        def tell(name: str, step: int, why: str) -> None:
+            self.scribe.event(name, step, why=why)
+
+        found = self.vault.restore(target, tell)
+        if found is None:
+            return None
+        state, meta = found
+        self.saved = meta["step"]
+        return Restored(state, meta["step"], meta["position"], meta["batch"])
+
+    def is_due(self, number: int, *, steps_per_call: int) -> bool:
+        """Whether it is time for a checkpoint."""
+        if number <= self.saved:
+            return False
+        if number // self.wanted.every > (number - steps_per_call) // self.wanted.every:
+            return True
+        seconds = self.wanted.every_seconds
+        return seconds is not None and self.clock() - self._saved_at >= seconds
+
+    def save(self, number: int, state: Any, position: Any, batch: Mapping[str, str]) -> None:  # Any: as in Restored
+        """Begin to save a settled state, after the save before it is done."""
+        began = self.clock()
+        is_slow = self.vault.is_busy()
+        self.finish()
+        if is_slow:
+            self.scribe.event("slow_checkpoint", number, waited_seconds=f"{self.clock() - began:.2f}")
+        meta = {"step": number, "position": position, "batch": dict(batch)}
+        self._guarded(number, lambda: self.vault.save(number, state, meta))
+        self._under_way = number
+        self._saved_at = self.clock()
+
+    def poll(self) -> None:
+        """Note what has been committed, without waiting."""
+        if self._under_way >= 0 and not self.vault.is_busy():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        if self._under_way >= 0:
+            number, self._under_way = self._under_way, -1
+            if self._guarded(number, self.vault.wait):
+                self.saved = number
+                self.scribe.event("checkpoint", number, level=logging.INFO)
+
+    def _guarded(self, number: int, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except CheckpointError as error:
+            self._under_way = -1
+            refusal = self.ledger.refusal("save", number)
+            self.scribe.event("failure", number, level=logging.ERROR, what=str(error).partition("\n")[0], phase="save")
+            if refusal is not None:
+                raise
+            return False
+        return True

@@ -1,0 +1,287 @@
+"""One run under way: steps are dispatched, settled in order, and brought back when a policy says so."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+import jax
+
+from stepc.errors import BatchError, DataError, DeviceError, NonFiniteError, StepError
+from stepc.runner.agenda import Agenda
+from stepc.runner.anchor import Anchor, copy
+from stepc.runner.checkpoints import Keeper
+from stepc.runner.feed import Broken, End, Feed, Item
+from stepc.runner.flight import (
+    Call,
+    Flying,
+    Landed,
+    check_metrics,
+    deleted_leaves,
+    failed,
+    land,
+    not_finite,
+)
+from stepc.runner.policies import Ledger, Raise, Retry, Rollback, Skip
+from stepc.runner.result import Run
+from stepc.runner.scribe import Scribe
+from stepc.runner.signals import Leave, Signals
+from stepc.runner.watchdog import Watchdog
+
+KINDS = {DataError: "data", NonFiniteError: "nonfinite", DeviceError: "device"}
+EXHAUSTED = "the policy is to raise"
+
+
+@dataclass
+class Training:
+    """What `run` puts together: each part has a file of its own, and this is where they meet."""
+
+    call: Call
+    run: Run
+    feed: Feed
+    ledger: Ledger
+    scribe: Scribe
+    signals: Signals
+    agenda: Agenda
+    keeper: Keeper | None
+    watchdog: Watchdog
+    steps: int | None
+    window: int
+    steps_per_call: int
+    skip_limit: int | None
+    snapshot_every: int | None
+    number: int = 0
+    position: Any = None  # Any: where the data stands after the last settled step
+    flight: deque[Flying] = field(default_factory=deque)
+    anchor: Anchor | None = None
+    last_checked: Any = None  # Any: the names of the metrics of the last call
+
+    def loop(self) -> None:
+        """Until the steps are made, the data ends or a signal came: take a batch, make a step, settle an older one."""
+        self.drop_anchor()
+        while True:
+            found: Item | Broken | End = End()
+            try:
+                if not self.is_over():
+                    found = self.feed.read()
+                match found:
+                    case End():
+                        self.settle(0)
+                        return
+                    case Broken():
+                        self.settle(0)
+                        raise self.data_failure(found) from found.error
+                    case Item():
+                        self.dispatch(found)
+                        self.settle(self.window)
+                        self.between()
+            except Leave:
+                continue  # a signal, while a batch was waited for
+            except StepError as failure:
+                self.recover(failure, found)
+
+    def is_over(self) -> bool:
+        """Whether no further step is to be made."""
+        return self.signals.is_over() or (self.steps is not None and self.number >= self.steps)
+
+    def dispatch(self, item: Item) -> None:
+        """Give a batch to the step. What fails here is this step's, once the older ones have settled."""
+        first = self.number + 1
+        self.watchdog.beat(self.number)
+        if self.anchor is not None:
+            self.anchor.kept.append(item)
+        if not item.is_hole:
+            try:
+                state, metrics, watch = self.call(self.run.state, item.batch)
+            except Exception as error:  # whatever the step raises: its class says little, its phase says much
+                self.settle(0)
+                is_alive = not deleted_leaves(self.run.state)
+                phase = "build" if is_alive and not isinstance(error, jax.errors.JaxRuntimeError) else "dispatch"
+                raise failed(error, phase, first, state_ok=is_alive) from error
+            if not isinstance(metrics, dict) or metrics.keys() != self.last_checked:
+                check_metrics(metrics, step=first, num_steps=self.steps_per_call)
+                self.last_checked = metrics.keys()
+            self.run.state = state
+            self.flight.append(Flying(first, item, metrics, watch))
+        self.number += self.steps_per_call
+
+    def settle(self, most: int) -> None:
+        """Wait for the oldest calls until at most `most` are in flight."""
+        while len(self.flight) > most:
+            flying = self.flight[0]
+            landed = land(flying)
+            for row in range(self.steps_per_call):
+                self.judge(flying, landed, row)
+            self.flight.popleft()
+            self.position = flying.item.after
+            self.run.steps = flying.first + self.steps_per_call - 1
+            for row in range(self.steps_per_call):
+                self.scribe.settled(flying.first + row, flying.metrics, row=row)
+
+    def drain(self) -> None:
+        """Wait for what is in flight and do not judge it: where the program itself skips, the state is good."""
+        while self.flight:
+            flying = self.flight.popleft()
+            land(flying)
+            self.position = flying.item.after
+            self.run.steps = flying.first + self.steps_per_call - 1
+
+    def judge(self, flying: Flying, landed: Landed, row: int) -> None:
+        """Refuse a step that is not finite; count one that left the state as it was."""
+        step = flying.first + row
+        skips = self.ledger.skipped.setdefault("in the program", set())
+        if landed.is_skipped[row]:
+            if step not in skips:
+                skips.add(step)
+                self.scribe.event("skipped", step, why="not finite; the state is as it was")
+            limit = self.skip_limit
+            if limit is not None and all(step - back in skips for back in range(limit)):
+                why = f", and so were the {limit - 1} before it: skip_nonfinite allows fewer than {limit} in a row"
+                raise not_finite(flying, step, row, state_ok=True, why=why if limit > 1 else "")
+        elif not landed.is_finite[row]:
+            raise not_finite(flying, step, row, state_ok=False)
+
+    def between(self) -> None:
+        """Do what is due after this step, with everything settled."""
+        per = self.steps_per_call
+        saves = False
+        copies = self.anchor is not None and self.number - self.anchor.number >= (self.snapshot_every or 1)
+        if self.keeper is not None:
+            self.keeper.poll()
+            saves = self.keeper.is_due(self.number, steps_per_call=per)
+        if saves or copies or self.agenda.is_due(self.number, per):
+            self.settle(0)
+            if copies:
+                self.drop_anchor()
+            if saves:
+                self.save()
+            self.agenda.act(self.number, per, self.run.state, self.scribe)
+
+    def save(self) -> None:
+        """Begin a checkpoint of the settled state, if there is none of this step."""
+        spec = self.feed.source.spec
+        if self.keeper is not None and self.number > self.keeper.saved:
+            self.keeper.save(self.number, self.run.state, self.position, {} if spec is None else spec.rows())
+
+    def data_failure(self, broken: Broken) -> DataError:
+        """What to raise for a read that failed."""
+        error, step = broken.error, self.number + 1
+        facts, suggestion = [("read", str(broken.place))], None
+        what = f"The data failed before step {step}: {type(error).__name__}: {error}"
+        if broken.is_dead:
+            what = f"The data ended after it failed, before step {step}: {type(error).__name__}: {error}"
+            suggestion = "A generator cannot go on after an error: raise none in it, or write an iterator class."
+        return DataError(what, phase="data", step=step, state_ok=True, facts=facts, suggestion=suggestion)
+
+    def recover(self, failure: StepError, found: Item | Broken | End) -> None:
+        """Log a failure; then raise it, or bring back what the policy promised."""
+        kind = KINDS.get(type(failure))
+        place = failure.step
+        if isinstance(found, Broken) and kind == "data":
+            # To skip goes on to another read; to read again begins with as many batches given.
+            place = found.given if isinstance(self.ledger.policies[kind], Retry) else found.place
+        refusal = self.refusal(kind, failure, found, place)
+        what = str(failure).partition("\n")[0]
+        self.scribe.event(
+            "failure",
+            failure.step,
+            level=logging.ERROR,
+            what=what,
+            phase=failure.phase,
+            policy=self.ledger.policies.get(kind or "", Raise()),
+        )
+        if refusal is not None or kind is None:
+            if refusal not in (None, EXHAUSTED):
+                failure.add_note(f"stepc: {refusal}")
+            raise failure
+        policy = self.ledger.policies[kind]
+        match policy:
+            case Retry():
+                wait = float(policy.wait_seconds) * 2 ** (self.ledger.attempts[kind, place] - 1)
+                self.wait(wait)
+                self.feed.retry() if kind == "data" else self.rewind(leave_out=None)
+            case Skip():
+                self.feed.skip() if kind == "data" else self.rewind(leave_out=failure.step)
+            case Rollback():
+                self.roll_back(policy, failure.step)
+            case Raise():
+                raise failure
+            case _:
+                assert_never(policy)
+
+    def refusal(self, kind: str | None, failure: StepError, found: object, place: int) -> str | None:
+        """Why a failure is raised; None if the run goes on."""
+        if kind is None:
+            self.ledger.failures[failure.phase] += 1
+            return EXHAUSTED
+        why = self.ledger.refusal(kind, place)
+        policy = self.ledger.policies[kind]
+        if why is None and isinstance(found, Broken) and kind == "data":
+            if found.is_dead:
+                return "the data has ended"
+            if isinstance(found.error, BatchError) and isinstance(policy, Retry):
+                return "the same batch would be refused again"
+        if why is None and kind == "nonfinite" and failure.state_ok and isinstance(policy, Skip):
+            return "skip_nonfinite has skipped as often as it may"
+        return why
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a signal comes."""
+        until = time.monotonic() + seconds
+        while not self.signals.is_over() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
+
+    def drop_anchor(self) -> None:
+        """Copy the settled state, if a policy needs it, to come back to."""
+        if self.snapshot_every is not None:
+            first = self.anchor is None
+            self.anchor = Anchor(copy(self.run.state), self.number, self.position, self.steps_per_call)
+            if first:
+                self.scribe.event("snapshots", self.number, level=logging.INFO, price=self.anchor.price())
+
+    def rewind(self, *, leave_out: int | None) -> None:
+        """Go back to the anchor, and give again what was given since, but for the step `leave_out`."""
+        anchor = self._anchor()
+        self._give_again(anchor.replay(leave_out))
+        self._stand_at(anchor.state, anchor.number, anchor.after)
+
+    def roll_back(self, policy: Rollback, failed_at: int) -> None:
+        """Return to the last checkpoint, or to the anchor, and go on as the policy says."""
+        anchor = self._anchor()
+        later = anchor.kept[anchor.place_of(failed_at) + 1 :]
+        restored = None if self.keeper is None else self.keeper.restore(anchor.state)
+        if restored is None:
+            self._give_again(later if policy.data == "skip" else anchor.replay(None))
+            state, number, after = anchor.state, anchor.number, anchor.after
+        else:
+            state, number, after = restored.state, restored.number, restored.position
+            if policy.data == "skip":
+                self._give_again(later)
+            else:
+                self.feed.go_to(after)
+        self.scribe.trim(number)
+        self.scribe.event("rollback", failed_at, to=number, data=policy.data)
+        self.agenda.go_back(number)
+        self._forget_skips_after(number)
+        self._stand_at(state, number, after)
+
+    def _forget_skips_after(self, number: int) -> None:
+        for kind in ("in the program", "nonfinite", "device"):
+            self.ledger.skipped[kind] = {step for step in self.ledger.skipped.get(kind, set()) if step <= number}
+
+    def _anchor(self) -> Anchor:
+        if self.anchor is None:
+            raise RuntimeError("a policy that goes on has an anchor")
+        return self.anchor
+
+    def _give_again(self, items: Sequence[Item]) -> None:
+        """Put these before what is read next."""
+        self.feed.again.extendleft(reversed(items))
+
+    def _stand_at(self, state: Any, number: int, after: Any) -> None:  # Any: a state, and where the data stands
+        self.flight.clear()
+        self.run.state, self.number, self.position = copy(state), number, after
+        self.run.steps = number
+        self.anchor = Anchor(state, number, after, self.steps_per_call)

@@ -1,0 +1,55 @@
+"""Says where a run stands when it does not go on. It must not touch the run."""
+
+import faulthandler
+import logging
+import sys
+import tempfile
+import threading
+import time
+
+_LOG = logging.getLogger("stepc")
+
+
+class Watchdog:
+    """A thread that writes the stacks of all threads when no step was begun for so long; once for each such wait.
+
+    Args:
+      seconds: how long; None for no thread at all.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.step = 0
+        self.num_alarms = 0
+        self._beat_at = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stepc-watchdog", daemon=True)
+        if seconds is not None:
+            self._thread.start()
+
+    def beat(self, step: int) -> None:
+        """Note that the run goes on."""
+        self.step = step
+        self._beat_at = time.monotonic()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end.set()
+        if self.seconds is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        seconds, told = self.seconds or 0.0, 0.0
+        while not self._end.wait(min(seconds / 4, 1.0)):
+            waited = time.monotonic() - self._beat_at
+            if waited > seconds and told != self._beat_at:
+                told = self._beat_at
+                self.num_alarms += 1
+                _LOG.warning("no step was begun for %.1f s, after step %d\n%s", waited, self.step, _stacks())
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as written:
+        faulthandler.dump_traceback(written)
+        written.seek(0)
+        return f"{written.read()}(python {sys.version_info.major}.{sys.version_info.minor})"

@@ -1,0 +1,220 @@
+"""Bad data: 19 to 33."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, iterate, step
+
+import stepc as sc
+
+fault = pytest.mark.fault
+ALL = list(range(1, 9))
+
+
+def run_on(data: Any, **options: Any) -> sc.Run:
+    return sc.run(step(), fresh(), data, **options)
+
+
+@fault("19", "OSError once at batch 4, policy raise", "DataError of step 4 from it; the state of step 3 is in `.run`")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_read_that_fails_is_raised(prefetch: int) -> None:
+    with pytest.raises(sc.DataError) as raised:
+        run_on(FaultPlan({4: "read"}).batches(8), prefetch=prefetch)
+    error = raised.value
+    assert (error.step, error.phase, error.state_ok) == (4, "data", True)
+    assert isinstance(error.__cause__, OSError)
+    assert digest(error.run.state) == digest(by_a_plain_loop([1, 2, 3]))
+
+
+@fault("19", "OSError once at two places, policy retry", "read again at the same place; bitwise as without the fault")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_retry_reads_again_at_the_same_place(prefetch: int) -> None:
+    policy = {"data": sc.Retry(1, wait_seconds=0.01)}
+    run = run_on(FaultPlan({4: "read", 6: "read"}).batches(8), prefetch=prefetch, on_error=policy)
+    assert digest(run.state) == digest(by_a_plain_loop(ALL))
+    assert run.failures == {"data": 2}
+
+
+class Forgetful:
+    """An iterator that loses a batch where it fails, as some loaders do."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> "Forgetful":
+        return self
+
+    def __next__(self) -> Any:
+        self.given += 1
+        if self.given > 8:
+            raise StopIteration
+        if self.given in (3, 5):
+            raise OSError("unreadable")
+        return batch_of(self.given)
+
+
+@fault("19", "OSError at two batches, policy skip", "the state of a run without them; counted; event")
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_skip_goes_on_with_the_next_batch(prefetch: int) -> None:
+    logger = Remembering()
+    run = run_on(Forgetful(), on_error="skip", prefetch=prefetch, loggers=[logger])
+    assert digest(run.state) == digest(by_a_plain_loop([1, 2, 4, 6, 7, 8]))
+    assert (run.skipped, run.steps, logger.names().count("failure")) == (2, 6, 2)
+
+
+@fault("20", "OSError for ever at one place", "DataError after as many skips, or retries, as are allowed")
+@pytest.mark.parametrize("policy", [sc.Skip(limit=3), sc.Retry(3, wait_seconds=0)])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_read_that_fails_for_ever_is_bounded(policy: Any, prefetch: int) -> None:
+    plan = FaultPlan({4: "read_always"})
+    with pytest.raises(sc.DataError) as raised:
+        run_on(plan.batches(8), on_error={"data": policy}, prefetch=prefetch)
+    assert plan.happened[4] == 4
+    assert raised.value.__notes__
+
+
+@fault("21", "a generator that raises, under skip and retry", "DataError that says so, never a normal end")
+@pytest.mark.parametrize("policy", ["skip", sc.Retry(2, wait_seconds=0)])
+def test_dead_generator_is_no_end(policy: Any) -> None:
+    with pytest.raises(sc.DataError, match="A generator cannot go on after an error") as raised:
+        run_on(iterate(FaultPlan({4: "read"}).batches(8)), on_error={"data": policy})
+    assert isinstance(raised.value.__cause__, OSError)
+    assert raised.value.run.steps == 3
+
+
+@fault("22", "data that ends before `steps`", 'a normal end, `ended="data"`, with a checkpoint of the last step')
+def test_data_that_ends_early_is_a_normal_end(tmp_path: Any) -> None:
+    run = run_on(FaultPlan().batches(5), steps=100, checkpoint=sc.Checkpoints(tmp_path, every=50))
+    assert (run.ended, run.steps) == ("data", 5)
+    assert (tmp_path / "5").is_dir()
+
+
+@fault("23", "no batch at all", "DataError")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_no_batch_at_all_is_an_error(prefetch: int) -> None:
+    with pytest.raises(sc.DataError, match="no batch at all"):
+        run_on([], prefetch=prefetch)
+
+
+def changed(**leaves: Any) -> dict[str, Any]:
+    return {key: value for key, value in {**batch_of(4), **leaves}.items() if value is not None}
+
+
+BAD = {
+    "missing_key": (changed(y=None), "y  expected host float32[4], got nothing"),
+    "extra_key": (changed(z=np.zeros(4)), "z  expected nothing, got host float64[4]"),
+    "rank": (changed(y=np.zeros((4, 1), np.float32)), "y  expected host float32[4], got host float32[4, 1]"),
+    "dtype": (changed(y=np.zeros(4, np.int32)), "y  expected host float32[4], got host int32[4]"),
+    "wide_dtype": (changed(y=np.zeros(4)), "y  expected host float32[4], got host float64[4]"),
+    "string": (changed(y=np.array(list("abcd"))), "y  expected numbers, got str"),
+    "object": (changed(y=np.array([None] * 4)), "y  expected numbers, got object"),
+    "datetime": (changed(y=np.zeros(4, "datetime64[s]")), "y  expected numbers, got datetime64"),
+    "masked": (changed(y=np.ma.zeros(4, np.float32)), "y  expected a numpy or jax array, got MaskedArray"),
+    "ragged": (changed(y=[[1.0], [1.0, 2.0]]), "y/0/0  expected a numpy or jax array, got float"),
+    "none_leaf": ({**batch_of(4), "y": None}, "y  expected a numpy or jax array, got NoneType"),
+    "none": (None, "batch  expected a numpy or jax array, got NoneType"),
+    "text": ("a batch", "batch  expected a numpy or jax array, got str"),
+    "empty": ({}, "batch  expected arrays, got none"),
+    "tuple": (tuple(batch_of(4).values()), "expected host"),
+    "zero_rows": (batch_of(4, rows=0), "expected rows, got float32[0, 3]"),
+    "short": (batch_of(4, rows=3), "x  expected host float32[4, 3], got host float32[3, 3]"),
+}
+
+
+@fault("25", f"{len(BAD)} kinds of bad batch after three good ones", "DataError from BatchError: path, expected, got")
+@fault("26", "a short batch", "DataError; no second trace")
+@fault("27", "a batch of 0 rows", "DataError that names the leaf")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_batch_is_refused_before_the_step(name: str) -> None:
+    bad, told = BAD[name]
+    traces = step().traces
+    with pytest.raises(sc.DataError) as raised:
+        run_on([batch_of(1), batch_of(2), batch_of(3), bad])
+    error = raised.value
+    assert isinstance(error.__cause__, sc.BatchError)
+    assert told in str(error)
+    assert (error.step, error.state_ok, error.run.steps) == (4, True, 3)
+    assert step().traces in (traces, 1)
+
+
+@fault("25", "a bad batch, policy skip", "the state of a run without it")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_batch_can_be_skipped(name: str) -> None:
+    batches = [batch_of(1), batch_of(2), BAD[name][0], batch_of(3)]
+    assert digest(run_on(batches, on_error="skip").state) == digest(by_a_plain_loop([1, 2, 3]))
+
+
+@fault("25", "a bad batch, policy retry", "DataError at once: it would be refused again")
+def test_bad_batch_is_not_read_again() -> None:
+    with pytest.raises(sc.DataError) as raised:
+        run_on([batch_of(1), BAD["dtype"][0]], on_error="retry")
+    assert raised.value.__notes__ == ["stepc: the same batch would be refused again"]
+
+
+@fault("26", 'a short last batch, short_batches="drop"', "dropped; no second trace")
+def test_short_batch_can_be_dropped() -> None:
+    run = run_on([batch_of(1), batch_of(2), batch_of(3, rows=2)], short_batches="drop")
+    assert digest(run.state) == digest(by_a_plain_loop([1, 2]))
+
+
+@fault("28", "an int64 that int32 cannot hold, in a later batch", "DataError with the range; smaller ones are taken")
+def test_large_number_is_refused() -> None:
+    fits = {**batch_of(1), "n": np.arange(4)}
+    with pytest.raises(sc.DataError, match="from 0 to 1099511627776"):
+        run_on([fits, {**fits, "n": np.array([0, 1, 2, 2**40])}])
+    assert run_on([fits]).steps == 1
+
+
+@fault("30", "a loader that uses its buffer again", "bitwise as with new arrays, windows 0, 2 and 8")
+@pytest.mark.parametrize("window", [0, 2, 8])
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_buffer_that_is_used_again_changes_nothing(window: int, prefetch: int) -> None:
+    def one_buffer() -> Iterator[Any]:
+        buffer = batch_of(1)
+        for number in range(1, 21):
+            for name, leaf in batch_of(number).items():
+                buffer[name][:] = leaf
+            yield buffer
+
+    run = run_on(one_buffer(), window=window, prefetch=prefetch)
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 21))))
+
+
+@fault("32", "a loader whose thread ends by an exception", "DataError, not a hang; no thread of ours is left")
+def test_loader_that_dies_in_its_thread_is_no_hang() -> None:
+    with pytest.raises(sc.DataError):
+        run_on(iterate(FaultPlan({3: "read"}).batches(8)), prefetch=2)
+    assert not [one for one in threading.enumerate() if one.name == "stepc-data"]
+
+
+@fault("33", "data without get_state, with checkpoints", "works; event resume_not_exact")
+def test_data_without_a_position_is_told(tmp_path: Any) -> None:
+    logger = Remembering()
+    run = run_on([batch_of(1)], checkpoint=sc.Checkpoints(tmp_path, every=5), loggers=[logger])
+    assert run.steps == 1
+    assert "resume_not_exact" in logger.names()
+
+
+def test_prefetch_reads_while_a_step_runs() -> None:
+    read: list[int] = []
+
+    def noting() -> Iterator[Any]:
+        for number in range(1, 7):
+            read.append(number)
+            yield batch_of(number)
+
+    def slow(state: Any, batch: Any) -> Any:
+        if int(batch["n"][0]) == 1:
+            until = time.monotonic() + 5
+            while len(read) < 4 and time.monotonic() < until:
+                time.sleep(0.01)
+        return step()(state, batch)
+
+    run = sc.run(slow, fresh(), noting(), prefetch=3)
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 7))))
+    assert len(read) == 6
+    assert not [one for one in threading.enumerate() if one.name == "stepc-data"]

@@ -1,0 +1,146 @@
+"""Bad input: 1 to 11. Loggers: 82 to 89."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
+
+import stepc as sc
+
+fault = pytest.mark.fault
+PLAIN = list(range(1, 10))
+
+
+def run_with(*loggers: Any, **options: Any) -> sc.Run:
+    return sc.run(step(), fresh(), FaultPlan().batches(9), loggers=loggers, log_every=1, **options)
+
+
+@fault("1", "a step that cannot be called", "ConfigError; the state is alive")
+@fault("10", "steps, window, snapshot_every, policies that cannot be", "ConfigError, all faults at once")
+@fault("11", "Rollback(data='replay') to checkpoints with data that cannot go back", "ConfigError with the remedy")
+def test_arguments_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    state = fresh()
+    keep = sc.Checkpoints(tmp_path, every=1)
+    wrong: list[dict[str, Any]] = [
+        {"steps": 0},
+        {"window": -1},
+        {"snapshot_every": 1.5},
+        {"on_error": "ignore"},
+        {"on_error": {"disk": "raise"}},
+        {"on_error": sc.Rollback(data="replay"), "checkpoint": keep},
+    ]
+    for options in wrong:
+        with pytest.raises(sc.ConfigError):
+            sc.run(step(), state, [batch_of(1)], **options)
+    with pytest.raises(sc.ConfigError, match="a compiled step"):
+        sc.run(None, state, [batch_of(1)])  # pyright: ignore
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@fault("2", "a state with text in it", "ConfigError with the path")
+@fault("4", "a state that was donated", "ConfigError with the path")
+@fault("5", "the caller's state is used after the run", "no error: it was copied; donate_input=True takes it")
+def test_state_is_checked_and_copied() -> None:
+    with pytest.raises(sc.ConfigError, match="b  expected a jax array, got str"):
+        sc.run(step(), {"b": "text"}, [batch_of(1)])  # pyright: ignore
+    state = fresh()
+    sc.run(step(), state, [batch_of(1)])
+    assert digest(state) == digest(fresh())
+    sc.run(step(), state, [batch_of(1)], donate_input=True)
+    with pytest.raises(sc.ConfigError, match="deleted"):
+        sc.run(step(), state, [batch_of(1)])
+
+
+@fault("3", "the same buffer twice in the state", "copied apart: both leaves are trained")
+def test_tied_leaves_are_copied_apart() -> None:
+    tied = jax.numpy.ones(3)
+
+    @jax.jit
+    def both(state: Any, batch: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf + 1, state), {"loss": batch["y"].mean()}
+
+    donating = jax.jit(both, donate_argnums=0)
+    run = sc.run(donating, {"a": tied, "b": tied}, [batch_of(1)])  # pyright: ignore
+    assert float(run.state["a"][0]) == float(run.state["b"][0]) == 2.0
+
+
+class Failing(Remembering):
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def log(self, metrics: Any, step: int) -> None:
+        if step in self.steps:
+            raise OSError("no")
+        super().log(metrics, step)
+
+
+@fault("82", "a logger that raises once, always; strict", "bitwise as without; left alone after three; StepError")
+@fault("85", "a logger that keeps what it gets", "it got floats")
+def test_logger_that_fails_changes_nothing() -> None:
+    once, always = Failing(4), Failing(*PLAIN)
+    run = run_with(once, always)
+    assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
+    assert run.logger_failures == {"Failing": 1 + 3}
+    assert [number for number, _ in once.told] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert all(type(value) is float for _, metrics in once.told for value in metrics.values())
+    with pytest.raises(sc.StepError) as raised:
+        run_with(Failing(4), strict_loggers=True)
+    assert (raised.value.phase, raised.value.step, raised.value.state_ok) == ("log", 4, True)
+
+
+@fault("84", "a logger that raises KeyboardInterrupt or SystemExit", "it passes through")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_exit_of_a_logger_passes_through(kind: Any) -> None:
+    class Leaving(Remembering):
+        def log(self, metrics: Any, step: int) -> None:
+            raise kind
+
+    with pytest.raises(kind):
+        run_with(Leaving())
+
+
+@fault("86", "NaN in a metric, into JSONL", "valid JSON: null, and named")
+def test_nan_is_valid_json(tmp_path: Path) -> None:
+    with sc.JSONL(tmp_path / "m.jsonl") as lines, pytest.raises(sc.NonFiniteError):
+        sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), loggers=[lines], log_every=1)
+    with sc.JSONL(tmp_path / "m.jsonl") as lines:
+        lines.log({"loss": np.nan}, 4)
+    found = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert found[-1] == {"step": 4, "loss": None, "nonfinite": {"loss": "nan"}}
+
+
+@fault("87", "a log on a disk that is full (/dev/full)", "results bitwise as without; counted")
+def test_full_log_changes_nothing(tmp_path: Path) -> None:
+    full = sc.JSONL(tmp_path / "m.jsonl")
+    full.close()
+    full._file = Path("/dev/full").open("w", buffering=1)
+    run = run_with(full)
+    assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
+    assert run.logger_failures == {"JSONL": 3}
+    with pytest.raises(OSError):
+        full.close()
+
+
+@fault("88", "the event of an error cannot be logged", "the error itself is raised")
+def test_error_that_cannot_be_logged_is_raised() -> None:
+    class Mute(Remembering):
+        def event(self, name: str, facts: Any, step: int) -> None:
+            raise OSError("no")
+
+    with pytest.raises(sc.NonFiniteError):
+        sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), loggers=[Mute()])
+
+
+@fault("89", "a metric that is no scalar; no loss", "BuildError at step 1 that names them")
+def test_metrics_that_are_no_scalars_are_refused() -> None:
+    def odd(state: Any, batch: Any) -> Any:
+        return state, {"norms": batch["x"].sum(0)}
+
+    with pytest.raises(sc.BuildError, match=r"norms  expected shape \(\), got \(3,\)") as raised:
+        sc.run(odd, fresh(), [batch_of(1)])
+    assert raised.value.step == 1

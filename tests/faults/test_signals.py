@@ -1,0 +1,236 @@
+"""Signals and ways out: 52 to 56, 59, 60. Real signals, to this process or to one of its own."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
+from faults.test_device import calling_back
+
+import stepc as sc
+
+fault = pytest.mark.fault
+TESTS = Path(__file__).parent.parent
+
+
+def endless() -> Iterator[Any]:
+    batches = [batch_of(number) for number in range(1, 9)]
+    while True:
+        yield from batches
+
+
+def after(steps: int) -> sc.State:
+    return by_a_plain_loop([number % 8 + 1 for number in range(steps)])
+
+
+def send_after(seconds: float, number: int = signal.SIGINT) -> threading.Timer:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+    timer.start()
+    return timer
+
+
+@fault("52", "SIGINT at 150 random moments of a run with snapshots", "KeyboardInterrupt with a live, exact state")
+def test_interrupt_at_a_random_moment_loses_nothing() -> None:
+    interrupted_at_random(150)
+
+
+@pytest.mark.long
+@fault("52", "SIGINT at 1,000 random moments", "0 lost states: each alive, and that of the number of steps it says")
+def test_interrupt_at_a_thousand_random_moments_loses_nothing() -> None:
+    interrupted_at_random(1000)
+
+
+def interrupted_at_random(times: int) -> None:
+    draw = random.Random(1)
+    exact: dict[int, str] = {}
+    state = fresh()
+    for _ in range(times):
+        timer = None
+        with pytest.raises(KeyboardInterrupt) as raised:
+            timer = send_after(draw.uniform(0.0005, 0.02))  # in here: it may come before the timer has begun
+            while True:
+                sc.run(step(), state, endless(), steps=10_000, on_error="retry", snapshot_every=3)
+        if timer is not None:
+            timer.join()
+        match raised.value:
+            case sc.Interrupted():
+                run = raised.value.run
+                assert isinstance(run, sc.Run)
+                assert int(run.state.step) == run.steps
+                if run.steps not in exact:
+                    exact[run.steps] = digest(after(run.steps))
+                assert digest(run.state) == exact[run.steps]
+            case _:  # before `run` had its handlers: Python's own; the state was never touched
+                pass
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@fault("53", "SIGINT while a host callback runs", "Interrupted, not a DeviceError; the state is alive")
+def test_interrupt_in_a_callback_is_no_device_error() -> None:
+    calling = calling_back(lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 3 else None)
+    with pytest.raises(sc.Interrupted) as raised:
+        sc.run(calling, calling.init({"w": fresh().params["w"]}), FaultPlan().batches(100))
+    assert int(raised.value.run.state.step) == raised.value.run.steps >= 3
+
+
+@fault("52", "a second SIGINT while a hook runs", "leaves at once, by a plain KeyboardInterrupt")
+def test_second_interrupt_leaves_at_once() -> None:
+    def twice(*about: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second Ctrl-C did not act")
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        sc.run(step(), fresh(), endless(), hooks=[(3, twice)])
+    assert type(raised.value) is KeyboardInterrupt
+
+
+@fault("31", "data that hangs, then SIGTERM", "Preempted within a second; the state of the last settled step")
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_wait_for_data_is_left_at_once(prefetch: int) -> None:
+    def hangs() -> Iterator[Any]:
+        yield batch_of(1)
+        yield batch_of(2)
+        send_after(0.1, signal.SIGTERM)
+        time.sleep(3)
+        yield batch_of(3)
+
+    began = time.monotonic()
+    with pytest.raises(sc.Preempted) as raised:
+        sc.run(step(), fresh(), hangs(), prefetch=prefetch)
+    assert time.monotonic() - began < 2.5
+    assert digest(raised.value.run.state) == digest(by_a_plain_loop([1, 2]))
+
+
+class Signalling(Remembering):
+    def __init__(self, number: int, at: int = 3) -> None:
+        super().__init__()
+        self.number, self.at = number, at
+
+    def log(self, metrics: Any, step: int) -> None:
+        super().log(metrics, step)
+        if step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+@fault("56", "handlers of the user's own for SIGINT and SIGTERM", "called once, after the run; restored as they were")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_handlers_are_chained_and_restored(number: int) -> None:
+    called: list[int] = []
+
+    def mine(number: int, frame: Any) -> None:
+        called.append(number)
+
+    before = signal.signal(number, mine)
+    try:
+        with pytest.raises((sc.Interrupted, sc.Preempted)):
+            sc.run(step(), fresh(), endless(), loggers=[Signalling(number)], log_every=1)
+        assert (called, signal.getsignal(number)) == ([number], mine)
+    finally:
+        signal.signal(number, before)
+
+
+@fault("56", "a run within a hook of a run, SIGINT in the inner one", "both end as interrupted; handlers restored")
+def test_nested_runs_both_end() -> None:
+    def inner(*about: Any) -> None:
+        sc.run(step(), fresh(), endless(), loggers=[Signalling(signal.SIGINT)], log_every=1)
+
+    with pytest.raises(sc.Interrupted):
+        sc.run(step(), fresh(), endless(), hooks=[(2, inner)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@fault("56", "a run in a thread", "no handler is set; the header says no_signal_protection")
+def test_run_in_a_thread_sets_no_handler() -> None:
+    logger = Remembering()
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=lambda: sc.run(step(), fresh(), FaultPlan().batches(3), loggers=[logger]))
+    thread.start()
+    thread.join()
+    (start,) = [facts for name, facts, _ in logger.events if name == "start"]
+    assert start["signals"] == "no_signal_protection"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@fault("59", "SystemExit(3) from a hook, the data, data read ahead", "a last checkpoint; the same code")
+@pytest.mark.parametrize("place", ["hook", "data", "ahead"])
+def test_system_exit_saves_and_keeps_its_code(place: str, tmp_path: Path) -> None:
+    def leaving() -> Iterator[Any]:
+        for number in range(1, 6):
+            yield batch_of(number)
+        raise SystemExit(3)
+
+    def leaves(*about: Any) -> None:
+        raise SystemExit(3)
+
+    keep = sc.Checkpoints(tmp_path, every=100)
+    with pytest.raises(SystemExit) as raised:
+        if place == "hook":
+            sc.run(step(), fresh(), endless(), hooks=[(5, leaves)], checkpoint=keep)
+        else:
+            sc.run(step(), fresh(), leaving(), checkpoint=keep, prefetch=2 if place == "ahead" else 0)
+    assert raised.value.code == 3
+    assert (tmp_path / "5").is_dir()
+
+
+@fault("60", "logger and last checkpoint fail while an error is handled", "the first error; others are notes")
+def test_first_error_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    class Breaking(Remembering):
+        def event(self, name: str, facts: Any, step: int) -> None:
+            raise OSError("the log is full")
+
+    def gone() -> Iterator[Any]:
+        yield batch_of(1)
+        (tmp_path / "kept" / "lock").unlink()
+        (tmp_path / "kept").rmdir()
+        (tmp_path / "kept").write_text("a file where the directory was")
+        raise OSError("the data is gone")
+
+    with pytest.raises(sc.DataError, match="the data is gone") as raised:
+        sc.run(step(), fresh(), gone(), checkpoint=sc.Checkpoints(tmp_path / "kept", every=100), loggers=[Breaking()])
+    assert "CheckpointError" in raised.value.__notes__[-1]
+
+
+PLACES = ("data", "compile", "step", "eval", "save", "logger", "between")
+
+
+@pytest.fixture(scope="module")
+def terminated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path, float, str]]:
+    """One process for each place: SIGTERM comes there, and the process tells when."""
+    found = {}
+    for place in PLACES:
+        folder = tmp_path_factory.mktemp(place)
+        ended = subprocess.run(
+            [sys.executable, "-m", "faults.job", str(folder), "--term", place, "--steps", "4000"],
+            cwd=TESTS,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        until = time.time()
+        sent = float((folder / "sent").read_text())
+        found[place] = (ended.returncode, folder, until - sent, ended.stderr)
+    return found
+
+
+@fault("54", "SIGTERM in data, compile, step, eval, save, logger, between", "exit 143; the last settled step")
+@fault("55", "SIGTERM twice, the second while the last checkpoint is written", "exit 143, one checkpoint, whole")
+@pytest.mark.parametrize("place", PLACES)
+def test_sigterm_anywhere_leaves_a_checkpoint(place: str, terminated: Any) -> None:
+    code, folder, seconds, errors = terminated[place]
+    assert code == 143, errors
+    assert seconds < 10  # a step, a save, and the end of a Python process with jax in it
+    state = fresh()
+    run = sc.run(step(), state, FaultPlan().batches(0), checkpoint=sc.Checkpoints(folder / "kept", every=1000))
+    assert int(run.state.step) == run.steps
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, run.steps + 1))))
