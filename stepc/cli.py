@@ -121,13 +121,16 @@ def _add_train(commands: Any) -> None:  # Any: see `_command`
     )
     train.set_defaults(run=_train)
     for one in fields(Job):
-        meaning, default = one.metadata["meaning"], one.metadata["shown"]
+        option, meaning = f"--{one.name.replace('_', '-')}", one.metadata["meaning"]
+        if one.default is False:
+            train.add_argument(option, action="store_true", help=meaning)
+            continue
         train.add_argument(
-            f"--{one.name.replace('_', '-')}",
+            option,
             type=one.metadata["reader"],
             default=one.default,
             metavar=one.metadata["unit"],
-            help=f"{meaning} (default: {default})",
+            help=f"{meaning} (default: {one.metadata['shown']})",
         )
 
 

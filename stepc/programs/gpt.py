@@ -39,6 +39,9 @@ class GPT(TypedDict):
 
 Batch: TypeAlias = Mapping[str, Integer[Array, "batch window"]]
 Loss: TypeAlias = Callable[[GPT, Batch], Scalar]
+DropoutLoss: TypeAlias = Callable[[GPT, Batch, Key[Array, " batch"]], Scalar]
+# What each half of each block adds to the stream: kept where true.
+Kept: TypeAlias = Bool[Array, "layers 2 batch length width"]
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,16 @@ def init(key: Key[Array, ""], size: Size) -> GPT:
     }
 
 
-def logits(params: GPT, tokens: Integer[Array, "batch length"], *, size: Size) -> Float[Array, "batch length 256"]:
+def logits(
+    params: GPT, tokens: Integer[Array, "batch length"], *, size: Size, kept: Kept | None = None, dropout: float = 0.0
+) -> Float[Array, "batch length 256"]:
     """Score every byte as the next one, at every position.
 
     Meaning: a transformer with learned positions that normalises before each half of a block; position `i`
       sees positions `0..i`. One table of bytes reads the input and scores the output.
+    Args:
+      kept: which features of what each half of a block adds are kept, the others being 0; all of them without it.
+      dropout: the share that is not kept: what is kept is divided by the rest, so that its mean stays.
     Shapes: `length` is at most `size.context`.
     """
     length = tokens.shape[1]
@@ -106,12 +114,18 @@ def logits(params: GPT, tokens: Integer[Array, "batch length"], *, size: Size) -
     stream = params["byte"][tokens.astype(jnp.int32)] + params["position"][None, :length]
     causal = jnp.tril(jnp.ones((length, length), bool))
 
-    def block(stream: Float[Array, "batch length width"], layer: Layers) -> tuple[Array, None]:
-        stream = stream + _attention(_norm(stream, layer["attention_norm"]), layer, causal, heads=size.heads)
-        return stream + _mlp(_norm(stream, layer["mlp_norm"]), layer), None
+    def thinned(added: Float[Array, "batch length width"], kept: Bool[Array, "batch length width"]) -> Array:
+        return jnp.where(kept, added / (1 - dropout), 0)
+
+    def block(stream: Float[Array, "batch length width"], this: tuple[Layers, Array | None]) -> tuple[Array, None]:
+        layer, kept = this
+        mixed = _attention(_norm(stream, layer["attention_norm"]), layer, causal, heads=size.heads)
+        stream = stream + (mixed if kept is None else thinned(mixed, kept[0]))
+        inside = _mlp(_norm(stream, layer["mlp_norm"]), layer)
+        return stream + (inside if kept is None else thinned(inside, kept[1])), None
 
     # Unrolled: on a CPU a step with the loop took 1.4 to 2 times as long (width 128, 32 and 16 rows, 2 shared cores).
-    stream, _ = lax.scan(block, stream, params["layers"], unroll=size.layers)
+    stream, _ = lax.scan(block, stream, (params["layers"], kept), unroll=size.layers)
     return jnp.einsum("blw,vw->blv", _norm(stream, params["norm"]), params["byte"])
 
 
@@ -125,10 +139,27 @@ def make_loss(size: Size) -> Loss:
     """
 
     def loss(params: GPT, batch: Batch) -> Scalar:
-        windows = batch["tokens"].astype(jnp.int32)
-        scores = logits(params, windows[:, :-1], size=size)
-        log_probabilities = jax.nn.log_softmax(scores)
-        return -jnp.take_along_axis(log_probabilities, windows[:, 1:, None], axis=-1).mean()
+        return _surprise(logits(params, batch["tokens"][:, :-1], size=size), batch)
+
+    return loss
+
+
+def make_dropout_loss(size: Size, *, dropout: float) -> DropoutLoss:
+    """Return the loss of a model that loses a part of what each half of a block adds, drawn anew for each row.
+
+    Meaning: `make_loss`, where each feature at each position is 0 with probability `dropout`, and is else divided by
+      1 - dropout; by Srivastava et al., "Dropout", 2014 (https://jmlr.org/papers/v15/srivastava14a.html).
+    Args:
+      dropout: at least 0 and below 1.
+    Shapes: the batch as in `make_loss`; one key a row, as `stepc.grad(loss, rng="example")` gives them.
+    Units:  nats per byte.
+    """
+
+    def loss(params: GPT, batch: Batch, keys: Key[Array, " batch"]) -> Scalar:
+        tokens = batch["tokens"][:, :-1]
+        shape = (size.layers, 2, tokens.shape[1], size.width)
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout, shape), out_axes=2)(keys)
+        return _surprise(logits(params, tokens, size=size, kept=kept, dropout=dropout), batch)
 
     return loss
 
@@ -177,6 +208,13 @@ def _continue(
     return lax.scan(draw, (window, num_seen), jax.random.split(key, length))[1]
 
 
+def _surprise(scores: Float[Array, "batch length 256"], batch: Batch) -> Scalar:
+    """The mean cross-entropy of every byte but the first; in float32, whatever the model computes in."""
+    log_probabilities = jax.nn.log_softmax(scores.astype(jnp.float32))
+    targets = batch["tokens"][:, 1:, None].astype(jnp.int32)
+    return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()
+
+
 def _norm(
     stream: Float[Array, "batch length width"], scale: Float[Array, " width"]
 ) -> Float[Array, "batch length width"]:
@@ -193,7 +231,7 @@ def _attention(
     *,
     heads: int,
 ) -> Float[Array, "batch length width"]:
-    """Causal self-attention, written as einsums.
+    """Causal self-attention, written as einsums; its softmax is in float32, whatever the rest computes in.
 
     `jax.nn.dot_product_attention` leaves a dimension of size 1 in a manual region, and XLA for TPU then
     misses a fusion: 19 % more cycles than this form (jax 0.10.2, libtpu 0.0.42.1).
@@ -203,7 +241,7 @@ def _attention(
     qkv = jnp.einsum("blw,wv->blv", stream, layer["qkv"]).reshape(split)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (width // heads) ** -0.5
-    weights = jax.nn.softmax(jnp.where(causal[None, None], scores, MASKED))
+    weights = jax.nn.softmax(jnp.where(causal[None, None], scores, MASKED).astype(jnp.float32)).astype(stream.dtype)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(stream.shape)
     return jnp.einsum("blw,wv->blv", mixed, layer["out"])
 

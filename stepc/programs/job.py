@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import stepc as sc
 from stepc.programs.gpt import Size
@@ -14,17 +14,31 @@ Value = TypeVar("Value")
 Reader: TypeAlias = Callable[[str], int | float | Path]
 
 
-def _option(default: Value, unit: str, meaning: str, *, reader: Reader = int, least: int = 1, shown: str = "") -> Value:
+def _option(
+    default: Value,
+    unit: str,
+    meaning: str,
+    *,
+    reader: Reader = int,
+    least: int = 1,
+    below: float = math.inf,
+    shown: str = "",
+) -> Value:
     """A field with all that the command line says about it."""
-    about = {"unit": unit, "meaning": meaning, "reader": reader, "least": least}
+    about = {"unit": unit, "meaning": meaning, "reader": reader, "least": least, "below": below}
     return field(default=default, metadata={**about, "shown": shown or str(default)})
+
+
+def _flag(meaning: str) -> Any:  # Any: to a type checker, a field is what it holds
+    """A field that is false unless it is named."""
+    return field(default=False, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Job:
     """Train a small GPT on the standard library's source. The fields are the options of `stepc train`.
 
-    Errors: ConfigError that names every field whose value is too small.
+    Errors: ConfigError that names every field whose value is out of range.
     """
 
     steps: int = _option(1000, "STEPS", "how many optimizer steps")
@@ -36,6 +50,10 @@ class Job:
         None, "FOLDER", "for metrics.jsonl and loss.png", reader=Path, shown="runs/<date>-<time>"
     )
     learning_rate: float = _option(1e-2, "RATE", "of adamw, at its peak", reader=float, least=0)
+    dropout: float = _option(
+        0.0, "RATE", "share of what each half of a block adds that training loses", reader=float, least=0, below=1.0
+    )
+    bf16: bool = _flag("compute the loss in bfloat16; parameters, gradients and validation stay in float32")
     layers: int = _option(4, "BLOCKS", "transformer blocks")
     width: int = _option(64, "FEATURES", "features per position; a multiple of heads")
     heads: int = _option(4, "HEADS", "attention heads per block")
@@ -47,9 +65,13 @@ class Job:
     def __post_init__(self) -> None:
         faults = []
         for one in fields(self):
-            value, least = self.__dict__[one.name], one.metadata["least"]
-            if isinstance(value, int | float) and not least <= value < math.inf:
-                faults.append((one.name, f"expected at least {least}, got {value}"))
+            value = self.__dict__[one.name]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least, below = one.metadata["least"], one.metadata["below"]
+            if not least <= value < below:
+                bound = "" if below == math.inf else f" and below {below:g}"
+                faults.append((one.name, f"expected at least {least}{bound}, got {value}"))
         if faults:
             raise sc.ConfigError("A job cannot have these numbers.", facts=faults)
         _ = self.size  # checks its own numbers

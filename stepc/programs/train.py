@@ -39,7 +39,7 @@ def train(job: Job) -> None:
     print(f"{len(source.train):,} bytes to learn from, {len(source.held_out):,} bytes of other files held out")
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", end="\n\n")
 
-    pipeline = _pipeline(job)
+    pipeline = pipeline_of(job)
     print(pipeline, end="\n\n", flush=True)
     step = sc.compile(pipeline, mesh=mesh)
     state = step.init(params, seed=job.seed)
@@ -54,17 +54,27 @@ def train(job: Job) -> None:
         print(f"metrics  {folder / METRICS}\ncurve    {folder / PICTURE}")
 
 
-def _pipeline(job: Job) -> sc.Pipeline:
-    loss = gpt.make_loss(job.size)
+def pipeline_of(job: Job) -> sc.Pipeline:
+    """The step of a job: what it prints first."""
     warm_up = min(job.steps // 10, 100)
     schedule = optax.warmup_cosine_decay_schedule(0.0, job.learning_rate, warm_up, job.steps)
     return (
-        sc.update(optax.adamw(schedule, b2=0.99, weight_decay=0.01))
+        sc.skip_nonfinite()
+        @ sc.update(optax.adamw(schedule, b2=0.99, weight_decay=0.01))
         @ sc.clip(1.0)
         @ sc.accumulate(job.k)
         @ sc.shard(sc.dp("data"))
-        @ sc.grad(loss)
+        @ _gradient(job)
     )
+
+
+def _gradient(job: Job) -> sc.Transform:
+    """The gradient of the loss in the job's precision; with one key a row if anything is drawn."""
+    if job.dropout:
+        loss = gpt.make_dropout_loss(job.size, dropout=job.dropout)
+        return sc.grad(sc.cast(jnp.bfloat16) @ loss, rng="example") if job.bf16 else sc.grad(loss, rng="example")
+    loss = gpt.make_loss(job.size)
+    return sc.grad(sc.cast(jnp.bfloat16) @ loss) if job.bf16 else sc.grad(loss)
 
 
 def _mesh(wanted: int) -> Mesh:

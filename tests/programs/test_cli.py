@@ -54,6 +54,7 @@ def test_train_prints_what_it_does_in_order(
 ) -> None:
     folder, ended = finished
     landmarks = [
+        "skip_nonfinite() @ update(",
         '@ clip(1.0) @ accumulate(2) @ shard(dp("data")) @ grad(loss)\n',
         "\nplan of ",
         "\nall-reduce ",
@@ -145,6 +146,8 @@ def test_train_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixtu
     shown = " ".join(capsys.readouterr().out.split())
     for option in ("--steps STEPS", "--batch ROWS", "--k PARTS", "--devices DEVICES", "--seed SEED", "--out FOLDER"):
         assert option in shown
+    assert "--dropout RATE" in shown
+    assert "--bf16 compute the loss in bfloat16" in shown
     assert "microbatches in one step, one after another (default: 4)" in shown
     assert "(default: runs/<date>-<time>)" in shown
 
@@ -165,6 +168,17 @@ def test_train_impossible_numbers_are_all_named(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().err
     assert "steps    expected at least 1, got 0" in shown
     assert "devices  expected at least 1, got -1" in shown
+
+
+def test_train_dropout_of_everything_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dropout=1"]) == 2
+    assert "dropout  expected at least 0 and below 1, got 1.0" in capsys.readouterr().err
+
+
+def test_train_dropout_and_bf16_end_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, f"--out={tmp_path / 'run'}", "--steps=2", "--dropout=0.5", "--bf16"]) == 0
+    assert '@ grad(cast(jnp.bfloat16) @ loss, rng="example")\n' in capsys.readouterr().out
+    assert sorted(steps_in(tmp_path / "run")) == [0, 1, 1, 2, 2]
 
 
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

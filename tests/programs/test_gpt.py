@@ -55,6 +55,26 @@ def test_logits_of_short_input_are_those_of_its_place_in_a_long_one() -> None:
     np.testing.assert_allclose(LOGITS(params(), tokens[:, :3]), long, rtol=0, atol=1e-5)
 
 
+def test_logits_nothing_kept_is_what_no_block_adds_to() -> None:
+    tokens = windows(2)["tokens"][:, :-1]
+    kept = jnp.zeros((SIZE.layers, 2, *tokens.shape, SIZE.width), bool)
+    found = gpt.logits(params(), tokens, size=SIZE, kept=kept, dropout=0.5)
+    silent = {name: jnp.zeros_like(leaf) for name, leaf in params()["layers"].items()}
+    assert (found == gpt.logits(params() | {"layers": silent}, tokens, size=SIZE)).all()
+
+
+def test_logits_what_is_kept_is_divided_by_its_share() -> None:
+    tokens = windows(2)["tokens"][:, :-1]
+    kept = jnp.ones((SIZE.layers, 2, *tokens.shape, SIZE.width), bool)
+    found = gpt.logits(params(), tokens, size=SIZE, kept=kept, dropout=0.5)
+    layers = params()["layers"]
+    doubled = layers | {"out": 2 * layers["out"], "down": 2 * layers["down"]}
+    # Twice is exact, but what is fused with it is not.
+    np.testing.assert_allclose(
+        found, gpt.logits(params() | {"layers": doubled}, tokens, size=SIZE), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_loss_equal_scores_is_log_of_256() -> None:
     silent = params() | {"byte": jnp.zeros((256, SIZE.width))}
     np.testing.assert_allclose(LOSS(silent, windows(3)), np.log(256), rtol=1e-6)  # float32
