@@ -68,11 +68,16 @@ def test_lowering_and_running_share_one_trace_and_one_compilation(kind: Callable
     assert sum("stepc_step" in name for name in compilations) == 1, compilations
 
 
-def test_another_batch_size_is_another_trace() -> None:
+def test_another_batch_size_is_another_trace_and_never_a_silent_one(caplog: pytest.LogCaptureFixture) -> None:
     step = sc.compile(standard(2), mesh=mesh_of(data=2))
     state, _ = step(step.init(probe_params()), probe_batch(8))
+    state, _ = step(state, probe_batch(8))
+    assert not caplog.messages
     step(state, probe_batch(16))
     assert step.traces == 2
+    (told,) = caplog.messages
+    assert "its form was x float32[8, 3], y float32[8], and is x float32[16, 3], y float32[16]" in told
+    assert "`pad_batch`" in told
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 1}, {"data": 8}, {"data": 4, "model": 2}])

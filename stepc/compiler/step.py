@@ -1,5 +1,6 @@
 """A pipeline becomes a step. The one place where the surface meets the passes."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -34,6 +35,8 @@ from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
 from stepc.language.reference import Reference, reference
 from stepc.language.state import KEYS, State, leaves_by_path
+
+_LOG = logging.getLogger("stepc")
 
 
 def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget: Budget | None = None) -> "Step":
@@ -92,6 +95,7 @@ class Step:
         self._guard = guard
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
+        self._forms: list[str] = []
         spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
         self._rows = None if self.mesh is None else NamedSharding(self.mesh, spec)
         options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
@@ -163,7 +167,11 @@ class Step:
             placed = self._placed(batch)
             if self._guard is not None:
                 self._guard.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
-            return Made(*self._program(state, placed))
+            before = self.traces
+            made = Made(*self._program(state, placed))
+            if before and self.traces > before:
+                self._tell_traced_again(placed)
+            return made
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
             check_batch(batch, self.decision.core, shapes_too=False)
             raise
@@ -205,6 +213,7 @@ class Step:
     @_in_our_mesh
     def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics, Watch]:
         self.traces += 1
+        self._forms.append(form_of(batch))
         check_batch(jax.tree.map(shape_of, batch), self.decision.core)
         check_state(state, self._made_of)
         signature = self.decision.signed(state, batch)
@@ -235,6 +244,15 @@ class Step:
                 return put(batch, self._rows)
         return batch
 
+    def _tell_traced_again(self, batch: Batch) -> None:
+        """A compilation that nobody asked for is never silent."""
+        was, now = self._forms[-2:]
+        why = f"its form was {was}, and is {now}" if was != now else "jax types host arrays and device arrays apart"
+        if was == now and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+            why = "the state is of another type, or its arrays lie elsewhere"
+        text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
+        _LOG.warning(text, self, self.traces, why)
+
     def _refuse(self, state: Any) -> None:
         check_state(state, self._made_of)
         if not isinstance(state.step, jax.Array):
@@ -253,6 +271,11 @@ class Step:
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
         made = self.decision
         return Plan(repr(self.pipeline), mesh, made.core, made.laws, self._scheduled(state, batch), made.rows, leaves)
+
+
+def form_of(batch: Batch) -> str:
+    """The paths, types and shapes of a batch, in a line."""
+    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
 
 
 def _shapes_with(shapes: State, shardings: Any) -> State:
