@@ -51,14 +51,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compiler", "compiler.instructions", "compiler.loss", "compiler.tally", "core.nodes", "core.terms",
         "language.kinds",
     ),
+    "compiler.ending": ("compiler.flow", "compiler.instructions", "core.terms", "language.kinds"),
     "compiler.watch": ("language.state",),
     "compiler.making": (
-        "compiler", "compiler.check", "compiler.flow", "compiler.instructions", "compiler.watch", "core.terms",
+        "compiler.check", "compiler.ending", "compiler.instructions", "compiler.watch", "core.terms",
         "language.kinds", "language.state",
     ),
     "compiler.lower": (
-        "compiler", "compiler.flow", "compiler.instructions", "compiler.loss", "compiler.making", "compiler.schedule",
-        "core.terms", "language.kinds", "language.meaning", "language.state",
+        "compiler", "compiler.ending", "compiler.flow", "compiler.instructions", "compiler.loss", "compiler.making",
+        "compiler.schedule", "language.kinds", "language.meaning", "language.state",
     ),
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
     "inspect": ("inspect", "errors"),

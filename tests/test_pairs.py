@@ -27,6 +27,8 @@ def is_legal(outer: str, inner: str) -> bool:
         return False
     if type(one) is type(two) and one.stands != "anywhere":
         return False
+    if (outer, inner) == ("cast_any", "cast"):
+        return False  # what the outer one narrows, the inner one takes for masters, and refuses
     return not (inner == "repeat" and outer in STEPS)
 
 

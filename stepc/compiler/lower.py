@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stepc.compiler import flow as flows
 from stepc.compiler import tally
+from stepc.compiler.ending import ending_of
 from stepc.compiler.flow import Cell, Flow, Given
 from stepc.compiler.instructions import (
     Again,
@@ -38,7 +39,6 @@ from stepc.compiler.instructions import (
 from stepc.compiler.loss import checked_loss, num_rows
 from stepc.compiler.making import Made, Sight, made
 from stepc.compiler.schedule import draws, owes
-from stepc.core.terms import sum_of_squares
 from stepc.language.kinds import Batch
 from stepc.language.meaning import tag_of
 from stepc.language.state import State
@@ -119,25 +119,14 @@ def _step(schedule: Schedule, place: Place, state: State, batch: Batch) -> Made:
             axis_names=set(place.rows), check_vma=False,
         )  # fmt: skip
         flow, finite = spaced(given, cell)
-    seen = _num_before_harmless(schedule)
-    flow = _run(schedule[inside:seen], flow, cell, given, place)
-    squares = jax.tree.map(sum_of_squares, flow.grads)
-    flow = _run(schedule[seen:-1], flow, cell, given, place)
+    last, ending = ending_of(schedule)
+    flow = _run(schedule[inside:last], flow, cell, given, place)
     if place.others:
         flow = replace(flow, grads=jax.lax.with_sharding_constraint(flow.grads, place.params))
-    return made(optimize, flow, Sight(flow.finite[None] if finite is None else finite, squares), state)
-
-
-def _num_before_harmless(schedule: Schedule) -> int:
-    """How much comes before the last words that keep what is finite finite: `clip` looks there, so it costs nothing."""
-    num = len(schedule) - 1
-    while num > 1:
-        match schedule[num - 2 : num]:
-            case (Apply(node), Settle("cells", 1.0, False)) if node.keeps_finite:
-                num -= 2
-            case _:
-                break
-    return num
+    keys = tuple(_keys_of(one, cell, given, place) for one in ending.applies)
+    held, value, squares = ending.measured(flow, keys, given.params)
+    sight = Sight(flow.finite[None] if finite is None else finite, squares)
+    return made(optimize, ending, held, tally.reported(value.metrics), sight, state)
 
 
 def _run(schedule: Schedule, flow: Flow | None, cell: Cell, given: Given, place: Place) -> Any:
@@ -172,10 +161,10 @@ def _instruct(instruction: Instruction, flow: Any, cell: Cell, given: Given, pla
             return replace(flow, grads=jax.tree.map(lambda leaf: leaf / given.scale, flow.grads))
         case Settle():
             return flows.settled(instruction, flow, given.params)
-        case Apply(node, name, summed):
-            key = () if name is None else (_key_of_cell(name, summed, cell, given, place),)
-            grads, added = node.function(flow.grads, *key, *node.arguments)
-            return flows.opened(grads, added, flow)
+        case Apply(node):
+            value, told = node.measured(flow.grads)
+            grads, added = node.applied(flow.grads, value, *_keys_of(instruction, cell, given, place))
+            return flows.opened(grads, {**told, **added}, flow)
         case Optimize() | Again() | CountFirst():
             raise ValueError(f"{type(instruction).__name__} has another place")
         case _:
@@ -249,11 +238,13 @@ def _coordinate(axis: str, given: Given, place: Place) -> Any:  # Any: an int32 
     return given.start // given.width // inner % place.size_of((axis,))
 
 
-def _key_of_cell(name: str, summed: tuple[str, ...], cell: Cell, given: Given, place: Place) -> Any:  # Any: a typed key
-    """Folded from the number of the first row of the cell, which spans the devices that are added up already."""
+def _keys_of(one: Apply, cell: Cell, given: Given, place: Place) -> tuple[Any, ...]:  # Any: a typed key
+    """The key of a word that draws, from the number of the cell's first row; it spans devices that are added up."""
+    if one.name is None:
+        return ()
     number = cell.numbers[0]
     if given.start is not None:
-        for axis in summed:
+        for axis in one.summed:
             inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
             number = number - _coordinate(axis, given, place) * inner * given.width
-    return jax.random.fold_in(jax.random.fold_in(given.key, tag_of(name)), number)
+    return (jax.random.fold_in(jax.random.fold_in(given.key, tag_of(one.name)), number),)

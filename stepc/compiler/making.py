@@ -1,15 +1,16 @@
 """The end of a step: the gradient becomes a new state, or the state stays. Nothing here adds up."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stepc.compiler import tally
 from stepc.compiler.check import check_fixed_point
-from stepc.compiler.flow import Flow
+from stepc.compiler.ending import Ending, Held
 from stepc.compiler.instructions import Optimize
 from stepc.compiler.watch import Watch
 from stepc.core.terms import total_of
@@ -32,18 +33,19 @@ class Sight(NamedTuple):
     squares: Any  # Any: a tree like the parameters
 
 
-def made(optimize: Optimize, flow: Flow, sight: Sight, state: State) -> Made:
+def made(optimize: Optimize, ending: Ending, held: Held, metrics: Metrics, sight: Sight, state: State) -> Made:
     """Make the step, unless it is to be skipped."""
-    metrics = tally.reported(flow.metrics)
+    metrics = dict(metrics)
+    step = partial(_stepped, optimize, ending)
     loss_is_finite = jnp.isfinite(metrics["loss"])
     gradient_is_finite = jnp.isfinite(total_of(jax.tree.leaves(sight.squares)))
     is_finite = loss_is_finite & gradient_is_finite
     if optimize.guard is not None:
-        new = _if(is_finite, optimize, flow, metrics, state)
+        new = _if(is_finite, step, held, metrics["loss"], state)
     elif optimize.rescale is not None:
-        new = _if(gradient_is_finite, optimize, flow, metrics, state)
+        new = _if(gradient_is_finite, step, held, metrics["loss"], state)
     else:
-        new = _stepped(optimize, flow.grads, metrics["loss"], flow.carry, state)
+        new = step(held, metrics["loss"], state)
     slots = dict(new.slots)
     if optimize.rescale is not None:
         name, node = optimize.rescale
@@ -60,27 +62,26 @@ def made(optimize: Optimize, flow: Flow, sight: Sight, state: State) -> Made:
     return Made(replace(new, slots=slots), metrics, Watch(is_fine, *sight))
 
 
-def _if(happens: jax.Array, optimize: Optimize, flow: Flow, metrics: Metrics, state: State) -> State:
+def _if(happens: jax.Array, step: Callable[..., State], held: Held, loss: jax.Array, state: State) -> State:
     # A condition, not a selection: no copy of the state, and nothing to compute when it stays (facts measured on CPU:
     # a selection adds a third to the time of an optimizer). What a branch reads is passed to it.
-    def step(grads: Any, loss: jax.Array, carry: Any, state: State) -> State:
-        return _stepped(optimize, grads, loss, carry, state)
-
-    def stay(grads: Any, loss: jax.Array, carry: Any, state: State) -> State:
+    def stay(held: Held, loss: jax.Array, state: State) -> State:
         return state
 
     try:
-        return jax.lax.cond(happens, step, stay, flow.grads, metrics["loss"], flow.carry, state)
+        return jax.lax.cond(happens, step, stay, held, loss, state)
     except TypeError:  # the branches differ: the step is no fixed point, which is said better there
-        check_fixed_point(state, step(flow.grads, metrics["loss"], flow.carry, state))
+        check_fixed_point(state, step(held, loss, state))
         raise
 
 
-def _stepped(optimize: Optimize, grads: Any, loss: jax.Array, carry: Any, state: State) -> State:
+def _stepped(optimize: Optimize, ending: Ending, held: Held, loss: jax.Array, state: State) -> State:
+    grads = ending.finished(held, state.params)
     optimizer = optax.with_extra_args_support(optimize.node.optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss, grad=grads)
     params = optax.apply_updates(state.params, updates)
     slots = dict(state.slots)
     for name, node in optimize.follows:
         slots[name] = node.advance(slots[name], params, *node.arguments)
-    return replace(state, params=params, opt_state=opt_state, step=state.step + 1, carry=carry, slots=slots)
+    new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)
+    return replace(new, carry=held.flow.carry)

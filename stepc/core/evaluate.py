@@ -138,8 +138,9 @@ def _on_rows(program: Program, world: World, batch: Tree, rows: np.ndarray, fact
         case Map():
             flow = _on_rows(inner, world, batch, rows, factor)
             key = (_key(world, zlib.crc32(_name(program, node).encode()) | 2**31, rows[0]),) if node.draws else ()
-            grads, added = node.function(_value(flow, world.params), *key, *node.arguments)
-            return replace(flow, terms=((_wide(grads), 1),), metrics={**flow.metrics, **_scalars(added)})
+            value, told = node.measured(_value(flow, world.params))
+            grads, added = node.applied(_value(flow, world.params), value, *key)
+            return replace(flow, terms=((_wide(grads), 1),), metrics={**flow.metrics, **_scalars({**told, **added})})
         case Rescale():
             by = jax.tree.leaves(world.slots[_name(program, node)])[0]
             flow = _on_rows(inner, world, batch, rows, factor * by)

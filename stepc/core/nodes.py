@@ -133,6 +133,8 @@ class Map:
 
     `function(grads, *arguments)` returns the new gradient and the metrics named in `adds`, all scalars. With `draws`
     it is `function(grads, key, *arguments)`, the key from the seed, the step, the cell and the node's own name.
+    With `measure`, what it needs of the whole gradient stands apart from what it does to each number of it:
+    `measure(grads, *arguments)` returns a value and the metrics, and `function(grads, value, *arguments)` the gradient.
     With `keeps_finite` the norm of what it gives is finite if and only if that of what it takes is.
     A module-level function and a tuple, not a closure: so two equal words expand to equal nodes.
     """
@@ -142,11 +144,22 @@ class Map:
     adds: tuple[str, ...] = ()
     draws: bool = False
     keeps_finite: bool = False
+    measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of scalars)
     name: str = "map"
     written: Written = field(default="map", compare=False)
 
     def __str__(self) -> str:
         return self.written
+
+    def measured(self, grads: Any) -> tuple[Any, dict[str, Any]]:  # Any: trees of arrays, and scalars
+        """What it needs of the whole gradient, and the metrics; nothing without `measure`."""
+        return (None, {}) if self.measure is None else self.measure(grads, *self.arguments)
+
+    def applied(self, grads: Any, value: Any, *key: Any) -> tuple[Any, dict[str, Any]]:  # Any: as above
+        """The new gradient, of what was measured; and the metrics, if nothing was."""
+        if self.measure is None:
+            return self.function(grads, *key, *self.arguments)
+        return self.function(grads, value, *key, *self.arguments), {}
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,30 @@ class Clip(Transform):
         return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[Map, ...]:
-        return (Map(clip_to_norm, (self.max_norm,), adds=("grad_norm",), keeps_finite=True, written=repr(self)),)
+        return (
+            Map(
+                scaled, (self.max_norm,), adds=("grad_norm",), keeps_finite=True, measure=factor_of, written=repr(self)
+            ),
+        )
 
 
 def clip_to_norm(grads: Grads, max_norm: float) -> tuple[Grads, Metrics]:
     """The gradient times min(1, max_norm / norm), and its norm before. A norm that is not finite makes it all NaN."""
+    factor, added = factor_of(grads, max_norm)
+    return scaled(grads, factor, max_norm), added
+
+
+def factor_of(grads: Grads, max_norm: float) -> tuple[jax.Array, Metrics]:
+    """What the gradient is multiplied by, and its norm before."""
     norm = jnp.sqrt(total_of([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)]))
     # Infinity would make a factor of 0: an update of nothing, and nobody would see why.
     factor = jnp.where(norm > max_norm, max_norm / jnp.where(jnp.isinf(norm), jnp.nan, norm), jnp.ones_like(norm))
-    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads), {"grad_norm": norm}
+    return factor, {"grad_norm": norm}
+
+
+def scaled(grads: Grads, factor: jax.Array, _: float) -> Grads:
+    """The gradient times the factor."""
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
 
 
 def clip(max_norm: float) -> Clip:
