@@ -47,10 +47,10 @@ def blocks_of_readme() -> Iterator[str]:
     yield from re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
-def test_python_of_the_readme_runs_from_top_to_bottom_in_a_new_process() -> None:
+def test_python_of_the_readme_runs_from_top_to_bottom_in_a_new_process(tmp_path: Path) -> None:
     code = "\n".join(blocks_of_readme())
     assert "sc.compile" in code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
 
 
