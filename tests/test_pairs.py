@@ -56,7 +56,7 @@ def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
 def assert_pair(outer: str, inner: str, probe: str) -> None:
     pipeline = composed(outer, inner, probe)
     step = sc.compile(pipeline, mesh=mesh_of(data=2))
-    batch = probe_batch(16)
+    batch = probe_batch(32)
     if step.steps_per_call > 1:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
     is_narrow = {outer, inner} & {"accumulate_narrow", "cast", "cast_any"}
