@@ -114,8 +114,9 @@ def test_random_exact_pipeline_equals_its_reference_bitwise(data: st.DataObject)
 @settings(max_examples=40)
 @given(data=st.data())
 def test_random_pipeline_equals_its_reference(data: st.DataObject) -> None:
-    # Roots and divisions round; sums of rounded numbers depend on their order.
-    climb(data, exact=False, tolerance=1e-5)
+    # Roots, divisions and draws round, and sums of rounded numbers depend on their order. Where a parameter and its
+    # update nearly cancel, one rounding is large beside what is left. A wrong word is off by more.
+    climb(data, exact=False, tolerance=1e-3)
 
 
 @pytest.mark.long
@@ -123,4 +124,4 @@ def test_random_pipeline_equals_its_reference(data: st.DataObject) -> None:
 @settings(max_examples=2600)
 @given(data=st.data())
 def test_random_pipelines_equal_their_references_for_long(exact: bool, data: st.DataObject) -> None:
-    climb(data, exact=exact, tolerance=0.0 if exact else 1e-5)
+    climb(data, exact=exact, tolerance=0.0 if exact else 1e-3)
