@@ -11,7 +11,7 @@ from stepc.compiler.instructions import Compute, Settle
 from stepc.compiler.loss import Call, counts_of, keys_of
 from stepc.compiler.tally import Tallies, tallied
 from stepc.core.nodes import Differentiate
-from stepc.core.terms import AbstractTerms, Outcome, is_static, merged, ratio, total_of, wide
+from stepc.core.terms import Outcome, Sums, is_static, merged, ratio, total_of, wide
 from stepc.language.kinds import Grads, Params, Rows
 
 
@@ -78,14 +78,14 @@ def computed(instruction: Compute, call: Call, cell: Cell, given: Given) -> Flow
 
     def scaled(params: Params) -> tuple[jax.Array, Outcome]:
         outcome = call(params, cell.rows, keys, given.carry)
-        total = _total(merged(outcome.terms), given) if instruction.counts_first else merged(outcome.terms)[0].total
+        terms = merged(outcome.terms)
+        total = _total(terms, given) if instruction.counts_first else terms[0].total
         return total * given.scale if instruction.rescaled else total, outcome
 
     (_, outcome), grads = jax.value_and_grad(scaled, has_aux=True)(given.params)
     sums = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), grads)
-    totals = [term.total for term in outcome.terms]
-    finite = jnp.isfinite(total_of(totals))[None]
-    metrics = {"loss": tallied(_terms(outcome.terms)), **{name: tallied(one) for name, one in outcome.metrics.items()}}
+    finite = jnp.isfinite(total_of([term.total for term in outcome.terms]))[None]
+    metrics = {"loss": tallied(Sums(outcome.terms)), **{name: tallied(one) for name, one in outcome.metrics.items()}}
     return Flow(metrics, sums, outcome.carry, finite, instruction.count)
 
 
@@ -147,13 +147,6 @@ def over_lanes(flow: Flow, num_lanes: int) -> Flow:
 def times(flow: Flow, size: int) -> Flow:
     """Where `size` parts were added up."""
     return replace(flow, metrics=tally.times(flow.metrics, size), count=flow.count * size)
-
-
-def _terms(terms: tuple[Any, ...]) -> AbstractTerms:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _total(terms: tuple[Any, ...], given: Given) -> jax.Array:

@@ -5,7 +5,7 @@ sum over them; linear nodes pass the debt on, through loops as well; the first n
 So a reduction stands in a loop only where the order of the words demands it.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from stepc.compiler.instructions import (
@@ -63,7 +63,6 @@ class _Owing:
     rescaled: Rescale | None = None
     summed: tuple[str, ...] = ()
     counts: tuple[float | None, ...] = (1.0,)
-    outermost: bool = field(default=False)
 
     def then(self, instruction: Instruction) -> "_Owing":
         return replace(self, schedule=(*self.schedule, instruction))
@@ -104,8 +103,8 @@ def schedule(program: Program, signature: Signature) -> Schedule:
     for place in reversed(range(len(program))):
         owing = _next(owing, program[place], program[:place], names)
         if isinstance(program[place], Update):
-            break
-    return owing.schedule if owing.outermost else owing.paid("the step ends here").schedule
+            return owing.schedule  # what stands on its left is part of what it does
+    raise ValueError("a program without an update makes no step")
 
 
 def _next(owing: _Owing, node: Node, outer: Program, names: dict[int, str]) -> _Owing:
@@ -125,7 +124,7 @@ def _next(owing: _Owing, node: Node, outer: Program, names: dict[int, str]) -> _
             return owing.paid(_reason(node, outer)).then(Apply(node, name, owing.summed))
         case Update():
             owing = owing.paid(f"`{node.written}` needs the whole sum")
-            return replace(owing.then(_optimized(node, owing.schedule, outer, names)), outermost=True)
+            return owing.then(_optimized(node, owing.schedule, outer, names))
         case Follow() | Guard() | Repeat():
             raise ValueError(f"`{node}` stands on the left of the update")
         case _:
