@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 import stepc as sc
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
-from stepc.testing.probes import drawing
+from stepc.testing.probes import WIDE, drawing, wide_params
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)
@@ -51,6 +51,16 @@ def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = No
 
 def fresh_with(source: sc.Transform, carry: Any) -> None:
     sc.compile(sc.update(tx) @ source).init(probe_params(), carry=carry)
+
+
+def laid_by(words: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 16) -> None:
+    step = sc.compile(sc.update(tx) @ words @ sc.grad(loss), mesh=mesh_of(data=2, replica=2, model=2))
+    step(step.init(wide_params()), probe_batch(num_rows))
+
+
+def constraining(params: Any, rows: Any) -> Any:
+    y = jax.lax.with_sharding_constraint(rows["y"], P("data"))
+    return jnp.mean(params["b"] * y)
 
 
 def repeated(batch: Any) -> None:
@@ -207,6 +217,60 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         ),
     ),
     "reference_without_axes": (sc.ShardingError, lambda: sc.reference(sc.update(tx) @ dp @ sc.grad(loss))),
+    "dp_no_axis": (sc.FieldValueError, lambda: sc.dp(())),
+    "dp_axis_twice": (sc.FieldValueError, lambda: sc.dp(("data", "data"))),
+    "dp_zero": (sc.FieldValueError, lambda: sc.dp("data", zero=4)),
+    "dp_gather": (sc.FieldValueError, lambda: sc.dp("data", zero=3, gather="layer")),
+    "dp_gather_without_parts": (sc.FieldValueError, lambda: sc.dp("data", zero=1, gather="microbatch")),
+    "dp_dtype": (sc.FieldValueError, lambda: sc.dp("data", reduce_dtype=jnp.int8)),
+    "dp_batch": (sc.FieldTypeError, lambda: sc.dp("data", batch={"tokens": "seq"})),
+    "tp_no_rules": (sc.FieldValueError, lambda: sc.tp({})),
+    "tp_no_table": (sc.FieldTypeError, lambda: sc.tp([("w", P("model"))])),
+    "tp_no_pattern": (sc.FieldTypeError, lambda: sc.tp({0: P("model")})),
+    "tp_no_spec": (sc.FieldTypeError, lambda: sc.tp({"w": "model"})),
+    "tp_axis": (sc.FieldTypeError, lambda: sc.tp({"w": P(3)})),
+    "shard_nothing": (sc.FieldTypeError, lambda: sc.shard()),
+    "shard_two_of_a_kind": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), sc.dp("replica"))),
+    "shard_mode": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), mode="automatic")),
+    "shard_mode_and_zero": (sc.FieldValueError, lambda: sc.shard(sc.dp("data", zero=1), mode="auto")),
+    "rules_of_two_words": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(sc.dp("data", zero=1, reduce_dtype=jnp.bfloat16))
+            @ sc.shard(sc.dp("replica", zero=3, reduce_dtype=jnp.float16))
+        ),
+    ),
+    "rules_by_hand_and_automatic": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data")) @ sc.shard(sc.dp("replica"), mode="auto")),
+    ),
+    "rules_and_axes": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(
+                sc.dp("data", batch={"x": P("data", "modl")}),
+                sc.tp({"**/w": P("data", None, "modle"), "out": P(("model", "model"))}, default=P("model")),
+            )
+        ),
+    ),
+    "rules_and_parameters": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(
+                sc.dp("data"),
+                sc.tp({"deep/v": P("model"), "deep/*": P(None, "model"), "**/w": P(), "b": P("model")}),
+            )
+        ),
+    ),
+    "rules_and_batch": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data", batch={"x": P("model", "model"), "z": P("data")}))),
+    ),
+    "rows_that_do_not_divide_automatically": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp(("data", "replica")), mode="auto"), num_rows=6),
+    ),
+    "constraint_on_an_axis_of_rows": (sc.ShardingError, lambda: laid_by(sc.shard(sc.dp("data")), loss=constraining)),
     "integer_parameters": (
         sc.ConfigError,
         lambda: step_on().init({"w": np.ones(3, np.int32), "list": ["a", None], "ok": np.ones(3, np.float32)}),

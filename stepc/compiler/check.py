@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc.core.nodes import Differentiate, Lanes, Mean, Program, Repeat, Space, Time
+from stepc.core.nodes import Differentiate, Lanes, Mean, Node, Program, Repeat, Space, Time
 from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
 from stepc.language.kinds import Batch, Params
 from stepc.language.state import State, leaves_by_path
@@ -28,7 +28,8 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
     Errors: ShardingError, with all axes that the mesh lacks and all that are used twice.
     """
     places = [node.place for node in program if isinstance(node, Mean)]
-    used = [axis for place in places if isinstance(place, Space) for axis in place.axes]
+    spaces = [place for place in places if isinstance(place, Space)]
+    used = [axis for place in spaces for axis in (*place.axes, *place.layout.automatic)]
     unknown = sorted(set(used) - set(sizes))
     faults = [f"the pipeline shards over the axis {axis!r}, which the mesh does not have." for axis in unknown]
     faults += [f"the pipeline shards over the axis {axis!r} twice." for axis, n in Counter(used).items() if n > 1]
@@ -42,14 +43,19 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
         facts = (("mesh", have or "none was given to compile"),)
         suggestion = " ".join(hint for hint in hints if hint) or None
         raise ShardingError(_sentence(faults_in_one(faults, of="the axes")), facts=facts, suggestion=suggestion)
-    bound = tuple(
-        replace(node, place=Space(node.place.axes, math.prod(sizes[axis] for axis in node.place.axes)))
-        if isinstance(node, Mean) and isinstance(node.place, Space)
-        else node
-        for node in program
-    )
+    bound = tuple(one for node in program for one in _bound(node, sizes))
     _check_single_rows(bound)
     return bound
+
+
+def _bound(node: Node, sizes: Mapping[str, int]) -> tuple[Node, ...]:
+    match node:
+        case Mean(Space(())):
+            return ()  # a mean over no axes averages nothing: it says where things lie
+        case Mean(Space(axes)):
+            return (replace(node, place=Space(axes, math.prod(sizes[axis] for axis in axes))),)
+        case _:
+            return (node,)
 
 
 def _check_single_rows(program: Program) -> None:

@@ -8,25 +8,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from stepc.compiler.batches import Batches, bare, form_of, why_again
 from stepc.compiler.check import check_batch, check_carry, check_fixed_point, check_params, check_seed, check_state
-from stepc.compiler.decision import Decision, decide, shape_of
+from stepc.compiler.decision import Decision, decide
+from stepc.compiler.devices import Place
 from stepc.compiler.guard import Guard
 from stepc.compiler.instructions import Schedule
-from stepc.compiler.lower import Place, lower
+from stepc.compiler.lower import lower
 from stepc.compiler.making import Made
+from stepc.compiler.parts import accumulates_parts, notes
 from stepc.compiler.placing import (
-    placement_of,
+    model_specs,
+    part_dimensions,
     placement_of_state,
     put,
     shardings_of,
     specs_of,
+    sums_of,
     with_automatic_axes,
 )
 from stepc.compiler.plan import Leaf, Plan
-from stepc.compiler.schedule import draws, schedule
+from stepc.compiler.schedule import draws
+from stepc.compiler.shardings import Shardings, bytes_of, lies, shardings_table
 from stepc.compiler.stages import Lowered
 from stepc.compiler.watch import Watch
 from stepc.errors import ConfigError
@@ -34,7 +39,7 @@ from stepc.inspect.budget import Budget
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
 from stepc.language.reference import Reference, reference
-from stepc.language.state import KEYS, State, leaves_by_path
+from stepc.language.state import KEYS, State
 
 _LOG = logging.getLogger("stepc")
 
@@ -96,9 +101,9 @@ class Step:
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
         self._forms: list[str] = []
-        spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
-        self._rows = None if self.mesh is None else NamedSharding(self.mesh, spec)
-        options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
+        self._batches = Batches(self.mesh, decision)
+        lying = self._batches.lying
+        options: dict[str, Any] = {} if lying is None else {"in_shardings": (None, lying)}
 
         def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics, Watch]:  # the name of the program in HLO
             return self._traced(state, batch)
@@ -133,11 +138,9 @@ class Step:
         check_params(params)
         check_seed(seed)
         check_carry(carry, self.decision.core)
-        placement = placement_of(params, self.mesh, rows=self.decision.rows)
-        bare = jax.tree.map(shape_of, params)
-        carried = jax.tree.map(shape_of, carry)
-        shapes = jax.eval_shape(lambda params, carry: self._fresh(params, seed, carry), bare, carried)
-        placement = placement_of_state(shapes, placement, bare)
+        specs = model_specs(params, self.mesh, self.decision.laid)
+        shapes = jax.eval_shape(lambda params, carry: self._fresh(params, seed, carry), *bare((params, carry)))
+        placement = placement_of_state(shapes, specs, self.decision.laid)
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -164,7 +167,7 @@ class Step:
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
             self._refuse(state)
         try:
-            placed = self._placed(batch)
+            placed = self._batches.placed(batch)
             if self._guard is not None:
                 self._guard.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
             before = self.traces
@@ -175,6 +178,14 @@ class Step:
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
             check_batch(batch, self.decision.core, shapes_too=False)
             raise
+
+    def shardings(self, state: State) -> Shardings:
+        """Where every leaf of a state lies: path, shape, spec, bytes on each device; it prints as a table and draws.
+
+        The state may be shapes only, as `init` of shapes makes it. Errors: ConfigError for another step's state.
+        """
+        check_state(state, self._made_of)
+        return shardings_table(state, self.decision.laid, self.mesh)
 
     def reference(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
@@ -192,13 +203,7 @@ class Step:
     def lower(self, state: State, batch: Batch) -> Lowered:
         """Trace and lower the step for a state and a batch, or for their shapes."""
         check_batch(batch, self.decision.core)
-        # jax traces host arrays and device arrays apart, so a lowered step is for the kind it is given.
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self._rows if isinstance(leaf, jax.Array) else None
-            ),
-            batch,
-        )
+        shapes = self._batches.shapes(batch)
         return Lowered(self._program.trace(state, shapes), self._plan(state, shapes), self.mesh)
 
     @_in_our_mesh
@@ -214,13 +219,15 @@ class Step:
     def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics, Watch]:
         self.traces += 1
         self._forms.append(form_of(batch))
-        check_batch(jax.tree.map(shape_of, batch), self.decision.core)
+        check_batch(bare(batch), self.decision.core)
         check_state(state, self._made_of)
-        signature = self.decision.signed(state, batch)
-        work = schedule(self.decision.normal, signature)
+        work, signature = self.decision.scheduled(state, batch)
+        laid = self.decision.laid
+        specs, parts = part_dimensions(state.params, state.placement, laid)
         place = Place(
-            self.mesh, self.decision.rows, specs_of(state.params, state.placement, prefix="params"),
-            specs_of(state.carry, state.placement, prefix="carry"), draws(work) or signature.has_last,
+            self.mesh, self.decision.rows, specs, parts, laid.axis if laid.layout.zero else None,
+            laid.layout.zero == 3, specs_of(state.carry, state.placement, prefix="carry"),
+            draws(work) or signature.has_last,
         )  # fmt: skip
         new, metrics, watch = lower(work, place)(state, batch)
         check_fixed_point(state, new)
@@ -231,27 +238,12 @@ class Step:
 
     @_in_our_mesh
     def _scheduled(self, state: State, batch: Batch) -> Schedule:
-        return schedule(self.decision.normal, self.decision.signed(state, batch))
-
-    def _placed(self, batch: Batch) -> Batch:
-        """The batch, moved if it is on devices and does not lie as the program takes it. The only loop of a call."""
-        for leaf in jax.tree.leaves(batch):
-            if type(leaf) is np.ndarray:
-                continue
-            if not isinstance(leaf, jax.Array):
-                check_batch(batch, self.decision.core, shapes_too=False)
-            elif self._rows is not None and leaf.sharding != self._rows:
-                return put(batch, self._rows)
-        return batch
+        return self.decision.scheduled(state, batch)[0]
 
     def _tell_traced_again(self, batch: Batch) -> None:
         """A compilation that nobody asked for is never silent."""
-        was, now = self._forms[-2:]
-        why = f"its form was {was}, and is {now}" if was != now else "jax types host arrays and device arrays apart"
-        if was == now and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
-            why = "the state is of another type, or its arrays lie elsewhere"
         text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
-        _LOG.warning(text, self, self.traces, why)
+        _LOG.warning(text, self, self.traces, why_again(self._forms, batch))
 
     def _refuse(self, state: Any) -> None:
         check_state(state, self._made_of)
@@ -263,19 +255,18 @@ class Step:
         )
 
     def _plan(self, state: State, batch: Batch) -> Plan:
-        placed = dict(state.placement)
+        table = shardings_table(state, self.decision.laid, self.mesh).rows
         leaves = tuple(
-            Leaf(path, leaf.shape, str(leaf.dtype), _bytes(leaf), _lies(placed.get(path)))
-            for path, leaf in leaves_by_path(state)
+            Leaf(row.path, row.shape, row.dtype, bytes_of(leaf), lies(row))
+            for row, leaf in zip(table, jax.tree.leaves(state), strict=True)
         )
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
-        made = self.decision
-        return Plan(repr(self.pipeline), mesh, made.core, made.laws, self._scheduled(state, batch), made.rows, leaves)
-
-
-def form_of(batch: Batch) -> str:
-    """The paths, types and shapes of a batch, in a line."""
-    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
+        made, work = self.decision, self._scheduled(state, batch)
+        whole = sums_of(state.params, state.placement, made.laid, divided=False)
+        told = notes(work, made.laid, sum(leaf.size * leaf.dtype.itemsize for leaf in whole))
+        sums = sums_of(state.params, state.placement, made.laid, divided=accumulates_parts(work))
+        accumulator = tuple(leaf.shape for leaf in sums)
+        return Plan(repr(self.pipeline), mesh, made.core, made.laws, work, made.laid.rows, leaves, told, accumulator)
 
 
 def _shapes_with(shapes: State, shardings: Any) -> State:
@@ -284,13 +275,3 @@ def _shapes_with(shapes: State, shardings: Any) -> State:
     return jax.tree.map(
         lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
     )
-
-
-def _bytes(leaf: Any) -> int:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return int(jax.eval_shape(jax.random.key_data, leaf).size) * 4
-    return int(leaf.size) * leaf.dtype.itemsize
-
-
-def _lies(spec: PartitionSpec | None) -> str:
-    return "whole on every device" if spec is None else str(spec)

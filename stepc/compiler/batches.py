@@ -1,0 +1,102 @@
+"""How a batch lies on a mesh, and moving it there. It knows no state and runs no program."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stepc.compiler.check import check_batch
+from stepc.compiler.decision import Decision, shape_of
+from stepc.compiler.layout import specs_of_batch
+from stepc.compiler.placing import put
+from stepc.language.kinds import Batch
+from stepc.language.state import leaves_by_path
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a step.
+
+    Args:
+      mesh: a mesh of Auto axes, or None for a single device.
+      decision: what was decided of the pipeline.
+    """
+
+    mesh: Mesh | None
+    decision: Decision
+
+    @cached_property
+    def lying(self) -> NamedSharding | None:
+        """How every leaf lies; None if that depends on the leaf, or on a single device."""
+        if self.mesh is None or self._by_leaf:
+            return None
+        leading = [None] if self.decision.repeats > 1 else []
+        return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.rows))
+
+    @cached_property
+    def _by_leaf(self) -> bool:
+        return bool(self.decision.laid.layout.batch or self.decision.laid.layout.automatic)
+
+    def shardings(self, batch: Batch) -> Any:  # Any: the batch's tree, of shardings or None
+        """How each leaf of a batch lies. Errors: ShardingError with every rule of `dp(batch=...)` that does not fit."""
+        if self.mesh is None or not self._by_leaf:
+            return jax.tree.map(lambda _: self.lying, batch)
+        leaves = leaves_by_path(batch)
+        specs = specs_of_batch(self.decision.laid, leaves, int(self.decision.repeats > 1))
+        tree = jax.tree.structure(batch)
+        return tree.unflatten([NamedSharding(self.mesh, PartitionSpec(*specs[path])) for path, _ in leaves])
+
+    def shapes(self, batch: Batch) -> Batch:
+        """The batch as shapes that lie so; host arrays lie nowhere, as jax traces them and device arrays apart."""
+        lying = self.shardings(batch) if self.mesh is not None else jax.tree.map(lambda _: None, batch)
+        return jax.tree.unflatten(
+            jax.tree.structure(batch),
+            [
+                jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=one if isinstance(leaf, jax.Array) or self._by_leaf else None
+                )
+                for leaf, one in zip(jax.tree.leaves(batch), _leaves(lying), strict=True)
+            ],
+        )
+
+    def placed(self, batch: Batch) -> Batch:
+        """The batch, moved if it does not lie as the program takes it. The only loop of a call."""
+        if self.mesh is not None and self._by_leaf:
+            check_batch(batch, self.decision.core, shapes_too=False)
+            return put(batch, self.shardings(batch))
+        lying = self.lying
+        for leaf in jax.tree.leaves(batch):
+            if type(leaf) is np.ndarray:
+                continue
+            if not isinstance(leaf, jax.Array):
+                check_batch(batch, self.decision.core, shapes_too=False)
+            elif lying is not None and leaf.sharding != lying:
+                return put(batch, lying)
+        return batch
+
+
+def form_of(batch: Batch) -> str:
+    """The paths, types and shapes of a batch, in a line."""
+    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
+
+
+def why_again(forms: list[str], batch: Batch) -> str:
+    """Why a program was traced again: the forms of the batches of its traces, the last one twice at least."""
+    was, now = forms[-2:]
+    if was != now:
+        return f"its form was {was}, and is {now}"
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+        return "the state is of another type, or its arrays lie elsewhere"
+    return "jax types host arrays and device arrays apart"
+
+
+def bare(tree: Any) -> Any:
+    """Shapes and dtypes, and nothing of where they lie."""
+    return jax.tree.map(shape_of, tree)
+
+
+def _leaves(lying: Any) -> list[Any]:
+    return jax.tree.leaves(lying, is_leaf=lambda one: one is None)
