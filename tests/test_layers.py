@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "stepc"
 LANGUAGE = ("errors", "core.nodes", "language")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "units": ("errors",),
     "core": ("core",),
     # The surface: a word knows core nodes, never a law, a pass, the reference or another word.
     "language.kinds": (),
@@ -62,12 +63,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compiler.schedule", "language.kinds", "language.meaning", "language.state",
     ),
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
-    "inspect": ("inspect", "errors"),
+    "inspect": ("inspect", "errors", "units"),
     "compiler.decision": ("compiler", "core", "language"),
     "compiler.measures": ("compiler.plan", "inspect"),
     "compiler.breakdown": ("compiler.plan", "inspect"),
     # For eyes: it shows what is known of a program, and of its plan if it has one.
-    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report"),
+    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),
     "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
     "compiler.guard": ("compiler.stages", "inspect"),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
