@@ -70,7 +70,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # For eyes: it shows what is known of a program, and of its plan if it has one.
     "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),
     "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
-    "compiler.guard": ("compiler.stages", "inspect"),
+    "compiler.forms": ("language.kinds", "language.state"),
+    "compiler.leaves": ("compiler.plan", "language.state"),
+    "compiler.gate": ("compiler.forms", "compiler.stages", "inspect", "language.kinds"),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepc.language.kinds import Params
-from stepc.language.state import Placement, leaves_by_path, path_of
+from stepc.language.state import Placement, State, leaves_by_path, path_of
 
 
 def with_automatic_axes(mesh: Mesh) -> Mesh:
@@ -83,3 +83,12 @@ def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
     while entries and entries[-1] is None:
         entries.pop()  # as jax writes the shardings of results: one spec, one spelling, one compilation
     return PartitionSpec(*entries)
+
+
+def shapes_with(shapes: State, shardings: Any) -> State:  # Any: a tree of NamedSharding, or None without a mesh
+    """The shapes of a state, each with where it lies."""
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
+    )

@@ -13,19 +13,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc.compiler.check import check_batch, check_carry, check_fixed_point, check_params, check_seed, check_state
 from stepc.compiler.decision import Decision, decide, shape_of
-from stepc.compiler.guard import Guard
+from stepc.compiler.forms import shown
+from stepc.compiler.gate import Gate
 from stepc.compiler.instructions import Schedule
+from stepc.compiler.leaves import planned_leaves
 from stepc.compiler.lower import Place, lower
 from stepc.compiler.making import Made
 from stepc.compiler.placing import (
     placement_of,
     placement_of_state,
     put,
+    shapes_with,
     shardings_of,
     specs_of,
     with_automatic_axes,
 )
-from stepc.compiler.plan import Leaf, Plan
+from stepc.compiler.plan import Plan
 from stepc.compiler.schedule import draws, schedule
 from stepc.compiler.stages import Lowered
 from stepc.compiler.watch import Watch
@@ -34,7 +37,7 @@ from stepc.inspect.budget import Budget
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
 from stepc.language.reference import Reference, reference
-from stepc.language.state import KEYS, State, leaves_by_path
+from stepc.language.state import KEYS, State
 
 _LOG = logging.getLogger("stepc")
 
@@ -65,7 +68,7 @@ def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget:
     if budget is not None and not isinstance(budget, Budget):
         facts = (("expected", "a stepc.Budget, or None"), ("got", type(budget).__name__))
         raise ConfigError("`budget` is not a budget.", facts=facts)
-    return Step(pipeline, mesh, decide(pipeline, mesh), None if budget is None else Guard(budget))
+    return Step(pipeline, mesh, decide(pipeline, mesh), None if budget is None else Gate(budget))
 
 
 def _in_our_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,11 +91,11 @@ class Step:
     """
 
     def __init__(
-        self, pipeline: Transform | Pipeline, mesh: Mesh | None, decision: Decision, guard: Guard | None = None
+        self, pipeline: Transform | Pipeline, mesh: Mesh | None, decision: Decision, gate: Gate | None = None
     ) -> None:
         self.pipeline = pipeline
         self.decision = decision
-        self._guard = guard
+        self._gate = gate
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
         self._forms: list[str] = []
@@ -141,7 +144,7 @@ class Step:
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            return _shapes_with(shapes, shardings)
+            return shapes_with(shapes, shardings)
         placed = put((params, carry), None if shardings is None else (shardings.params, shardings.carry))
 
         # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
@@ -165,8 +168,8 @@ class Step:
             self._refuse(state)
         try:
             placed = self._placed(batch)
-            if self._guard is not None:
-                self._guard.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
+            if self._gate is not None:
+                self._gate.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
             before = self.traces
             made = Made(*self._program(state, placed))
             if before and self.traces > before:
@@ -213,7 +216,7 @@ class Step:
     @_in_our_mesh
     def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics, Watch]:
         self.traces += 1
-        self._forms.append(form_of(batch))
+        self._forms.append(shown(batch))
         check_batch(jax.tree.map(shape_of, batch), self.decision.core)
         check_state(state, self._made_of)
         signature = self.decision.signed(state, batch)
@@ -263,34 +266,7 @@ class Step:
         )
 
     def _plan(self, state: State, batch: Batch) -> Plan:
-        placed = dict(state.placement)
-        leaves = tuple(
-            Leaf(path, leaf.shape, str(leaf.dtype), _bytes(leaf), _lies(placed.get(path)))
-            for path, leaf in leaves_by_path(state)
-        )
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
         made = self.decision
-        return Plan(repr(self.pipeline), mesh, made.core, made.laws, self._scheduled(state, batch), made.rows, leaves)
-
-
-def form_of(batch: Batch) -> str:
-    """The paths, types and shapes of a batch, in a line."""
-    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
-
-
-def _shapes_with(shapes: State, shardings: Any) -> State:
-    if shardings is None:
-        return shapes
-    return jax.tree.map(
-        lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
-    )
-
-
-def _bytes(leaf: Any) -> int:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return int(jax.eval_shape(jax.random.key_data, leaf).size) * 4
-    return int(leaf.size) * leaf.dtype.itemsize
-
-
-def _lies(spec: PartitionSpec | None) -> str:
-    return "whole on every device" if spec is None else str(spec)
+        work = self._scheduled(state, batch)
+        return Plan(repr(self.pipeline), mesh, made.core, made.laws, work, made.rows, planned_leaves(state))
