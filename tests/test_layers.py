@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "language.pipeline": ("core.nodes", "errors", "language.kinds", "language.meaning", "language.source"),
     "language.words": (
         "core.nodes", "core.terms", "errors", "language.fields", "language.kinds", "language.meaning",
-        "language.pipeline", "language.sharding", "language.source", "language.state",
+        "language.pipeline", "language.sharding", "language.source", "language.state", "units",
     ),
     # The reference never sees the core.
     "language.reference": ("errors", "language.kinds", "language.meaning", "language.pipeline", "language.state"),
@@ -41,8 +41,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.schedule": ("compiler.instructions", "core.nodes"),
     "compiler.check": ("core.nodes", "errors", "language.kinds", "language.state"),
     "compiler.placing": ("language.kinds", "language.state"),
-    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "core.nodes"),
+    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "compiler.search", "core.nodes"),
     "compiler.dependence": (),
+    "compiler.liveness": (),
+    "compiler.search": ("inspect", "units"),
     "compiler.loss": (
         "compiler.dependence", "compiler.instructions", "core.nodes", "core.terms", "errors", "language.kinds",
         "language.state",
@@ -73,6 +75,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.forms": ("language.kinds", "language.state"),
     "compiler.leaves": ("compiler.plan", "language.state"),
     "compiler.gate": ("compiler.forms", "compiler.stages", "inspect", "language.kinds"),
+    "compiler.asking": (
+        "compiler.check", "compiler.forms", "compiler.liveness", "compiler.search", "compiler.stages", "core.nodes",
+        "errors", "inspect", "language.kinds", "language.pipeline", "language.state",
+    ),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),

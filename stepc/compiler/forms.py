@@ -20,3 +20,12 @@ def form_of(batch: Batch) -> Form:
 def shown(batch: Batch) -> str:
     """The paths, types and shapes of a batch, in a line."""
     return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
+
+
+def why_again(was: str, now: str, batch: Batch) -> str:
+    """Why a program was traced again for a batch, by what `shown` says of the one before it and of this one."""
+    if was != now:
+        return f"its form was {was}, and is {now}"
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+        return "the state is of another type, or its arrays lie elsewhere"
+    return "jax types host arrays and device arrays apart"

@@ -26,6 +26,7 @@ from stepc.compiler.instructions import (
     Vectorise,
 )
 from stepc.compiler.rewrite import Rewriting
+from stepc.compiler.search import Search
 from stepc.core.nodes import Program, show
 
 
@@ -64,6 +65,7 @@ class Plan:
       schedule: the order of work.
       rows: the mesh axes that batch rows lie along.
       leaves: every leaf of the state; all of them are donated.
+      search: how a number was found that the pipeline left to the compiler; None if it left none.
     """
 
     pipeline: str
@@ -73,6 +75,7 @@ class Plan:
     schedule: Schedule
     rows: tuple[str, ...]
     leaves: tuple[Leaf, ...]
+    search: Search | None = None
 
     @property
     def normal(self) -> Program:
@@ -93,6 +96,7 @@ class Plan:
         parts = (
             f"plan of {self.pipeline}",
             _section("mesh", [", ".join(f"{name}={size}" for name, size in self.mesh) or "a single device"]),
+            *([] if self.search is None else [_section("search", str(self.search).splitlines())]),
             _section("core", _table([("", show(self.core)), *((_law(one), show(one.after)) for one in self.laws)])),
             *([_section("laws applied", _table(_why(self.laws)))] if self.laws else []),
             _section("schedule of one step", list(_lines(self.schedule, 0))),
