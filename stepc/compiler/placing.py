@@ -59,6 +59,11 @@ def shardings_of(tree: Any, placement: Placement, mesh: Mesh) -> Any:
     )
 
 
+def strong(tree: Any) -> Any:
+    """The same arrays, none of them of a weak type: jax makes those of Python numbers, and a step gives strong ones."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), tree)
+
+
 def put(tree: Any, shardings: Any | None) -> Any:
     """The leaves as arrays that lie as asked. They may share buffers with the caller's: copy before donating."""
     arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf)), tree)

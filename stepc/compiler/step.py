@@ -36,6 +36,7 @@ from stepc.compiler.placing import (
     shapes_with,
     shardings_of,
     specs_of,
+    strong,
     with_automatic_axes,
 )
 from stepc.compiler.plan import Plan
@@ -177,7 +178,7 @@ class Step:
         # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
         # optimizer; and no leaf is ever whole where it is not to be.
         def fresh(params: Params, carry: Any) -> State:
-            return replace(self._fresh(params, seed, carry), placement=placement)
+            return replace(self._fresh(strong(params), seed, strong(carry)), placement=placement)
 
         return jax.block_until_ready(jax.jit(fresh, out_shardings=shardings)(*placed))
 
