@@ -49,6 +49,11 @@ def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = No
     step(step.init(params or probe_params(), seed=seed, carry=given), probe_batch(8))
 
 
+def asking(memory: int | str, batch: Any) -> None:
+    step = sc.compile(sc.update(tx) @ sc.accumulate(memory=memory) @ dp @ sc.grad(loss), mesh=mesh_of(data=N))
+    step(step.init(probe_params()), batch)
+
+
 def fresh_with(source: sc.Transform, carry: Any) -> None:
     sc.compile(sc.update(tx) @ source).init(probe_params(), carry=carry)
 
@@ -173,6 +178,10 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "k_fraction": (sc.FieldTypeError, lambda: sc.accumulate(2.5)),
     "k_bool": (sc.FieldTypeError, lambda: sc.accumulate(True)),
     "k_array": (sc.FieldTypeError, lambda: sc.accumulate(np.int32(4))),
+    "accumulate_neither": (sc.FieldTypeError, lambda: sc.accumulate()),
+    "accumulate_both": (sc.FieldTypeError, lambda: sc.accumulate(4, memory="12GiB")),
+    "accumulate_memory_text": (sc.FieldValueError, lambda: sc.accumulate(memory="a lot")),
+    "accumulate_memory_fraction": (sc.FieldTypeError, lambda: sc.accumulate(memory=0.5)),
     "max_norm_zero": (sc.FieldValueError, lambda: sc.clip(0)),
     "max_norm_negative": (sc.FieldValueError, lambda: sc.clip(-1.0)),
     "max_norm_nan": (sc.FieldValueError, lambda: sc.clip(float("nan"))),
@@ -285,6 +294,25 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: sc.compile(sc.update(tx) @ sc.rows() @ sc.clip(1.0) @ sc.accumulate(2) @ sc.grad(loss)),
     ),
+    "two_memories": (
+        sc.ConfigError,
+        lambda: sc.compile(
+            sc.update(tx) @ sc.accumulate(memory="2GiB") @ sc.clip(1.0) @ sc.accumulate(memory=2**20) @ sc.grad(loss)
+        ),
+    ),
+    "memory_of_single_rows": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.update(tx) @ sc.rows() @ sc.clip(1.0) @ sc.accumulate(memory="2GiB") @ sc.grad(loss)),
+    ),
+    "memory_recipe": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.accumulate(memory="2GiB"))),
+    "memory_reference": (
+        sc.ConfigError,
+        lambda: sc.reference(sc.update(tx) @ sc.accumulate(memory="2GiB") @ sc.grad(loss)),
+    ),
+    "memory_no_mesh": (
+        sc.ShardingError,
+        lambda: sc.compile(sc.update(tx) @ sc.accumulate(memory="2GiB") @ dp @ sc.grad(loss)),
+    ),
     "carry_missing": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), None)),
     "carry_not_asked_for": (sc.ConfigError, lambda: fresh_with(sc.grad(loss), {"mean": np.zeros(3)})),
     "carry_of_text": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), {"a": "b", "c": np.array(True)})),
@@ -302,6 +330,8 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "zero_rows": (sc.BatchError, lambda: call(probe_batch(0))),
     "lists": (sc.BatchError, lambda: call({"x": [1.0, 2.0]})),
     "objects": (sc.BatchError, lambda: call({"x": object()})),
+    "memory_rows": (sc.BatchError, lambda: asking("2GiB", probe_batch(100))),
+    "memory_lists": (sc.BatchError, lambda: asking("2GiB", {"x": [1.0, 2.0]})),
     "reference_rows": (sc.BatchError, lambda: step_on().reference(step_on().init(probe_params()), probe_batch(100))),
     "lower_rows": (sc.BatchError, lambda: step_on().lower(step_on().init(probe_params()), probe_batch(100))),
     "not_a_state": (sc.ConfigError, lambda: step_on()(probe_params(), probe_batch(64))),
@@ -420,6 +450,7 @@ PROMISING: dict[str, tuple[type, Callable[[], object]]] = {
             sc.Budget(gradient_reductions=1, collectives_in_loops=0, collective_bytes="1 kB", temp_bytes="1GiB")
         ),
     ),
+    "memory_nothing_fits": (sc.BudgetError, lambda: asking("128 B", probe_batch(64))),
     "budget_broken_alone": (sc.BudgetError, lambda: compiled_by_hand(sc.Budget(collective_bytes="64 B"))),
 }
 ABSENT: dict[str, tuple[type, Callable[[], object]]] = {
@@ -457,6 +488,8 @@ def without_lines(text: str) -> str:
     """The file stays, the number of the line in it goes: these tests may grow. So goes what a version of XLA needs."""
     text = re.sub(r"test_errors\.py:\d+ \(", "test_errors.py:N (", text).replace(tempfile.gettempdir(), "/tmp")
     text = re.sub(r"(temp_bytes .*  )[\d,]+ B", r"\1SOME B", text)
+    text = re.sub(r"(\d  .*)  [\d,]+ B  (too large)", r"\1  SOME B  \2", text)
+    text = re.sub(r"`memory=\d+`", "`memory=SOME`", text)
     text = text.replace(f"=={jax.__version__}", "==VERSION")
     text = re.sub(r"/tmp/\w+/budget", "budget", text)
     lines = text.split("(test_errors.py:")

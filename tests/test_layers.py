@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "stepc"
 LANGUAGE = ("errors", "core.nodes", "language")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "units": ("errors",),
     "core": ("core",),
     # The surface: a word knows core nodes, never a law, a pass, the reference or another word.
     "language.kinds": (),
@@ -30,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "language.pipeline": ("core.nodes", "errors", "language.kinds", "language.meaning", "language.source"),
     "language.words": (
         "core.layout", "core.nodes", "core.terms", "errors", "language.fields", "language.kinds", "language.meaning",
-        "language.pipeline", "language.sharding", "language.source", "language.state",
+        "language.pipeline", "language.sharding", "language.source", "language.state", "units",
     ),
     # The reference never sees the core.
     "language.reference": ("errors", "language.kinds", "language.meaning", "language.pipeline", "language.state"),
@@ -42,13 +43,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.parts": ("compiler.instructions", "compiler.layout"),
     "compiler.check": ("core.nodes", "errors", "language.kinds", "language.state"),
     "compiler.placing": ("compiler.layout", "core.layout", "language.kinds", "language.state"),
-    "compiler.shardings": ("compiler.layout", "core.layout", "language.state"),
+    "compiler.shardings": ("compiler.layout", "compiler.plan", "core.layout", "language.state"),
     "compiler.batches": (
         "compiler.check", "compiler.decision", "compiler.layout", "compiler.placing", "language.kinds",
         "language.state",
     ),
-    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "core.nodes"),
+    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "compiler.search", "core.nodes"),
     "compiler.dependence": (),
+    "compiler.liveness": (),
+    "compiler.search": ("inspect", "units"),
     "compiler.loss": (
         "compiler.dependence", "compiler.instructions", "core.nodes", "core.terms", "errors", "language.kinds",
         "language.state",
@@ -71,14 +74,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "language.state",
     ),
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
-    "inspect": ("inspect", "errors"),
+    "inspect": ("inspect", "errors", "units"),
     "compiler.decision": ("compiler", "core", "language"),
     "compiler.measures": ("compiler.plan", "inspect"),
     "compiler.breakdown": ("compiler.plan", "inspect"),
     # For eyes: it shows what is known of a program, and of its plan if it has one.
-    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report"),
+    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),
     "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
-    "compiler.guard": ("compiler.stages", "inspect"),
+    "compiler.forms": ("language.kinds", "language.state"),
+    "compiler.leaves": ("compiler.plan", "language.state"),
+    "compiler.gate": ("compiler.forms", "compiler.stages", "inspect", "language.kinds"),
+    "compiler.asking": (
+        "compiler.check", "compiler.forms", "compiler.liveness", "compiler.search", "compiler.stages", "core.nodes",
+        "errors", "inspect", "language.kinds", "language.pipeline", "language.state",
+    ),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     "runner": ("errors", "language.kinds", "language.state", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),

@@ -78,21 +78,6 @@ class Batches:
         return batch
 
 
-def form_of(batch: Batch) -> str:
-    """The paths, types and shapes of a batch, in a line."""
-    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
-
-
-def why_again(forms: list[str], batch: Batch) -> str:
-    """Why a program was traced again: the forms of the batches of its traces, the last one twice at least."""
-    was, now = forms[-2:]
-    if was != now:
-        return f"its form was {was}, and is {now}"
-    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
-        return "the state is of another type, or its arrays lie elsewhere"
-    return "jax types host arrays and device arrays apart"
-
-
 def bare(tree: Any) -> Any:
     """Shapes and dtypes, and nothing of where they lie."""
     return jax.tree.map(shape_of, tree)

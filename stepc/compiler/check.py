@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +133,17 @@ def check_state(state: object, expected: Callable[[Params], Any]) -> None:
         )
 
 
+def refuse_state(state: Any, expected: Callable[[Params], Any]) -> NoReturn:
+    """Say why a step cannot take this: another's state, the shapes of one, or one whose arrays are deleted."""
+    check_state(state, expected)
+    if not isinstance(state.step, jax.Array):
+        raise ConfigError("These are the shapes of a state: `lower` takes them, a step needs the arrays.")
+    raise ConfigError(
+        "This state was donated to an earlier step: its arrays are deleted.",
+        suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
+    )
+
+
 def check_fixed_point(old: State, new: State) -> None:
     """Refuse a step whose new state is not of the type of the old one: it would be compiled again every step.
 
@@ -156,6 +167,13 @@ def check_fixed_point(old: State, new: State) -> None:
                 ),
             ),
         )
+
+
+def check_option(name: str, value: object, kind: type, *, expected: str) -> None:
+    """Refuse an argument that is neither None nor of its kind. Errors: ConfigError."""
+    if value is not None and not isinstance(value, kind):
+        facts = (("expected", f"{expected}, or None"), ("got", type(value).__name__))
+        raise ConfigError(f"`{name}` is not a {name}.", facts=facts)
 
 
 def check_seed(seed: object) -> None:
@@ -240,7 +258,7 @@ def _product(parts: list[Mean], cells: int) -> str:
             case Lanes():
                 return "1"
 
-    return " = " + " × ".join(shown(node) for node in parts) if cells > 1 else ""
+    return " = " + " × ".join(shown(node) for node in parts if node.size > 1) if cells > 1 else ""
 
 
 def _described(value: Any) -> str:

@@ -101,6 +101,11 @@ def shardings_of(tree: Any, placement: Placement, mesh: Mesh) -> Any:
     )
 
 
+def strong(tree: Any) -> Any:
+    """The same arrays, none of them of a weak type: jax makes those of Python numbers, and a step gives strong ones."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), tree)
+
+
 def put(tree: Any, shardings: Any | None) -> Any:
     """The leaves as arrays that lie as asked. They may share buffers with the caller's: copy before donating."""
     arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf)), tree)
@@ -125,3 +130,12 @@ def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
     while entries and entries[-1] is None:
         entries.pop()  # as jax writes the shardings of results: one spec, one spelling, one compilation
     return PartitionSpec(*entries)
+
+
+def shapes_with(shapes: State, shardings: Any) -> State:  # Any: a tree of NamedSharding, or None without a mesh
+    """The shapes of a state, each with where it lies."""
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
+    )

@@ -28,6 +28,7 @@ from stepc.compiler.instructions import (
     Vectorise,
 )
 from stepc.compiler.rewrite import Rewriting
+from stepc.compiler.search import Search
 from stepc.core.nodes import Program, show
 
 
@@ -68,6 +69,7 @@ class Plan:
       leaves: every leaf of the state; all of them are donated.
       notes: what the layout costs beside what one would expect.
       accumulator: for each parameter, the shape of the sum of its gradient on one device, while it is added up.
+      search: how a number was found that the pipeline left to the compiler; None if it left none.
     """
 
     pipeline: str
@@ -79,6 +81,7 @@ class Plan:
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...] = ()
     accumulator: tuple[tuple[int, ...], ...] = ()
+    search: Search | None = None
 
     @property
     def normal(self) -> Program:
@@ -103,6 +106,7 @@ class Plan:
         parts = (
             f"plan of {self.pipeline}",
             _section("mesh", [", ".join(f"{name}={size}" for name, size in self.mesh) or "a single device"]),
+            *([] if self.search is None else [_section("search", str(self.search).splitlines())]),
             _section("core", _table([("", show(self.core)), *((_law(one), show(one.after)) for one in self.laws)])),
             *([_section("laws applied", _table(_why(self.laws)))] if self.laws else []),
             _section("schedule of one step", list(_lines(self.schedule, 0))),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc.compiler.layout import Laid, followed, mirrors
+from stepc.compiler.plan import Leaf
 from stepc.core.layout import shown
 from stepc.language.state import State, leaves_by_path
 
@@ -109,7 +110,7 @@ def shardings_table(state: State, laid: Laid, mesh: Mesh | None) -> Shardings:
     for path, leaf in leaves:
         spec = specs.get(path, PartitionSpec())
         shape = leaf.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(leaf.shape)
-        whole = bytes_of(leaf)
+        whole = _bytes(leaf)
         bytes_ = whole * prod(shape) // max(prod(leaf.shape), 1)
         name = follows.get(path)
         row = LyingLeaf(path, leaf.shape, str(leaf.dtype), spec, bytes_)
@@ -117,16 +118,21 @@ def shardings_table(state: State, laid: Laid, mesh: Mesh | None) -> Shardings:
     return Shardings(tuple(rows), mesh)
 
 
-def bytes_of(leaf: Any) -> int:  # Any: an array, or its shape
-    """The bytes of a whole leaf."""
+def planned_leaves(state: State, laid: Laid, mesh: Mesh | None) -> tuple[Leaf, ...]:
+    """The leaves as the plan lists them, in the order in which jax flattens them."""
+
+    def lies(row: LyingLeaf) -> str:
+        whole = ["whole on every device", *([row.because] if row.because else [])]
+        return row.lying if any(row.spec) else ", ".join(whole)
+
+    pairs = zip(shardings_table(state, laid, mesh).rows, jax.tree.leaves(state), strict=True)
+    return tuple(Leaf(row.path, row.shape, row.dtype, _bytes(leaf), lies(row)) for row, leaf in pairs)
+
+
+def _bytes(leaf: Any) -> int:  # Any: an array, or its shape
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return int(jax.eval_shape(jax.random.key_data, leaf).size) * 4
     return int(leaf.size) * leaf.dtype.itemsize
-
-
-def lies(row: LyingLeaf) -> str:
-    """How a leaf lies, in words: for the plan."""
-    return row.lying if any(row.spec) else ", ".join(["whole on every device", *([row.because] if row.because else [])])
 
 
 def _told(row: LyingLeaf, name: str | None, like: Any, laid: Laid) -> LyingLeaf:  # Any: the parameter it mirrors
