@@ -229,7 +229,7 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "dp_no_axis": (sc.FieldValueError, lambda: sc.dp(())),
     "dp_axis_twice": (sc.FieldValueError, lambda: sc.dp(("data", "data"))),
     "dp_zero": (sc.FieldValueError, lambda: sc.dp("data", zero=4)),
-    "dp_gather": (sc.FieldValueError, lambda: sc.dp("data", zero=3, gather="layer")),
+    "dp_gather": (sc.FieldValueError, lambda: sc.dp("data", zero=3, gather="turn")),
     "dp_gather_without_parts": (sc.FieldValueError, lambda: sc.dp("data", zero=1, gather="microbatch")),
     "dp_dtype": (sc.FieldValueError, lambda: sc.dp("data", reduce_dtype=jnp.int8)),
     "dp_batch": (sc.FieldTypeError, lambda: sc.dp("data", batch={"tokens": "seq"})),

@@ -51,6 +51,10 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         @ sc.grad(WIDE["over_rows"]),
         {"data": 8},
     ),
+    "parts_of_layers": (
+        sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather="layer")) @ sc.grad(WIDE["over_rows"]),
+        {"data": 8},
+    ),
     "parts_inside": (
         sc.update(tx) @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(WIDE["over_rows"]),
         {"data": 8},

@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stepc.compiler import flow as flows
 from stepc.compiler import tally
 from stepc.compiler.flow import Flow, Given
-from stepc.compiler.instructions import AverageCarry, Gather, Reduce, Scatter
+from stepc.compiler.instructions import AverageCarry, Compute, Gather, Reduce, Scatter
+from stepc.compiler.layers import by_layer
+from stepc.core.terms import wide
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,38 @@ def gathered(one: Gather, given: Given, place: Place) -> Given:
         )  # fmt: skip
 
     return replace(given, params=over_devices(whole, given.params, place.params, place))
+
+
+def layered(one: Compute, call: Any, given: Given, place: Place) -> Any:  # Any, twice: a loss
+    """The loss on parameters in parts: it makes them whole as it uses them, a layer at a time in a scan over layers."""
+    axis = one.layered
+    if axis is None:
+        return call
+
+    def whole(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
+        def gather(part: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(part.astype(dtype), axis, axis=dim, tiled=True)
+
+        def scatter(grad: jax.Array) -> jax.Array:
+            wider = grad.astype(one.dtype or wide(leaf.dtype))
+            return jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True).astype(leaf.dtype)
+
+        @jax.custom_vjp
+        def gathered(part: jax.Array) -> jax.Array:
+            return over_devices(gather, part, spec, place)
+
+        gathered.defvjp(
+            lambda part: (gathered(part), None), lambda _, grad: (over_devices(scatter, grad, spec, place),)
+        )
+        return gathered(leaf)
+
+    def shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
+        times = place.size_of((axis,))
+        sizes = tuple(size * times if number == dim else size for number, size in enumerate(leaf.shape))
+        return jax.ShapeDtypeStruct(sizes, leaf.dtype)
+
+    shapes = jax.tree.map(shape, given.params, place.parts)
+    return by_layer(call, shapes, place.parts, place.params, whole)
 
 
 def averaged(one: AverageCarry, flow: Flow, place: Place) -> Flow:

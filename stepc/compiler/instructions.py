@@ -36,12 +36,16 @@ class Compute:
       counts_first: whether each term is divided by its own count before the gradient is taken.
       rescaled: whether the loss is multiplied by a scale before that.
       count: what the loss counts on every cell; 1 unless it is a `Mean` with a number for its count.
+      layered: the axis along which parameters lie in parts, if the loss makes them whole as it uses them.
+      dtype: in which their gradient is added up over devices then; None for their own, or float32.
     """
 
     node: Differentiate
     counts_first: bool = False
     rescaled: bool = False
     count: float = 1.0
+    layered: str | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)

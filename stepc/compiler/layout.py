@@ -106,17 +106,19 @@ def specs_of_params(laid: Laid, params: Shapes) -> dict[str, Spec]:
     return {path: spec for path, spec in found.items() if spec}
 
 
-def part_dimension(leaf: Any, spec: Spec, num_parts: int) -> int:  # Any: what has a shape and a dtype
+def part_dimension(leaf: Any, spec: Spec, laid: Laid) -> int:  # Any: what has a shape and a dtype
     """Along which dimension a leaf lies in parts; -1 if it stays whole.
 
     One that no other axis divides and that divides evenly; of those, one that a TPU can scatter without a relayout (it
-    is a major one, or a part of it fills its tiles of 32 bytes), then the largest, then the first.
+    is a major one, or a part of it fills its tiles of 32 bytes), then the largest, then the first. Where layers are
+    gathered one at a time, the first dimension of a stack is that of the layers.
     """
+    num_parts, stacked = laid.num_parts, laid.layout.gather == "layer" and leaf.ndim > 1
     rows_of_a_tile = max(32 // leaf.dtype.itemsize, 1)
     ranks = [
         (dim < leaf.ndim - 2 or (size // num_parts) % rows_of_a_tile == 0, size, -dim)
         for dim, size in enumerate(leaf.shape)
-        if size and size % num_parts == 0 and (dim >= len(spec) or spec[dim] is None)
+        if size and size % num_parts == 0 and (dim >= len(spec) or spec[dim] is None) and not (stacked and dim == 0)
     ]
     return -max(ranks)[-1] if ranks and num_parts > 1 else -1
 

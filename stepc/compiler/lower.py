@@ -122,7 +122,8 @@ def _run(schedule: Schedule, flow: Flow | None, cell: Cell, given: Given, place:
 def _instruct(instruction: Instruction, flow: Any, cell: Cell, given: Given, place: Place) -> Flow:
     match instruction:
         case Compute(node):
-            return flows.computed(instruction, checked_loss(node), cell, given)
+            call = devices.layered(instruction, checked_loss(node), given, place)
+            return flows.computed(instruction, call, cell, given)
         case Count(node):
             return flows.counted(node, cell, given)
         case Loop():

@@ -14,7 +14,7 @@ _REDUCED = ("params", "carry")
 
 
 def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Collectives) -> Measure:
-    """How often each element of the gradient is reduced over the axes that the plan reduces over."""
+    """How often each element of the gradient is reduced, over whichever axis of the plan it is most often."""
     axes = tuple({axis: None for one in plan.collectives for axis in one.axes})
     lying = jax.tree.leaves(executable.input_shardings[0][0])
     sizes = [
@@ -23,7 +23,10 @@ def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Colle
         if leaf.path.partition("/")[0] in _REDUCED
     ]
     elements = sum(size for size in sizes if size > 1)
-    return reductions_of(rows, axes=axes, elements=max(elements, 1))
+    # Along each axis for itself: what is summed in parts is summed along one axis, and then along the others.
+    along = [reductions_of(rows, axes=(axis,), elements=max(elements, 1)) for axis in axes]
+    unknown = [one for one in along if one.value is None]
+    return max(unknown or along, key=lambda one: one.value or 0, default=Measure(0))
 
 
 def _elements(leaf: Leaf, sharding: jax.sharding.Sharding, axes: tuple[str, ...]) -> int:

@@ -9,6 +9,7 @@ from math import prod
 from stepc.compiler.instructions import (
     Again,
     Apply,
+    Compute,
     CountFirst,
     Gather,
     Instruction,
@@ -17,6 +18,7 @@ from stepc.compiler.instructions import (
     Reduce,
     Scatter,
     Schedule,
+    Vectorise,
     everything,
 )
 from stepc.compiler.layout import Laid
@@ -38,12 +40,15 @@ def divided(schedule: Schedule, laid: Laid) -> Schedule:
         return tuple(replace(one, gather=gather) if isinstance(one, Optimize) else one for one in schedule)
     if laid.layout.gather == "step":
         return (Gather(laid.axis, laid.num_parts, "the loss needs whole parameters: once a step"), *schedule)
-    return _before_every_cell(schedule, Gather(laid.axis, laid.num_parts, "the loss needs whole parameters"))
+    gather = Gather(laid.axis, laid.num_parts, "the loss needs whole parameters")
+    if laid.layout.gather == "layer" and _is_linear(schedule):
+        return _layered(schedule, laid.axis, gather, laid.layout.reduce_dtype)
+    return _before_every_cell(schedule, gather)
 
 
 def is_scattered(schedule: Schedule) -> bool:
     """Whether the gradient that leaves the devices lies in parts."""
-    return any(isinstance(one, Scatter) for one in everything(schedule))
+    return any(isinstance(one, Scatter) or (isinstance(one, Compute) and one.layered) for one in everything(schedule))
 
 
 def whole_because(schedule: Schedule, laid: Laid) -> str | None:
@@ -74,14 +79,16 @@ def notes(schedule: Schedule, laid: Laid, gradient_bytes: int) -> tuple[str, ...
     found: list[str] = []
     if (why := whole_because(schedule, laid)) is not None:
         found.append(f"the accumulator is whole on every device: {why}")
-    elif loops > 1 and (laid.layout.zero == 2 or laid.layout.gather == "microbatch"):
+    elif loops > 1 and (laid.layout.zero == 2 or laid.layout.gather != "step"):
         found.append(
             f"the accumulator takes {part} instead of {size}, for {loops} reduce-scatters of {size} instead of 1"
         )
-    if laid.layout.gather == "microbatch" and laid.axis is not None:
-        found.append(
-            f"whole parameters are kept for a microbatch, not for the step, for {loops} all-gathers instead of 1"
-        )
+    if laid.layout.gather != "step" and laid.axis is not None:
+        often = f"for {loops} all-gathers instead of 1"
+        if any(isinstance(one, Compute) and one.layered for one in everything(schedule)):
+            found.append(f"parameters are whole a layer at a time where the loss scans over layers, {often} and back")
+        else:
+            found.append(f"whole parameters are kept for a microbatch, not for the step, {often}")
     return tuple(found)
 
 
@@ -103,7 +110,7 @@ def _scattered(schedule: Schedule, laid: Laid, axis: str) -> Schedule:
         return schedule
     scatter = Scatter(axis, laid.num_parts, reduce.reason, reduce.dtype)
     before, after = schedule[:place], (replace(reduce, scattered=axis), *schedule[place + 1 :])
-    if laid.layout.zero == 2 or laid.layout.gather == "microbatch":
+    if laid.layout.zero == 2 or laid.layout.gather != "step":
         return (*_early(before, scatter), *after)
     return (*before, scatter, *after)
 
@@ -115,6 +122,32 @@ def _early(schedule: Schedule, scatter: Scatter) -> Schedule:
             scatter = replace(scatter, reason="the accumulator lies in parts: once a microbatch")
             return (*schedule[:place], replace(one, body=_early(one.body, scatter)), *schedule[place + 1 :])
     return (*schedule, scatter)
+
+
+def _is_linear(schedule: Schedule) -> bool:
+    """Whether each cell's gradient is only added up until it is scattered."""
+    place = next((n for n, one in enumerate(schedule) if isinstance(one, Reduce)), 0)
+    return is_scattered(schedule) and not any(
+        isinstance(one, Apply | Vectorise) for one in everything(schedule[:place])
+    )
+
+
+def _layered(schedule: Schedule, axis: str, gather: Gather, dtype: str | None) -> Schedule:
+    """The loss itself gathers and scatters; what counts first needs whole parameters."""
+    found: list[Instruction] = []
+    for one in schedule:
+        match one:
+            case Scatter():
+                continue
+            case Compute():
+                found.append(replace(one, layered=axis, dtype=dtype))
+            case Loop(_, body):
+                found.append(replace(one, body=_layered(body, axis, gather, dtype)))
+            case CountFirst(body):
+                found.append(replace(one, body=_before_every_cell(body, gather)))
+            case _:
+                found.append(one)
+    return tuple(found)
 
 
 def _before_every_cell(schedule: Schedule, gather: Gather) -> Schedule:

@@ -44,7 +44,7 @@ def placement_of_state(shapes: State, specs: Mapping[str, Spec], laid: Laid) -> 
         like, spec = params[name], specs.get(name, ())
         room = path.partition("/")[0]
         if laid.layout.zero == 3 or (laid.layout.zero and room not in ("params", "carry")):
-            spec = in_parts(spec, part_dimension(like, spec, laid.num_parts), laid.axis)
+            spec = in_parts(spec, part_dimension(like, spec, laid), laid.axis)
         found[path] = followed(leaves[path].shape, like.shape, spec)
     pairs = ((path, PartitionSpec(*spec)) for path, spec in found.items() if spec)
     return tuple(sorted((path, spec) for path, spec in pairs))
@@ -60,7 +60,7 @@ def part_dimensions(params: Params, placement: Placement, laid: Laid) -> tuple[A
     tree = jax.tree.structure(params)
     specs = [spec(path) for path, _ in leaves_by_path(params)]
     dims = [
-        part_dimension(leaf, tuple(spec), laid.num_parts) if laid.layout.zero else -1
+        part_dimension(leaf, tuple(spec), laid) if laid.layout.zero else -1
         for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)
     ]
     return tree.unflatten(specs), tree.unflatten(dims)

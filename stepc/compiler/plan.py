@@ -31,6 +31,8 @@ from stepc.compiler.rewrite import Rewriting
 from stepc.compiler.search import Search
 from stepc.core.nodes import Program, show
 
+_LAYERED = "a layer at a time where the loss scans over layers"
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -166,9 +168,10 @@ def _lines(schedule: Schedule, depth: int) -> Iterator[str]:
 
 def _line(one: Instruction) -> str | None:
     match one:
-        case Compute(node, counts_first, rescaled):
+        case Compute(node, counts_first, rescaled, layered=layered):
             how = ", each term divided by its count" if counts_first else ""
             how += ", times the scale" if rescaled else ""
+            how += f", parameters gathered over {layered} and their gradient scattered {_LAYERED}" if layered else ""
             return f"{node.written}: value and gradient on one cell{how}"
         case Count(node):
             return f"{node.written}: its counts on one cell, and nothing else of it"
@@ -251,6 +254,9 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                 yield from (replace(one, per="dispatch") for one in _collectives(body, prod((times, node.size))))
             case CountFirst(body) | Vectorise(body):
                 yield from _collectives(body, times)
+            case Compute(layered=str() as axis):
+                yield PlannedCollective("all-gather", (axis,), times, times > 1, f"parameters, {_LAYERED}")
+                yield PlannedCollective("reduce-scatter", (axis,), times, times > 1, f"their gradient, {_LAYERED}")
             case Scatter(axis, _, reason):
                 yield PlannedCollective("reduce-scatter", (axis,), times, times > 1, reason)
             case Gather(axis, _, reason):

@@ -12,7 +12,7 @@ from stepc.core.layout import Rules, Spec, shown
 from stepc.errors import FieldTypeError, FieldValueError
 from stepc.language.fields import axis_name, floating_dtype
 
-GATHERS: Final = ("step", "microbatch")
+GATHERS: Final = ("step", "microbatch", "layer")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def dp(
       zero: 0, everything is whole on every device; 1, the optimizer state lies in parts: one reduce-scatter of the
         gradient and one all-gather of the parameters a step; 2, the accumulator too: a reduce-scatter a microbatch;
         3, the parameters too: an all-gather before the loss.
-      gather: with `zero=3`, whether parameters are made whole once a "step", or once a "microbatch", with the
-        accumulator in parts: less memory for more traffic.
+      gather: with `zero=3`, whether parameters are made whole once a "step"; or once a "microbatch", with the
+        accumulator in parts: less memory for more traffic; or a "layer" at a time where the loss is a `lax.scan` over
+        stacked layers, for the gradient again: the least memory, and the most traffic.
       reduce_dtype: a floating-point dtype in which gradients are added up over devices; None for the dtype of the sum,
         float32 or wider. `jnp.bfloat16` halves the traffic, and rounds each device's sum to 8 bits.
       batch: for patterns of paths, how leaves of the batch lie, rows included: `{"tokens": P("data", "seq")}`. Axes

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from stepc.core.nodes import Lanes, Mean, Repeat, Time
 from stepc.language.pipeline import Pipeline, Transform, expanded
-from stepc.language.sharding import DataParallel, dp
+from stepc.language.sharding import GATHERS, DataParallel, dp
 from stepc.language.words.accumulate import accumulate
 from stepc.language.words.cast import cast
 from stepc.language.words.clip import clip
@@ -125,10 +125,10 @@ def _gradient_words(
 def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
     """`shard(dp(axis, ...))` over one of these axes, with one of these levels of `zero`."""
 
-    def made(axis: str, zero: int, often: bool) -> Shard:
-        return shard(dp(axis, zero=zero, gather="microbatch" if often and zero == 3 else "step"))
+    def made(axis: str, zero: int, gather: str) -> Shard:
+        return shard(dp(axis, zero=zero, gather=gather if zero == 3 else "step"))
 
-    return st.builds(made, st.sampled_from(axes), st.sampled_from(levels), st.booleans())
+    return st.builds(made, st.sampled_from(axes), st.sampled_from(levels), st.sampled_from(GATHERS))
 
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:

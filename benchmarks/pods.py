@@ -1,0 +1,187 @@
+"""What does a step say to its neighbours on hardware that is not here, and what does each device hold?
+
+GPT-2-small (12 layers of width 768, 50,304 tokens, context 1,024; bfloat16 inside, float32 parameters, layers in a scan
+and rematerialised), data x model = n x 4, k = 8, one row a microbatch and device, adamw. Compiled ahead of time for
+  tpu:v5e:16x16      256 chips
+  tpu:v5p:16x16x16   4,096 chips
+  gpu:h100:32x8      256 GPUs
+by stepc with each level of `zero`, and as a GSPMD scan by hand: `jax.jit` with a sharded batch and `lax.scan` over
+strided microbatches. No time is measured: these are the compiler's own programs and plans of memory. A topology whose
+compiler is not installed is left out, with the reason.
+
+The bytes are those of whole operands on one device, times their executions in a step; scalars are left out.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from measuring import arguments, begin, finish, show
+from models import adamw
+
+import stepc as sc
+
+LAYERS, WIDTH, HEADS, TOKENS, CONTEXT, K, MODEL = 12, 768, 12, 50_304, 1024, 8, 4
+PODS = {"tpu:v5e:16x16": 256, "tpu:v5p:16x16x16": 4096, "gpu:h100:32x8": 256}
+RULES = {
+    "embedding": PartitionSpec("model"),
+    "layers/qkv": PartitionSpec(None, None, None, "model"),
+    "layers/out": PartitionSpec(None, "model"),
+    "layers/up": PartitionSpec(None, None, "model"),
+    "layers/down": PartitionSpec(None, "model"),
+}
+LEVELS: dict[str, dict[str, Any]] = {
+    "zero=0": {}, "zero=1": {"zero": 1}, "zero=2": {"zero": 2}, "zero=3": {"zero": 3},
+    "zero=3, layer": {"zero": 3, "gather": "layer"},
+    "zero=1, bfloat16": {"zero": 1, "reduce_dtype": jnp.bfloat16},
+}  # fmt: skip
+
+
+def shapes() -> dict[str, Any]:
+    """The parameters, as shapes."""
+
+    def one(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    layers = {
+        "qkv": one(LAYERS, WIDTH, 3, WIDTH), "out": one(LAYERS, WIDTH, WIDTH), "up": one(LAYERS, WIDTH, 4 * WIDTH),
+        "down": one(LAYERS, 4 * WIDTH, WIDTH), "norm": one(LAYERS, 2, WIDTH),
+    }  # fmt: skip
+    return {"embedding": one(TOKENS, WIDTH), "position": one(CONTEXT, WIDTH), "norm": one(WIDTH), "layers": layers}
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    """The mean surprise at the next token."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    tokens, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+
+    def norm(stream: jax.Array, gain: jax.Array) -> jax.Array:
+        wide = stream.astype(jnp.float32)
+        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(stream.dtype) * gain
+
+    def heads(found: jax.Array) -> jax.Array:
+        return found.reshape(*found.shape[:2], HEADS, WIDTH // HEADS)
+
+    def block(stream: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        found = jnp.einsum("btd,dce->cbte", norm(stream, layer["norm"][0]), layer["qkv"])
+        query, key, value = map(heads, found)
+        scores = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32) * (WIDTH // HEADS) ** -0.5
+        seen = jnp.tril(jnp.ones((CONTEXT, CONTEXT), bool))
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e9)).astype(stream.dtype)
+        mixed = jnp.einsum("bhts,bshd->bthd", weights, value).reshape(stream.shape)
+        stream = stream + mixed @ layer["out"]
+        return stream + jax.nn.gelu(norm(stream, layer["norm"][1]) @ layer["up"]) @ layer["down"], None
+
+    stream = params["embedding"][tokens] + params["position"]
+    stream, _ = jax.lax.scan(jax.checkpoint(block), stream, params["layers"])
+    scores = jnp.einsum("btd,vd->btv", norm(stream, params["norm"]), params["embedding"]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+
+
+def tokens(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """One row for each microbatch of each device along `data`."""
+    rows = mesh.shape["data"] * K
+    lying = NamedSharding(mesh, PartitionSpec("data"))
+    return {"tokens": jax.ShapeDtypeStruct((rows, CONTEXT + 1), jnp.int32, sharding=lying)}
+
+
+def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
+    """In words."""
+    rules = sc.tp(RULES, default=PartitionSpec())
+    words = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp("data", **level), rules)
+    step = sc.compile(words @ sc.grad(loss), mesh=mesh)
+    return step.lower(step.init(shapes()), tokens(mesh)).compile().executable
+
+
+def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
+    """The partitioner is free to reduce where it likes; it reduces in the loop."""
+    table = sc.compile(
+        sc.update(adamw()) @ sc.shard(sc.tp(RULES, default=PartitionSpec())) @ sc.grad(loss), mesh=mesh
+    ).init(shapes())
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
+    state = jax.eval_shape(optimizer.init, table.params)
+    moments = iter(jax.tree.leaves(table.opt_state))
+    whole = NamedSharding(mesh, PartitionSpec())
+    given = jax.tree.map(lambda leaf: next(moments), state)
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))
+    lying = jax.tree.map(lambda leaf: leaf.sharding, (table.params, given))
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, K, *leaf.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.lax.with_sharding_constraint(parts, split)
+
+        def turn(total: Any, part: Any) -> Any:
+            value, grads = jax.value_and_grad(loss)(params, part)
+            return jax.tree.map(jnp.add, total, (value, grads)), None
+
+        start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (value, grads), _ = jax.lax.scan(turn, start, parts)
+        updates, state = optimizer.update(jax.tree.map(lambda leaf: leaf / K, grads), state, params)
+        return optax.apply_updates(params, updates), state, value / K
+
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*lying, whole))
+    return jitted.lower(table.params, given, tokens(mesh)).compile()
+
+
+def measured(make: Callable[[], jax.stages.Compiled], mesh: Mesh) -> dict[str, Any]:
+    """What the compiled program says of itself."""
+    start = time.perf_counter()
+    compiled = make()
+    seconds = time.perf_counter() - start
+    data, model = Counter[str](), 0
+    for row in sc.inspect.collectives(compiled, mesh):
+        bytes_ = sum(shape.bytes for shape in row.payload if shape.elements > 1) * (row.executions or 0)
+        if "data" in row.axes:
+            data[row.kind] += bytes_
+        else:
+            model += bytes_
+    memory = sc.inspect.memory(compiled)
+    return {
+        "data_bytes": {kind: bytes_ for kind, bytes_ in data.items() if bytes_},
+        "model_bytes": model,
+        "argument_bytes": memory.arguments,
+        "temporary_bytes": memory.temporaries,
+        "compile_seconds": seconds,
+    }
+
+
+def shown(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table, in MB."""
+
+    def mb(bytes_: float) -> str:
+        return f"{bytes_ / 1e6:,.1f}"
+
+    kinds = [mb(found["data_bytes"].get(kind, 0)) for kind in ("all-reduce", "reduce-scatter", "all-gather")]
+    memory = [mb(found[f"{kind}_bytes"]) for kind in ("model", "argument", "temporary")]
+    return (name, *kinds, *memory, f"{found['compile_seconds']:.0f}")
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--pod", action="append", choices=list(PODS), help="only these; all of them by default")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    setting, results = begin((__doc__ or "").splitlines()[0]), {}
+    head = ("", "all-reduce", "reduce-scatter", "all-gather", "model axis", "arguments", "temporaries", "compile s")
+    for pod in options.pod or PODS:
+        try:
+            mesh = sc.topology(pod, data=PODS[pod] // MODEL, model=MODEL)
+        except sc.ConfigError as error:
+            print(f"{pod} is left out: {str(error).splitlines()[0]}\n", file=sys.stderr)
+            continue
+        made = {name: (lambda level=level, mesh=mesh: ours(mesh, **level)) for name, level in LEVELS.items()}
+        variants = {"GSPMD scan": lambda mesh=mesh: gspmd_scan(mesh), **made}
+        names = list(variants) if not options.quick else ["zero=0", "zero=1"]
+        results[pod] = {name: measured(variants[name], mesh) for name in names}
+        show(f"{pod}: MB on one device, over `data` by kind", [head, *(shown(*row) for row in results[pod].items())])
+    finish("pods", setting, results, quick=options.quick, save=options.save)
+
+
+if __name__ == "__main__":
+    main()
