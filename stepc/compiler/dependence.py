@@ -1,14 +1,11 @@
-"""Which inputs of a traced function its outputs depend on: the one file here that may use a name jax may move."""
+"""Which inputs of a traced function its outputs depend on."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-try:
-    from jax.interpreters.partial_eval import dce_jaxpr
-except ImportError:  # moved: then every equation is taken to need all of its inputs
-    dce_jaxpr = None
+from stepc.private import dce_jaxpr
 
 
 def dependence(
