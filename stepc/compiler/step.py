@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc.compiler.check import check_batch, check_carry, check_fixed_point, check_params, check_seed, check_state
@@ -17,6 +16,8 @@ from stepc.compiler.guard import Guard
 from stepc.compiler.instructions import Schedule
 from stepc.compiler.lower import Place, lower
 from stepc.compiler.making import Made
+from stepc.compiler.many import check_program, check_start, processes_of, whole
+from stepc.compiler.many import placed as placed_batch
 from stepc.compiler.placing import (
     placement_of,
     placement_of_state,
@@ -96,6 +97,7 @@ class Step:
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
         self._forms: list[str] = []
+        self._compared: set[str] = set()
         spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
         self._rows = None if self.mesh is None else NamedSharding(self.mesh, spec)
         options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
@@ -129,6 +131,7 @@ class Step:
           seed: a whole number; it becomes the threefry key `state.rng`. Or a typed key, of any implementation.
           carry: the model's own state, for `grad(loss, carry=True)`: a tree of numbers, such as batch statistics.
         Errors: ConfigError for parameters that cannot be trained, all of them at once; for a carry that is missing.
+        On several processes each gives the same: they compare pipeline, parameters, seed and carry first.
         """
         check_params(params)
         check_seed(seed)
@@ -142,6 +145,7 @@ class Step:
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return _shapes_with(shapes, shardings)
+        check_start(repr(self), self.mesh, params, seed, carry)
         placed = put((params, carry), None if shardings is None else (shardings.params, shardings.carry))
 
         # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
@@ -164,17 +168,28 @@ class Step:
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
             self._refuse(state)
         try:
-            placed = self._placed(batch)
+            placed = placed_batch(batch, self._rows, self.decision.core)
             if self._guard is not None:
                 self._guard.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
             before = self.traces
+            check_program(self._program, self._compared, state, placed, self.mesh)
             made = Made(*self._program(state, placed))
             if before and self.traces > before:
                 self._tell_traced_again(placed)
             return made
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
-            check_batch(batch, self.decision.core, shapes_too=False)
+            if not processes_of(self.mesh):  # several check it whole
+                check_batch(batch, self.decision.core, shapes_too=False)
             raise
+
+    def put(self, batch: Batch) -> Batch:
+        """The batch on the devices, as the program takes it; on several processes, of the rows that each has.
+
+        Errors: BatchError if it does not divide. That the rows of several processes fit together, a call checks.
+        """
+        if processes_of(self.mesh) and self._rows is not None:
+            return whole(batch, self._rows, self.decision.core)
+        return placed_batch(batch, self._rows, self.decision.core)
 
     def reference(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
@@ -232,17 +247,6 @@ class Step:
     @_in_our_mesh
     def _scheduled(self, state: State, batch: Batch) -> Schedule:
         return schedule(self.decision.normal, self.decision.signed(state, batch))
-
-    def _placed(self, batch: Batch) -> Batch:
-        """The batch, moved if it is on devices and does not lie as the program takes it. The only loop of a call."""
-        for leaf in jax.tree.leaves(batch):
-            if type(leaf) is np.ndarray:
-                continue
-            if not isinstance(leaf, jax.Array):
-                check_batch(batch, self.decision.core, shapes_too=False)
-            elif self._rows is not None and leaf.sharding != self._rows:
-                return put(batch, self._rows)
-        return batch
 
     def _tell_traced_again(self, batch: Batch) -> None:
         """A compilation that nobody asked for is never silent."""

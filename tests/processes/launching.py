@@ -1,0 +1,94 @@
+"""Starts real processes of one job on 127.0.0.1, and never leaves one behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+LIMIT_SECONDS = 90.0  # a test that takes longer has found a hang
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Job:
+    """The processes of a job, and what each of them wrote."""
+
+    def __init__(self, folder: Path, processes: "list[subprocess.Popen[str]]") -> None:
+        self.folder, self.processes = folder, processes
+        self.ended_at: dict[int, float] = {}
+
+    def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
+        """The exit codes, when all have ended. Errors: AssertionError if one hangs."""
+        until = time.monotonic() + seconds
+        while len(self.ended_at) < len(self.processes):
+            for number, one in enumerate(self.processes):
+                if one.poll() is not None:
+                    self.ended_at.setdefault(number, time.monotonic())
+            said = [self.said(number) for number in range(len(self.processes))]
+            assert time.monotonic() < until, f"ended: {sorted(self.ended_at)}; {said}"
+            time.sleep(0.01)
+        return [one.returncode for one in self.processes]
+
+    def said(self, process: int) -> str:
+        return (self.folder / f"{process}.out").read_text()
+
+    def found(self, process: int) -> dict[str, Any]:
+        return json.loads((self.folder / f"{process}.json").read_text())
+
+
+@contextmanager
+def started(case: str, folder: Path, *, num: int = 2, **told: object) -> Iterator[Job]:
+    """A job of `processes.job`; whatever is left of it in the end is killed."""
+    folder.mkdir(exist_ok=True)
+    port, job = free_port(), Job(folder, [])
+    words = [f"{name}={value}" for name, value in told.items()]
+    try:
+        for process in range(num):
+            place = {
+                "XLA_FLAGS": TWO_DEVICES,
+                "STEPC_COORDINATOR": f"127.0.0.1:{port}",
+                "STEPC_NUM_PROCESSES": str(num),
+                "STEPC_PROCESS_ID": str(process),
+            }
+            with (folder / f"{process}.out").open("w") as out:
+                job.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "processes.job", case, str(folder), *words],
+                        cwd=TESTS,
+                        env={**os.environ, **place},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                    )  # fmt: skip
+                )
+        yield job
+    finally:
+        for one in job.processes:
+            if one.poll() is None:
+                one.kill()
+            one.wait()
+
+
+def alone(case: str, folder: Path, *, devices: int, **told: object) -> dict[str, Any]:
+    """The same in one process with so many devices."""
+    folder.mkdir(exist_ok=True)
+    words = [f"{name}={value}" for name, value in told.items()]
+    command = [sys.executable, "-m", "processes.job", case, str(folder), *words]
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(
+        command, cwd=TESTS, env={**os.environ, **flags}, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "0.json").read_text())
