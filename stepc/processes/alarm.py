@@ -33,6 +33,7 @@ class Cause:
     step: int | None
     phase: str
     text: str
+    by: int  # the process that says so
 
     def error(self) -> PeerError:
         """What the other processes raise."""
@@ -64,8 +65,12 @@ class Alarm:
         self._answered.set()
         if self.exit_code is None:
             self.exit_code, self._rung_at = exit_code, time.monotonic()
-            for process in range(self.board.num):
-                self.board.put(_key(process), json.dumps(cause.__dict__))
+            self.stop(cause)
+
+    def stop(self, cause: Cause) -> None:
+        """End all processes, this one too, wherever its main thread is stuck."""
+        for process in range(self.board.num):
+            self.board.put(_key(process), json.dumps(cause.__dict__))
 
     def heard(self, *, seconds: float = 0.0) -> Cause | None:
         """What ended another process, if one did; waits for so long to hear it."""
@@ -84,21 +89,28 @@ class Alarm:
         if told in (None, OVER) or self._is_over:
             return
         cause = Cause(**json.loads(told or ""))
-        if cause.process == self.board.me:
+        if cause.by == self.board.me and self._answered.is_set():
             return
         self.cause, self._rung_at = cause, time.monotonic()
         self._heard.set()
         _LOG.error("process %d failed at step %s (%s): %s", cause.process, cause.step, cause.phase, cause.text)
-        limit = LEAVE_SECONDS if self._answered.wait(GRACE_SECONDS) else 0.0
-        time.sleep(limit)
+        if cause.by == self.board.me:  # its main thread is stuck, and process 0 keeps the board for the others
+            time.sleep(HEARD_SECONDS if self.board.me == 0 else 0.0)
+        elif self._answered.wait(GRACE_SECONDS):
+            time.sleep(LEAVE_SECONDS)
         if not self._is_over:
-            _end(f"stepc.errors.PeerError: {cause.error()}\n", self.exit_code or 1)
+            self.end(cause)
+
+    def end(self, cause: Cause) -> None:
+        """End this process alone, now."""
+        _end(f"stepc.errors.PeerError: {cause.error()}\n", self.exit_code or 1)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._hook(kind, error, trace)
         if self.exit_code is None:
             text = f"{kind.__name__}: {error}".partition("\n")[0]
-            self.ring(Cause(self.board.me, None, "outside of `run`", text))
+            code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+            self.ring(Cause(self.board.me, None, "outside of `run`", text, self.board.me), exit_code=code)
 
     def _leave(self) -> None:
         """At the end of the process. atexit calls this before jax's own clean-up, which waits for the others."""

@@ -53,6 +53,11 @@ class Board:
         except jax.errors.JaxRuntimeError:
             return None
 
+    def number(self, topic: str) -> int:
+        """How often this was asked for: all processes come to the same places in the same order."""
+        self._asked[topic] += 1
+        return self._asked[topic]
+
     def differences(self, topic: str, mine: Mapping[str, str], *, among: Sequence[int] | None = None) -> Facts:
         """Rows of (name, text) for what is not the same on all processes; the same rows on each.
 
@@ -63,8 +68,7 @@ class Board:
         The first of them reads what each wrote and writes what differs: so each text is read once.
         """
         everyone = list(range(self.num) if among is None else among)
-        self._asked[topic] += 1
-        place = f"stepc/{topic}/{'-'.join(map(str, everyone)) if among else 'all'}/{self._asked[topic]}"
+        place = f"stepc/{topic}/{'-'.join(map(str, everyone))}/{self.number(f'{topic} {everyone}')}"
         self.put(f"{place}/{self.me}", json.dumps({name: ADDRESS.sub("", text) for name, text in mine.items()}))
         if self.me == everyone[0]:
             told = {process: self.read(f"{place}/{process}") for process in everyone}

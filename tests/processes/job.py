@@ -1,9 +1,13 @@
 """One process of a job of several, for tests: `python -m processes.job CASE FOLDER` under `STEPC_…`, as `stepc launch`
 sets them. It writes what it found to FOLDER/<process>.json."""
 
+import dataclasses
 import json
 import os
+import resource
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from faults.plan import digest
+from faults.plan import Remembering, digest
 
 import stepc as sc
 
@@ -94,6 +98,149 @@ def by_hand(folder: Path) -> dict[str, Any]:
     }
 
 
+class Rows:
+    """The rows of this process of batches 1 to 20, by an iterator that knows where it is, with one fault.
+
+    Args:
+      at: the batch that the fault befalls, on process `on`.
+      fault: see `befall`.
+    """
+
+    def __init__(self, folder: Path, *, fault: str = "", at: int = 0, on: int = 1) -> None:
+        self.folder, self.num = folder, 20
+        self.fault, self.at, self.is_due = fault, at, on == jax.process_index()
+        self.given = 0
+
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> Any:
+        number = self.given + 1
+        if number > (self.at if self.fault == "ends" and self.is_due else self.num):
+            raise StopIteration
+        self.given = number
+        batch = local(global_batch(number))
+        return self.befall(batch) if number == self.at and self.is_due else batch
+
+    def befall(self, batch: dict[str, np.ndarray]) -> Any:
+        if self.fault in ("kill", "stop", "hang"):
+            (self.folder / f"{jax.process_index()}.time").write_text(str(time.time()))
+        match self.fault:
+            case "read_once":
+                self.given, self.fault = self.given - 1, ""
+                raise OSError("the disk is slow")
+            case "read":
+                raise OSError("the disk is gone")
+            case "rows":
+                return first_rows(batch, len(batch["x"]) // 2)
+            case "nan":
+                batch["y"][0] = np.nan
+            case "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            case "int":
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang":
+                time.sleep(1000)
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+class Failing:
+    """A logger, a hook and a step that fail, each where it is asked to."""
+
+    def __init__(self, where: str, at: int, on: int) -> None:
+        self.where, self.at, self.is_due = where, at, on == jax.process_index()
+        self.num_calls = 0
+        # The sign makes every state a whole number of quarters: sums of any order are exact, after any number of steps.
+        self.step = compiled(
+            optax.sign_sgd(0.25), words=sc.skip_nonfinite(limit=3) if where == "guarded" else lambda inner: inner
+        )
+
+    def fail(self, where: str, number: int) -> None:
+        if where == self.where and self.is_due and number == self.at:
+            raise RuntimeError(f"the {where} does not like it")
+
+    def log(self, metrics: Any, step: int) -> None:
+        self.fail("logger", step)
+
+    def hook(self, number: int, metrics: Any, snapshot: Any) -> None:
+        self.fail("hook", number)
+        if self.where == "exit" and self.is_due and number == self.at:
+            sys.exit(3)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        self.num_calls += 1
+        self.fail("step", self.num_calls)
+        if self.where == "state" and self.is_due and self.num_calls == self.at:
+            state = corrupted(state)
+        return self.step(state, batch)
+
+
+def corrupted(state: sc.State) -> sc.State:
+    """One bit of one copy is another, as by a fault of memory: the arrays of this process alone."""
+    leaf = state.params["w"]
+    copies = [shard.data for shard in leaf.addressable_shards]
+    copies[0] = jax.device_put(np.asarray(copies[0]) + np.float32([0, 2.0**-20, 0, 0]), copies[0].device)
+    new = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
+    return dataclasses.replace(state, params={"w": new})
+
+
+def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **options: Any) -> Any:
+    """A run with a fault; how it ended, and the digest of the state on this process."""
+    failing, told = Failing(options.pop("where", ""), int(at), int(on)), Remembering()
+    raises = options.pop("raises", "")
+    if fault == "full" and int(on) == jax.process_index():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(options.pop("bytes")), resource.RLIM_INFINITY))
+    options.pop("bytes", None)
+    if "differs" in options and jax.process_index() == 1:
+        options |= dict([options["differs"].split(":")])
+    options.pop("differs", None)
+    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items()}
+    rows = Rows(folder, fault=fault, at=int(at), on=int(on))
+    step = failing if failing.where in ("step", "state") else failing.step
+    hooks = [(1, failing.hook)] if failing.where in ("hook", "exit") else []
+    loggers = [told, failing] if failing.where == "logger" else [told]
+    found: dict[str, Any] = {}
+    try:
+        run = sc.run(
+            step, fresh(failing.step), rows, loggers=loggers, hooks=hooks, strict_loggers=True, log_every=1, **more
+        )
+        found |= {"ended": run.ended, "skipped": run.skipped}
+    except sc.StepcError as error:
+        run: Any = vars(error).get("run")
+        found |= {"error": f"{type(error).__name__}: {error}"}
+        if raises:
+            raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (folder / f"{jax.process_index()}.time").write_text(str(time.time()))
+    if run is not None and run.state is not None:
+        found |= {"digest": digest(run.state), "step": int(run.state.step), "steps": run.steps}
+    return {**found, "told": told.told, "events": told.names(), "given": rows.given}
+
+
+READ: dict[str, Callable[[str, Path], Any]] = {
+    "on_error": lambda value, _: value,
+    "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
+    "steps": lambda value, _: int(value),
+    "compare_every": lambda value, _: int(value),
+    "watchdog_seconds": lambda value, _: float(value),
+    "prefetch": lambda value, _: int(value),
+}
+
+
 def nowhere(folder: Path) -> dict[str, Any]:
     for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID"):
         del os.environ[f"STEPC_{name}"]
@@ -105,7 +252,7 @@ def alone(folder: Path) -> dict[str, Any]:
 
 
 BEFORE = {"nowhere": nowhere, "alone": alone}
-CASES = {"by_hand": by_hand}
+CASES = {"by_hand": by_hand, "run": run}
 
 if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])

@@ -35,14 +35,23 @@ class Job:
         while len(self.ended_at) < len(self.processes):
             for number, one in enumerate(self.processes):
                 if one.poll() is not None:
-                    self.ended_at.setdefault(number, time.monotonic())
+                    self.ended_at.setdefault(number, time.time())
             said = [self.said(number) for number in range(len(self.processes))]
             assert time.monotonic() < until, f"ended: {sorted(self.ended_at)}; {said}"
             time.sleep(0.01)
         return [one.returncode for one in self.processes]
 
+    def wait_for(self, process: int, seconds: float = LIMIT_SECONDS) -> None:
+        """Until one process has ended, whatever the others do. Errors: TimeoutExpired if it hangs."""
+        self.processes[process].wait(seconds)
+        self.ended_at[process] = time.time()
+
     def said(self, process: int) -> str:
         return (self.folder / f"{process}.out").read_text()
+
+    def seconds_after(self, process: int, *, other: int) -> float:
+        """How long after `run` ended on `process` the other one ended; both may still have had things to do."""
+        return self.ended_at[other] - float((self.folder / f"{process}.time").read_text())
 
     def found(self, process: int) -> dict[str, Any]:
         return json.loads((self.folder / f"{process}.json").read_text())
