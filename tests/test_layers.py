@@ -80,8 +80,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "runner": ("errors", "language.kinds", "language.state", "processes", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
-    "programs": ("", "errors", "programs", "runner"),
-    "cli": ("", "errors", "programs", "runner"),
+    "programs": ("", "errors", "processes", "programs", "runner"),
+    "cli": ("", "errors", "processes", "programs", "runner"),
     "__main__": ("cli",),
 }  # fmt: skip
 ONLY_THE_LOWERING_NAMES = {"scan", "shard_map", "psum"}

@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import TracebackType
@@ -107,10 +109,13 @@ class Alarm:
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._hook(kind, error, trace)
+        self.note(error, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def note(self, error: BaseException, *, exit_code: int = 1) -> None:
+        """End all processes for an exception that no `run` has told of."""
         if self.exit_code is None:
-            text = f"{kind.__name__}: {error}".partition("\n")[0]
-            code = 130 if issubclass(kind, KeyboardInterrupt) else 1
-            self.ring(Cause(self.board.me, None, "outside of `run`", text, self.board.me), exit_code=code)
+            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self.ring(Cause(self.board.me, None, "outside of `run`", text, self.board.me), exit_code=exit_code)
 
     def _leave(self) -> None:
         """At the end of the process. atexit calls this before jax's own clean-up, which waits for the others."""
@@ -122,6 +127,17 @@ class Alarm:
         if self.board.me == 0:
             time.sleep(max(0.0, self._rung_at + HEARD_SECONDS - time.monotonic()))
         _end("", self.exit_code)
+
+
+@contextmanager
+def ending_all() -> Iterator[None]:
+    """Let an error that leaves this end all processes, for a program that turns its errors into an exit code."""
+    try:
+        yield
+    except Exception as error:  # it is raised again
+        if (alarm := listen()) is not None:
+            alarm.note(error)
+        raise
 
 
 def _end(last_words: str, code: int) -> None:
