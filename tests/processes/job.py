@@ -251,8 +251,15 @@ def alone(folder: Path) -> dict[str, Any]:
     return {"refused": refusal(lambda: sc.init_distributed("127.0.0.1:1", 2, 1, start_seconds=3))}
 
 
+def joined(folder: Path) -> dict[str, Any]:
+    """Where this process found itself, and a sum over all."""
+    step = compiled()
+    state, _ = step(fresh(step), local(global_batch(0)))
+    return {"process": jax.process_index(), "num": jax.process_count(), "digest": digest(state)}
+
+
 BEFORE = {"nowhere": nowhere, "alone": alone}
-CASES = {"by_hand": by_hand, "run": run}
+CASES = {"by_hand": by_hand, "run": run, "joined": joined}
 
 if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])
@@ -260,6 +267,8 @@ if __name__ == "__main__":
     if case in BEFORE:
         found = BEFORE[case](folder, **told)
     else:
+        if "JAX_COORDINATOR_PORT" in os.environ:  # a job of SLURM or Open MPI: jax finds out
+            sc.init_distributed(listen_on="127.0.0.1", heartbeat_seconds=10, shutdown_seconds=10)
         if "STEPC_COORDINATOR" in os.environ:
             sc.init_distributed(heartbeat_seconds=10, shutdown_seconds=10)
         found = CASES[case](folder, **told)

@@ -6,10 +6,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 TESTS = Path(__file__).parent.parent
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
@@ -57,26 +57,48 @@ class Job:
         return json.loads((self.folder / f"{process}.json").read_text())
 
 
+def by_stepc(port: int, num: int, process: int) -> dict[str, str]:
+    """As `stepc launch` tells a process where it is."""
+    place = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(num), "PROCESS_ID": str(process)}
+    return {f"STEPC_{name}": value for name, value in place.items()}
+
+
+def by_slurm(port: int, num: int, process: int) -> dict[str, str]:
+    """As srun does; the port is jax's to choose, so it is told which is free here."""
+    place = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(num), "STEP_NUM_NODES": "1"}
+    place |= {"PROCID": str(process), "LOCALID": str(process)}
+    return {f"SLURM_{name}": value for name, value in place.items()} | _on_loopback(port)
+
+
+def by_open_mpi(port: int, num: int, process: int) -> dict[str, str]:
+    """As mpirun does."""
+    place = {"SIZE": str(num), "RANK": str(process), "LOCAL_RANK": str(process)}
+    mine = {f"OMPI_COMM_WORLD_{name}": value for name, value in place.items()}
+    return {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", **mine, **_on_loopback(port)}
+
+
+def _on_loopback(port: int) -> dict[str, str]:
+    return {"JAX_COORDINATOR_PORT": str(port), "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+
+
+Place: TypeAlias = Callable[[int, int, int], dict[str, str]]
+
+
 @contextmanager
-def started(case: str, folder: Path, *, num: int = 2, **told: object) -> Iterator[Job]:
+def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, **told: object) -> Iterator[Job]:
     """A job of `processes.job`; whatever is left of it in the end is killed."""
     folder.mkdir(exist_ok=True)
     port, job = free_port(), Job(folder, [])
     words = [f"{name}={value}" for name, value in told.items()]
     try:
         for process in range(num):
-            place = {
-                "XLA_FLAGS": TWO_DEVICES,
-                "STEPC_COORDINATOR": f"127.0.0.1:{port}",
-                "STEPC_NUM_PROCESSES": str(num),
-                "STEPC_PROCESS_ID": str(process),
-            }
+            here = {"XLA_FLAGS": TWO_DEVICES, **place(port, num, process)}
             with (folder / f"{process}.out").open("w") as out:
                 job.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "processes.job", case, str(folder), *words],
                         cwd=TESTS,
-                        env={**os.environ, **place},
+                        env={**os.environ, **here},
                         stdout=out,
                         stderr=subprocess.STDOUT,
                         text=True,

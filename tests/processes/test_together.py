@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processes.launching import Job, alone, started
+from processes.launching import Job, Place, alone, by_open_mpi, by_slurm, started
 
 fault = pytest.mark.fault
 
@@ -86,6 +86,15 @@ def test_nothing_that_says_where_the_others_are_is_refused(tmp_path: Path) -> No
     with started("nowhere", tmp_path, num=1) as job:
         assert job.wait() == [0], job.said(0)
         assert "coordinator_address should be defined" in job.found(0)["refused"]
+
+
+@pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
+def test_place_in_a_job_of_others_is_found_out(place: Place, tmp_path: Path) -> None:
+    with started("joined", tmp_path, place=place) as job:
+        assert job.wait() == [0, 0], [job.said(0), job.said(1)]
+        found = [job.found(process) for process in (0, 1)]
+    assert [(one["process"], one["num"]) for one in found] == [(0, 2), (1, 2)]
+    assert found[0]["digest"] == found[1]["digest"]
 
 
 def test_others_that_do_not_come_are_told_of(tmp_path: Path) -> None:
