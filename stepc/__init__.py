@@ -49,6 +49,7 @@ from stepc.language.pipeline import Transform as Transform
 from stepc.language.reference import Reference as Reference
 from stepc.language.reference import reference as reference
 from stepc.language.sharding import dp as dp
+from stepc.language.sharding import tp as tp
 from stepc.language.state import State as State
 from stepc.language.words.accumulate import accumulate as accumulate
 from stepc.language.words.cast import cast as cast

@@ -83,9 +83,9 @@ class EquivalenceError(StepcError, AssertionError):
 class BudgetError(StepcError, AssertionError):
     """A compiled program does not keep what was promised of it. `.broken` names the promises."""
 
-    def __init__(self, what: str, *, where: str, broken: tuple[str, ...]) -> None:
+    def __init__(self, what: str, *, where: str, broken: tuple[str, ...], suggestion: str | None = None) -> None:
         self.broken = broken
-        super().__init__(what, where=where)
+        super().__init__(what, where=where, suggestion=suggestion)
 
 
 class StepError(StepcError, RuntimeError):

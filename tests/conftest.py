@@ -2,6 +2,8 @@
 
 import os
 
+# Where no GPU is, jax loads its CUDA plugin only if it looks for CPUs alone; otherwise it fails, and says so at length.
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 from collections.abc import Callable

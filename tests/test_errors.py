@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 import stepc as sc
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
-from stepc.testing.probes import drawing
+from stepc.testing.probes import WIDE, drawing, wide_params
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)
@@ -49,8 +49,23 @@ def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = No
     step(step.init(params or probe_params(), seed=seed, carry=given), probe_batch(8))
 
 
+def asking(memory: int | str, batch: Any) -> None:
+    step = sc.compile(sc.update(tx) @ sc.accumulate(memory=memory) @ dp @ sc.grad(loss), mesh=mesh_of(data=N))
+    step(step.init(probe_params()), batch)
+
+
 def fresh_with(source: sc.Transform, carry: Any) -> None:
     sc.compile(sc.update(tx) @ source).init(probe_params(), carry=carry)
+
+
+def laid_by(words: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 16) -> None:
+    step = sc.compile(sc.update(tx) @ words @ sc.grad(loss), mesh=mesh_of(data=2, replica=2, model=2))
+    step(step.init(wide_params()), probe_batch(num_rows))
+
+
+def constraining(params: Any, rows: Any) -> Any:
+    y = jax.lax.with_sharding_constraint(rows["y"], P("data"))
+    return jnp.mean(params["b"] * y)
 
 
 def repeated(batch: Any) -> None:
@@ -163,6 +178,10 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "k_fraction": (sc.FieldTypeError, lambda: sc.accumulate(2.5)),
     "k_bool": (sc.FieldTypeError, lambda: sc.accumulate(True)),
     "k_array": (sc.FieldTypeError, lambda: sc.accumulate(np.int32(4))),
+    "accumulate_neither": (sc.FieldTypeError, lambda: sc.accumulate()),
+    "accumulate_both": (sc.FieldTypeError, lambda: sc.accumulate(4, memory="12GiB")),
+    "accumulate_memory_text": (sc.FieldValueError, lambda: sc.accumulate(memory="a lot")),
+    "accumulate_memory_fraction": (sc.FieldTypeError, lambda: sc.accumulate(memory=0.5)),
     "max_norm_zero": (sc.FieldValueError, lambda: sc.clip(0)),
     "max_norm_negative": (sc.FieldValueError, lambda: sc.clip(-1.0)),
     "max_norm_nan": (sc.FieldValueError, lambda: sc.clip(float("nan"))),
@@ -207,6 +226,60 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         ),
     ),
     "reference_without_axes": (sc.ShardingError, lambda: sc.reference(sc.update(tx) @ dp @ sc.grad(loss))),
+    "dp_no_axis": (sc.FieldValueError, lambda: sc.dp(())),
+    "dp_axis_twice": (sc.FieldValueError, lambda: sc.dp(("data", "data"))),
+    "dp_zero": (sc.FieldValueError, lambda: sc.dp("data", zero=4)),
+    "dp_gather": (sc.FieldValueError, lambda: sc.dp("data", zero=3, gather="layer")),
+    "dp_gather_without_parts": (sc.FieldValueError, lambda: sc.dp("data", zero=1, gather="microbatch")),
+    "dp_dtype": (sc.FieldValueError, lambda: sc.dp("data", reduce_dtype=jnp.int8)),
+    "dp_batch": (sc.FieldTypeError, lambda: sc.dp("data", batch={"tokens": "seq"})),
+    "tp_no_rules": (sc.FieldValueError, lambda: sc.tp({})),
+    "tp_no_table": (sc.FieldTypeError, lambda: sc.tp([("w", P("model"))])),
+    "tp_no_pattern": (sc.FieldTypeError, lambda: sc.tp({0: P("model")})),
+    "tp_no_spec": (sc.FieldTypeError, lambda: sc.tp({"w": "model"})),
+    "tp_axis": (sc.FieldTypeError, lambda: sc.tp({"w": P(3)})),
+    "shard_nothing": (sc.FieldTypeError, lambda: sc.shard()),
+    "shard_two_of_a_kind": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), sc.dp("replica"))),
+    "shard_mode": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), mode="automatic")),
+    "shard_mode_and_zero": (sc.FieldValueError, lambda: sc.shard(sc.dp("data", zero=1), mode="auto")),
+    "rules_of_two_words": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(sc.dp("data", zero=1, reduce_dtype=jnp.bfloat16))
+            @ sc.shard(sc.dp("replica", zero=3, reduce_dtype=jnp.float16))
+        ),
+    ),
+    "rules_by_hand_and_automatic": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data")) @ sc.shard(sc.dp("replica"), mode="auto")),
+    ),
+    "rules_and_axes": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(
+                sc.dp("data", batch={"x": P("data", "modl")}),
+                sc.tp({"**/w": P("data", None, "modle"), "out": P(("model", "model"))}, default=P("model")),
+            )
+        ),
+    ),
+    "rules_and_parameters": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(
+                sc.dp("data"),
+                sc.tp({"deep/v": P("model"), "deep/*": P(None, "model"), "**/w": P(), "b": P("model")}),
+            )
+        ),
+    ),
+    "rules_and_batch": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data", batch={"x": P("model", "model"), "z": P("data")}))),
+    ),
+    "rows_that_do_not_divide_automatically": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp(("data", "replica")), mode="auto"), num_rows=6),
+    ),
+    "constraint_on_an_axis_of_rows": (sc.ShardingError, lambda: laid_by(sc.shard(sc.dp("data")), loss=constraining)),
     "integer_parameters": (
         sc.ConfigError,
         lambda: step_on().init({"w": np.ones(3, np.int32), "list": ["a", None], "ok": np.ones(3, np.float32)}),
@@ -220,6 +293,25 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "rows_split_again": (
         sc.ConfigError,
         lambda: sc.compile(sc.update(tx) @ sc.rows() @ sc.clip(1.0) @ sc.accumulate(2) @ sc.grad(loss)),
+    ),
+    "two_memories": (
+        sc.ConfigError,
+        lambda: sc.compile(
+            sc.update(tx) @ sc.accumulate(memory="2GiB") @ sc.clip(1.0) @ sc.accumulate(memory=2**20) @ sc.grad(loss)
+        ),
+    ),
+    "memory_of_single_rows": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.update(tx) @ sc.rows() @ sc.clip(1.0) @ sc.accumulate(memory="2GiB") @ sc.grad(loss)),
+    ),
+    "memory_recipe": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.accumulate(memory="2GiB"))),
+    "memory_reference": (
+        sc.ConfigError,
+        lambda: sc.reference(sc.update(tx) @ sc.accumulate(memory="2GiB") @ sc.grad(loss)),
+    ),
+    "memory_no_mesh": (
+        sc.ShardingError,
+        lambda: sc.compile(sc.update(tx) @ sc.accumulate(memory="2GiB") @ dp @ sc.grad(loss)),
     ),
     "carry_missing": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), None)),
     "carry_not_asked_for": (sc.ConfigError, lambda: fresh_with(sc.grad(loss), {"mean": np.zeros(3)})),
@@ -238,6 +330,8 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "zero_rows": (sc.BatchError, lambda: call(probe_batch(0))),
     "lists": (sc.BatchError, lambda: call({"x": [1.0, 2.0]})),
     "objects": (sc.BatchError, lambda: call({"x": object()})),
+    "memory_rows": (sc.BatchError, lambda: asking("2GiB", probe_batch(100))),
+    "memory_lists": (sc.BatchError, lambda: asking("2GiB", {"x": [1.0, 2.0]})),
     "reference_rows": (sc.BatchError, lambda: step_on().reference(step_on().init(probe_params()), probe_batch(100))),
     "lower_rows": (sc.BatchError, lambda: step_on().lower(step_on().init(probe_params()), probe_batch(100))),
     "not_a_state": (sc.ConfigError, lambda: step_on()(probe_params(), probe_batch(64))),
@@ -362,6 +456,7 @@ PROMISING: dict[str, tuple[type, Callable[[], object]]] = {
             sc.Budget(gradient_reductions=1, collectives_in_loops=0, collective_bytes="1 kB", temp_bytes="1GiB")
         ),
     ),
+    "memory_nothing_fits": (sc.BudgetError, lambda: asking("128 B", probe_batch(64))),
     "budget_broken_alone": (sc.BudgetError, lambda: compiled_by_hand(sc.Budget(collective_bytes="64 B"))),
 }
 ABSENT: dict[str, tuple[type, Callable[[], object]]] = {
@@ -399,6 +494,8 @@ def without_lines(text: str) -> str:
     """The file stays, the number of the line in it goes: these tests may grow. So goes what a version of XLA needs."""
     text = re.sub(r"test_errors\.py:\d+ \(", "test_errors.py:N (", text).replace(tempfile.gettempdir(), "/tmp")
     text = re.sub(r"(temp_bytes .*  )[\d,]+ B", r"\1SOME B", text)
+    text = re.sub(r"(\d  .*)  [\d,]+ B  (too large)", r"\1  SOME B  \2", text)
+    text = re.sub(r"`memory=\d+`", "`memory=SOME`", text)
     text = text.replace(f"=={jax.__version__}", "==VERSION")
     text = re.sub(r"/tmp/\w+/budget", "budget", text)
     lines = text.split("(test_errors.py:")

@@ -19,19 +19,20 @@ LANGUAGE = ("errors", "core.nodes", "language")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "private": ("errors",),
+    "units": ("errors",),
     "core": ("core",),
     # The surface: a word knows core nodes, never a law, a pass, the reference or another word.
     "language.kinds": (),
     "language.source": (),
     "language.fields": ("errors",),
     "language.padding": ("errors", "language.kinds", "language.state"),
-    "language.sharding": ("language.fields",),
+    "language.sharding": ("core.layout", "errors", "language.fields"),
     "language.state": ("language.kinds",),
     "language.meaning": ("core.nodes", "core.terms", "language.kinds", "language.state"),
     "language.pipeline": ("core.nodes", "errors", "language.kinds", "language.meaning", "language.source"),
     "language.words": (
-        "core.nodes", "core.terms", "errors", "language.fields", "language.kinds", "language.meaning",
-        "language.pipeline", "language.sharding", "language.source", "language.state",
+        "core.layout", "core.nodes", "core.terms", "errors", "language.fields", "language.kinds", "language.meaning",
+        "language.pipeline", "language.sharding", "language.source", "language.state", "units",
     ),
     # The reference never sees the core.
     "language.reference": ("errors", "language.kinds", "language.meaning", "language.pipeline", "language.state"),
@@ -39,10 +40,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.rewrite": ("core.laws", "core.nodes"),
     "compiler.instructions": ("core.nodes",),
     "compiler.schedule": ("compiler.instructions", "core.nodes"),
+    "compiler.layout": ("core.layout", "core.nodes", "errors"),
+    "compiler.parts": ("compiler.instructions", "compiler.layout"),
     "compiler.check": ("core.nodes", "errors", "language.kinds", "language.state"),
-    "compiler.placing": ("language.kinds", "language.state"),
-    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "core.nodes"),
+    "compiler.placing": ("compiler.layout", "core.layout", "language.kinds", "language.state"),
+    "compiler.shardings": ("compiler.layout", "compiler.plan", "core.layout", "language.state"),
+    "compiler.batches": (
+        "compiler.check", "compiler.decision", "compiler.layout", "compiler.many", "compiler.placing",
+        "language.kinds", "language.state",
+    ),
+    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "compiler.search", "core.nodes"),
     "compiler.dependence": ("private",),
+    "compiler.liveness": (),
+    "compiler.search": ("inspect", "units"),
     "compiler.loss": (
         "compiler.dependence", "compiler.instructions", "core.nodes", "core.terms", "errors", "language.kinds",
         "language.state",
@@ -58,24 +68,32 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compiler.check", "compiler.ending", "compiler.instructions", "compiler.watch", "core.terms",
         "language.kinds", "language.state",
     ),
+    "compiler.devices": ("compiler", "compiler.flow", "compiler.instructions"),
     "compiler.lower": (
-        "compiler", "compiler.ending", "compiler.flow", "compiler.instructions", "compiler.loss", "compiler.making",
-        "compiler.schedule", "language.kinds", "language.meaning", "language.state",
+        "compiler", "compiler.devices", "compiler.ending", "compiler.flow", "compiler.instructions", "compiler.loss",
+        "compiler.making", "compiler.parts", "compiler.schedule", "language.kinds", "language.meaning",
+        "language.state",
     ),
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
-    "inspect": ("inspect", "errors"),
+    "inspect": ("inspect", "errors", "units"),
     "compiler.decision": ("compiler", "core", "language"),
     "compiler.measures": ("compiler.plan", "inspect"),
     "compiler.breakdown": ("compiler.plan", "inspect"),
     # For eyes: it shows what is known of a program, and of its plan if it has one.
-    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report"),
+    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),
     "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
-    "compiler.guard": ("compiler.stages", "inspect"),
+    "compiler.forms": ("language.kinds", "language.state"),
+    "compiler.leaves": ("compiler.plan", "language.state"),
+    "compiler.gate": ("compiler.forms", "compiler.stages", "inspect", "language.kinds"),
+    "compiler.asking": (
+        "compiler.check", "compiler.forms", "compiler.liveness", "compiler.search", "compiler.stages", "core.nodes",
+        "errors", "inspect", "language.kinds", "language.pipeline", "language.state",
+    ),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
     # Several processes that train as one: what they share knows no step.
     "processes": ("errors", "private", "processes"),
     "compiler.many": (
-        "compiler.check", "compiler.placing", "core.nodes", "errors", "language.kinds", "language.state",
+        "compiler.check", "core.nodes", "errors", "language.kinds", "language.state",
         "processes.board", "processes.poll",
     ),
     "runner": ("errors", "language.kinds", "language.state", "processes", "runner"),
@@ -145,7 +163,7 @@ def test_only_the_lowering_names_scan_shard_map_and_psum() -> None:
     for path in (*PACKAGE.glob("language/**/*.py"), *PACKAGE.glob("core/*.py"), *PACKAGE.glob("compiler/*.py")):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         naming |= {module_of(path)} if names & ONLY_THE_LOWERING_NAMES else set()
-    assert naming == {"compiler.lower"}
+    assert naming == {"compiler.lower", "compiler.devices"}
 
 
 def test_private_names_of_jax_are_in_one_file() -> None:
@@ -156,7 +174,7 @@ def test_private_names_of_jax_are_in_one_file() -> None:
 
 
 def test_core_nodes_and_laws_import_only_the_standard_library() -> None:
-    for name in ("nodes", "laws"):
+    for name in ("layout", "nodes", "laws"):
         tree = ast.parse((PACKAGE / "core" / f"{name}.py").read_text())
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert all(not (module or "").startswith(("jax", "optax", "numpy")) for module in modules)
@@ -177,7 +195,7 @@ WORDS = [name for name, value in vars(sc).items() if getattr(value, "__module__"
 PARTS = ("Meaning:", "Why:", "Args:", "Shapes:", "Units:", "Type:", "Errors:", "Example:", "Source:")
 
 
-@pytest.mark.parametrize("name", [*WORDS, "dp"])
+@pytest.mark.parametrize("name", [*WORDS, "dp", "tp"])
 def test_word_is_documented_after_the_template(name: str) -> None:
     text = inspect.getdoc(getattr(sc, name)) or ""
     parts = tuple(part for part in PARTS if part != "Args:" or inspect.signature(getattr(sc, name)).parameters)

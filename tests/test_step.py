@@ -57,6 +57,15 @@ def test_ten_steps_are_one_trace_and_one_compilation() -> None:
     assert int(state.step) == 10
 
 
+def test_parameters_of_python_numbers_are_one_trace() -> None:
+    params = {"w": jnp.full((3,), 0.5), "b": jnp.asarray(0.0)}  # of weak types, unlike what a step returns
+    step = sc.compile(standard(4), mesh=mesh_of(data=8))
+    state = step.init(params)
+    for _ in range(2):
+        state, _ = step(state, probe_batch(64))
+    assert step.traces == 1
+
+
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_lowering_and_running_share_one_trace_and_one_compilation(kind: Callable[..., Any]) -> None:
     step = sc.compile(standard(4), mesh=mesh_of(data=8))

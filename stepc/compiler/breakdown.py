@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import jax
 
@@ -31,16 +30,12 @@ def broken_down(needs: Memory, plan: Plan, executable: jax.stages.Compiled) -> M
     arguments = [Part("arguments", name, bytes_) for name, bytes_ in sizes.items() if bytes_]
     if padding > 0:
         arguments.append(Part("arguments", _PADDING, padding))
-    return replace(needs, parts=(*arguments, *_temporaries(needs, plan, executable, lying)))
+    return replace(needs, parts=(*arguments, *_temporaries(needs, plan, executable)))
 
 
-def _temporaries(needs: Memory, plan: Plan, executable: jax.stages.Compiled, lying: list[Any]) -> tuple[Part, ...]:
-    shapes = [
-        sharding.shard_shape(leaf.shape)
-        for leaf, sharding in zip(plan.leaves, lying, strict=True)
-        if leaf.path.partition("/")[0] == "params"
-    ]
-    accumulated = min(accumulator_bytes(executable, shapes), needs.temporaries) if plan.loop_length > 1 else 0
+def _temporaries(needs: Memory, plan: Plan, executable: jax.stages.Compiled) -> tuple[Part, ...]:
+    found = accumulator_bytes(executable, list(plan.accumulator)) if plan.loop_length > 1 else 0
+    accumulated = min(found, needs.temporaries)
     parts = ((_ACCUMULATOR, accumulated), (_ACTIVATIONS, needs.temporaries - accumulated))
     return tuple(Part("temporaries", name, bytes_) for name, bytes_ in parts if bytes_)
 

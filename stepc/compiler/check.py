@@ -7,13 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc.core.nodes import Differentiate, Lanes, Mean, Program, Repeat, Space, Time
+from stepc.core.nodes import Differentiate, Lanes, Mean, Node, Program, Repeat, Space, Time
 from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
 from stepc.language.kinds import Batch, Params
 from stepc.language.state import State, leaves_by_path
@@ -28,7 +28,8 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
     Errors: ShardingError, with all axes that the mesh lacks and all that are used twice.
     """
     places = [node.place for node in program if isinstance(node, Mean)]
-    used = [axis for place in places if isinstance(place, Space) for axis in place.axes]
+    spaces = [place for place in places if isinstance(place, Space)]
+    used = [axis for place in spaces for axis in (*place.axes, *place.layout.automatic)]
     unknown = sorted(set(used) - set(sizes))
     faults = [f"the pipeline shards over the axis {axis!r}, which the mesh does not have." for axis in unknown]
     faults += [f"the pipeline shards over the axis {axis!r} twice." for axis, n in Counter(used).items() if n > 1]
@@ -42,14 +43,19 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
         facts = (("mesh", have or "none was given to compile"),)
         suggestion = " ".join(hint for hint in hints if hint) or None
         raise ShardingError(_sentence(faults_in_one(faults, of="the axes")), facts=facts, suggestion=suggestion)
-    bound = tuple(
-        replace(node, place=Space(node.place.axes, math.prod(sizes[axis] for axis in node.place.axes)))
-        if isinstance(node, Mean) and isinstance(node.place, Space)
-        else node
-        for node in program
-    )
+    bound = tuple(one for node in program for one in _bound(node, sizes))
     _check_single_rows(bound)
     return bound
+
+
+def _bound(node: Node, sizes: Mapping[str, int]) -> tuple[Node, ...]:
+    match node:
+        case Mean(Space(())):
+            return ()  # a mean over no axes averages nothing: it says where things lie
+        case Mean(Space(axes)):
+            return (replace(node, place=Space(axes, math.prod(sizes[axis] for axis in axes))),)
+        case _:
+            return (node,)
 
 
 def _check_single_rows(program: Program) -> None:
@@ -127,6 +133,17 @@ def check_state(state: object, expected: Callable[[Params], Any]) -> None:
         )
 
 
+def refuse_state(state: Any, expected: Callable[[Params], Any]) -> NoReturn:
+    """Say why a step cannot take this: another's state, the shapes of one, or one whose arrays are deleted."""
+    check_state(state, expected)
+    if not isinstance(state.step, jax.Array):
+        raise ConfigError("These are the shapes of a state: `lower` takes them, a step needs the arrays.")
+    raise ConfigError(
+        "This state was donated to an earlier step: its arrays are deleted.",
+        suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
+    )
+
+
 def check_fixed_point(old: State, new: State) -> None:
     """Refuse a step whose new state is not of the type of the old one: it would be compiled again every step.
 
@@ -150,6 +167,13 @@ def check_fixed_point(old: State, new: State) -> None:
                 ),
             ),
         )
+
+
+def check_option(name: str, value: object, kind: type, *, expected: str) -> None:
+    """Refuse an argument that is neither None nor of its kind. Errors: ConfigError."""
+    if value is not None and not isinstance(value, kind):
+        facts = (("expected", f"{expected}, or None"), ("got", type(value).__name__))
+        raise ConfigError(f"`{name}` is not a {name}.", facts=facts)
 
 
 def check_seed(seed: object) -> None:
@@ -234,7 +258,7 @@ def _product(parts: list[Mean], cells: int) -> str:
             case Lanes():
                 return "1"
 
-    return " = " + " × ".join(shown(node) for node in parts) if cells > 1 else ""
+    return " = " + " × ".join(shown(node) for node in parts if node.size > 1) if cells > 1 else ""
 
 
 def _described(value: Any) -> str:

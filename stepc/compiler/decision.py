@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stepc.compiler.check import bind
-from stepc.compiler.instructions import Signature
+from stepc.compiler.instructions import Schedule, Signature
+from stepc.compiler.layout import Laid, laid_of
 from stepc.compiler.loss import sign
+from stepc.compiler.parts import divided
 from stepc.compiler.rewrite import Rewriting, rewrite
-from stepc.compiler.schedule import batch_axes
+from stepc.compiler.schedule import batch_axes, schedule
 from stepc.core.laws import LAWS, Law
 from stepc.core.nodes import Differentiate, Follow, Guard, Lanes, Map, Mean, Program, Repeat, Rescale, Update, named
 from stepc.language.kinds import Batch, Params
@@ -23,11 +25,17 @@ from stepc.language.state import Skips, State
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided before any array is seen: the core, the laws that were applied, where rows lie."""
+    """What is decided before any array is seen: the core, the laws that were applied, where rows lie.
+
+    Args:
+      rows: the axes that a mean is taken over, the outermost first.
+      laid: where everything lies that `shard` speaks about.
+    """
 
     core: Program
     laws: tuple[Rewriting, ...]
     rows: tuple[str, ...]
+    laid: Laid
 
     @property
     def normal(self) -> Program:
@@ -68,6 +76,11 @@ class Decision:
                     pass
         return made
 
+    def scheduled(self, state: State, batch: Batch) -> tuple[Schedule, Signature]:
+        """The order of work for such a batch, and what the loss returns."""
+        signature = self.signed(state, batch)
+        return divided(schedule(self.normal, signature), self.laid), signature
+
     def signed(self, state: State, batch: Batch) -> Signature:
         """What the loss returns for one cell of such a batch."""
         means = [node for node in self.normal if isinstance(node, Mean)]
@@ -80,15 +93,16 @@ class Decision:
 
         shapes = jax.tree.map(shape_of, (state.params, state.rng, state.carry))
         params, key, carry = shapes
-        return sign(self.loss, params, jax.tree.map(cell, batch), key, carry)
+        return sign(self.loss, params, jax.tree.map(cell, batch), key, carry, self.rows)
 
 
 def decide(pipeline: Transform | Pipeline, mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> Decision:
     """Expand, bind to the mesh, rewrite."""
-    words = complete_words(pipeline)
-    core = bind(expanded(words), dict(mesh.shape) if mesh else {})
+    program, sizes = expanded(complete_words(pipeline)), dict(mesh.shape) if mesh else {}
+    core = bind(program, sizes)
     trace = rewrite(core, laws)
-    return Decision(core, trace, batch_axes(trace[-1].after if trace else core))
+    rows = batch_axes(trace[-1].after if trace else core)
+    return Decision(core, trace, rows, laid_of(program, sizes, rows))
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:  # Any: an array, a number, or a shape

@@ -1,8 +1,10 @@
-"""Which inputs of a traced function its outputs depend on."""
+"""What a traced function depends on, and where it names mesh axes."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from stepc.private import dce_jaxpr
@@ -26,6 +28,41 @@ def dependence(
     jaxpr, needs = dce_jaxpr(_silent(traced.jaxpr), used)
     alone = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))
     return needs, lambda given: alone(*(one for one, needed in zip(given, needs, strict=True) if needed))
+
+
+def named_axes(traced: ClosedJaxpr) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Every constraint and every region of its own in a traced function: what it is, the axes, and where it stands."""
+    for equation in _equations(traced.jaxpr):
+        match equation.primitive.name:
+            case "sharding_constraint":
+                spec = equation.params["sharding"].spec
+                entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+                axes = tuple(axis for entry in entries for axis in entry if isinstance(axis, str))
+                yield "with_sharding_constraint", axes, _line(equation)
+            case "shard_map":
+                yield "shard_map", tuple(sorted(equation.params.get("newly_manual_axes", ()))), _line(equation)
+            case _:
+                pass
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:  # Any: a jax.extend.core.JaxprEqn
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in equation.params.values():
+            for inner in part if isinstance(part, tuple | list) else (part,):
+                if isinstance(inner, ClosedJaxpr | Jaxpr):
+                    yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+
+
+def _line(equation: Any) -> str:  # Any: a jax.extend.core.JaxprEqn
+    """The user's own line; empty where this jax does not tell."""
+    ours = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+    try:
+        frames = equation.source_info.traceback.frames
+    except AttributeError:
+        return ""
+    frame = next((frame for frame in frames if not frame.file_name.startswith(ours)), None)
+    return "" if frame is None else f"{Path(frame.file_name).name}:{frame.line_num}"
 
 
 def _silent(jaxpr: Jaxpr) -> Jaxpr:

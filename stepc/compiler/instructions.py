@@ -76,12 +76,41 @@ class Vectorise:
 
 @dataclass(frozen=True)
 class Reduce:
-    """Pay the debt: add up over the devices along `axes`. Metrics `apart` are reductions of their own."""
+    """Pay the debt: add up over the devices along `axes`. Metrics `apart` are reductions of their own.
+
+    Args:
+      scattered: an axis over which the gradient is added up already, but for leaves that do not lie in parts.
+      dtype: in which the gradient is added up; None for its own.
+    """
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
     apart: tuple[str, ...] = ()
+    scattered: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Pay the debt along one axis in parts: each device adds up its own part of the gradient, of metrics nothing.
+
+    Leaves that do not lie in parts are left to the `Reduce` that comes after it.
+    """
+
+    axis: str
+    num_devices: int
+    reason: str
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Make parameters whole that lie in parts along an axis."""
+
+    axis: str
+    num_devices: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -146,12 +175,14 @@ class Optimize:
       follows: slots that follow the parameters, by name.
       guard: who skips a step that is not finite, by name.
       rescale: who adapts the scale of the loss, by name.
+      gather: what makes the new parameters whole again, if each device makes a part of them only.
     """
 
     node: Update
     follows: tuple[tuple[str, Follow], ...] = ()
     guard: tuple[str, Guard] | None = None
     rescale: tuple[str, Rescale] | None = None
+    gather: Gather | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +194,8 @@ class Again:
 
 
 Instruction: TypeAlias = (
-    Compute | Count | CountFirst | Loop | Vectorise | Reduce | AverageCarry | Multiply | Unscale | Settle | Apply
-    | Optimize | Again
+    Compute | Count | CountFirst | Loop | Vectorise | Gather | Scatter | Reduce | AverageCarry | Multiply | Unscale
+    | Settle | Apply | Optimize | Again
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 

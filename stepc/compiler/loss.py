@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc.compiler.dependence import dependence
+from stepc.compiler.dependence import dependence, named_axes
 from stepc.compiler.instructions import Signature
 from stepc.core.nodes import Differentiate
 from stepc.core.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Outcome, Sum, is_static, merged, outcome_of
-from stepc.errors import LossError, faults_in_one
+from stepc.errors import LossError, ShardingError, faults_in_one
 from stepc.language.kinds import Params, Rows
 from stepc.language.state import leaves_by_path
 
@@ -49,16 +49,18 @@ def checked_loss(node: Differentiate) -> Call:
     return call
 
 
-def sign(node: Differentiate, params: Params, rows: Rows, key: Any, carry: Any) -> Signature:
+def sign(node: Differentiate, params: Params, rows: Rows, key: Any, carry: Any, manual: tuple[str, ...]) -> Signature:
     """What a loss returns for such rows.
 
-    Args: shapes, of one cell each; the key is that of the state.
-    Errors: LossError if a count depends on the parameters or on the carry, or if the keys cannot be one a row.
+    Args: shapes, of one cell each; the key is that of the state; the axes of which a loss sees only its own rows.
+    Errors: LossError if a count depends on the parameters or on the carry, or if the keys cannot be one a row;
+      ShardingError if the loss constrains something to lie along a manual axis.
     """
     if node.rng == "example":
         _check_keys(key, node)
     keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
     signature, traced, outputs = _traced(node, params, carry, rows, keys)
+    _check_axes(traced, node, manual)
     if outputs:
         _check_counts(dependence(traced, outputs=outputs)[0], params, carry, node)
     return signature
@@ -112,6 +114,20 @@ def _check_counts(needs: list[bool], params: Params, carry: Any, node: Different
             facts=(("depends on", ", ".join(f"`{path}`" for path in used)),),
             suggestion="Count rows or tokens: `sc.Mean(total, count)` is divided by the count, which has no gradient.",
         )
+
+
+def _check_axes(traced: Any, node: Differentiate, manual: tuple[str, ...]) -> None:
+    named = [(what, axis, line) for what, axes, line in named_axes(traced) for axis in axes if axis in manual]
+    if not named:
+        return
+    faults = [f"`{what}` names the axis {axis!r}{line and f' ({line})'}." for what, axis, line in dict.fromkeys(named)]
+    axes = " and ".join(sorted({repr(axis) for _, axis, _ in named}))
+    what = faults_in_one(faults, of=f"the loss of `{node.written}`")
+    raise ShardingError(
+        f"The loss of `{node.written}`: {what}" if len(faults) == 1 else what,
+        facts=(("reason", f"rows lie along {axes}, and a loss is called with the rows of one device"),),
+        suggestion=f"Leave {axes} out there, or write `shard(dp(...), mode='auto')`, which leaves the axis to XLA.",
+    )
 
 
 def keys_of(node: Differentiate, key: Any, numbers: Any) -> Any:  # Any: typed keys, or their shapes

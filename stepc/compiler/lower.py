@@ -1,22 +1,21 @@
-"""A schedule becomes one pure function. The only file that names scan and shard_map. It decides nothing.
+"""A schedule becomes one pure function. Only it names scan, only it and `devices` shard_map. It decides nothing.
 
 The region that computes gradients is manual over the mesh axes that rows lie along and automatic over the
-others. Its reductions stand in a region of their own that is manual over all axes: in a partly automatic
-region XLA gathers model-sharded operands of tiled collectives, and bfloat16 sums abort the process on CPU.
+others; what devices say to each other in it stands in `devices`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from stepc.compiler import devices, tally
 from stepc.compiler import flow as flows
-from stepc.compiler import tally
+from stepc.compiler.devices import Place
 from stepc.compiler.ending import ending_of
 from stepc.compiler.flow import Cell, Flow, Given
 from stepc.compiler.instructions import (
@@ -26,53 +25,28 @@ from stepc.compiler.instructions import (
     Compute,
     Count,
     CountFirst,
+    Gather,
     Instruction,
     Loop,
     Multiply,
     Optimize,
     Reduce,
+    Scatter,
     Schedule,
     Settle,
     Unscale,
     Vectorise,
 )
 from stepc.compiler.loss import checked_loss, num_rows
-from stepc.compiler.making import Made, Sight, made
+from stepc.compiler.making import Laying, Made, Sight, made
+from stepc.compiler.parts import is_scattered
 from stepc.compiler.schedule import draws, owes
-from stepc.language.kinds import Batch
+from stepc.language.kinds import Batch, Grads, Params
 from stepc.language.meaning import tag_of
 from stepc.language.state import State
 
 SCAN_NAME = "microbatches"  # the named scope of the loop, to find it again in compiled text
 STEPS_NAME = "steps"  # that of `repeat`
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the program runs.
-
-    Args:
-      mesh: a mesh of Auto axes, or None for a single device.
-      rows: the axes that rows lie along, the outermost first.
-      params: a tree of PartitionSpec, one for each parameter; they name no axis of `rows`.
-      carry: the same for the model's own state.
-      numbered: whether rows are to know their numbers.
-    """
-
-    mesh: Mesh | None
-    rows: tuple[str, ...]
-    params: Any  # Any: the tree of the parameters
-    carry: Any  # Any: the tree of the model's own state
-    numbered: bool
-
-    @property
-    def others(self) -> frozenset[str]:
-        """The axes that stay automatic."""
-        return frozenset(self.mesh.axis_names if self.mesh else ()) - set(self.rows)
-
-    def size_of(self, axes: tuple[str, ...]) -> int:
-        """How many devices there are along these axes."""
-        return prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
 
 def lower(schedule: Schedule, place: Place) -> Callable[[State, Batch], Made]:
@@ -105,28 +79,31 @@ def _step(schedule: Schedule, place: Place, state: State, batch: Batch) -> Made:
     numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if place.numbered else None
     given, cell = Given(state.params, state.carry, key, scale, None), Cell(batch, numbers)
 
-    def region(given: Given, cell: Cell) -> tuple[Flow, jax.Array]:
+    def region(params: Params, given: Given, cell: Cell) -> tuple[Flow, Grads, jax.Array]:
+        given = replace(given, params=params)
         if cell.numbers is not None:
             given = replace(given, start=cell.numbers[0], width=num_rows(cell.rows))
         flow = _run(schedule[:inside], None, cell, given, place)
-        return replace(flow, finite=None), flow.finite[None]
+        return replace(flow, grads=(), finite=None), flow.grads, flow.finite[None]
 
     flow, finite = None, None
     if inside:
-        rows = PartitionSpec(place.rows)
+        rows, params = PartitionSpec(place.rows), place.manual_specs(divided=place.divided)
+        grads = place.manual_specs(divided=is_scattered(schedule))
         spaced = jax.shard_map(
-            region, mesh=place.mesh, in_specs=(PartitionSpec(), rows), out_specs=(PartitionSpec(), rows),
+            region, mesh=place.mesh, in_specs=(params, PartitionSpec(), rows), out_specs=(PartitionSpec(), grads, rows),
             axis_names=set(place.rows), check_vma=False,
         )  # fmt: skip
-        flow, finite = spaced(given, cell)
+        flow, grads, finite = spaced(given.params, replace(given, params=()), cell)
+        flow = replace(flow, grads=grads)
     last, ending = ending_of(schedule)
     flow = _run(schedule[inside:last], flow, cell, given, place)
-    if place.others:
-        flow = replace(flow, grads=jax.lax.with_sharding_constraint(flow.grads, place.params))
+    flow = replace(flow, grads=place.laid(flow.grads, divided=True))
     keys = tuple(_keys_of(one, cell, given, place) for one in ending.applies)
     held, value, squares = ending.measured(flow, keys, given.params)
     sight = Sight(flow.finite[None] if finite is None else finite, squares)
-    return made(optimize, ending, held, tally.reported(value.metrics), sight, state)
+    laying = Laying(partial(place.divide, divided=True), partial(place.divide, divided=place.divided))
+    return made(optimize, ending, held, tally.reported(value.metrics), sight, state, laying)
 
 
 def _run(schedule: Schedule, flow: Flow | None, cell: Cell, given: Given, place: Place) -> Any:
@@ -135,6 +112,8 @@ def _run(schedule: Schedule, flow: Flow | None, cell: Cell, given: Given, place:
             counts = _run(instruction.body, None, cell, given, place)
             values = tuple(counts.metrics[str(n)][0].value for n in range(len(counts.metrics)))
             given = replace(given, counts=values, parts=int(counts.count))
+        elif isinstance(instruction, Gather):
+            given = devices.gathered(instruction, given, place)
         else:
             flow = _instruct(instruction, flow, cell, given, place)
     return flow
@@ -150,11 +129,12 @@ def _instruct(instruction: Instruction, flow: Any, cell: Cell, given: Given, pla
             return _loop(instruction, cell, given, place)
         case Vectorise(body):
             return _vectorise(body, cell, given, place)
-        case Reduce(axes):
-            return _reduce(flow, axes, given, place)
-        case AverageCarry(axes, num_devices):
-            total = _over_devices(lambda tree: jax.lax.psum(tree, axes), flow.carry, place.carry, place)
-            return replace(flow, carry=jax.tree.map(lambda one: (one / num_devices).astype(one.dtype), total))
+        case Reduce():
+            return devices.reduced(instruction, flow, given, place)
+        case Scatter():
+            return devices.scattered(instruction, flow, place)
+        case AverageCarry():
+            return devices.averaged(instruction, flow, place)
         case Multiply(factor):
             return replace(flow, grads=jax.tree.map(lambda leaf: leaf * factor, flow.grads))
         case Unscale():
@@ -165,7 +145,7 @@ def _instruct(instruction: Instruction, flow: Any, cell: Cell, given: Given, pla
             value, told = node.measured(flow.grads)
             grads, added = node.applied(flow.grads, value, *_keys_of(instruction, cell, given, place))
             return flows.opened(grads, {**told, **added}, flow)
-        case Optimize() | Again() | CountFirst():
+        case Optimize() | Again() | CountFirst() | Gather():
             raise ValueError(f"{type(instruction).__name__} has another place")
         case _:
             assert_never(instruction)
@@ -201,43 +181,6 @@ def _vectorise(body: Schedule, cell: Cell, given: Given, place: Place) -> Flow:
     return flows.over_lanes(flow, num_rows(cell.rows))
 
 
-def _reduce(flow: Flow, axes: tuple[str, ...], given: Given, place: Place) -> Flow:
-    metrics = flow.metrics
-    if tally.has_last(metrics):
-        metrics = tally.only_last(metrics, _part(axes, given, place) == place.size_of(axes) - 1)
-    found = tally.extremes(metrics)
-    specs = (jax.tree.map(lambda _: PartitionSpec(), metrics), place.params if jax.tree.leaves(flow.grads) else ())
-    metrics, grads = _over_devices(lambda tree: jax.lax.psum(tree, axes), (metrics, flow.grads), specs, place)
-    across = {"max": jax.lax.pmax, "min": jax.lax.pmin}
-    for kind, values in found.items():
-        spec = jax.tree.map(lambda _: PartitionSpec(), values)
-        found[kind] = _over_devices(lambda tree, kind=kind: across[kind](tree, axes), values, spec, place)
-    flow = replace(flow, metrics=tally.with_extremes(metrics, found), grads=grads)
-    return flows.times(flow, place.size_of(axes))
-
-
-def _over_devices(function: Callable[[Any], Any], tree: Any, specs: Any, place: Place) -> Any:
-    """The function in a region that is manual over all axes; the mesh is the context's, as jax demands in another."""
-    if not place.others or not jax.tree.leaves(tree):
-        return function(tree)
-    return jax.shard_map(
-        function, in_specs=(specs,), out_specs=specs, axis_names=set(place.others), check_vma=False
-    )(tree)  # fmt: skip
-
-
-def _part(axes: tuple[str, ...], given: Given, place: Place) -> Any:  # Any: an int32 scalar
-    """Which part along these axes this device has."""
-    part = jnp.zeros((), jnp.int32)
-    for axis in axes:
-        part = part * place.size_of((axis,)) + _coordinate(axis, given, place)
-    return part
-
-
-def _coordinate(axis: str, given: Given, place: Place) -> Any:  # Any: an int32 scalar
-    inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
-    return given.start // given.width // inner % place.size_of((axis,))
-
-
 def _keys_of(one: Apply, cell: Cell, given: Given, place: Place) -> tuple[Any, ...]:  # Any: a typed key
     """The key of a word that draws, from the number of the cell's first row; it spans devices that are added up."""
     if one.name is None:
@@ -246,5 +189,5 @@ def _keys_of(one: Apply, cell: Cell, given: Given, place: Place) -> tuple[Any, .
     if given.start is not None:
         for axis in one.summed:
             inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
-            number = number - _coordinate(axis, given, place) * inner * given.width
+            number = number - devices.coordinate(axis, given, place) * inner * given.width
     return (jax.random.fold_in(jax.random.fold_in(given.key, tag_of(one.name)), number),)

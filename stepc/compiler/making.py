@@ -33,10 +33,19 @@ class Sight(NamedTuple):
     squares: Any  # Any: a tree like the parameters
 
 
-def made(optimize: Optimize, ending: Ending, held: Held, metrics: Metrics, sight: Sight, state: State) -> Made:
+class Laying(NamedTuple):
+    """How a tree like the parameters is told to lie."""
+
+    parts: Callable[[Any], Any]  # as the optimizer works on it
+    whole: Callable[[Any], Any]  # as the state has it
+
+
+def made(
+    optimize: Optimize, ending: Ending, held: Held, metrics: Metrics, sight: Sight, state: State, laying: Laying
+) -> Made:
     """Make the step, unless it is to be skipped."""
     metrics = dict(metrics)
-    step = partial(_stepped, optimize, ending)
+    step = partial(_stepped, optimize, ending, laying)
     loss_is_finite = jnp.isfinite(metrics["loss"])
     gradient_is_finite = jnp.isfinite(total_of(jax.tree.leaves(sight.squares)))
     is_finite = loss_is_finite & gradient_is_finite
@@ -75,13 +84,14 @@ def _if(happens: jax.Array, step: Callable[..., State], held: Held, loss: jax.Ar
         raise
 
 
-def _stepped(optimize: Optimize, ending: Ending, held: Held, loss: jax.Array, state: State) -> State:
-    grads = ending.finished(held, state.params)
+def _stepped(optimize: Optimize, ending: Ending, laying: Laying, held: Held, loss: jax.Array, state: State) -> State:
+    params = laying.parts(state.params)
+    grads = ending.finished(held, params)
     optimizer = optax.with_extra_args_support(optimize.node.optimizer)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss, grad=grads)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params, value=loss, grad=grads)
+    params = laying.parts(optax.apply_updates(params, updates))
     slots = dict(state.slots)
     for name, node in optimize.follows:
         slots[name] = node.advance(slots[name], params, *node.arguments)
-    new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)
+    new = replace(state, params=laying.whole(params), opt_state=opt_state, step=state.step + 1, slots=slots)
     return replace(new, carry=held.flow.carry)

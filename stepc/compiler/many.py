@@ -1,7 +1,8 @@
 """What a step does differently when its mesh lies on several processes: arrays from parts, and agreement first."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from stepc.compiler.check import check_batch
-from stepc.compiler.placing import put
 from stepc.core.nodes import Program
 from stepc.errors import BatchError, ConfigError
 from stepc.language.kinds import Batch, Params
@@ -22,6 +22,22 @@ from stepc.processes.poll import poll
 
 MOST_LINES, SHOWN = 5000, 200  # of a program, of a line
 NOT_JOINED = "The mesh lies on {} processes, and they have not found each other."
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a batch lie.
+
+    Args:
+      axes: the mesh axes that they lie along.
+      place: which dimension of a leaf they are.
+      lying: of a batch's shapes, how each leaf lies.
+    """
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+    place: int
+    lying: Callable[[Batch], Any]  # Any: a tree of NamedSharding
 
 
 @cache
@@ -84,38 +100,23 @@ def _line(leaf: Any) -> str:  # Any: an array, or a number
     return f"{host.dtype}{list(host.shape)} crc32 {zlib.crc32(host.tobytes()):08x}"
 
 
-def placed(batch: Batch, rows: NamedSharding | None, program: Program) -> Batch:
-    """The batch, moved if it does not lie as the program takes it. The only loop of a call.
-
-    On several processes host arrays are the rows of this one.
-    """
-    among = () if rows is None else processes_of(rows.mesh)
-    for leaf in jax.tree.leaves(batch):
-        if type(leaf) is np.ndarray and not among:
-            continue
-        if not isinstance(leaf, np.ndarray | jax.Array):
-            check_batch(batch, program, shapes_too=False)
-        elif rows is not None and (isinstance(leaf, np.ndarray) or leaf.sharding != rows):
-            return checked_whole(batch, rows, program, among) if among else put(batch, rows)
-    return batch
-
-
-def whole(batch: Batch, rows: NamedSharding, program: Program) -> Batch:
+def whole(batch: Batch, rows: Rows, program: Program) -> Batch:
     """One batch of all processes, from the rows that each has; leaves that are one already stay.
 
     Errors: BatchError if the rows of all do not divide as the pipeline asks.
     """
-    axis, total, here = _shares(rows)
-    shapes = jax.tree.map(lambda leaf: _shape(leaf, axis, total, here), batch)
+    total, here = _parts(rows.mesh, rows.axes)
+    shapes = jax.tree.map(lambda leaf: _shape(leaf, rows.place, total, here), batch)
     check_batch(shapes, program)
-    return jax.tree.map(lambda leaf, shape: _whole(leaf, shape.shape, rows), batch, shapes)
+    return jax.tree.map(lambda leaf, shape, lying: _whole(leaf, shape, lying, rows), batch, shapes, rows.lying(shapes))
 
 
-def checked_whole(batch: Batch, rows: NamedSharding, program: Program, among: tuple[int, ...]) -> Batch:
+def checked_whole(batch: Batch, rows: Rows, program: Program) -> Batch:
     """`whole`, once all processes have shown that their rows fit together.
 
     Errors: BatchError on all of them if the rows differ: jax would make a different array on each, without a word.
     """
+    among = processes_of(rows.mesh)
     try:
         made, fault = whole(batch, rows, program), None
     except BatchError as error:
@@ -136,14 +137,6 @@ def check_forms(forms: Mapping[str, str], among: tuple[int, ...]) -> None:
         raise BatchError("The processes do not have rows that fit together.", facts=facts)
 
 
-def _shares(rows: NamedSharding) -> tuple[int, int, int]:
-    """The axis of the rows, how many parts they have, and how many of these lie on devices of this process."""
-    axis = len(rows.spec) - 1
-    entry: Any = rows.spec[axis]
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    return axis, *_parts(rows.mesh, names)
-
-
 @cache
 def _parts(mesh: Mesh, names: tuple[str, ...]) -> tuple[int, int]:
     numbers = [mesh.axis_names.index(name) for name in names]
@@ -160,13 +153,15 @@ def _shape(leaf: Any, axis: int, total: int, here: int) -> Any:  # Any: an array
     return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
 
 
-def _whole(leaf: Any, shape: tuple[int, ...], rows: NamedSharding) -> jax.Array:  # Any: as above
+def _whole(leaf: Any, shape: Any, lying: NamedSharding, rows: Rows) -> jax.Array:  # Any: arrays, or their shapes
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return leaf if leaf.sharding == rows else jax.device_put(leaf, rows)
+        return leaf if leaf.sharding == lying else jax.device_put(leaf, lying)
     bare = _bare(leaf)
     host = np.asarray(bare, jax.dtypes.canonicalize_dtype(bare.dtype))
-    tail = host.shape[leaf.ndim :]  # a typed key is several numbers
-    made = jax.make_array_from_process_local_data(rows, host, (*shape, *tail))
+    is_split = len(lying.spec) > rows.place and lying.spec[rows.place] is not None
+    sizes = shape.shape if is_split else leaf.shape
+    # A typed key is several numbers. Along every other dimension each process has the whole of it.
+    made = jax.make_array_from_process_local_data(lying, host, (*sizes, *host.shape[leaf.ndim :]))
     return jax.random.wrap_key_data(made, impl=jax.random.key_impl(leaf)) if bare is not leaf else made
 
 

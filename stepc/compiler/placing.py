@@ -1,5 +1,7 @@
 """Where the leaves of a state lie on a mesh, and putting them there without touching the caller's arrays."""
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import jax
@@ -7,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from stepc.compiler.layout import Laid, followed, in_parts, mirrors, part_dimension, specs_of_params
+from stepc.core.layout import Spec
 from stepc.language.kinds import Params
-from stepc.language.state import Placement, leaves_by_path, path_of
+from stepc.language.state import Placement, State, leaves_by_path, path_of
 
 
 def with_automatic_axes(mesh: Mesh) -> Mesh:
@@ -16,29 +20,67 @@ def with_automatic_axes(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def placement_of(params: Params, mesh: Mesh | None, *, rows: tuple[str, ...]) -> Placement:
-    """How the caller's parameters lie on the mesh already: (path, spec) of every leaf that is not whole.
+def model_specs(params: Params, mesh: Mesh | None, laid: Laid) -> dict[str, Spec]:
+    """How parameters lie along the axes that are not those of the rows: by the rules, or else as they lie already.
 
-    Along the axes of the rows a parameter is whole, whatever the caller had: that is what `dp` says.
+    Errors: ShardingError where rules and parameters do not fit.
     """
-    found = ((path, _without(rows, _spec_on(leaf, mesh))) for path, leaf in leaves_by_path(params))
-    return tuple(sorted((path, spec) for path, spec in found if any(entry is not None for entry in spec)))
+    leaves = leaves_by_path(params)
+    if laid.has_rules:
+        return specs_of_params(laid, leaves)
+    found = ((path, tuple(_without(laid.rows, _spec_on(leaf, mesh)))) for path, leaf in leaves)
+    return {path: spec for path, spec in found if spec}
 
 
-def placement_of_state(shapes: Any, placement: Placement, params: Params) -> Placement:
-    """Extend the parameters' placement to a whole state: what mirrors a parameter lies as it does.
+def placement_of_state(shapes: State, specs: Mapping[str, Spec], laid: Laid) -> Placement:
+    """Extend the parameters' specs to a whole state: what mirrors a parameter lies as it does.
 
-    A leaf mirrors the parameter whose path its own path ends in, if their shapes agree.
+    Along the axis that things lie in parts along, the optimizer's state and slots lie so, and with `zero=3` parameters.
     """
-    specs = dict(placement)
-    mirrored = {path: (leaf.shape, specs[path]) for path, leaf in leaves_by_path(params) if path in specs}
+    params = dict(leaves_by_path(shapes.params))
+    leaves = dict(leaves_by_path(shapes))
+    found: dict[str, Spec | None] = {}
+    for path, name in mirrors(list(leaves), params).items():
+        like, spec = params[name], specs.get(name, ())
+        room = path.partition("/")[0]
+        if laid.layout.zero == 3 or (laid.layout.zero and room not in ("params", "carry")):
+            spec = in_parts(spec, part_dimension(like, spec, laid.num_parts), laid.axis)
+        found[path] = followed(leaves[path].shape, like.shape, spec)
+    pairs = ((path, PartitionSpec(*spec)) for path, spec in found.items() if spec)
+    return tuple(sorted((path, spec) for path, spec in pairs))
 
-    def spec(path: str, leaf: Any) -> PartitionSpec | None:
-        ends = [found for name, found in mirrored.items() if path == name or path.endswith(f"/{name}") or not name]
-        return next((spec for shape, spec in ends if shape == leaf.shape), None)
 
-    pairs = ((path, spec(path, leaf)) for path, leaf in leaves_by_path(shapes))
-    return tuple(sorted((path, spec) for path, spec in pairs if spec is not None))
+def part_dimensions(params: Params, placement: Placement, laid: Laid) -> tuple[Any, Any]:
+    """Trees like the parameters: specs along automatic axes, and the dimension each lies in parts along, or -1."""
+    table = dict(placement)
+
+    def spec(path: str) -> PartitionSpec:
+        return _without(laid.rows, table.get("/".join(part for part in ("params", path) if part), PartitionSpec()))
+
+    tree = jax.tree.structure(params)
+    specs = [spec(path) for path, _ in leaves_by_path(params)]
+    dims = [
+        part_dimension(leaf, tuple(spec), laid.num_parts) if laid.layout.zero else -1
+        for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)
+    ]
+    return tree.unflatten(specs), tree.unflatten(dims)
+
+
+def sums_of(params: Params, placement: Placement, laid: Laid, *, divided: bool) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The sum of each parameter's gradient as one device has it: whole along the axes of the rows, or in parts."""
+    specs, dims = part_dimensions(params, placement, laid)
+    sizes = dict(laid.sizes)
+
+    def local(leaf: Any, spec: PartitionSpec, dim: int) -> jax.ShapeDtypeStruct:
+        entries = in_parts(tuple(spec), dim, laid.axis if divided else None)
+        axes = [(entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
+        parts = [prod(sizes[axis] for axis in entry if axis is not None) for entry in axes]
+        full = (*parts, *([1] * (leaf.ndim - len(parts))))
+        shape = tuple(size // number for size, number in zip(leaf.shape, full, strict=True))
+        return jax.ShapeDtypeStruct(shape, jnp.promote_types(leaf.dtype, jnp.float32))
+
+    lying = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+    return tuple(map(local, jax.tree.leaves(params), lying, jax.tree.leaves(dims)))
 
 
 def specs_of(tree: Any, placement: Placement, *, prefix: str = "") -> Any:
@@ -57,6 +99,11 @@ def shardings_of(tree: Any, placement: Placement, mesh: Mesh) -> Any:
         specs_of(tree, placement),
         is_leaf=lambda one: isinstance(one, PartitionSpec),
     )
+
+
+def strong(tree: Any) -> Any:
+    """The same arrays, none of them of a weak type: jax makes those of Python numbers, and a step gives strong ones."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), tree)
 
 
 def put(tree: Any, shardings: Any | None) -> Any:
@@ -95,3 +142,12 @@ def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
     while entries and entries[-1] is None:
         entries.pop()  # as jax writes the shardings of results: one spec, one spelling, one compilation
     return PartitionSpec(*entries)
+
+
+def shapes_with(shapes: State, shardings: Any) -> State:  # Any: a tree of NamedSharding, or None without a mesh
+    """The shapes of a state, each with where it lies."""
+    if shardings is None:
+        return shapes
+    return jax.tree.map(
+        lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
+    )

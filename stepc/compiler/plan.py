@@ -15,17 +15,20 @@ from stepc.compiler.instructions import (
     Compute,
     Count,
     CountFirst,
+    Gather,
     Instruction,
     Loop,
     Multiply,
     Optimize,
     Reduce,
+    Scatter,
     Schedule,
     Settle,
     Unscale,
     Vectorise,
 )
 from stepc.compiler.rewrite import Rewriting
+from stepc.compiler.search import Search
 from stepc.core.nodes import Program, show
 
 
@@ -64,6 +67,9 @@ class Plan:
       schedule: the order of work.
       rows: the mesh axes that batch rows lie along.
       leaves: every leaf of the state; all of them are donated.
+      notes: what the layout costs beside what one would expect.
+      accumulator: for each parameter, the shape of the sum of its gradient on one device, while it is added up.
+      search: how a number was found that the pipeline left to the compiler; None if it left none.
     """
 
     pipeline: str
@@ -73,6 +79,9 @@ class Plan:
     schedule: Schedule
     rows: tuple[str, ...]
     leaves: tuple[Leaf, ...]
+    notes: tuple[str, ...] = ()
+    accumulator: tuple[tuple[int, ...], ...] = ()
+    search: Search | None = None
 
     @property
     def normal(self) -> Program:
@@ -89,15 +98,21 @@ class Plan:
         """Every reduction, with its place and the reason for it."""
         return tuple(_collectives(self.schedule, 1))
 
+    @property
+    def _no_collectives(self) -> str:
+        return "none of ours: XLA places its own" if self.rows else "none"
+
     def __str__(self) -> str:
         parts = (
             f"plan of {self.pipeline}",
             _section("mesh", [", ".join(f"{name}={size}" for name, size in self.mesh) or "a single device"]),
+            *([] if self.search is None else [_section("search", str(self.search).splitlines())]),
             _section("core", _table([("", show(self.core)), *((_law(one), show(one.after)) for one in self.laws)])),
             *([_section("laws applied", _table(_why(self.laws)))] if self.laws else []),
             _section("schedule of one step", list(_lines(self.schedule, 0))),
-            _section("collectives", _table([_row(one) for one in self.collectives]) or ["none"]),
+            _section("collectives", _table([_row(one) for one in self.collectives]) or [self._no_collectives]),
             _section("batch", [_rows(self.rows)]),
+            *([_section("layout", list(self.notes))] if self.notes else []),
             _section(_state_title(self.leaves), _table([_leaf(one) for one in self.leaves])),
         )
         return "\n\n".join(parts)
@@ -164,9 +179,13 @@ def _line(one: Instruction) -> str | None:
             return f"loop {size} times and add up{inside}: microbatch j is the rows i with i mod {size} = j"
         case Vectorise():
             return "side by side for every row, and add up"
-        case Reduce(axes, num_devices, reason, apart):
-            also = f", then {' and '.join(apart)} of metrics" if apart else ""
-            return f"all-reduce over {', '.join(axes)} ({num_devices} devices){also}: {reason}"
+        case Reduce():
+            return _reduce(one)
+        case Scatter(axis, num_devices, reason, dtype):
+            inside = f" in {dtype}" if dtype else ""
+            return f"reduce-scatter over {axis} ({num_devices} devices){inside}: {reason}"
+        case Gather(axis, num_devices, reason):
+            return f"all-gather of parameters over {axis} ({num_devices} devices): {reason}"
         case AverageCarry(axes, num_devices, reason):
             return f"all-reduce of the carry over {', '.join(axes)} ({num_devices} devices): {reason}"
         case Multiply(factor):
@@ -185,6 +204,13 @@ def _line(one: Instruction) -> str | None:
             assert_never(one)
 
 
+def _reduce(one: Reduce) -> str:
+    also = f", then {' and '.join(one.apart)} of metrics" if one.apart else ""
+    inside = f" in {one.dtype}" if one.dtype else ""
+    what = "" if one.scattered is None else " of metrics, whole leaves" + (" and parts" if len(one.axes) > 1 else "")
+    return f"all-reduce{what} over {', '.join(one.axes)} ({one.num_devices} devices){inside}{also}: {one.reason}"
+
+
 def _settle(one: Settle) -> str | None:
     if one.by == "count":
         return "divide by the count that was added up with it"
@@ -201,7 +227,7 @@ def _optimize(one: Optimize) -> str:
         text += f", if the loss and the gradient are finite; else the state stays as it is (`{one.guard[1].written}`)"
     elif one.rescale is not None:
         text += f", if the gradient is finite; else the state stays as it is (`{one.rescale[1].written}`)"
-    return text
+    return text if one.gather is None else f"{text}; then {_line(one.gather)}"
 
 
 def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
@@ -225,6 +251,12 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                 yield from (replace(one, per="dispatch") for one in _collectives(body, prod((times, node.size))))
             case CountFirst(body) | Vectorise(body):
                 yield from _collectives(body, times)
+            case Scatter(axis, _, reason):
+                yield PlannedCollective("reduce-scatter", (axis,), times, times > 1, reason)
+            case Gather(axis, _, reason):
+                yield PlannedCollective("all-gather", (axis,), times, times > 1, reason)
+            case Optimize(gather=Gather(axis, _, reason)):
+                yield PlannedCollective("all-gather", (axis,), times, times > 1, reason)
             case Reduce(axes, _, reason, apart):
                 yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
                 for kind in apart:

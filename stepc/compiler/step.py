@@ -8,34 +8,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from stepc.compiler.check import check_batch, check_carry, check_fixed_point, check_params, check_seed, check_state
-from stepc.compiler.decision import Decision, decide, shape_of
-from stepc.compiler.guard import Guard
-from stepc.compiler.instructions import Schedule
-from stepc.compiler.lower import Place, lower
+from stepc.compiler.asking import Asking, answered, question_of
+from stepc.compiler.batches import Batches, bare
+from stepc.compiler.check import (
+    check_batch,
+    check_carry,
+    check_fixed_point,
+    check_option,
+    check_params,
+    check_seed,
+    check_state,
+    refuse_state,
+)
+from stepc.compiler.decision import Decision, decide
+from stepc.compiler.devices import Place
+from stepc.compiler.forms import shown, why_again
+from stepc.compiler.gate import Gate
+from stepc.compiler.lower import lower
 from stepc.compiler.making import Made
-from stepc.compiler.many import check_program, check_start, processes_of, whole
-from stepc.compiler.many import placed as placed_batch
+from stepc.compiler.many import check_start
+from stepc.compiler.parts import accumulates_parts, notes
 from stepc.compiler.placing import (
-    placement_of,
+    model_specs,
+    part_dimensions,
     placement_of_state,
     put,
+    shapes_with,
     shardings_of,
     specs_of,
+    strong,
+    sums_of,
     with_automatic_axes,
 )
-from stepc.compiler.plan import Leaf, Plan
-from stepc.compiler.schedule import draws, schedule
+from stepc.compiler.plan import Plan
+from stepc.compiler.schedule import draws
+from stepc.compiler.shardings import Shardings, planned_leaves, shardings_table
 from stepc.compiler.stages import Lowered
 from stepc.compiler.watch import Watch
-from stepc.errors import ConfigError
 from stepc.inspect.budget import Budget
 from stepc.language.kinds import Batch, Metrics, Params
 from stepc.language.pipeline import Pipeline, Transform
-from stepc.language.reference import Reference, reference
-from stepc.language.state import KEYS, State, leaves_by_path
+from stepc.language.reference import Reference, complete_words, reference
+from stepc.language.state import KEYS, State
 
 _LOG = logging.getLogger("stepc")
 
@@ -53,20 +69,25 @@ def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget:
         not name stay automatic: parameters that lie along them stay as they lie.
       budget: what the step is promised to cost; the first call for a form of batch is held to it before it runs.
     Errors: ConfigError if the pipeline is not complete; ShardingError if the mesh lacks an axis. Nothing is traced
-      or compiled before the first call; that raises BudgetError if the program breaks its budget.
+      or compiled before the first call; that raises BudgetError if the program breaks its budget, or if nothing fits
+      an `accumulate(memory=...)`.
     Example:
       >>> compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
       compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
 
     Source: ours.
     """
-    if mesh is not None and not isinstance(mesh, Mesh):
-        facts = (("expected", "a jax.sharding.Mesh, or None"), ("got", type(mesh).__name__))
-        raise ConfigError("`mesh` is not a mesh.", facts=facts)
-    if budget is not None and not isinstance(budget, Budget):
-        facts = (("expected", "a stepc.Budget, or None"), ("got", type(budget).__name__))
-        raise ConfigError("`budget` is not a budget.", facts=facts)
-    return Step(pipeline, mesh, decide(pipeline, mesh), None if budget is None else Guard(budget))
+    check_option("mesh", mesh, Mesh, expected="a jax.sharding.Mesh")
+    check_option("budget", budget, Budget, expected="a stepc.Budget")
+    complete_words(pipeline)
+    asked = question_of(pipeline)
+    gate = None if budget is None else Gate(budget)
+    if asked is None:
+        return Step(pipeline, mesh, decide(pipeline, mesh), gate)
+    place, question = asked
+    one = decide(answered(pipeline, place, question.answered(1)), mesh)
+    asking = Asking(pipeline, place, question, one.core, lambda said: Step(said, mesh, decide(said, mesh)))
+    return Step(pipeline, mesh, one, gate, asking)
 
 
 def _in_our_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,22 +106,28 @@ def _in_our_mesh(method: Callable[..., Any]) -> Callable[..., Any]:
 class Step:
     """A compiled pipeline: `init` makes a state, a call makes a step.
 
-    `traces` counts how often the program was traced; any number of calls with one batch shape is one trace.
+    A pipeline that leaves a number to the compiler is answered once for each form of batch: its program, plan and
+    reference are those of the pipeline that says the number.
     """
 
     def __init__(
-        self, pipeline: Transform | Pipeline, mesh: Mesh | None, decision: Decision, guard: Guard | None = None
+        self,
+        pipeline: Transform | Pipeline,
+        mesh: Mesh | None,
+        decision: Decision,
+        gate: Gate | None = None,
+        asking: "Asking[Step] | None" = None,
     ) -> None:
         self.pipeline = pipeline
         self.decision = decision
-        self._guard = guard
+        self._gate = gate
+        self._asking = asking
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
-        self.traces = 0
+        self._traces = 0
         self._forms: list[str] = []
-        self._compared: set[str] = set()
-        spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
-        self._rows = None if self.mesh is None else NamedSharding(self.mesh, spec)
-        options: dict[str, Any] = {} if self._rows is None else {"in_shardings": (None, self._rows)}
+        self._batches = Batches(self.mesh, decision)
+        lying = self._batches.lying
+        options: dict[str, Any] = {} if lying is None else {"in_shardings": (None, lying)}
 
         def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics, Watch]:  # the name of the program in HLO
             return self._traced(state, batch)
@@ -110,6 +137,12 @@ class Step:
     def __repr__(self) -> str:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
         return f"compile({self.pipeline!r}{mesh})"
+
+    @property
+    def traces(self) -> int:
+        """How often the program was traced; any number of calls with one batch shape is one trace."""
+        answers = () if self._asking is None else self._asking.answers.values()
+        return self._traces + sum(answer.step.traces for answer in answers)
 
     @property
     def steps_per_call(self) -> int:
@@ -136,22 +169,20 @@ class Step:
         check_params(params)
         check_seed(seed)
         check_carry(carry, self.decision.core)
-        placement = placement_of(params, self.mesh, rows=self.decision.rows)
-        bare = jax.tree.map(shape_of, params)
-        carried = jax.tree.map(shape_of, carry)
-        shapes = jax.eval_shape(lambda params, carry: self._fresh(params, seed, carry), bare, carried)
-        placement = placement_of_state(shapes, placement, bare)
+        specs = model_specs(params, self.mesh, self.decision.laid)
+        shapes = jax.eval_shape(lambda params, carry: self._fresh(params, seed, carry), *bare((params, carry)))
+        placement = placement_of_state(shapes, specs, self.decision.laid)
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            return _shapes_with(shapes, shardings)
+            return shapes_with(shapes, shardings)
         check_start(repr(self), self.mesh, params, seed, carry)
         placed = put((params, carry), None if shardings is None else (shardings.params, shardings.carry))
 
         # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
         # optimizer; and no leaf is ever whole where it is not to be.
         def fresh(params: Params, carry: Any) -> State:
-            return replace(self._fresh(params, seed, carry), placement=placement)
+            return replace(self._fresh(strong(params), seed, strong(carry)), placement=placement)
 
         return jax.block_until_ready(jax.jit(fresh, out_shardings=shardings)(*placed))
 
@@ -166,33 +197,40 @@ class Step:
     def watched(self, state: State, batch: Batch) -> Made:
         """One step, and what it saw of numbers that are not finite: the same program as a call."""
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
-            self._refuse(state)
+            refuse_state(state, self._made_of)
         try:
-            placed = placed_batch(batch, self._rows, self.decision.core)
-            if self._guard is not None:
-                self._guard.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
+            placed = self._batches.placed(batch)
+            answer = None if self._asking is None else self._asking.answer(state, placed)
+            if self._gate is not None:
+                self._gate.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
+            if answer is not None:
+                return answer.step.watched(state, placed)
             before = self.traces
-            check_program(self._program, self._compared, state, placed, self.mesh)
+            self._batches.compare(self._program, state, placed)
             made = Made(*self._program(state, placed))
             if before and self.traces > before:
                 self._tell_traced_again(placed)
             return made
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
-            if not processes_of(self.mesh):  # several check it whole
-                check_batch(batch, self.decision.core, shapes_too=False)
+            self._batches.check(batch)
             raise
 
     def put(self, batch: Batch) -> Batch:
-        """The batch on the devices, as the program takes it; on several processes, of the rows that each has.
+        """The batch on the devices, as a call takes it; on several processes, of the rows that each has."""
+        return self._batches.put(batch)
 
-        Errors: BatchError if it does not divide. That the rows of several processes fit together, a call checks.
+    def shardings(self, state: State) -> Shardings:
+        """Where every leaf of a state lies: path, shape, spec, bytes on each device; it prints as a table and draws.
+
+        The state may be shapes only, as `init` of shapes makes it. Errors: ConfigError for another step's state.
         """
-        if processes_of(self.mesh) and self._rows is not None:
-            return whole(batch, self._rows, self.decision.core)
-        return placed_batch(batch, self._rows, self.decision.core)
+        check_state(state, self._made_of)
+        return shardings_table(state, self.decision.laid, self.mesh)
 
     def reference(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
+        if self._asking is not None:
+            return self._asking.answer(state, batch).step.reference(state, batch)
         check_batch(batch, self.decision.core)
         here = jax.devices()[0]
         # A copy: what the meaning passes through unchanged, such as the key, must outlive a donated state.
@@ -206,14 +244,12 @@ class Step:
 
     def lower(self, state: State, batch: Batch) -> Lowered:
         """Trace and lower the step for a state and a batch, or for their shapes."""
+        if self._asking is not None:
+            answer = self._asking.answer(state, batch)
+            lowered = answer.step.lower(state, batch)
+            return replace(lowered, plan=replace(lowered.plan, search=answer.search))
         check_batch(batch, self.decision.core)
-        # jax traces host arrays and device arrays apart, so a lowered step is for the kind it is given.
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self._rows if isinstance(leaf, jax.Array) else None
-            ),
-            batch,
-        )
+        shapes = self._batches.shapes(batch)
         return Lowered(self._program.trace(state, shapes), self._plan(state, shapes), self.mesh)
 
     @_in_our_mesh
@@ -227,15 +263,17 @@ class Step:
 
     @_in_our_mesh
     def _traced(self, state: State, batch: Batch) -> tuple[State, Metrics, Watch]:
-        self.traces += 1
-        self._forms.append(form_of(batch))
-        check_batch(jax.tree.map(shape_of, batch), self.decision.core)
+        self._traces += 1
+        self._forms.append(shown(batch))
+        check_batch(bare(batch), self.decision.core)
         check_state(state, self._made_of)
-        signature = self.decision.signed(state, batch)
-        work = schedule(self.decision.normal, signature)
+        work, signature = self.decision.scheduled(state, batch)
+        laid = self.decision.laid
+        specs, parts = part_dimensions(state.params, state.placement, laid)
         place = Place(
-            self.mesh, self.decision.rows, specs_of(state.params, state.placement, prefix="params"),
-            specs_of(state.carry, state.placement, prefix="carry"), draws(work) or signature.has_last,
+            self.mesh, self.decision.rows, specs, parts, laid.axis if laid.layout.zero else None,
+            laid.layout.zero == 3, specs_of(state.carry, state.placement, prefix="carry"),
+            draws(work) or signature.has_last,
         )  # fmt: skip
         new, metrics, watch = lower(work, place)(state, batch)
         check_fixed_point(state, new)
@@ -244,57 +282,18 @@ class Step:
         lying = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
         return (*jax.lax.with_sharding_constraint((new, metrics), lying), watch)
 
-    @_in_our_mesh
-    def _scheduled(self, state: State, batch: Batch) -> Schedule:
-        return schedule(self.decision.normal, self.decision.signed(state, batch))
-
     def _tell_traced_again(self, batch: Batch) -> None:
         """A compilation that nobody asked for is never silent."""
-        was, now = self._forms[-2:]
-        why = f"its form was {was}, and is {now}" if was != now else "jax types host arrays and device arrays apart"
-        if was == now and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
-            why = "the state is of another type, or its arrays lie elsewhere"
         text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
-        _LOG.warning(text, self, self.traces, why)
+        _LOG.warning(text, self, self.traces, why_again(self._forms[-2], self._forms[-1], batch))
 
-    def _refuse(self, state: Any) -> None:
-        check_state(state, self._made_of)
-        if not isinstance(state.step, jax.Array):
-            raise ConfigError("These are the shapes of a state: `lower` takes them, a step needs the arrays.")
-        raise ConfigError(
-            "This state was donated to an earlier step: its arrays are deleted.",
-            suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
-        )
-
+    @_in_our_mesh
     def _plan(self, state: State, batch: Batch) -> Plan:
-        placed = dict(state.placement)
-        leaves = tuple(
-            Leaf(path, leaf.shape, str(leaf.dtype), _bytes(leaf), _lies(placed.get(path)))
-            for path, leaf in leaves_by_path(state)
-        )
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
-        made = self.decision
-        return Plan(repr(self.pipeline), mesh, made.core, made.laws, self._scheduled(state, batch), made.rows, leaves)
-
-
-def form_of(batch: Batch) -> str:
-    """The paths, types and shapes of a batch, in a line."""
-    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
-
-
-def _shapes_with(shapes: State, shardings: Any) -> State:
-    if shardings is None:
-        return shapes
-    return jax.tree.map(
-        lambda one, lying: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=lying), shapes, shardings
-    )
-
-
-def _bytes(leaf: Any) -> int:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return int(jax.eval_shape(jax.random.key_data, leaf).size) * 4
-    return int(leaf.size) * leaf.dtype.itemsize
-
-
-def _lies(spec: PartitionSpec | None) -> str:
-    return "whole on every device" if spec is None else str(spec)
+        made, work = self.decision, self.decision.scheduled(state, batch)[0]
+        laid, leaves = made.laid, planned_leaves(state, made.laid, self.mesh)
+        whole = sums_of(state.params, state.placement, laid, divided=False)
+        told = notes(work, laid, sum(leaf.size * leaf.dtype.itemsize for leaf in whole))
+        sums = sums_of(state.params, state.placement, laid, divided=accumulates_parts(work))
+        accumulator = tuple(leaf.shape for leaf in sums)
+        return Plan(repr(self.pipeline), mesh, made.core, made.laws, work, laid.rows, leaves, told, accumulator)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepc.core.layout import Layout
+
 # What the user wrote; kept for messages and plans, never compared.
 Written = str
 
@@ -30,11 +32,13 @@ class Time:
 class Space:
     """Parts side by side along mesh axes, the first one outermost: row `i` of `B` goes to part `i // (B / size)`.
 
-    The size belongs to a mesh, so it is None until the program is bound to one.
+    The size belongs to a mesh, so it is None until the program is bound to one. The layout is for the compiler, which
+    takes it when it binds: a bound program has none.
     """
 
     axes: tuple[str, ...]
     size: int | None = None
+    layout: Layout = Layout()
 
     def __str__(self) -> str:
         return " ".join((*self.axes, *([str(self.size)] if self.size is not None else [])))

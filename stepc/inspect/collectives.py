@@ -11,7 +11,7 @@ from stepc.inspect.groups import axes_of, groups
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape, parse, text_of
 from stepc.inspect.loops import Execution, executions
 from stepc.inspect.overlap import Between, between, continues
-from stepc.inspect.units import readable
+from stepc.units import readable
 
 KINDS = (
     "all-gather",

@@ -10,7 +10,7 @@ import jax
 from stepc.inspect.collectives import Collective, collectives
 from stepc.inspect.donation import aliases
 from stepc.inspect.memory import cost, memory
-from stepc.inspect.units import readable
+from stepc.units import readable
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ import jax
 from stepc.inspect.flops import flops, uncounted
 from stepc.inspect.hlo import parse, text_of
 from stepc.inspect.traffic import traffic
-from stepc.inspect.units import readable
+from stepc.units import readable
 
 
 @dataclass(frozen=True)

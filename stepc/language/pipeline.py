@@ -35,6 +35,19 @@ def _shown(value: object) -> str:
             return repr(value)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a word leaves to the compiler: the least number of parts with which the compiled step fits.
+
+    Args:
+      most_bytes: what the program may hold at once, on one device.
+      answered: the word that says the number itself.
+    """
+
+    most_bytes: int
+    answered: Callable[[int], "Transform"]
+
+
 @dataclass(frozen=True, repr=False)
 class Transform(ABC):
     """One word of the language: a frozen value with two kinds, a meaning and an expansion.
@@ -60,6 +73,10 @@ class Transform(ABC):
     @abstractmethod
     def expand(self) -> tuple[Node | Wrap, ...]:
         """The word in core nodes, outermost first; `stepc.core.nodes` lists them. A word of losses: in wraps."""
+
+    def asks(self) -> Question | None:
+        """What it leaves to the compiler, which puts the answer in its place; None if it leaves nothing."""
+        return None
 
     def __matmul__(self, inner: Operand) -> "Pipeline":
         return compose(self, inner)

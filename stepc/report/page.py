@@ -13,10 +13,10 @@ import jax
 from stepc.core.nodes import show
 from stepc.inspect.collectives import Collective
 from stepc.inspect.roofline import Roofline, duration, wire_bytes
-from stepc.inspect.units import readable
 from stepc.report import pictures
 from stepc.report.known import Known
 from stepc.report.text import donation
+from stepc.units import readable
 
 # So much of the compressed HLO goes into the page, as text of 4/3 that size: the page stays under a megabyte.
 _MOST_HLO_BYTES = 600_000

@@ -9,7 +9,7 @@ from stepc.inspect.devices import Device
 from stepc.inspect.memory import Memory
 from stepc.inspect.roofline import duration
 from stepc.inspect.timeline import Exchange, Loop, Segment, Work
-from stepc.inspect.units import readable
+from stepc.units import readable
 
 # A loop is drawn turn by turn as long as that many bars can be told apart.
 _MOST_BARS = 240

@@ -8,9 +8,9 @@ from rich.text import Text
 from stepc.core.nodes import show as written
 from stepc.inspect.memory import Memory
 from stepc.inspect.roofline import duration
-from stepc.inspect.units import readable
 from stepc.report.known import Known
 from stepc.report.text import donation
+from stepc.units import readable
 
 _COLOURS = {"arguments": "blue", "temporaries": "yellow"}
 

@@ -117,3 +117,29 @@ def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     numbers = random.integers(-3, 4, size=(num_rows, 4)).astype(np.float32)
     return {"x": numbers[:, :3], "y": numbers[:, 3]}
+
+
+def wide(probe: Probe) -> Probe:
+    """A probe with parameters that can lie in parts: the vector of three is a weighted sum over two axes of eight.
+
+    Every number of a parameter has a gradient of its own, so a part in the wrong place shows.
+    """
+    across, along = np.array([1, -1, 2, -2, 1, -1, 2, 1], np.float32), np.array([1, 2, -1, 1, -2, 1, 1, -1], np.float32)
+
+    def loss(params: Tree, rows: Tree) -> Float[Array, ""]:
+        w = jnp.einsum("a,aib,b->i", across, params["deep"]["w"], along)
+        return probe({"w": w, "b": params["b"] + jnp.sum(params["out"] * np.tile(along, 2))}, rows)
+
+    loss.__name__ = f"wide_{probe.__name__}"
+    return loss
+
+
+WIDE = MappingProxyType({name: wide(probe) for name, probe in PROBES.items()})
+
+
+def wide_params() -> Tree:
+    """Whole-number parameters of a `wide` probe: `deep/w` is [8, 3, 8], `out` is [16], `b` a scalar."""
+    random = np.random.default_rng(0)
+    rare = (random.integers(0, 12, size=(8, 3, 8)) == 0) * random.choice([-1, 1], size=(8, 3, 8))
+    out = random.integers(-1, 2, size=16)
+    return {"deep": {"w": rare.astype(np.float32)}, "out": out.astype(np.float32), "b": np.array(1.0, np.float32)}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from stepc.core.nodes import Lanes, Mean, Repeat, Time
 from stepc.language.pipeline import Pipeline, Transform, expanded
-from stepc.language.sharding import dp
+from stepc.language.sharding import DataParallel, dp
 from stepc.language.words.accumulate import accumulate
 from stepc.language.words.cast import cast
 from stepc.language.words.clip import clip
@@ -25,7 +25,7 @@ from stepc.language.words.remat import remat
 from stepc.language.words.repeat import repeat
 from stepc.language.words.rows import rows
 from stepc.language.words.scale import scale
-from stepc.language.words.shard import shard
+from stepc.language.words.shard import Shard, shard
 from stepc.language.words.skip_nonfinite import skip_nonfinite
 from stepc.language.words.update import update
 from stepc.testing.probes import EXACT_SOURCES, SOURCES, Probe, probe_batch
@@ -98,7 +98,7 @@ def pipelines(
 def _gradient_words(
     draw: st.DrawFn, axes: Mapping[str, int], exact: bool, words: tuple[Transform, ...], longest: int
 ) -> list[Transform]:
-    free, cells, chosen = dict(axes), 1, []
+    free, cells, divided, chosen = dict(axes), 1, False, []
     for _ in range(draw(st.integers(0, longest))):
         single = rows() in chosen  # one row has no parts
         sizes = [k for k in (1, 2, 4, 8) if cells * k <= MOST_CELLS] if not single else [1]
@@ -106,7 +106,7 @@ def _gradient_words(
         options: list[st.SearchStrategy[Any]] = [
             st.sampled_from(sizes).map(accumulate),
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
-            *([st.sampled_from(spaces).map(lambda axis: shard(dp(axis)))] if spaces else []),
+            *([_shards(spaces, levels=[0, 0, 1, 2, 3] if not divided else [0])] if spaces else []),
             *([st.just(loss_scale(initial=8.0))] if loss_scale(initial=8.0) not in chosen else []),
             *([st.just(rows())] if cells <= MOST_CELLS // 4 else []),
             *([] if exact else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
@@ -116,8 +116,19 @@ def _gradient_words(
         word = draw(st.one_of(options))
         chosen.append(word)
         cells *= num_parts(word, axes)
-        free = {axis: size for axis, size in free.items() if repr(word) != repr(shard(dp(axis)))}
+        rules = [rule for rule in word.rules if isinstance(rule, DataParallel)] if isinstance(word, Shard) else []
+        free = {axis: size for axis, size in free.items() if not any(axis in rule.axes for rule in rules)}
+        divided = divided or any(rule.zero for rule in rules)
     return chosen
+
+
+def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
+    """`shard(dp(axis, ...))` over one of these axes, with one of these levels of `zero`."""
+
+    def made(axis: str, zero: int, often: bool) -> Shard:
+        return shard(dp(axis, zero=zero, gather="microbatch" if often and zero == 3 else "step"))
+
+    return st.builds(made, st.sampled_from(axes), st.sampled_from(levels), st.booleans())
 
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:

@@ -17,8 +17,8 @@ import stepc as sc
 from stepc.inspect import Collective, Collectives, check
 from stepc.inspect.budget import Measure, reductions_of
 from stepc.inspect.hlo import Shape
-from stepc.inspect.units import bytes_of
 from stepc.testing import assert_within_budget
+from stepc.units import bytes_of
 
 ADAM = sc.update(optax.adam(1e-3))
 DATA = sc.shard(sc.dp("data"))

@@ -46,7 +46,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 def test_train_small_succeeds(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, ended = finished
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
+    # What jax says where its CUDA plugin is installed without CUDA, as by the extra `pods`, is not ours.
+    assert ended.stderr.replace("cuda_plugin_extension is not found.\n", "") == ""
 
 
 def test_train_prints_what_it_does_in_order(

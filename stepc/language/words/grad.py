@@ -96,7 +96,7 @@ def grad(
       rng: "example" gives `loss(params, rows, keys)` one typed key a row, folded from (seed, step, number of the row in
         the batch), so a draw depends neither on k nor on the mesh; use it with `jax.vmap`. "microbatch" gives
         `loss(params, rows, key)` one key a cell, folded from the number of its first row: cheaper, and it does depend
-        on k and on the mesh.
+        on k, also on a k that `accumulate(memory=...)` finds, and on the mesh.
       carry: the loss takes the model's own state as its last argument and returns it as its last result:
         `(value, carry)`, or `(value, metrics, carry)`. It passes through microbatches in order, and over a mesh axis by
         mean, where the axis is named: `accumulate(4) @ shard(...)` averages it once a microbatch.

@@ -1,15 +1,16 @@
 """A step is held to its budget before it runs; the step itself only says when."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from stepc.compiler.forms import Form, form_of
 from stepc.compiler.stages import Compiled
 from stepc.inspect.budget import Budget
+from stepc.language.kinds import Batch
 
 
-class Guard:
+class Gate:
     """Check a budget once for each form of batch, and again if the step was traced anew.
 
     The programs it looks at are those that the step runs: jax compiles none of them twice.
@@ -17,16 +18,16 @@ class Guard:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self._held: set[Any] = set()  # Any: a tree structure and the forms of its leaves
+        self._passed: set[tuple[Form, tuple[bool, ...]]] = set()
         self._traces = 0
 
-    def hold(self, batch: Any, compiled: Callable[[], Compiled], traces: Callable[[], int]) -> None:
+    def hold(self, batch: Batch, compiled: Callable[[], Compiled], traces: Callable[[], int]) -> None:
         """Raise BudgetError before the step runs; the state is then alive."""
-        leaves, tree = jax.tree.flatten(batch)
-        form = (tree, tuple((leaf.shape, leaf.dtype, isinstance(leaf, jax.Array)) for leaf in leaves))
-        if form in self._held and traces() == self._traces:
+        # jax traces host arrays and device arrays apart.
+        form = form_of(batch), tuple(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
+        if form in self._passed and traces() == self._traces:
             return
         program = compiled()
         program.check(self.budget, traces=traces())
-        self._held.add(form)
+        self._passed.add(form)
         self._traces = traces()

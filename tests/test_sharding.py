@@ -1,0 +1,300 @@
+"""Where things lie: in parts along the axis of the rows, along model axes by rules; and what that costs."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue import probe_batch
+from conftest import mesh_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import stepc as sc
+from stepc.language.state import leaves_by_path
+from stepc.testing import assert_equivalent
+from stepc.testing.probes import WIDE, wide_params
+from stepc.testing.strategies import batches, meshes, pipelines
+
+LEVELS: dict[str, dict[str, Any]] = {
+    "zero0": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}, "zero3": {"zero": 3},
+    "zero3_microbatch": {"zero": 3, "gather": "microbatch"},
+}  # fmt: skip
+SGD = sc.update(optax.sgd(0.5, momentum=0.5))
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+    "momentum": optax.sgd(0.5, momentum=0.5),
+    "adamw": optax.adamw(1e-2),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=3),
+    "masked": optax.chain(
+        optax.masked(optax.trace(0.9), {"deep": {"w": True}, "out": False, "b": True}), optax.scale(-0.5)
+    ),
+    "multi": optax.multi_transform(
+        {"fast": optax.adam(1e-2), "slow": optax.sgd(0.1, momentum=0.9)},
+        {"deep": {"w": "fast"}, "out": "slow", "b": "slow"},
+    ),
+}
+
+
+@pytest.mark.parametrize("probe", WIDE)
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_equal_the_reference_bitwise_on_whole_numbers(level: str, probe: str) -> None:
+    for mesh in (mesh_of(data=8), mesh_of(data=2, replica=4), mesh_of(data=4, model=2)):
+        data = sc.shard(sc.dp("data", **LEVELS[level]))
+        for words in (sc.accumulate(4) @ data, data @ sc.accumulate(2), data):
+            step = sc.compile(SGD @ words @ sc.grad(WIDE[probe]), mesh=mesh)
+            assert_equivalent(step, step.init(wide_params()), probe_batch(32), tolerance=0.0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_equal_the_reference_with_every_optimizer(level: str, optimizer: str) -> None:
+    data = sc.shard(sc.dp("data", **LEVELS[level]), sc.tp({"deep/*": P("model")}, default=P()))
+    pipeline = sc.update(OPTIMIZERS[optimizer]) @ sc.clip(1.0) @ sc.accumulate(2) @ data @ sc.grad(WIDE["over_rows"])
+    step = sc.compile(pipeline, mesh=mesh_of(data=4, model=2))
+    state = step.init(wide_params())
+    lying = {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)}
+    for number in range(2):
+        assert_equivalent(step, state, probe_batch(32, seed=number), tolerance=1e-4)
+        state, _ = step(state, probe_batch(32, seed=number))
+    assert step.traces == 1
+    assert {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)} == lying
+    parts = LEVELS[level].get("zero", 0)
+    deep = P("model", None, "data")
+    assert lying["params/deep/w"] == (deep if parts == 3 else P("model"))
+    mirrors = [spec for path, spec in lying.items() if path.startswith("opt_state") and path.endswith("deep/w")]
+    if optimizer in ("momentum", "adamw", "masked", "multi"):
+        assert mirrors and set(mirrors) == {deep if parts else P("model")}
+
+
+WIDTHS = {"in": 64, "hidden": 128, "out": 32}
+
+
+def mlp(params: Any, rows: Any) -> jax.Array:
+    hidden = jax.nn.relu(jnp.matmul(rows["x"], params["in"]["kernel"]) + params["in"]["bias"][None])
+    return jnp.mean((jnp.matmul(hidden, params["out"]["kernel"]) - rows["y"]) ** 2)
+
+
+def mlp_params() -> Any:
+    random = np.random.default_rng(0)
+    return {
+        "in": {"kernel": random.normal(size=(64, 128)).astype(np.float32), "bias": np.zeros(128, np.float32)},
+        "out": {"kernel": random.normal(size=(128, 32)).astype(np.float32)},
+    }
+
+
+def mlp_batch(num_rows: int) -> Any:
+    random = np.random.default_rng(1)
+    shapes = {"x": (num_rows, 64), "y": (num_rows, 32)}
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+SIZE = 4 * (64 * 128 + 128 + 128 * 32)  # the bytes of the parameters, and of their gradient
+
+
+def compiled(word: sc.Transform, mesh: jax.sharding.Mesh, *, k: int = 4) -> sc.Compiled:
+    pipeline = sc.update(optax.adam(1e-3)) @ sc.clip(1.0) @ sc.accumulate(k) @ word @ sc.grad(mlp)
+    step = sc.compile(pipeline, mesh=mesh)
+    return step.lower(step.init(mlp_params()), mlp_batch(64 * k)).compile()
+
+
+def traffic(step: sc.Compiled, axis: str = "data") -> Counter[tuple[str, bool]]:
+    """The bytes of arrays that cross an axis in a step, by kind and whether in a loop; scalars are left out."""
+    found: Counter[tuple[str, bool]] = Counter()
+    for row in step.collectives():
+        if axis in row.axes:
+            bytes_ = sum(shape.bytes for shape in row.payload if shape.elements > 1)
+            found[row.kind, row.in_loop] += bytes_ * (row.executions or 0)
+    return Counter({key: bytes_ for key, bytes_ in found.items() if bytes_})
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("zero0", {("all-reduce", False): SIZE}),
+        ("zero1", {("reduce-scatter", False): SIZE, ("all-gather", False): SIZE}),
+        ("zero2", {("reduce-scatter", True): 4 * SIZE, ("all-gather", False): SIZE}),
+        ("zero3", {("all-gather", False): SIZE, ("reduce-scatter", False): SIZE}),
+        # XLA on CPU takes the gathers out of the loop; the reduce-scatters cannot leave it.
+        ("zero3_microbatch", {("all-gather", False): SIZE, ("reduce-scatter", True): 4 * SIZE}),
+    ],
+)
+def test_each_byte_of_the_gradient_crosses_the_axis_as_the_level_says(level: str, expected: dict[Any, int]) -> None:
+    step = compiled(sc.shard(sc.dp("data", **LEVELS[level])), mesh_of(data=8))
+    print(step.collectives())
+    assert traffic(step) == expected
+    planned = {(one.kind, one.in_loop) for one in step.plan.collectives}
+    assert {kind for kind, _ in expected} <= {kind for kind, _ in planned}
+
+
+def test_parts_take_the_bytes_that_theory_says() -> None:
+    temporaries = {}
+    for level, options in LEVELS.items():
+        word = sc.shard(sc.dp("data", **options))
+        step = sc.compile(sc.update(optax.adam(1e-3)) @ sc.accumulate(4) @ word @ sc.grad(mlp), mesh=mesh_of(data=8))
+        state = step.init(mlp_params())
+        zero = options.get("zero", 0)
+        params, moments = SIZE // (8 if zero == 3 else 1), 2 * SIZE // (8 if zero else 1)
+        table = step.shardings(state)
+        counted = Counter[str]()
+        for row in table.rows:
+            counted[row.path.partition("/")[0]] += row.bytes_
+        assert (counted["params"], counted["opt_state"]) == (params, moments + 4)
+        assert table.bytes_ == params + moments + 16  # two counters and the key
+        memory = step.lower(state, mlp_batch(256)).compile().memory()
+        batch = 256 // 8 * 4 * (64 + 32)
+        assert memory.arguments == pytest.approx(table.bytes_ + batch, rel=0.05)
+        parts = {part.name: part.bytes for part in memory.parts}
+        divided = zero == 2 or "gather" in options
+        assert parts["accumulator"] == pytest.approx(SIZE / 8 if divided else SIZE, rel=0.05)
+        temporaries[level] = memory.temporaries
+    assert temporaries["zero2"] < temporaries["zero1"]
+    assert temporaries["zero3_microbatch"] < temporaries["zero3"]
+
+
+def test_hybrid_sharding_sums_parts_along_the_inner_axis_first() -> None:
+    word = sc.shard(sc.dp(("replica", "data"), zero=1))
+    step = compiled(word, mesh_of(replica=2, data=4))
+    assert traffic(step, "data") == {("reduce-scatter", False): SIZE, ("all-gather", False): SIZE}
+    assert traffic(step, "replica") == {("all-reduce", False): SIZE // 4}
+    two = sc.shard(sc.dp("replica")) @ sc.shard(sc.dp("data", zero=1))
+    pipelines = [sc.update(optax.sgd(0.5)) @ one @ sc.grad(WIDE["in_order"]) for one in (word, two)]
+    steps = [sc.compile(one, mesh=mesh_of(replica=2, data=4)) for one in pipelines]
+    for one in steps:
+        assert_equivalent(one, one.init(wide_params()), probe_batch(16), tolerance=0.0)
+    assert str(steps[0].shardings(steps[0].init(wide_params()))) == str(
+        steps[1].shardings(steps[1].init(wide_params()))
+    )
+
+
+def test_model_axis_sees_only_what_the_model_needs() -> None:
+    rules = sc.tp({"in/kernel": P(None, "model"), "in/bias": P("model"), "out/kernel": P("model")})
+    mesh = mesh_of(data=4, model=2)
+    plain = traffic(compiled(sc.shard(sc.dp("data"), rules), mesh), "model")
+    for level, options in LEVELS.items():
+        for word in (sc.shard(sc.dp("data", **options), rules), sc.shard(rules) @ sc.shard(sc.dp("data", **options))):
+            step = compiled(word, mesh)
+            assert traffic(step, "model") == plain, level
+            # A device has half of each leaf's gradient, and no dimension of the bias is left to lie in parts.
+            sums = {key: size for key, size in traffic(step).items() if key[0] != "all-gather"}
+            times = 4 if ("reduce-scatter", True) in sums else 1
+            assert sum(sums.values()) == (SIZE - 512) // 2 * times + 256, level
+    assert {in_loop for _, in_loop in plain} == {True}, "the sum over the hidden layer, once a microbatch"
+
+
+def test_word_in_the_loop_that_needs_the_whole_gradient_gets_it() -> None:
+    pipeline = SGD @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=2)) @ sc.grad(mlp)
+    step = sc.compile(pipeline, mesh=mesh_of(data=8))
+    state = step.init(mlp_params())
+    made = step.lower(state, mlp_batch(256)).compile()
+    assert traffic(made) == {("all-reduce", True): 4 * SIZE, ("all-gather", False): SIZE}
+    assert "the accumulator is whole on every device: `clip(1.0)` is not linear" in str(made.plan)
+    assert_equivalent(step, state, mlp_batch(256), tolerance=1e-4)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_random_exact_pipeline_with_parts_equals_its_reference_bitwise(data: st.DataObject) -> None:
+    climb(data, exact=True, tolerance=0.0)
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_random_rounded_pipeline_with_parts_equals_its_reference(data: st.DataObject) -> None:
+    climb(data, exact=False, tolerance=1e-3)
+
+
+SPECS = [P(), P("model"), P(None, None, "model"), P(None, None, None)]
+
+
+def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
+    mesh = data.draw(meshes(axes=data.draw(st.sampled_from([("data",), ("data", "model"), ("replica", "data")]))))
+    axes = {name: size for name, size in mesh.shape.items() if name != "model"}
+    probe = WIDE[data.draw(st.sampled_from(list(WIDE)))]
+    words: tuple[sc.Transform, ...] = ()
+    if "model" in mesh.shape:
+        rules = {"deep/*": data.draw(st.sampled_from(SPECS)), "o*": data.draw(st.sampled_from([P(), P("model")]))}
+        words = (sc.shard(sc.tp(rules, default=P())),)
+    pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, words=words))
+    if pipeline.words.count(words[0] if words else None) > 1:
+        return  # the second table of rules never holds, which is refused
+    batch = data.draw(batches(pipeline, axes=axes))
+    step = sc.compile(pipeline, mesh=mesh)
+    assert_equivalent(step, step.init(wide_params()), batch, tolerance=tolerance)
+
+
+def attention(params: Any, rows: Any) -> jax.Array:
+    """A loss over sequences: positions see those before them."""
+    scores = jnp.einsum("btd,de,bse->bts", rows["tokens"], params["w"], rows["tokens"])
+    seen = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1)
+    return jnp.mean((jnp.einsum("bts,bsd->btd", weights, rows["tokens"]) - rows["labels"]) ** 2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_leaves_of_the_batch_lie_along_a_sequence_axis_too(level: str) -> None:
+    random = np.random.default_rng(0)
+    batch = {name: random.normal(size=(16, 8, 4)).astype(np.float32) for name in ("tokens", "labels")}
+    word = sc.shard(sc.dp("data", batch={"tokens": P("data", "seq"), "lab*": P("data", "seq")}, **LEVELS[level]))
+    step = sc.compile(SGD @ sc.accumulate(2) @ word @ sc.grad(attention), mesh=mesh_of(data=4, seq=2))
+    state = step.init({"w": random.normal(size=(4, 4)).astype(np.float32)})
+    for given_ in (batch, jax.tree.map(jnp.asarray, batch)):
+        assert_equivalent(step, state, given_)
+    made = step.lower(state, batch).compile()
+    lying = made.executable.input_shardings[0][1]
+    assert {name: sharding.spec for name, sharding in lying.items()} == dict.fromkeys(batch, P("data", "seq"))
+    assert step.traces == 1
+
+
+def test_automatic_mode_leaves_the_sum_to_xla_and_the_plan_says_what_that_costs() -> None:
+    word = sc.shard(sc.dp("data"), sc.tp({"in/*": P(), "out/*": P()}), mode="auto")
+    step = compiled(word, mesh_of(data=8))
+    assert traffic(step) == {("all-reduce", True): 4 * SIZE}
+    assert "sums the gradient of 49,664 B over data at least once a microbatch, 4 times a step" in str(step.plan)
+    pipeline = SGD @ sc.accumulate(4) @ word @ sc.grad(mlp)
+    again = sc.compile(pipeline, mesh=mesh_of(data=8))
+    assert_equivalent(again, again.init(mlp_params()), mlp_batch(256), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("probe", ["over_rows", "sharing_a_cell"])
+def test_automatic_mode_gives_the_loss_the_rows_of_all_devices(probe: str) -> None:
+    step = sc.compile(SGD @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(WIDE[probe]), mesh=mesh_of(data=4))
+    assert_equivalent(step, step.init(wide_params()), probe_batch(16), tolerance=0.0)
+
+
+def constrained(spec: P) -> Any:
+    def loss(params: Any, rows: Any) -> jax.Array:
+        hidden = jnp.matmul(rows["x"], params["in"]["kernel"]) + params["in"]["bias"][None]
+        hidden = jax.lax.with_sharding_constraint(jax.nn.relu(hidden), spec)
+        return jnp.mean((jnp.matmul(hidden, params["out"]["kernel"]) - rows["y"]) ** 2)
+
+    return loss
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_constraints_on_model_axes_hold_inside_a_loss(level: str) -> None:
+    word = sc.shard(sc.dp("data", **LEVELS[level]), sc.tp({"in/kernel": P(None, "model")}, default=P()))
+    step = sc.compile(
+        SGD @ sc.accumulate(2) @ word @ sc.grad(constrained(P(None, "model"))), mesh=mesh_of(data=4, model=2)
+    )
+    state = step.init(mlp_params())
+    reference = sc.compile(SGD @ sc.accumulate(2) @ sc.grad(mlp))
+    expected, _ = reference(reference.init(mlp_params()), mlp_batch(64))
+    got, _ = step(state, mlp_batch(64))
+    for one, two in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_over_devices_in_a_narrow_type_are_close(level: str, dtype: Any) -> None:
+    for mesh in (mesh_of(data=8), mesh_of(data=4, model=2)):
+        word = sc.shard(sc.dp("data", reduce_dtype=dtype, **LEVELS[level]))
+        step = sc.compile(SGD @ sc.accumulate(2) @ word @ sc.grad(mlp), mesh=mesh)
+        state = step.init(mlp_params())
+        assert_equivalent(step, state, mlp_batch(64), tolerance=3e-2)  # bfloat16 holds 8 bits
+        short = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
+        assert f"x{short}>" in step.lower(state, mlp_batch(64)).stablehlo()
