@@ -16,11 +16,12 @@ import jax
 import numpy as np
 import optax
 from faults.plan import Remembering, digest
+from jax.experimental.multihost_utils import process_allgather
 
 import stepc as sc
 
-FEATURES, ROWS = 4, 16  # rows of the batch of all processes
-TRUTH = np.float32([1.0, -2.0, 0.5, 3.0])
+FEATURES, ROWS = 8, 16  # rows of the batch of all processes
+TRUTH = np.float32([1.0, -2.0, 0.5, 3.0, 0.0, 1.0, -1.0, 2.0])
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
@@ -40,9 +41,9 @@ def local(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: leaf[mine] for name, leaf in batch.items()}
 
 
-def compiled(optimizer: Any = None, *, words: Callable[[Any], Any] = lambda inner: inner) -> sc.Step:
+def compiled(optimizer: Any = None, *, words: Callable[[Any], Any] = lambda inner: inner, zero: int = 0) -> sc.Step:
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    gradient = sc.clip(10.0) @ sc.accumulate(2) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
+    gradient = sc.clip(10.0) @ sc.accumulate(2) @ sc.shard(sc.dp("data", zero=zero)) @ sc.grad(loss)
     return sc.compile(words(sc.update(optimizer or optax.sgd(2.0**-6)) @ gradient), mesh=mesh)
 
 
@@ -67,13 +68,23 @@ def three_steps(step: sc.Step, *, first: int = 0) -> tuple[sc.State, Any]:
     return state, metrics
 
 
+def gathered(state: sc.State) -> Any:
+    """The whole of every leaf on this process."""
+    bare = dataclasses.replace(state, rng=jax.random.key_data(state.rng))
+    return jax.tree.map(lambda leaf: process_allgather(leaf, tiled=True) if is_spread(leaf) else np.asarray(leaf), bare)
+
+
+def is_spread(leaf: jax.Array) -> bool:
+    return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
 def first_rows(batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
     return {name: leaf[:number] for name, leaf in batch.items()}
 
 
 def by_hand(folder: Path) -> dict[str, Any]:
     """Steps without a runner; and what is refused on all processes, which go on together after each refusal."""
-    me, step = jax.process_index(), compiled()
+    me, step = jax.process_index(), compiled(optax.sign_sgd(0.25))  # exact, whatever the norm that `clip` takes
     other, short = compiled(optax.sgd(0.5 + me)), local(global_batch(0))
     state = fresh(step)
     refused = {
@@ -89,7 +100,10 @@ def by_hand(folder: Path) -> dict[str, Any]:
     }
     state, metrics = three_steps(step)
     adam, _ = three_steps(compiled(optax.adam(0.1)))
+    in_parts = {zero: three_steps(compiled(optax.sgd(2.0**-6, momentum=0.5), zero=zero))[0] for zero in range(4)}
     return {
+        "zero": [gathered(state).params["w"].tolist() for state in in_parts.values()],
+        "lies": [str(state.opt_state[0].trace["w"].sharding.spec) for state in in_parts.values()],
         "digest": digest(state),
         "loss": float(metrics["loss"]),
         "traces": step.traces,
@@ -159,7 +173,7 @@ class Rows:
 class Failing:
     """A logger, a hook and a step that fail, each where it is asked to."""
 
-    def __init__(self, where: str, at: int, on: int) -> None:
+    def __init__(self, where: str, at: int, on: int, zero: int) -> None:
         self.where, self.at, self.is_due = where, at, on == jax.process_index()
         self.num_calls = 0
         # The sign makes every state a whole number of quarters: sums of any order are exact, after any number of steps.
@@ -191,14 +205,14 @@ def corrupted(state: sc.State) -> sc.State:
     """One bit of one copy is another, as by a fault of memory: the arrays of this process alone."""
     leaf = state.params["w"]
     copies = [shard.data for shard in leaf.addressable_shards]
-    copies[0] = jax.device_put(np.asarray(copies[0]) + np.float32([0, 2.0**-20, 0, 0]), copies[0].device)
+    copies[0] = jax.device_put(np.asarray(copies[0]) + np.float32(2.0**-20), copies[0].device)
     new = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
     return dataclasses.replace(state, params={"w": new})
 
 
 def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **options: Any) -> Any:
     """A run with a fault; how it ended, and the digest of the state on this process."""
-    failing, told = Failing(options.pop("where", ""), int(at), int(on)), Remembering()
+    failing, told = Failing(options.pop("where", ""), int(at), int(on), int(options.pop("zero", 0))), Remembering()
     raises = options.pop("raises", "")
     if fault == "full" and int(on) == jax.process_index():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -227,7 +241,7 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         (folder / f"{jax.process_index()}.time").write_text(str(time.time()))
     if run is not None and run.state is not None:
-        found |= {"digest": digest(run.state), "step": int(run.state.step), "steps": run.steps}
+        found |= {"digest": digest(gathered(run.state)), "step": int(run.state.step), "steps": run.steps}
     return {**found, "told": told.told, "events": told.names(), "given": rows.given}
 
 

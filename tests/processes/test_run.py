@@ -1,5 +1,6 @@
 """Faults on one of several processes: 71 to 81. Real processes, real signals, real files."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def test_checkpoint_of_two_processes_goes_on_on_others(
     assert "resumed" in found[0]["events"] and "resume_not_exact" not in found[0]["events"]
     assert [(one["step"], one["given"]) for one in found] == [(20, 20)] * num
     assert {one["digest"] for one in found} == {whole["digest"]}
+
+
+def test_state_in_parts_is_read_by_another_number_of_processes(whole: dict[str, Any], tmp_path: Path) -> None:
+    both = done(tmp_path, checkpoint=5, steps=10, zero=3)
+    assert both.found(0)["step"] == 10
+    job = done(tmp_path, num=4, codes=(0,) * 4, checkpoint=5, zero=3)
+    assert "resumed" in job.found(0)["events"]
+    one = alone("run", tmp_path, devices=4, checkpoint=5, zero=1)  # reads the last one, and has nothing to do
+    assert {job.found(process)["digest"] for process in range(4)} == {one["digest"], whole["digest"]}
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -157,7 +167,7 @@ def test_run_that_is_asked_for_differently_is_refused(differs: str, tmp_path: Pa
 def test_rows_that_do_not_fit_are_refused_before_the_first_step(tmp_path: Path) -> None:
     job = done(tmp_path, fault="rows", at=1)
     for process in (0, 1):
-        assert "process 0: host float32[8, 4]; process 1: host float32[4, 4]" in job.found(process)["error"]
+        assert "process 0: host float32[8, 8]; process 1: host float32[4, 8]" in job.found(process)["error"]
 
 
 @fault(
@@ -208,3 +218,38 @@ def test_save_that_fails_on_one_fails_on_all(on: int, tmp_path: Path) -> None:
         assert text.startswith("CheckpointError: Step 3 could not be saved: OSError: ") and "File too large" in text
     assert f"process {on}: " in job.found(1 - on)["error"]
     assert not [one for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()]
+
+
+FAULTS: list[dict[str, str]] = [
+    {"fault": "read"}, {"fault": "read_once", "on_error": "retry"}, {"fault": "read", "on_error": "skip"},
+    {"fault": "rows"}, {"fault": "nan"}, {"fault": "nan", "on_error": "skip"}, {"fault": "term"}, {"fault": "int"},
+    {"fault": "kill"}, {"fault": "ends"}, {"fault": "hang", "watchdog_seconds": "2"},
+    {"fault": "stop", "watchdog_seconds": "2"}, {"where": "hook"}, {"where": "step"}, {"where": "logger"},
+    {"where": "exit"}, {"where": "state", "compare_every": "2"}, {"fault": "full", "bytes": "10"},
+]  # fmt: skip
+GO_ON = ("skip", "retry")
+
+
+@pytest.mark.long
+@fault("73", "100 random faults of rows 71 to 81, at random steps, on either process", "0 hangs; 0 silent differences")
+def test_hundred_random_faults_never_hang(tmp_path: Path) -> None:
+    random_faults(tmp_path, 100, seed=1)
+
+
+def random_faults(folder: Path, num: int, *, seed: int) -> None:
+    draw = random.Random(seed)
+    for trial in range(num):
+        told = dict(draw.choice(FAULTS), at=str(draw.randint(2, 15)), on=str(draw.randint(0, 1)))
+        if draw.random() < 0.5 or told.get("fault") == "full":
+            told["checkpoint"] = str(draw.randint(2, 6))
+        with started("run", folder / str(trial), **told) as job:
+            if told.get("fault") == "stop":
+                job.wait_for(1 - int(told["on"]))  # the other one stands still until it is killed
+                continue
+            codes = job.wait()
+            both = [job.found(process) for process in (0, 1) if (job.folder / f"{process}.json").exists()]
+        print(trial, told, codes, [one.get("error", one.get("ended", ""))[:60] for one in both])
+        if told.get("on_error") in GO_ON or told.get("fault") in ("ends", "term", "int"):
+            assert len(both) == 2 and both[0]["digest"] == both[1]["digest"], told
+        elif told.get("where") != "logger" or told["on"] == "0":  # process 1 has no loggers
+            assert codes != [0, 0] or all("error" in one for one in both), told

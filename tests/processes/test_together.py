@@ -21,12 +21,23 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return done(tmp_path_factory.mktemp("two"), 2)
 
 
-def test_two_processes_equal_one_bitwise(two: list[dict[str, Any]], tmp_path: Path) -> None:
-    one = alone("by_hand", tmp_path, devices=4)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return alone("by_hand", tmp_path_factory.mktemp("one"), devices=4)
+
+
+def test_two_processes_equal_one_bitwise(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
     assert [found["digest"] for found in two] == [one["digest"]] * 2
     assert two[0]["adam"] == two[1]["adam"]
     np.testing.assert_allclose(two[0]["adam"], one["adam"], rtol=0, atol=1e-6)  # a mean of squares is rounded
     assert [found["traces"] for found in two] == [1, 1]
+
+
+def test_every_level_of_zero_on_two_processes_equals_one(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    assert two[0]["zero"] == two[1]["zero"]
+    for level in range(4):  # the norm that `clip` takes is a sum in another order
+        np.testing.assert_allclose(two[0]["zero"][level], one["zero"][0], rtol=0, atol=1e-6)
+    assert two[0]["lies"] == one["lies"] == ["P()"] + ["P('data',)"] * 3
 
 
 def test_four_processes_equal_one(tmp_path: Path) -> None:
@@ -34,6 +45,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
     one = alone("by_hand", tmp_path / "one", devices=8)
     assert len({found["digest"] for found in four}) == 1
     assert len({str(found["adam"]) for found in four}) == 1
+    np.testing.assert_allclose(four[0]["zero"], one["zero"], rtol=0, atol=1e-6)
     # Four processes add up in another order than one process does.
     np.testing.assert_allclose(four[0]["adam"], one["adam"], rtol=0, atol=1e-6)
     assert "process 0: " in four[0]["refused"]["seed"] and "process 1: " in four[0]["refused"]["seed"]
@@ -44,7 +56,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
     ("what", "shown"),
     [
         ("seed", ("seed", "process 0: 0; process 1: 1")),
-        ("params", ("params/w", "process 0: float32[4] crc32", "process 1: float32[4] crc32")),
+        ("params", ("params/w", "process 0: float32[8] crc32", "process 1: float32[8] crc32")),
         ("pipeline", ("pipeline", "process 0: compile(ema(0.25) @ update", "process 1: compile(ema(0.5) @ update")),
     ],
 )
@@ -68,7 +80,7 @@ def test_uneven_rows_are_refused_on_both(two: list[dict[str, Any]]) -> None:
     texts = [found["refused"]["uneven"] for found in two]
     assert texts[0] == texts[1]
     assert texts[0].startswith("BatchError: The processes do not have rows that fit together.")
-    assert "x  process 0: float32[8, 4]; process 1: float32[6, 4]" in texts[0]
+    assert "x  process 0: float32[8, 8]; process 1: float32[6, 8]" in texts[0]
 
 
 def test_rows_of_all_that_do_not_divide_are_refused(two: list[dict[str, Any]]) -> None:
