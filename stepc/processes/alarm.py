@@ -24,6 +24,7 @@ _LOG = logging.getLogger("stepc")
 GRACE_SECONDS = 1.0  # how long the main thread may take to notice: it is between steps, or stuck in a collective
 HEARD_SECONDS = 1.4  # how long process 0, which keeps the board, stays for the others to read it
 LEAVE_SECONDS = 30.0  # how long a program may take to end, once `run` has told it by an exception
+LISTEN_SECONDS = 86400.0  # then it listens anew
 OVER = ""  # written to its own key by a process that ends in order
 
 
@@ -80,14 +81,8 @@ class Alarm:
             return self.cause
         return None
 
-    def answer(self, *, exit_code: int = 1) -> None:
-        """Note that this process is on its way out by an exception: it is not cut off."""
-        self._answered.set()
-        if self.exit_code is None:
-            self.exit_code, self._rung_at = exit_code, time.monotonic()
-
     def _listen(self) -> None:
-        told = self.board.read(_key(self.board.me), seconds=1e6)
+        told = self._hear()
         if told in (None, OVER) or self._is_over:
             return
         cause = Cause(**json.loads(told or ""))
@@ -102,6 +97,14 @@ class Alarm:
             time.sleep(LEAVE_SECONDS)
         if not self._is_over:
             self.end(cause)
+
+    def _hear(self) -> str | None:
+        """What is written for this process, however long that takes; None if the board is gone."""
+        while True:
+            began = time.monotonic()
+            told = self.board.read(_key(self.board.me), seconds=LISTEN_SECONDS)
+            if told is not None or time.monotonic() - began < LISTEN_SECONDS / 2:
+                return told
 
     def end(self, cause: Cause) -> None:
         """End this process alone, now."""
@@ -122,7 +125,7 @@ class Alarm:
         if self.exit_code is None:
             self._is_over = True
             self.board.put(_key(self.board.me), OVER)
-            self._thread.join()
+            self._thread.join(GRACE_SECONDS)
             return
         if self.board.me == 0:
             time.sleep(max(0.0, self._rung_at + HEARD_SECONDS - time.monotonic()))

@@ -105,7 +105,7 @@ def check_state(state: object) -> None:
 
 def told_of(asked: Mapping[str, Any], policies: Mapping[str, Policy]) -> dict[str, str]:  # Any: as above
     """What must be the same on all processes of a run, each in a line."""
-    same = ("steps", "checkpoint", "window", "snapshot_every", "compare_every", "watchdog_seconds")
+    same = ("step", "steps", "checkpoint", "window", "snapshot_every", "compare_every", "watchdog_seconds")
     every = [None if asked["eval"] is None else asked["eval"][0], [hook[0] for hook in asked["hooks"]]]
     return {name: repr(asked[name]) for name in same} | {"on_error": repr(policies), "eval and hooks": repr(every)}
 

@@ -113,7 +113,7 @@ def run(
     with ExitStack() as ways_out:
         ways_out.enter_context(kept_programs(compilation_cache))
         peers = ways_out.enter_context(closing(peers_of(state)))
-        peers.check_same("arguments", {"step": repr(step), **told_of(asked, policies)})
+        peers.check_same("arguments", lambda: told_of(asked, policies))
         source = Source(data, place or placer_of(step, many=peers.are_many), short_batches)
         check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
         watchdog = ways_out.enter_context(closing(Watchdog(watchdog_seconds, peers.stalled)))
@@ -163,7 +163,7 @@ def _train(training: Training, *, begins_with: str) -> None:
     scribe, run = training.scribe, training.run
     try:
         _resume(training)
-        training.peers.check_same("state", told_of_state(run.state, training.number))
+        training.peers.check_same("state", lambda: told_of_state(run.state, training.number))
         scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
         training.loop()
         run.ended = _how_it_ended(training)

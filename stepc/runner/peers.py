@@ -3,7 +3,7 @@
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -70,8 +70,8 @@ class Alone:
             what = f"After step {number} the copies of the state on the devices differ."
             raise DeviceError(what, phase="compare", step=number, state_ok=False, facts=odd[:5])
 
-    def check_same(self, topic: str, mine: Mapping[str, str]) -> None:
-        """Refuse what is not the same everywhere."""
+    def check_same(self, topic: str, mine: Callable[[], Mapping[str, str]]) -> None:
+        """Refuse what is not the same everywhere. What that is, is not asked here: it may read the whole state."""
 
     def ends_all(self, error: BaseException, number: int) -> bool:
         """Whether an error has ended the run on all processes, so that nothing can be done together any more."""
@@ -168,9 +168,9 @@ class Together:
         self._shared = PeerError(what, step=number, phase="compare", facts=facts)
         raise self._shared
 
-    def check_same(self, topic: str, mine: Mapping[str, str]) -> None:
+    def check_same(self, topic: str, mine: Callable[[], Mapping[str, str]]) -> None:
         """Errors: ConfigError on all, with both sides."""
-        if facts := self.board.differences(topic, mine):
+        if facts := self.board.differences(topic, mine()):
             self._shared = ConfigError(f"The processes do not agree on the {topic} of the run.", facts=facts)
             raise self._shared
 
