@@ -29,6 +29,7 @@ from stepc.errors import FieldValueError as FieldValueError
 from stepc.errors import Interrupted as Interrupted
 from stepc.errors import LossError as LossError
 from stepc.errors import NonFiniteError as NonFiniteError
+from stepc.errors import PeerError as PeerError
 from stepc.errors import PipelineTypeError as PipelineTypeError
 from stepc.errors import Preempted as Preempted
 from stepc.errors import ResumeError as ResumeError
@@ -64,6 +65,7 @@ from stepc.language.words.scale import scale as scale
 from stepc.language.words.shard import shard as shard
 from stepc.language.words.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from stepc.language.words.update import update as update
+from stepc.processes.start import init_distributed as init_distributed
 from stepc.runner.checkpoints import Checkpoints as Checkpoints
 from stepc.runner.console import Console as Console
 from stepc.runner.jsonl import JSONL as JSONL

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import stepc as sc
+from stepc.processes.launch import launch
 from stepc.programs import see
 from stepc.programs.job import Job
 from stepc.programs.target import EXAMPLE, Target, compiled, read_axes
@@ -29,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
       argv: the words after `stepc`; those of the process by default.
-    Meaning: 0 if all went well; 1 if the extra is not installed, a budget is broken, or two programs differ; 2 for a
-      mistake in the command; 130 for Ctrl-C.
+    Meaning: 0 if all went well; 1 if the extra is not installed, a budget is broken, two programs differ, or another
+      process failed; 2 for a mistake in the command; 130 for Ctrl-C.
     Errors: what is neither of these passes through with its traceback: it is a fault of ours, or of the user's program.
     """
     options = vars(_parser().parse_args(argv))
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended(str(stop), INTERRUPTED)
     except KeyboardInterrupt:
         return _ended("Interrupted outside of the training loop.", INTERRUPTED)
-    except sc.StepError:
-        raise  # the step itself failed: its cause and traceback are what one needs
-    except sc.BudgetError as error:
+    except (sc.StepError, sc.Preempted):
+        raise  # the step itself failed: its cause and traceback are what one needs; or SIGTERM, which has a code
+    except (sc.BudgetError, sc.PeerError) as error:
         return _ended(f"{type(error).__name__}: {error}", FAILED)
     except sc.StepcError as error:
         return _ended(f"{type(error).__name__}: {error}", MISTAKEN)
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stepc", description="A compiler for JAX training steps.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_train(commands)
+    _add_launch(commands)
     one = _command(commands, "explain", _explain, "print all there is to know of a compiled step", EXIT)
     _add_target(one)
     _add_device(one)
@@ -132,6 +134,18 @@ def _add_train(commands: Any) -> None:  # Any: see `_command`
             metavar=one.metadata["unit"],
             help=f"{meaning} (default: {one.metadata['shown']})",
         )
+
+
+def _add_launch(commands: Any) -> None:  # Any: see `_command`
+    ends = "exit codes: 0 if all went well, else that of the first process that failed; 2 for a mistake in the command."
+    one = _command(commands, "launch", _launch, "try a program of many processes on this machine", ends)
+    one.add_argument("-n", type=int, required=True, metavar="PROCESSES", help="how many; they meet on 127.0.0.1")
+    one.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as: -- stepc train")
+
+
+def _launch(options: Options) -> int:
+    command = options["command"]
+    return launch(options["n"], command[1:] if command[:1] == ["--"] else command)
 
 
 def _train(options: Options) -> int:

@@ -17,6 +17,7 @@
     │   └── DeviceError                              the program failed while it ran
     ├── CheckpointError           OSError            a checkpoint cannot be written, or the one asked for not read
     ├── ResumeError               ValueError         what was saved does not fit what is to go on
+    ├── PeerError                 ConnectionError    another process of the same job failed, or is gone
     ├── Interrupted               KeyboardInterrupt  Ctrl-C, at a step boundary, with a live state
     └── Preempted                 SystemExit         SIGTERM, at a step boundary; exit code 143
 
@@ -159,6 +160,39 @@ class ResumeError(StepcError, ValueError):
         self.phase = "restore"
         self.state_ok = True
         super().__init__(what, facts=facts, suggestion=suggestion)
+
+
+class PeerError(StepcError, ConnectionError):
+    """Another process of the same job failed, went away, or does not agree; the job cannot go on without it.
+
+    Args:
+      process: its number, if it is known.
+      step: the step it was at, counted from 1.
+      phase: what it was doing.
+    `.run` is the `Run` so far; its state is None where a failed collective took it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        process: int | None = None,
+        step: int | None = None,
+        phase: str = "unknown",
+        facts: Facts = (),
+        suggestion: str | None = None,
+    ) -> None:
+        self.process = process
+        self.step = step
+        self.phase = phase
+        self.state_ok = False
+        self.run: object = None
+        rows = (
+            ("process", "unknown" if process is None else str(process)),
+            ("step", "unknown" if step is None else str(step)),
+            ("phase", phase),
+        )
+        super().__init__(what, facts=(*rows, *facts), suggestion=suggestion)
 
 
 class Interrupted(StepcError, KeyboardInterrupt):

@@ -30,6 +30,7 @@ DOORS = (
     "budget",
     "policies",
     "checkpoints",
+    "start",
 )
 UNCHECKABLE = ("strategies",)  # hypothesis types `draw` by a protocol that cannot be checked at run time
 PACKAGE = Path(__file__).parent.parent / "stepc"

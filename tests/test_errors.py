@@ -411,6 +411,12 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "retry_wait": (sc.ConfigError, lambda: sc.Retry(wait_seconds=-1)),
     "rollback_data": (sc.ConfigError, lambda: sc.Rollback(data="drop")),
     "checkpoints": (sc.ConfigError, lambda: sc.Checkpoints(None, every=0, keep=1.5, every_seconds=0)),
+    "processes_odd": (
+        sc.ConfigError,
+        lambda: sc.init_distributed("10.0.0.1", 0, -1, heartbeat_seconds=0.5, start_seconds=True),
+    ),
+    "processes_too_many": (sc.ConfigError, lambda: sc.init_distributed("10.0.0.1:1234", 2, 2)),
+    "processes_too_late": (sc.ConfigError, lambda: sc.init_distributed("10.0.0.1:1234", 2, 1)),
     "run_no_data": (sc.DataError, lambda: sc.run(step_on(), step_on().init(probe_params()), [])),
     "run_bad_batch": (
         sc.DataError,

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepc.compiler.check import check_batch
 from stepc.compiler.decision import Decision, shape_of
 from stepc.compiler.layout import specs_of_batch
+from stepc.compiler.many import Rows, check_program, checked_whole, processes_of, whole
 from stepc.compiler.placing import put
 from stepc.language.kinds import Batch
 from stepc.language.state import leaves_by_path
@@ -63,7 +64,12 @@ class Batches:
         )
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch, moved if it does not lie as the program takes it. The only loop of a call."""
+        """The batch, moved if it does not lie as the program takes it. The only loop of a call.
+
+        On several processes host arrays are the rows of this one.
+        """
+        if processes_of(self.mesh):
+            return self._placed_by_all(batch)
         if self.mesh is not None and self._by_leaf:
             check_batch(batch, self.decision.core, shapes_too=False)
             return put(batch, self.shardings(batch))
@@ -76,6 +82,37 @@ class Batches:
             elif lying is not None and leaf.sharding != lying:
                 return put(batch, lying)
         return batch
+
+    def check(self, batch: Batch) -> None:
+        """Say what is wrong with a batch that a call failed on; on several processes that was said of the whole."""
+        if not processes_of(self.mesh):
+            check_batch(batch, self.decision.core, shapes_too=False)
+
+    def compare(self, program: Any, state: Any, batch: Batch) -> None:  # Any: a jitted function; a state
+        """Let several processes compare their programs, once for a form of batch."""
+        check_program(program, self._compared, state, batch, self.mesh)
+
+    def put(self, batch: Batch) -> Batch:
+        """The same; that the rows of several processes fit together is left to be checked."""
+        return whole(batch, self._rows, self.decision.core) if processes_of(self.mesh) else self.placed(batch)
+
+    def _placed_by_all(self, batch: Batch) -> Batch:
+        for _, leaf in leaves_by_path(batch):
+            if not isinstance(leaf, np.ndarray | jax.Array):
+                check_batch(batch, self.decision.core, shapes_too=False)
+            elif isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
+                return checked_whole(batch, self._rows, self.decision.core)
+        return whole(batch, self._rows, self.decision.core)
+
+    @cached_property
+    def _compared(self) -> set[str]:
+        return set()
+
+    @cached_property
+    def _rows(self) -> Rows:
+        if self.mesh is None:
+            raise ValueError("several processes have a mesh")
+        return Rows(self.mesh, self.decision.rows, int(self.decision.repeats > 1), self.shardings)
 
 
 def bare(tree: Any) -> Any:

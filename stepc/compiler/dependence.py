@@ -1,4 +1,4 @@
-"""What a traced function depends on, and where it names mesh axes: the one file that may use a name jax may move."""
+"""What a traced function depends on, and where it names mesh axes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -7,10 +7,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-try:
-    from jax.interpreters.partial_eval import dce_jaxpr
-except ImportError:  # moved: then every equation is taken to need all of its inputs
-    dce_jaxpr = None
+from stepc.private import dce_jaxpr
 
 
 def dependence(

@@ -107,9 +107,21 @@ def strong(tree: Any) -> Any:
 
 
 def put(tree: Any, shardings: Any | None) -> Any:
-    """The leaves as arrays that lie as asked. They may share buffers with the caller's: copy before donating."""
+    """The leaves as arrays that lie as asked. They may share buffers with the caller's: copy before donating.
+
+    What is to lie on the devices of other processes too, each of them has: it puts its own part there.
+    """
+    if not all(one.is_fully_addressable for one in jax.tree.leaves(shardings)):
+        return jax.tree.map(_spread, tree, shardings)
     arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf)), tree)
     return arrays if shardings is None else jax.device_put(arrays, shardings)
+
+
+def _spread(leaf: Any, sharding: NamedSharding) -> jax.Array:  # Any: an array, or a number
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(jnp.asarray(np.asarray(leaf)))  # in a dtype of jax
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _spec_on(leaf: Any, mesh: Mesh | None) -> PartitionSpec:

@@ -26,9 +26,9 @@ from stepc.compiler.decision import Decision, decide
 from stepc.compiler.devices import Place
 from stepc.compiler.forms import shown, why_again
 from stepc.compiler.gate import Gate
-from stepc.compiler.instructions import Schedule
 from stepc.compiler.lower import lower
 from stepc.compiler.making import Made
+from stepc.compiler.many import check_start
 from stepc.compiler.parts import accumulates_parts, notes
 from stepc.compiler.placing import (
     model_specs,
@@ -164,6 +164,7 @@ class Step:
           seed: a whole number; it becomes the threefry key `state.rng`. Or a typed key, of any implementation.
           carry: the model's own state, for `grad(loss, carry=True)`: a tree of numbers, such as batch statistics.
         Errors: ConfigError for parameters that cannot be trained, all of them at once; for a carry that is missing.
+        On several processes each gives the same: they compare pipeline, parameters, seed and carry first.
         """
         check_params(params)
         check_seed(seed)
@@ -175,6 +176,7 @@ class Step:
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return shapes_with(shapes, shardings)
+        check_start(repr(self), self.mesh, params, seed, carry)
         placed = put((params, carry), None if shardings is None else (shardings.params, shardings.carry))
 
         # One small program makes the state: its results are new buffers, also of leaves that are tied, or kept by the
@@ -204,13 +206,18 @@ class Step:
             if answer is not None:
                 return answer.step.watched(state, placed)
             before = self.traces
+            self._batches.compare(self._program, state, placed)
             made = Made(*self._program(state, placed))
             if before and self.traces > before:
                 self._tell_traced_again(placed)
             return made
         except (TypeError, ValueError):  # jax refused an argument, or the trace refused the batch, or it is the user's
-            check_batch(batch, self.decision.core, shapes_too=False)
+            self._batches.check(batch)
             raise
+
+    def put(self, batch: Batch) -> Batch:
+        """The batch on the devices, as a call takes it; on several processes, of the rows that each has."""
+        return self._batches.put(batch)
 
     def shardings(self, state: State) -> Shardings:
         """Where every leaf of a state lies: path, shape, spec, bytes on each device; it prints as a table and draws.
@@ -275,18 +282,15 @@ class Step:
         lying = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
         return (*jax.lax.with_sharding_constraint((new, metrics), lying), watch)
 
-    @_in_our_mesh
-    def _scheduled(self, state: State, batch: Batch) -> Schedule:
-        return self.decision.scheduled(state, batch)[0]
-
     def _tell_traced_again(self, batch: Batch) -> None:
         """A compilation that nobody asked for is never silent."""
         text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
         _LOG.warning(text, self, self.traces, why_again(self._forms[-2], self._forms[-1], batch))
 
+    @_in_our_mesh
     def _plan(self, state: State, batch: Batch) -> Plan:
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
-        made, work = self.decision, self._scheduled(state, batch)
+        made, work = self.decision, self.decision.scheduled(state, batch)[0]
         laid, leaves = made.laid, planned_leaves(state, made.laid, self.mesh)
         whole = sums_of(state.params, state.placement, laid, divided=False)
         told = notes(work, laid, sum(leaf.size * leaf.dtype.itemsize for leaf in whole))

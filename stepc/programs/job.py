@@ -44,7 +44,9 @@ class Job:
     steps: int = _option(1000, "STEPS", "how many optimizer steps")
     batch: int = _option(16, "ROWS", "rows in the batch of one step; a multiple of k * devices")
     k: int = _option(4, "PARTS", "microbatches in one step, one after another")
-    devices: int = _option(2, "DEVICES", "data-parallel devices; simulated on a CPU, else at most what is there")
+    devices: int = _option(
+        2, "DEVICES", "data-parallel devices of a process; simulated on a CPU, else at most those there"
+    )
     seed: int = _option(0, "SEED", "of parameters, batches and sample", least=0)
     out: Path | None = _option(
         None, "FOLDER", "for metrics.jsonl and loss.png", reader=Path, shown="runs/<date>-<time>"
@@ -54,6 +56,7 @@ class Job:
         0.0, "RATE", "share of what each half of a block adds that training loses", reader=float, least=0, below=1.0
     )
     bf16: bool = _flag("compute the loss in bfloat16; parameters, gradients and validation stay in float32")
+    distributed: bool = _flag("join the other processes of a SLURM, MPI or Kubernetes job")
     layers: int = _option(4, "BLOCKS", "transformer blocks")
     width: int = _option(64, "FEATURES", "features per position; a multiple of heads")
     heads: int = _option(4, "HEADS", "attention heads per block")

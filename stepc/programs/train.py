@@ -1,6 +1,8 @@
 """The program behind `stepc train`: a small GPT and a compiled step, with everything there is to see of them."""
 
+import io
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -12,6 +14,8 @@ import optax
 from jax.sharding import Mesh
 
 import stepc as sc
+from stepc.processes.alarm import ending_all
+from stepc.processes.start import is_launched
 from stepc.programs import gpt, text
 from stepc.programs.curve import Curve
 from stepc.programs.job import Job
@@ -31,10 +35,17 @@ def train(job: Job) -> None:
 
     Errors: those of stepc, before the first step; sc.Interrupted on Ctrl-C, after the curve so far is drawn.
     """
+    if job.distributed or is_launched():
+        sc.init_distributed()
     mesh = _mesh(job.devices)
+    with ending_all(), nullcontext() if jax.process_index() == 0 else redirect_stdout(io.StringIO()):
+        _train(job, mesh)
+
+
+def _train(job: Job, mesh: Mesh) -> None:
     source = text.read(text.standard_library(), max_bytes=job.text_bytes)
-    data = text.batches(source.train, rows=job.batch, context=job.context, seed=job.seed)
-    exam = _exam(job, source)
+    data = _mine(text.batches(source.train, rows=job.batch, context=job.context, seed=job.seed), job.batch)
+    exam = _exam(job, source) if jax.process_index() == 0 else None
     params = gpt.init(jax.random.key(job.seed), job.size)
     print(f"{len(source.train):,} bytes to learn from, {len(source.held_out):,} bytes of other files held out")
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", end="\n\n")
@@ -43,10 +54,13 @@ def train(job: Job) -> None:
     print(pipeline, end="\n\n", flush=True)
     step = sc.compile(pipeline, mesh=mesh)
     state = step.init(params, seed=job.seed)
-    lowered = step.lower(state, next(data))
-    folder = _folder(job.out)
+    lowered = step.lower(state, step.put(next(data)))
+    folder = _folder(job.out) if exam is not None else Path()
     print(lowered.plan, end="\n\n", flush=True)
     print("as compiled", lowered.compile().collectives(), sep="\n\n", end="\n\n", flush=True)
+    if exam is None:
+        _followed(job, step, state, data)
+        return
     try:
         state = _trained(job, step, state, data, exam, folder)
         print(f"\na sample\n\n{_sample(job, state)}\n")
@@ -83,6 +97,8 @@ def _mesh(wanted: int) -> Mesh:
         jax.config.update("jax_num_cpu_devices", wanted)  # has no effect on accelerators
     except RuntimeError:
         pass  # some backend runs already; what it has is seen below
+    if jax.process_count() > 1:
+        return jax.make_mesh((jax.device_count(),), ("data",))
     devices = jax.devices()
     if devices[0].platform == "cpu" and len(devices) < wanted:
         raise sc.ConfigError(
@@ -91,6 +107,15 @@ def _mesh(wanted: int) -> Mesh:
         )
     devices = devices[:wanted]
     return jax.make_mesh((len(devices),), ("data",), devices=devices)
+
+
+def _mine(data: Iterator[text.Windows], rows: int) -> Iterator[text.Windows]:
+    """The rows of this process: all draw the same batch, and each takes its part."""
+    num, me = jax.process_count(), jax.process_index()
+    if rows % num:
+        raise sc.ConfigError(f"{rows} rows do not divide by {num} processes.")
+    mine = slice(me * rows // num, (me + 1) * rows // num)
+    return ({name: leaf[mine] for name, leaf in batch.items()} for batch in data)
 
 
 def _folder(wanted: Path | None) -> Path:
@@ -127,8 +152,13 @@ class _Exam:
 
     def judge(self, params: gpt.GPT) -> float:
         """The mean loss, in nats per byte, computed on one device by a forward pass that stepc has no part in."""
-        on_one = jax.device_put(params, jax.devices()[0])
+        on_one = _on_one(params)
         return sum(float(self.loss(on_one, batch)) for batch in self.windows) / len(self.windows)
+
+
+def _on_one(params: gpt.GPT) -> gpt.GPT:
+    """As they lie whole on the first device of this process; a copy, as a step donates what it is given."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf.addressable_data(0)), params)
 
 
 def _exam(job: Job, source: text.Text) -> _Exam:
@@ -161,15 +191,23 @@ class _Record:
 class _Judged:
     """A step, judged now and then: `run` calls it as it calls any step, and the loop need not know."""
 
-    def __init__(self, step: sc.Step, record: _Record, *, every: int) -> None:
+    def __init__(self, step: sc.Step, record: _Record | None, *, every: int) -> None:
         self.step, self.record, self.every = step, record, every
         self.num_calls = 0  # `state.step` would have to be waited for
 
     def __call__(self, state: sc.State, batch: text.Windows) -> tuple[sc.State, dict[str, jax.Array]]:
-        if self.num_calls % self.every == 0:
+        if self.record is not None and self.num_calls % self.every == 0:
             self.record.judge(state, self.num_calls)
         self.num_calls += 1
         return self.step(state, batch)
+
+    def put(self, batch: text.Windows) -> text.Windows:
+        return self.step.put(batch)
+
+
+def _followed(job: Job, step: sc.Step, state: sc.State, data: Iterator[text.Windows]) -> None:
+    """The part of a process that is not the first: the same steps, and nobody to tell."""
+    sc.run(_Judged(step, None, every=1), state, data, steps=job.steps)
 
 
 def _trained(
@@ -201,7 +239,7 @@ def _trained(
 def _sample(job: Job, state: sc.State) -> str:
     """Text in the model's own words; what a terminal could take for a command is shown as `?`."""
     drawn = gpt.sample(
-        jax.device_put(state.params, jax.devices()[0]),
+        _on_one(state.params),
         PROMPT,
         length=job.sample_bytes,
         key=jax.random.key(job.seed),

@@ -127,6 +127,11 @@ class Agenda:
                 self._is_profiling = True
 
 
+def passes(every: int | None, number: int, per_call: int) -> bool:
+    """Whether the last call passed a step at which something is due; None is never."""
+    return every is not None and number // every > (number - per_call) // every
+
+
 def _guarded(phase: str, number: int, act: Callable[[], Any]) -> Any:  # Any: what the user's function gives
     try:
         return act()

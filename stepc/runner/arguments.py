@@ -8,6 +8,7 @@ import jax
 from stepc.errors import ConfigError
 from stepc.language.state import leaves_by_path
 from stepc.runner.checkpoints import Checkpoints
+from stepc.runner.digests import digests
 from stepc.runner.policies import Policy, Raise, Rollback, faults_of
 
 NOT_ASKED = "`run` cannot do what it was asked for."
@@ -26,6 +27,8 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
         faults.append(("data", "an iterable of batches", data))
     if steps is not None and not _is_count(steps):
         faults.append(("steps", "a positive integer or None", steps))
+    if asked["compare_every"] is not None and not _is_count(asked["compare_every"]):
+        faults.append(("compare_every", "a positive integer or None", asked["compare_every"]))
     faults += [
         (name, "a positive integer", asked[name])
         for name in ("log_every", "snapshot_every")
@@ -98,6 +101,21 @@ def check_state(state: object) -> None:
             facts=dead[:5],
             suggestion="Use the state that was returned: `run = sc.run(…)`, then `run.state`.",
         )
+
+
+def told_of(asked: Mapping[str, Any], policies: Mapping[str, Policy]) -> dict[str, str]:  # Any: as above
+    """What must be the same on all processes of a run, each in a line."""
+    same = ("step", "steps", "checkpoint", "window", "snapshot_every", "compare_every", "watchdog_seconds")
+    every = [None if asked["eval"] is None else asked["eval"][0], [hook[0] for hook in asked["hooks"]]]
+    return {name: repr(asked[name]) for name in same} | {"on_error": repr(policies), "eval and hooks": repr(every)}
+
+
+def told_of_state(state: Any, number: int) -> dict[str, str]:  # Any: a state
+    """The same of a state, with the digest of each leaf that is whole on every device."""
+    found = digests(state)
+    return {"step": str(number)} | {
+        path: f"{leaf.dtype}{list(leaf.shape)} digest {found.get(path, 'none')}" for path, leaf in leaves_by_path(state)
+    }
 
 
 def check_replay(policies: Mapping[str, Policy], *, is_positioned: bool, saves: bool) -> None:

@@ -11,6 +11,8 @@ from stepc.errors import CheckpointError, ConfigError
 from stepc.runner.policies import Ledger
 from stepc.runner.scribe import Scribe
 
+SLOW_SECONDS = 0.005  # a save that is waited for less is not worth a word
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -123,12 +125,14 @@ class Keeper:
         return seconds is not None and self.clock() - self._saved_at >= seconds
 
     def save(self, number: int, state: Any, position: Any, batch: Mapping[str, str]) -> None:  # Any: as in Restored
-        """Begin to save a settled state, after the save before it is done."""
+        """Begin to save a settled state, after the save before it is done; one of the same step is enough."""
+        if number == self._under_way:
+            return
         began = self.clock()
         is_slow = self.vault.is_busy()
         self.finish()
-        if is_slow:
-            self.scribe.event("slow_checkpoint", number, waited_seconds=f"{self.clock() - began:.2f}")
+        if is_slow and (waited := self.clock() - began) >= SLOW_SECONDS:
+            self.scribe.event("slow_checkpoint", number, waited_seconds=f"{waited:.2f}")
         meta = {"step": number, "position": position, "batch": dict(batch)}
         self._guarded(number, lambda: self.vault.save(number, state, meta))
         self._under_way = number

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from stepc.errors import BatchError
 from stepc.language.kinds import Batch
 from stepc.runner.batches import Spec, checked, copied, is_short
 
@@ -35,12 +36,20 @@ class Item:
 
 @dataclass(frozen=True)
 class Broken:
-    """A read that failed, when `given` batches had been given and one had been asked for `place` times."""
+    """A read that failed, when `given` batches had been given and one had been asked for `place` times.
+
+    Args:
+      is_dead: the data has ended with it.
+      is_final: to read again would give the same.
+      held: the batch that this process had, when the read of another one failed.
+    """
 
     error: Exception
     place: int
     given: int
     is_dead: bool = False
+    is_final: bool = False
+    held: Item | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ class Source:
             return item
 
     def _broken(self, error: Exception, *, is_dead: bool = False) -> Broken:
-        return Broken(error, self.num_reads, self.num_given, is_dead)
+        return Broken(error, self.num_reads, self.num_given, is_dead, isinstance(error, BatchError))
 
     def go_to(self, position: Any) -> None:  # Any: see Positioned
         """Let the next batch be the one that followed when the data stood there, if it can."""
@@ -172,10 +181,14 @@ class Feed:
         """Go on after the read that failed."""
         self._broken = None
 
-    def retry(self) -> None:
-        """Go back to where the read that failed began, if the data can."""
+    def retry(self, found: Read) -> None:
+        """Go back to where the read that failed began, if the data can; or give again what was held."""
         self._broken = None
-        self.source.go_to(self.source.before)
+        match found:
+            case Broken(held=Item() as held):
+                self.again.appendleft(held)
+            case _:
+                self.source.go_to(self.source.before)
 
     def go_to(self, position: Any) -> None:  # Any: see Positioned
         """Let the next batch be the one that followed when the data stood there."""

@@ -55,6 +55,13 @@ class Repeating(Protocol):
     def steps_per_call(self) -> int: ...
 
 
+@runtime_checkable
+class Placing(Protocol):
+    """A step that can make one batch of all processes from the rows of this one."""
+
+    def put(self, batch: Batch, /) -> Batch: ...
+
+
 Call: TypeAlias = Callable[[Any, Batch], tuple[Any, Metrics, Watch | None]]  # Any: a state
 
 
@@ -65,6 +72,15 @@ def call_of(step: Runnable) -> Call:
             return step.watched
         case _:
             return lambda state, batch: (*step(state, batch), None)
+
+
+def placer_of(step: object, *, many: bool) -> Callable[[Batch], Batch]:
+    """What to do with a batch once it is read: of many processes' rows the step makes one, if it can."""
+    match step:
+        case Placing() if many:
+            return step.put
+        case _:
+            return lambda batch: batch
 
 
 def skip_limit_of(step: object) -> int | None:

@@ -6,7 +6,7 @@ import logging
 import platform
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stepc.errors import (
     DataError,
     Interrupted,
     NonFiniteError,
+    PeerError,
     Preempted,
     ResumeError,
     StepError,
@@ -26,11 +27,12 @@ from stepc.language.kinds import Batch
 from stepc.language.state import State
 from stepc.runner.agenda import Agenda, Evaluation, Hook, Profile
 from stepc.runner.anchor import copy
-from stepc.runner.arguments import check_arguments, check_replay, check_state, goes_back
+from stepc.runner.arguments import check_arguments, check_replay, check_state, goes_back, told_of, told_of_state
 from stepc.runner.cache import kept_programs
 from stepc.runner.checkpoints import Checkpoints, Keeper
 from stepc.runner.feed import Feed, Positioned, Source
-from stepc.runner.flight import Runnable, call_of, deleted_leaves, skip_limit_of, steps_per_call_of
+from stepc.runner.flight import Runnable, call_of, deleted_leaves, placer_of, skip_limit_of, steps_per_call_of
+from stepc.runner.peers import Peers, peers_of
 from stepc.runner.policies import Ledger, Policy, policies_of
 from stepc.runner.result import Run as Run
 from stepc.runner.scribe import Logger as Logger
@@ -58,6 +60,7 @@ def run(
     profile: tuple[int, int, str | Path] | None = None,
     window: int = 2,
     snapshot_every: int = 10,
+    compare_every: int | None = None,
     prefetch: int = 0,
     place: Callable[[Batch], Batch] | None = None,
     short_batches: str = "raise",
@@ -86,30 +89,36 @@ def run(
       profile: (start, stop, directory): jax's profiler traces these steps.
       window: how many steps may be in flight. 0 waits for each.
       snapshot_every: in steps; how often a policy that goes on copies the state, and how many batches it keeps.
+      compare_every: in steps; how often the copies of the state on the devices are compared. It reads the state once.
       prefetch: how many batches a thread reads ahead; 0 reads in the main thread.
       place: puts a batch on devices, in that thread.
       short_batches: "raise", or "drop" those with fewer rows than the first.
       watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
+        On several processes it names the one that the others wait for, and ends all.
       compilation_cache: a directory where jax keeps compiled programs, for this run and the next.
       donate_input: takes the caller's state instead of a copy.
     Errors: ConfigError before anything runs; a StepError from the original, with the number of the step;
       CheckpointError, ResumeError; Interrupted (a KeyboardInterrupt) for Ctrl-C and Preempted (exit code 143) for
       SIGTERM, at a step boundary, after a checkpoint. A policy that goes on after a failure on a device pays for a copy
       of the state, and the batches since.
+    On several processes each calls this, with the rows it has. All make the same steps and leave out the same; a signal
+    to one, and an end of data on one, is one of all; what ends one ends all, by a PeerError that names it. Process 0
+    tells the loggers.
     Source: ours.
     """
     asked = dict(locals())
     check_arguments(asked)
     policies = policies_of(on_error)
     check_state(state)
-    source = Source(data, place or (lambda batch: batch), short_batches)
-    check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
     with ExitStack() as ways_out:
         ways_out.enter_context(kept_programs(compilation_cache))
-        watchdog = Watchdog(watchdog_seconds)
-        ways_out.callback(watchdog.close)
+        peers = ways_out.enter_context(closing(peers_of(state)))
+        peers.check_same("arguments", lambda: told_of(asked, policies))
+        source = Source(data, place or placer_of(step, many=peers.are_many), short_batches)
+        check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
+        watchdog = ways_out.enter_context(closing(Watchdog(watchdog_seconds, peers.stalled)))
         signals = ways_out.enter_context(watched_signals())
-        scribe = Scribe(loggers, log_every, strict_loggers)
+        scribe = Scribe(loggers if peers.is_first else (), log_every, strict_loggers)
         ledger = Ledger(policies)
         feed = Feed(source, num_ahead=prefetch, is_over=signals.is_over, reading=signals.reading)
         ways_out.callback(feed.close)
@@ -123,25 +132,30 @@ def run(
             scribe=scribe,
             signals=signals,
             agenda=agenda,
-            keeper=None if checkpoint is None else _keeper(checkpoint, state, ledger, scribe, ways_out),
+            keeper=checkpoint and _keeper(checkpoint, state, ledger, scribe, peers, ways_out),
             watchdog=watchdog,
+            peers=peers,
             steps=steps,
             window=window,
             steps_per_call=steps_per_call_of(step),
             skip_limit=skip_limit_of(step),
             snapshot_every=snapshot_every if goes_back(policies) else None,
+            compare_every=compare_every,
         )
         _train(training, begins_with=repr(step))
     return _given_back(training.run, signals)
 
 
-def _keeper(wanted: Checkpoints, state: State, ledger: Ledger, scribe: Scribe, ways_out: ExitStack) -> Keeper:
+def _keeper(
+    wanted: Checkpoints, state: State, ledger: Ledger, scribe: Scribe, peers: Peers, ways_out: ExitStack
+) -> Keeper:
     # By name, and not at the top: `import stepc` must not need Orbax. Asking first keeps other failures a traceback.
     if importlib.util.find_spec("orbax") is None:
         raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
-    vault = importlib.import_module("stepc.runner.vault").Vault(Path(wanted.directory), keep=wanted.keep, state=state)
+    room = importlib.import_module("stepc.runner.vault")
+    vault = room.Vault(Path(wanted.directory), keep=wanted.keep, state=state, commit=peers.commit)
     ways_out.callback(vault.close)
-    return Keeper(wanted, vault, ledger, scribe)
+    return Keeper(wanted, vault, ledger, scribe, peers.clock)
 
 
 def _train(training: Training, *, begins_with: str) -> None:
@@ -149,10 +163,11 @@ def _train(training: Training, *, begins_with: str) -> None:
     scribe, run = training.scribe, training.run
     try:
         _resume(training)
+        training.peers.check_same("state", lambda: told_of_state(run.state, training.number))
         scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
         training.loop()
         run.ended = _how_it_ended(training)
-        if training.number == 0 and run.ended == "data" and training.feed.source.num_given == 0:
+        if training.number == 0 and run.ended == "data" and training.peers.has_none(training.feed):
             raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True)
         scribe.tell_last()
         if training.keeper is not None:
@@ -162,7 +177,7 @@ def _train(training: Training, *, begins_with: str) -> None:
             raise StepError(f"The state was lost: {gone[0]}.", phase="settle", step=run.steps, state_ok=False)
         scribe.event("end", run.steps, level=logging.INFO, ended=run.ended)
     except BaseException as error:  # it is raised again; what must be done first, is done
-        _leave(training, error)
+        (_forsake if training.peers.ends_all(error, training.number) else _leave)(training, error)
         raise
     finally:
         _report(training)
@@ -230,7 +245,18 @@ def _leave(training: Training, error: BaseException) -> None:
     except (StepError, CheckpointError) as second:
         error.add_note(f"stepc: and then: {type(second).__name__}: {str(second).partition(chr(10))[0]}")
     match error:
-        case StepError() | CheckpointError():
+        case StepError() | CheckpointError() | PeerError():
+            error.run = run
+        case _:
+            pass
+
+
+def _forsake(training: Training, error: BaseException) -> None:
+    """The same, where nothing can be done together any more: no last checkpoint; a state in flight is lost."""
+    run = training.run
+    run.state = None if training.flight or deleted_leaves(run.state) else run.state
+    match error:
+        case StepError() | CheckpointError() | PeerError():
             error.run = run
         case _:
             pass

@@ -9,8 +9,8 @@ from typing import Any, assert_never
 
 import jax
 
-from stepc.errors import BatchError, DataError, DeviceError, NonFiniteError, StepError
-from stepc.runner.agenda import Agenda
+from stepc.errors import DataError, DeviceError, NonFiniteError, StepError
+from stepc.runner.agenda import Agenda, passes
 from stepc.runner.anchor import Anchor, copy
 from stepc.runner.checkpoints import Keeper
 from stepc.runner.feed import Broken, End, Feed, Item
@@ -24,6 +24,7 @@ from stepc.runner.flight import (
     land,
     not_finite,
 )
+from stepc.runner.peers import Peers
 from stepc.runner.policies import Ledger, Raise, Retry, Rollback, Skip
 from stepc.runner.result import Run
 from stepc.runner.scribe import Scribe
@@ -47,11 +48,13 @@ class Training:
     agenda: Agenda
     keeper: Keeper | None
     watchdog: Watchdog
+    peers: Peers
     steps: int | None
     window: int
     steps_per_call: int
     skip_limit: int | None
     snapshot_every: int | None
+    compare_every: int | None
     number: int = 0
     position: Any = None  # Any: where the data stands after the last settled step
     flight: deque[Flying] = field(default_factory=deque)
@@ -64,8 +67,10 @@ class Training:
         while True:
             found: Item | Broken | End = End()
             try:
+                self.peers.at("data", self.number)
                 if not self.is_over():
                     found = self.feed.read()
+                found = self.peers.agreed(found, self.number, self.feed.source.spec, self.signals)
                 match found:
                     case End():
                         self.settle(0)
@@ -146,13 +151,17 @@ class Training:
     def between(self) -> None:
         """Do what is due after this step, with everything settled."""
         per = self.steps_per_call
+        self.peers.at("between steps", self.number)
         saves = False
+        compares = passes(self.compare_every, self.number, per)
         copies = self.anchor is not None and self.number - self.anchor.number >= (self.snapshot_every or 1)
         if self.keeper is not None:
             self.keeper.poll()
             saves = self.keeper.is_due(self.number, steps_per_call=per)
-        if saves or copies or self.agenda.is_due(self.number, per):
+        if saves or copies or compares or self.agenda.is_due(self.number, per):
             self.settle(0)
+            if compares:
+                self.peers.compare(self.run.state, self.number)
             if copies:
                 self.drop_anchor()
             if saves:
@@ -195,13 +204,13 @@ class Training:
         if refusal is not None or kind is None:
             if refusal not in (None, EXHAUSTED):
                 failure.add_note(f"stepc: {refusal}")
-            raise failure
+            raise self.peers.raised(failure)
         policy = self.ledger.policies[kind]
         match policy:
             case Retry():
                 wait = float(policy.wait_seconds) * 2 ** (self.ledger.attempts[kind, place] - 1)
                 self.wait(wait)
-                self.feed.retry() if kind == "data" else self.rewind(leave_out=None)
+                self.feed.retry(found) if kind == "data" else self.rewind(leave_out=None)
             case Skip():
                 self.feed.skip() if kind == "data" else self.rewind(leave_out=failure.step)
             case Rollback():
@@ -218,10 +227,12 @@ class Training:
             return EXHAUSTED
         why = self.ledger.refusal(kind, place)
         policy = self.ledger.policies[kind]
+        if why is None and kind == "device" and self.peers.are_many:
+            return "the other processes are at the same step, and cannot be brought back"
         if why is None and isinstance(found, Broken) and kind == "data":
             if found.is_dead:
                 return "the data has ended"
-            if isinstance(found.error, BatchError) and isinstance(policy, Retry):
+            if found.is_final and isinstance(policy, Retry):
                 return "the same batch would be refused again"
         if why is None and kind == "nonfinite" and failure.state_ok and isinstance(policy, Skip):
             return "skip_nonfinite has skipped as often as it may"

@@ -1,6 +1,5 @@
 """Checkpoints on disk: the only file that imports Orbax. It must not know when a run is saved, or why."""
 
-import base64
 import fcntl
 import json
 import os
@@ -8,7 +7,8 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import process_allgather
 
 from stepc.errors import CheckpointError, ResumeError
 from stepc.language.state import leaves_by_path
 from stepc.runner.anchor import copy
+from stepc.runner.commit import Commit
+from stepc.runner.positions import decoded, encoded
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -35,31 +38,52 @@ class Vault:
     Errors: CheckpointError if the directory cannot be used, is in use, or the state cannot be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, state: Any) -> None:  # Any: a state
+    def __init__(self, directory: Path, *, keep: int, state: Any, commit: Commit | None = None) -> None:  # Any: a state
         self.directory = directory.absolute()
         self.keep = keep
+        self.commit = commit
+        self._is_first = commit is None or commit.is_first  # the one that moves and deletes
         _check_saveable(state)
-        self._lock = _locked(self.directory)
-        for left in self.directory.iterdir():  # what a process that was killed was writing or deleting
+        self._lock = self._locked()
+        for left in self.directory.iterdir() if self._is_first else ():  # what a killed process wrote or deleted
             if TEMPORARY in left.name or left.name.endswith(DELETING):
                 shutil.rmtree(left, ignore_errors=True)
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "meta"))
+        options = ocp.AsyncOptions(barrier_sync_fn=None if commit is None else commit.barrier)
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "meta"), async_options=options)
         self._begun = -1
+        if commit is not None:
+            commit.is_busy_here = self._is_busy_here
+
+    def _locked(self) -> int | None:
+        """The lock, which process 0 takes for all; when this returns the directory is there."""
+        try:
+            lock, text = _locked(self.directory) if self._is_first else None, None
+        except CheckpointError as error:
+            if self.commit is not None:
+                self.commit.agree(str(error))
+            raise
+        if self.commit is not None and (text := self.commit.agree(None)) is not None:
+            raise CheckpointError(f"The directory of the checkpoints cannot be used: {text}")
+        return lock
 
     def save(self, number: int, state: Any, meta: Mapping[str, Any]) -> None:  # Any: a state; what JSON can hold
         """Begin to save; the state may be donated when this returns."""
-        # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
-        leaves = _bare_leaves(copy(state))
-        body = {
-            **meta,
-            "format": FORMAT,
-            "position": _encoded(meta["position"], number),
-            "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
-            "leaves": [[*row, _digest(leaf)] for row, leaf in zip(_rows(state), leaves, strict=True)],
-        }
-        text = json.dumps(body)
-        self._set_aside(number, number)
-        try:
+        if self.commit is not None:
+            self.commit.begin()
+        with self._agreed(number):
+            self._set_aside(number, number)
+        with self._agreed(number):
+            # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
+            leaves = _bare_leaves(copy(state))
+            body = {
+                **meta,
+                "format": FORMAT,
+                "position": self._positions(meta["position"], number),
+                "processes": jax.process_count(),
+                "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
+                "leaves": [[*row, _digest(leaf)] for row, leaf in zip(_rows(state), leaves, strict=True)],
+            }
+            text = json.dumps(body)
             self._writer.save(
                 self.directory / str(number),
                 args=ocp.args.Composite(
@@ -67,25 +91,24 @@ class Vault:
                     meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
                 ),
             )
-        except Exception as error:  # Orbax and its storage raise many classes, bare Exception among them
-            raise self._failure(error, number) from error
         self._begun = number
 
     def wait(self) -> None:
         """Until the checkpoint that was begun is committed; then the oldest are deleted."""
-        try:
+        with self._agreed(self._begun):
             self._writer.wait_until_finished()
-        except Exception as error:  # as above
-            raise self._failure(error, self._begun) from error
-        if not (self.directory / str(self._begun)).is_dir():
-            raise self._failure(FileNotFoundError("it is not there after it was written"), self._begun)
-        for old in self.steps()[self.keep :]:
+            if not (self.directory / str(self._begun)).is_dir():
+                raise FileNotFoundError("it is not there after it was written")
+        for old in self.steps()[self.keep :] if self._is_first else ():
             doomed = self.directory / f"{old}{DELETING}"
             (self.directory / str(old)).rename(doomed)  # first, so that a half-deleted one is never taken for a whole
             shutil.rmtree(doomed, ignore_errors=True)
 
     def is_busy(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is under way, on any process."""
+        return self._is_busy_here() if self.commit is None else self.commit.is_busy
+
+    def _is_busy_here(self) -> bool:
         return self._begun >= 0 and not (self.directory / str(self._begun)).is_dir()
 
     def steps(self) -> list[int]:
@@ -111,7 +134,11 @@ class Vault:
                 if later > number:
                     self._set_aside(later, number)
                     tell("abandoned_checkpoint", later, f"the run goes on from step {number}")
-            return state, {**meta, "position": _decoded(meta["position"])}
+            same = meta.get("processes", 1) == jax.process_count()  # else each has other rows, and another place
+            if not same and "each" in meta["position"]:
+                tell("resume_not_exact", number, f"{meta['processes']} processes, each at another place of its data")
+            batch = meta["batch"] if same else {}
+            return state, {**meta, "batch": batch, "position": decoded(meta["position"], is_same=same)}
         if faults:
             raise ResumeError(
                 f"None of the checkpoints in {self.directory} can be read.",
@@ -122,8 +149,34 @@ class Vault:
 
     def close(self) -> None:
         """End the writer and give the directory free."""
-        self._writer.close()
-        os.close(self._lock)
+        with nullcontext() if self.commit is None else suppress(OSError):  # what a run that has ended left unsaved
+            self._writer.close()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    @contextmanager
+    def _agreed(self, number: int) -> Iterator[None]:
+        """What fails in here fails as a save; and on all processes, if it does on one."""
+        error, text = None, None
+        try:
+            yield
+        except Exception as raised:  # Orbax and its storage raise many classes, bare Exception among them
+            error, text = raised, f"{type(raised).__name__}: {raised}".partition("\n")[0]
+        told = text if self.commit is None else self.commit.agree(text)
+        if told is None:
+            return
+        if error is None:
+            with suppress(Exception):  # what it says, the other process has said
+                self._writer.wait_until_finished()
+            raise self._failure(OSError(told), number)
+        raise error if isinstance(error, CheckpointError) else self._failure(error, number) from error
+
+    def _positions(self, position: Any, number: int) -> Any:  # Any: where the data stands
+        mine = encoded(position, number)
+        if self.commit is None:
+            return mine
+        each = [json.loads(one) for one in self.commit.everyone(number, json.dumps(mine))]
+        return mine if all(one == mine for one in each) else {"each": each}
 
     def _meta(self, number: int) -> Mapping[str, Any]:
         stored = self._writer.restore(
@@ -156,7 +209,7 @@ class Vault:
 
     def _set_aside(self, number: int, instead: int) -> None:
         path = self.directory / str(number)
-        if path.exists():
+        if path.exists() and self._is_first:
             folder = self.directory / ABANDONED
             folder.mkdir(exist_ok=True)
             names = (folder / f"{number}-for-{instead}-{attempt}" for attempt in count(1))
@@ -223,12 +276,12 @@ def _rows(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a state
     ]
 
 
-def _is_key(leaf: Any) -> bool:  # Any: an array
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _bare_leaves(state: Any) -> list[jax.Array]:  # Any: a state
     return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(state)]
+
+
+def _is_key(leaf: Any) -> bool:  # Any: an array
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _clothed(bare: jax.Array, like: Any) -> jax.Array:  # Any: an array, or a typed key
@@ -240,19 +293,7 @@ def _names(leaves: list[jax.Array]) -> list[str]:
 
 
 def _digest(leaf: jax.Array) -> int:
+    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        # Spread over processes: whole on each for a moment, one leaf at a time, so that it can be read by any number.
+        return zlib.crc32(np.asarray(process_allgather(leaf, tiled=True)).tobytes())
     return zlib.crc32(np.asarray(leaf).tobytes())
-
-
-def _encoded(position: Any, number: int) -> Any:  # Any: where the data stands
-    if isinstance(position, bytes):
-        return {"bytes": base64.b64encode(position).decode()}
-    try:
-        json.dumps(position, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        what = "The position of the data, `get_state()`, is neither bytes nor what JSON can hold."
-        raise CheckpointError(what, step=number, facts=(("position", repr(position)),)) from error
-    return {"json": position}
-
-
-def _decoded(stored: Mapping[str, Any]) -> Any:  # Any: where the data stands
-    return base64.b64decode(stored["bytes"]) if "bytes" in stored else stored["json"]

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 _LOG = logging.getLogger("stepc")
 
@@ -15,10 +16,11 @@ class Watchdog:
 
     Args:
       seconds: how long; None for no thread at all.
+      stalled: called then, with the seconds since the last step was begun.
     """
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float | None, stalled: Callable[[float], None] = lambda seconds: None) -> None:
+        self.seconds, self.stalled = seconds, stalled
         self.step = 0
         self.num_alarms = 0
         self._beat_at = time.monotonic()
@@ -46,6 +48,7 @@ class Watchdog:
                 told = self._beat_at
                 self.num_alarms += 1
                 _LOG.warning("no step was begun for %.1f s, after step %d\n%s", waited, self.step, _stacks())
+                self.stalled(waited)
 
 
 def _stacks() -> str:
