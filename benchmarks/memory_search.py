@@ -34,6 +34,7 @@ import stepc as sc
 from stepc.programs import gpt
 
 BUDGETS = 20
+MEASURED = 8  # the k whose program is run
 STATUS, MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -68,7 +69,7 @@ MODELS: dict[str, Callable[[int], Model]] = {
     "convolutions": convolutions,
 }
 ROWS = {"mlp": 2048, "gpt": 128, "convolutions": 256}
-LARGE_ROWS = {"mlp": 32_768, "gpt": 1024, "convolutions": 2048}
+LARGE_ROWS = {"mlp": 32_768, "gpt": 1024, "convolutions": 512}
 
 
 def step_of(model: Model, word: sc.Transform) -> sc.Step:
@@ -128,20 +129,18 @@ def child(name: str, word: sc.Transform) -> None:
 
 
 def measured(name: str) -> list[dict[str, Any]]:
-    """Three budgets, each run in a child; and the next smaller divisor, which must not fit."""
+    """One budget, run in a child; and the next smaller divisor, which must not fit."""
 
     def in_child(word: str) -> dict[str, Any]:
         words = (sys.executable, __file__, "--child", name, word)
         return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
-    model, found = MODELS[name](LARGE_ROWS[name]), []
-    needs = {k: lowered(model, sc.accumulate(k)).compile().memory().total for k in (2, 4, 8, 16, 32)}
-    for k in (4, 8, 16):
-        budget = (needs[k] + needs[k // 2]) // 2
-        chosen, below = in_child(f"memory={budget}"), in_child(f"k={k // 2}")
-        row = {"budget": budget, **chosen, "below": below["measured"]}
-        found.append({**row, "right": chosen["measured"] <= budget < below["measured"]})
-    return found
+    model = MODELS[name](LARGE_ROWS[name])
+    needs = {k: lowered(model, sc.accumulate(k)).compile().memory().total for k in (MEASURED // 2, MEASURED)}
+    budget = sum(needs.values()) // 2
+    chosen, below = in_child(f"memory={budget}"), in_child(f"k={MEASURED // 2}")
+    right = chosen["measured"] <= budget < below["measured"]
+    return [{"budget": budget, **chosen, "below": below["measured"], "right": right}]
 
 
 def told(name: str, rows: list[dict[str, Any]]) -> None:
@@ -168,6 +167,8 @@ def told_of_children(name: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
+    parts = ("searches", "children")
+    parser.add_argument("--part", choices=parts, help="half of the question (default: both)")
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "WORD"), help="run one step, for this script itself")
     options = parser.parse_args()
     if options.child:
@@ -177,17 +178,20 @@ def main() -> None:
         return
     setting = begin("Does accumulate(memory=...) find the smallest k that fits, and does the step then fit?")
     names = list(MODELS)[:1] if options.quick else list(MODELS)
-    searches = {name: searched(MODELS[name](ROWS[name]), ROWS[name]) for name in names}
-    for name, rows in searches.items():
-        told(MODELS[name](ROWS[name]).name, rows)
-    children = {name: measured(name) for name in names}
-    for name, rows in children.items():
-        told_of_children(MODELS[name](LARGE_ROWS[name]).name, rows)
-    every = [row for rows in searches.values() for row in rows]
-    results = {"searches": searches, "children": children}
-    results["mean_compilations"] = round(statistics.mean(row["compilations"] for row in every), 3)
+    searches: dict[str, list[dict[str, Any]]] = {}
+    children: dict[str, list[dict[str, Any]]] = {}
+    for name in names if options.part != "children" else ():
+        searches[name] = searched(MODELS[name](ROWS[name]), ROWS[name])
+        told(MODELS[name](ROWS[name]).name, searches[name])
+    for name in names if options.part != "searches" else ():
+        children[name] = measured(name)
+        told_of_children(MODELS[name](LARGE_ROWS[name]).name, children[name])
+    results: dict[str, Any] = {"searches": searches, "children": children}
+    counts = [row["compilations"] for rows in searches.values() for row in rows]
+    results["mean_compilations"] = round(statistics.mean(counts), 3) if counts else None
     results["wrong"] = sum(not row["right"] for rows in (*searches.values(), *children.values()) for row in rows)
-    finish("memory_search", setting, results, quick=options.quick, save=options.save)
+    name = "memory_search" if options.part is None else f"memory_search_{options.part}"
+    finish(name, setting, results, quick=options.quick, save=options.save)
 
 
 if __name__ == "__main__":
