@@ -32,7 +32,8 @@ regold: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --regold -q -m "not long" tests/test_errors.py tests/test_plan.py
 
 benchmarks: $(VENV)/dev.stamp
-	for script in by_hand deferred_reduce dispatch independent_of_k import_time cost_of_words precision runner_overhead; do \
+	for script in by_hand deferred_reduce dispatch independent_of_k import_time cost_of_words precision runner_overhead \
+	  memory_search; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 

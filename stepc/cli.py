@@ -13,6 +13,7 @@ import stepc as sc
 from stepc.processes.launch import launch
 from stepc.programs import see
 from stepc.programs.job import Job
+from stepc.programs.lessons import LESSONS
 from stepc.programs.target import EXAMPLE, Target, compiled, read_axes
 
 # What `stepc train` imports beyond what stepc needs: the extra "demo".
@@ -22,7 +23,6 @@ Options: TypeAlias = dict[str, Any]  # Any: each is what the reader of its optio
 
 TARGET = """a program to look at: FILE.py:NAME or module:NAME. NAME is a tuple (step, state, batch), or a function that
 returns one, given mesh= if it takes it; (jitted function, *arguments) does as well. Arguments may be shapes."""
-EXIT = "exit codes: 0 if all went well, 2 for a mistake in the command."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,25 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="stepc", description="A compiler for JAX training steps.")
+    parser = argparse.ArgumentParser(
+        prog="stepc",
+        description="A compiler for JAX training steps.",
+        epilog="begin with `stepc train`; `stepc COMMAND --help` has examples.",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_train(commands)
     _add_launch(commands)
-    one = _command(commands, "explain", _explain, "print all there is to know of a compiled step", EXIT)
+    one = _command(commands, "explain", _explain, "print all there is to know of a compiled step")
     _add_target(one)
     _add_device(one)
-    one = _command(commands, "report", _report, "write all of it, with pictures and the HLO, as one page", EXIT)
+    one = _command(commands, "report", _report, "write all of it, with pictures and the HLO, as one page")
     _add_target(one)
     _add_device(one)
     one.add_argument("--out", "-o", type=Path, default=Path("step.html"), metavar="FILE", help="(default: step.html)")
-    ends = "exit codes: 0 if every promise holds, 1 if one is broken, 2 for a mistake in the command."
-    one = _command(commands, "check", _check, "hold a compiled step to a budget", ends)
+    one = _command(commands, "check", _check, "hold a compiled step to a budget")
     _add_target(one)
     one.add_argument(
         "--budget", type=Path, required=True, metavar="FILE.toml", help="the promises, by the fields of stepc.Budget"
     )
-    ends = "exit codes: 0 if nothing changed, 1 if something did, 2 for a mistake in the command."
-    one = _command(commands, "diff", _diff, "show what changed between two compiled programs", ends)
+    one = _command(commands, "diff", _diff, "show what changed between two compiled programs")
     for name in ("before", "after"):
         one.add_argument(name, metavar=name.upper(), help="as in `stepc explain`, or a file of HLO text (.txt, .hlo)")
     _add_place(one)
@@ -81,10 +83,14 @@ def _command(
     name: str,
     run: Callable[[Options], int],
     meaning: str,
-    ends: str,
 ) -> argparse.ArgumentParser:
     one = commands.add_parser(
-        name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.", epilog=ends, allow_abbrev=False
+        name,
+        help=meaning,
+        description=f"{meaning[0].upper()}{meaning[1:]}.",
+        epilog=LESSONS[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     one.set_defaults(run=run)
     return one
@@ -115,13 +121,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(commands: Any) -> None:  # Any: see `_command`
-    train = commands.add_parser(
-        "train",
-        help="train a small GPT with a compiled step",
-        description="Train a small GPT on the source of Python's standard library, and show the compiled step.",
-        allow_abbrev=False,
-    )
-    train.set_defaults(run=_train)
+    meaning = "train a small GPT on the source of Python's standard library, and show the compiled step"
+    train = _command(commands, "train", _train, meaning)
     for one in fields(Job):
         option, meaning = f"--{one.name.replace('_', '-')}", one.metadata["meaning"]
         if one.default is False:
@@ -137,8 +138,7 @@ def _add_train(commands: Any) -> None:  # Any: see `_command`
 
 
 def _add_launch(commands: Any) -> None:  # Any: see `_command`
-    ends = "exit codes: 0 if all went well, else that of the first process that failed; 2 for a mistake in the command."
-    one = _command(commands, "launch", _launch, "try a program of many processes on this machine", ends)
+    one = _command(commands, "launch", _launch, "try a program of many processes on this machine")
     one.add_argument("-n", type=int, required=True, metavar="PROCESSES", help="how many; they meet on 127.0.0.1")
     one.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="such as: -- stepc train")
 

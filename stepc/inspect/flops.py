@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape
-from stepc.inspect.loops import executions, turns
+from stepc.inspect.loops import over_instruction, over_program
 
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
@@ -23,28 +23,12 @@ def flops(module: Module) -> int | None:
     A product of two vectors, which the CPU compiler writes as multiply and reduce, is not counted.
     Source: convolutions are counted as in XLA, hlo_cost_analysis.cc, https://github.com/openxla/xla.
     """
-    total = 0
-    known = executions(module)
-    for computation in module.computations.values():
-        once = sum(_flops(computation, each) or 0 for each in computation.instructions.values())
-        count = known[computation.name].count
-        if once and count is None:
-            return None
-        total += once * (count or 0)
-    return total
+    return over_program(module, _known)
 
 
 def flops_of(module: Module, computation: Computation, instruction: Instruction) -> int | None:
     """Count the flops of one instruction and of all that it runs; None if it holds a loop of unknown length."""
-    total = _flops(computation, instruction) or 0
-    for call in (call for call in instruction.calls if call.computation in module.computations):
-        inner = module.computations[call.computation]
-        parts = [flops_of(module, inner, each) for each in inner.instructions.values()]
-        times = turns(module, computation.name, instruction, call.role)
-        if None in parts or (times is None and any(parts)):
-            return None
-        total += (times or 0) * sum(part or 0 for part in parts)
-    return total
+    return over_instruction(module, computation, instruction, _known)
 
 
 def uncounted(module: Module) -> tuple[str, ...]:
@@ -56,6 +40,10 @@ def uncounted(module: Module) -> tuple[str, ...]:
         if _flops(computation, instruction) is None
     )
     return tuple(sorted({call[1] for call in calls if call}))
+
+
+def _known(computation: Computation, instruction: Instruction) -> int:
+    return _flops(computation, instruction) or 0
 
 
 def _flops(computation: Computation, instruction: Instruction) -> int | None:

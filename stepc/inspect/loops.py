@@ -1,10 +1,14 @@
 """How often each computation of a program runs; it must not know what the computations do."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from stepc.inspect.hlo import Instruction, Module
+from stepc.inspect.hlo import Computation, Instruction, Module
 from stepc.inspect.trips import trip_count
+
+# What one instruction takes by itself, of anything that adds up.
+Measure: TypeAlias = Callable[[Computation, Instruction], int]
 
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
@@ -60,6 +64,49 @@ def executions(module: Module) -> dict[str, Execution]:
     for name in module.computations:
         _count(module, name, sites, known)
     return known
+
+
+def over_program(module: Module, measure: Measure, *, apart: Collection[str] = ()) -> int | None:
+    """Add up a measure over all instructions, loops multiplied out; None if a loop around any of it hides its turns.
+
+    Args:
+      apart: the names of computations that are left out.
+    """
+    total, known = 0, executions(module)
+    for computation in module.computations.values():
+        if computation.name in apart:
+            continue
+        once = sum(measure(computation, each) for each in computation.instructions.values())
+        count = known[computation.name].count
+        if once and count is None:
+            return None
+        total += once * (count or 0)
+    return total
+
+
+def over_instruction(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    measure: Measure,
+    *,
+    runs: Callable[[Instruction], bool] = lambda _: True,
+) -> int | None:
+    """Add up a measure over one instruction and all that it runs; None if it holds a loop that hides its turns.
+
+    Args:
+      runs: whether the computations that an instruction names are to be counted.
+    """
+    total = measure(computation, instruction)
+    calls = instruction.calls if runs(instruction) else ()
+    for call in (call for call in calls if call.computation in module.computations):
+        inner = module.computations[call.computation]
+        parts = [over_instruction(module, inner, each, measure, runs=runs) for each in inner.instructions.values()]
+        times = turns(module, computation.name, instruction, call.role)
+        if None in parts or (times is None and any(parts)):
+            return None
+        total += (times or 0) * sum(part or 0 for part in parts)
+    return total
 
 
 def _count(module: Module, name: str, sites: Mapping[str, list[_Site]], known: dict[str, Execution]) -> Execution:

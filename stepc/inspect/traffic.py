@@ -1,7 +1,9 @@
 """The bytes that a program moves to and from the main memory of a device, counted from its text."""
 
+from functools import partial
+
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape
-from stepc.inspect.loops import executions, turns
+from stepc.inspect.loops import over_instruction, over_program
 
 # These move nothing: they name what is there, wait, or run computations that are counted themselves.
 _STILL = (
@@ -26,31 +28,12 @@ def traffic(module: Module) -> int | None:
     What stays in a cache between two instructions is counted twice: it is a bound from above.
     Source: after XLA, hlo_cost_analysis.cc, https://github.com/openxla/xla.
     """
-    total, known, inner = 0, executions(module), _inside(module)
-    for computation in module.computations.values():
-        if computation.name in inner:
-            continue
-        once = sum(_moved(module, computation, each) for each in computation.instructions.values())
-        count = known[computation.name].count
-        if once and count is None:
-            return None
-        total += once * (count or 0)
-    return total
+    return over_program(module, partial(_moved, module), apart=_inside(module))
 
 
 def moved_by(module: Module, computation: Computation, instruction: Instruction) -> int | None:
     """Count the bytes that one instruction moves, with all that it runs; None if it hides how often it runs it."""
-    total = _moved(module, computation, instruction)
-    if not _runs(instruction):
-        return total
-    for call in (call for call in instruction.calls if call.computation in module.computations):
-        inner = module.computations[call.computation]
-        parts = [moved_by(module, inner, each) for each in inner.instructions.values()]
-        times = turns(module, computation.name, instruction, call.role)
-        if None in parts or (times is None and any(parts)):
-            return None
-        total += (times or 0) * sum(part or 0 for part in parts)
-    return total
+    return over_instruction(module, computation, instruction, partial(_moved, module), runs=_runs)
 
 
 def _runs(instruction: Instruction) -> bool:

@@ -25,7 +25,11 @@ def report(target: Target, *, device: str | None, out: Path) -> None:
     """Write the page, and print where."""
     if out.parent and not out.parent.is_dir():
         raise sc.ConfigError(f"There is no folder {out.parent} to write {out.name} to.")
-    path = sc.report.write(target.known(device), out)
+    known = target.known(device)
+    try:
+        path = sc.report.write(known, out)
+    except OSError as error:
+        raise sc.ConfigError(f"{out} cannot be written: {error.strerror}.") from error
     print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -44,4 +48,7 @@ def text_of(written: str) -> str | None:
         return None
     if not path.is_file():
         raise sc.ConfigError(f"There is no file {path}.")
-    return path.read_text()
+    text = path.read_text()
+    if "\nENTRY " not in text:
+        raise sc.ConfigError(f"{path} is not HLO text: it has no ENTRY computation.")
+    return text

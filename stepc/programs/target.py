@@ -86,8 +86,8 @@ def read_axes(written: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in written.split(","):
         name, _, size = part.partition("=")
-        if not name.strip().isidentifier() or not size.strip().isdigit() or int(size) < 1:
-            facts = (("expected", "axis=size, as in data=256,model=4"), ("got", written))
+        if not name.strip().isidentifier() or not size.strip().isdigit() or int(size) < 1 or name.strip() in axes:
+            facts = (("expected", "axis=size, each axis once, as in data=256,model=4"), ("got", written))
             raise sc.ConfigError("--mesh does not say which axes there are.", facts=facts)
         axes[name.strip()] = int(size)
     return axes
@@ -148,7 +148,12 @@ def _found(written: str) -> tuple[ModuleType, str, str]:
         raise sc.ConfigError(f"{path} is not a file of Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[called] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        if error.filename is None or Path(error.filename).resolve() != path.resolve():
+            raise  # in a file that this one imports
+        raise sc.ConfigError(f"{path}:{error.lineno} is not Python: {error.msg}.") from error
     return module, place, name
 
 

@@ -126,7 +126,10 @@ def _folder(wanted: Path | None) -> Path:
                 f"{wanted} exists and is not an empty folder; a run never overwrites what is there.",
                 suggestion="Name another folder, or none for one named after the date and time.",
             )
-        wanted.mkdir(parents=True, exist_ok=True)
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise sc.ConfigError(f"The folder {wanted} cannot be made: {error.strerror}.") from error
         return wanted
     now = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     names = (now if number == 1 else f"{now}-{number}" for number in count(1))

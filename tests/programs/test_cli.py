@@ -101,6 +101,12 @@ def test_train_same_folder_twice_is_refused(
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_train_folder_that_cannot_be_made_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["train", *SMALL, f"--out={tmp_path / 'file' / 'run'}", "--steps=1"]) == 2
+    assert "run cannot be made: Not a directory." in capsys.readouterr().err
+
+
 def test_train_no_folder_named_makes_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", *SMALL, "--steps=1"]) == 0

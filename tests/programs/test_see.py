@@ -7,7 +7,8 @@ import jax
 import pytest
 from rich.console import Console
 
-from stepc.cli import main
+from stepc.cli import _parser, main
+from stepc.programs.lessons import LESSONS
 from stepc.programs.target import compiled
 from stepc.report import terminal
 
@@ -50,6 +51,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert len(jax.devices()) == 8
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "budget.toml").write_text(KEPT)
+    (tmp_path / "wrong.py").write_text("x = 1\nopen(")
+    (tmp_path / "words.txt").write_text("no program\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
@@ -109,6 +112,10 @@ def test_diff_exits_with_one_if_something_changed(mine: Path, capsys: pytest.Cap
         (["explain", "mine.py:build", MESH, "--device=tpu:v0"], "This device is not in the table."),
         (["explain", "--jit=mine:train_step", MESH], "The program is for 1 device, and the mesh has 8."),
         (["explain", "--jit=mine:train_step", "--args=exmple"], "`mine` has no `exmple`"),
+        (["explain", "mine.py:build", "--mesh=data=4,data=2"], "--mesh does not say which axes there are."),
+        (["explain", "wrong.py:x"], "wrong.py:2 is not Python: '(' was never closed."),
+        (["report", "mine.py:build", MESH, "--out=."], ". cannot be written: Is a directory."),
+        (["diff", "words.txt", "words.txt"], "words.txt is not HLO text: it has no ENTRY computation."),
         (["check", "mine.py:build", MESH, "--budget=no.toml"], "The budget no.toml cannot be read"),
         (["report", "mine.py:build", MESH, "--out=no/x.html"], "There is no folder no to write x.html to."),
         (["diff", "a.txt", "b.txt"], "There is no file a.txt."),
@@ -127,6 +134,31 @@ def test_exception_of_the_users_own_file_passes_through(mine: Path) -> None:
     (mine / "raises.py").write_text("raise RuntimeError('mine')\n")
     with pytest.raises(RuntimeError, match="mine"):
         main(["explain", "raises.py:x"])
+
+
+def test_memory_that_nothing_fits_is_a_message_and_exits_with_one(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = MINE.replace("sc.clip(1.0) @ sc.accumulate(4)\n", 'sc.accumulate(memory="1 kB")\n')
+    (mine / "asking.py").write_text(text)
+    assert main(["explain", "asking.py:build", MESH]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith('stepc: BudgetError: `accumulate(memory="1 kB")`: no k')
+    (mine / "asking.py").write_text(text.replace("1 kB", "1 GB"))
+    assert main(["explain", "asking.py:build", MESH]) == 0
+    assert 'accumulate(memory="1 GB") became accumulate(1)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", LESSONS)
+def test_help_has_examples_that_the_parser_takes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert LESSONS[verb] in shown
+    examples = [line.partition("#")[0].split()[1:] for line in shown.splitlines() if line.startswith("  stepc ")]
+    assert len(examples) >= 2
+    for words in examples:
+        assert _parser().parse_args(words)
 
 
 @pytest.mark.parametrize("verb", ["explain", "report", "check", "diff"])

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -185,6 +186,21 @@ def test_memory_and_a_budget_hold_together() -> None:
     with pytest.raises(sc.BudgetError, match=r"traces +1 +2"):
         step(state, rows_of(2 * ROWS))
     assert int(state.step) == 1
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[pods]'")
+def test_memory_that_a_pod_does_not_have_is_refused_by_its_compiler_and_the_search_goes_on() -> None:
+    """A v5e has 16 GB: its compiler finds no room for the activations of all rows at once."""
+    pipeline = SGD @ sc.accumulate(memory="100GB") @ DATA @ sc.grad(wide)
+    step = sc.compile(pipeline, mesh=sc.topology("tpu:v5e:2x2"))
+    params = {
+        "in": jax.ShapeDtypeStruct((4096, 8192), jnp.float32),
+        "out": jax.ShapeDtypeStruct((8192, 8), jnp.float32),
+    }
+    plan = step.lower(step.init(params), {"x": jax.ShapeDtypeStruct((4 * 2**19, 4096), jnp.float32)}).plan
+    assert plan.search is not None
+    assert [one.outcome for one in plan.search.tried if one.parts == 1] == ["refused by the compiler"]
+    assert plan.search.chosen is not None and plan.search.chosen > 1
 
 
 def test_memory_in_run_trains() -> None:
