@@ -139,7 +139,9 @@ def _keeper(wanted: Checkpoints, state: State, ledger: Ledger, scribe: Scribe, w
     # By name, and not at the top: `import stepc` must not need Orbax. Asking first keeps other failures a traceback.
     if importlib.util.find_spec("orbax") is None:
         raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
-    vault = importlib.import_module("stepc.runner.vault").Vault(Path(wanted.directory), keep=wanted.keep, state=state)
+    vault = importlib.import_module("stepc.runner.vault").Vault(
+        Path(wanted.directory), keep=wanted.keep, timeout_seconds=wanted.timeout_seconds, state=state
+    )
     ways_out.callback(vault.close)
     return Keeper(wanted, vault, ledger, scribe)
 

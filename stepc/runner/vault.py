@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -35,16 +36,23 @@ class Vault:
     Errors: CheckpointError if the directory cannot be used, is in use, or the state cannot be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, state: Any) -> None:  # Any: a state
+    def __init__(self, directory: Path, *, keep: int, timeout_seconds: float, state: Any) -> None:  # Any: a state
         self.directory = directory.absolute()
-        self.keep = keep
+        self.keep, self.timeout_seconds = keep, timeout_seconds
         _check_saveable(state)
         self._lock = _locked(self.directory)
         for left in self.directory.iterdir():  # what a process that was killed was writing or deleting
             if TEMPORARY in left.name or left.name.endswith(DELETING):
                 shutil.rmtree(left, ignore_errors=True)
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "meta"))
+        # Directories are made in the call: where that fails in Orbax's own thread, others wait for it, without an end
+        # that Python could see, and the process hangs at its exit for 20 minutes.
+        made_at_once = ocp.AsyncOptions(create_directories_asynchronously=False)
+        items = ocp.CompositeCheckpointHandler(
+            "state", "meta", composite_options=ocp.CompositeOptions(async_options=made_at_once)
+        )
+        self._writer = ocp.AsyncCheckpointer(items, async_options=made_at_once)
         self._begun = -1
+        self._hangs = False
 
     def save(self, number: int, state: Any, meta: Mapping[str, Any]) -> None:  # Any: a state; what JSON can hold
         """Begin to save; the state may be donated when this returns."""
@@ -58,15 +66,14 @@ class Vault:
             "leaves": [[*row, _digest(leaf)] for row, leaf in zip(_rows(state), leaves, strict=True)],
         }
         text = json.dumps(body)
-        self._set_aside(number, number)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
+            meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
+        )
         try:
-            self._writer.save(
-                self.directory / str(number),
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
-                    meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
-                ),
-            )
+            self._check_is_ours()
+            self._set_aside(number, number)
+            self._in_time(lambda: self._writer.save(self.directory / str(number), args=args))
         except Exception as error:  # Orbax and its storage raise many classes, bare Exception among them
             raise self._failure(error, number) from error
         self._begun = number
@@ -74,7 +81,7 @@ class Vault:
     def wait(self) -> None:
         """Until the checkpoint that was begun is committed; then the oldest are deleted."""
         try:
-            self._writer.wait_until_finished()
+            self._in_time(self._writer.wait_until_finished)
         except Exception as error:  # as above
             raise self._failure(error, self._begun) from error
         if not (self.directory / str(self._begun)).is_dir():
@@ -121,9 +128,38 @@ class Vault:
         return None
 
     def close(self) -> None:
-        """End the writer and give the directory free."""
-        self._writer.close()
-        os.close(self._lock)
+        """End the writer and give the directory free; while a save hangs it stays taken, until the process ends."""
+        if not self._hangs:
+            self._writer.close()
+            os.close(self._lock)
+
+    def _check_is_ours(self) -> None:
+        """Orbax makes a directory that is gone anew; nobody would hear that the checkpoints, and the lock, are lost."""
+        try:
+            is_ours = os.path.samestat(os.fstat(self._lock), (self.directory / LOCK).stat())
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            raise FileNotFoundError("the directory is not the one that the run began with: its lock is gone")
+
+    def _in_time(self, act: Callable[[], object]) -> None:
+        """Do it in a thread that may be left alone: what waits for a disk cannot be interrupted."""
+        failures: list[Exception] = []
+
+        def work() -> None:
+            try:
+                act()
+            except Exception as error:  # it is raised again below
+                failures.append(error)
+
+        thread = threading.Thread(target=work, name="stepc-save", daemon=True)
+        thread.start()
+        thread.join(self.timeout_seconds)
+        self._hangs = thread.is_alive()
+        if self._hangs:
+            raise TimeoutError(f"it did not end within {self.timeout_seconds} s; its thread still waits for the disk")
+        if failures:
+            raise failures[0]
 
     def _meta(self, number: int) -> Mapping[str, Any]:
         stored = self._writer.restore(
