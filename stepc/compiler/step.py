@@ -95,6 +95,7 @@ class Step:
         self._guard = guard
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self.traces = 0
+        self.why_traced_again = ""
         self._forms: list[str] = []
         spec = PartitionSpec(*([None] if decision.repeats > 1 else []), decision.rows)
         self._rows = None if self.mesh is None else NamedSharding(self.mesh, spec)
@@ -251,6 +252,7 @@ class Step:
         if was == now and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
             why = "the state is of another type, or its arrays lie elsewhere"
         text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
+        self.why_traced_again = why
         _LOG.warning(text, self, self.traces, why)
 
     def _refuse(self, state: Any) -> None:
@@ -274,8 +276,10 @@ class Step:
 
 
 def form_of(batch: Batch) -> str:
-    """The paths, types and shapes of a batch, in a line."""
-    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
+    """The paths, types and shapes of a batch that is traced, in a line."""
+    weak = {True: " of weak type", False: ""}
+    rows = [(path or "the batch", leaf, weak[jax.typeof(leaf).weak_type]) for path, leaf in leaves_by_path(batch)]
+    return ", ".join(f"{path} {leaf.dtype}{list(leaf.shape)}{kind}" for path, leaf, kind in rows)
 
 
 def _shapes_with(shapes: State, shardings: Any) -> State:
