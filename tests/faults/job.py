@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     with JSONL(options.folder / "metrics.jsonl") as lines, ExitStack() as at_the_end:
         at_the_end.callback(lambda: (options.folder / "seconds").write_text(f"{time.monotonic() - began}"))
+        at_the_end.callback(lambda: (options.folder / "left").write_text(f"{time.time()}"))
         run = sc.run(
             place.step if options.term else step(),
             fresh(),
