@@ -92,6 +92,8 @@ def test_logger_that_fails_changes_nothing() -> None:
     with pytest.raises(sc.StepError) as raised:
         run_with(Failing(4), strict_loggers=True)
     assert (raised.value.phase, raised.value.step, raised.value.state_ok) == ("log", 4, True)
+    made = raised.value.run.steps  # the steps that were in flight are waited for, and not lost
+    assert digest(raised.value.run.state) == digest(by_a_plain_loop(list(range(1, made + 1))))
 
 
 @fault("83", "a logger that takes 0.6 s, twice", "event slow_logger once, with seconds; all its time in log_seconds")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -269,3 +269,20 @@ def test_step_that_hangs_is_told_with_stacks(at: int, caplog: pytest.LogCaptureF
     ((_, facts, step),) = [one for one in logger.events if one[0] == "hung"]
     assert "in sleeps" in facts["stacks"]
     assert at - 3 <= step < at
+
+
+@fault("31", "data that takes 1.2 s for a batch, with a watchdog of 0.4 s", "event hung, with the stack of the reading")
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_data_that_hangs_is_told_with_stacks(prefetch: int) -> None:
+    def reading_slowly() -> Iterator[Any]:
+        for number in range(1, 6):
+            if number == 4:
+                time.sleep(1.2)
+            yield batch_of(number)
+
+    logger = Remembering()
+    sc.run(step(), fresh(), [batch_of(1)])  # compiled
+    run = sc.run(step(), fresh(), reading_slowly(), loggers=[logger], watchdog_seconds=0.4, prefetch=prefetch)
+    ((_, facts, at),) = [one for one in logger.events if one[0] == "hung"]
+    assert "in reading_slowly" in facts["stacks"]
+    assert (run.steps, at) == (5, 2)
