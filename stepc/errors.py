@@ -92,7 +92,7 @@ class StepError(StepcError, RuntimeError):
     """A step failed in `run`; the original exception, if there is one, is `__cause__`.
 
     Args:
-      phase: what the runner was doing: "data", "build", "dispatch", "settle", "eval", "hook" or "log".
+      phase: what the runner was doing: "data", "build", "dispatch", "settle", "bad", "eval", "hook" or "log".
       step: the number of the step that failed, counted from 1.
       state_ok: whether the state is as it was before the step: a failure inside the program destroys the donated one.
       facts: further rows for the message.
@@ -129,7 +129,7 @@ class BuildError(StepError):
 
 
 class NonFiniteError(StepError):
-    """A loss or a gradient is not finite."""
+    """A loss or a gradient is not finite, or `run`'s `bad` does not want what is."""
 
     state_lost = "holds what the step made of it"
 

@@ -49,7 +49,7 @@ settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
 
-pytest_plugins = ["faults.results"]  # the table of faults, written from the tests that passed
+pytest_plugins = ["faults.results", "faults.zygote"]  # the table of faults; processes that begin at once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -176,6 +176,23 @@ def check_option(name: str, value: object, kind: type, *, expected: str) -> None
         raise ConfigError(f"`{name}` is not a {name}.", facts=facts)
 
 
+def check_gradient(written: str, returned: Any, like: Any) -> None:  # Any: what a word returns; a gradient
+    """Refuse what a word makes of a gradient, if it is none. Errors: ConfigError that names the word."""
+    match returned:
+        case (grads, dict()):
+            pass
+        case _:
+            raise ConfigError(
+                f"`{written}` does not return a gradient.",
+                facts=(("expected", "(gradient, dict of metrics)"), ("got", repr(returned)[:200])),
+            )
+    wanted, found = ([(path, jnp.shape(leaf)) for path, leaf in leaves_by_path(one)] for one in (like, grads))
+    if wanted != found or jax.tree.structure(like) != jax.tree.structure(grads):
+        shown = (", ".join(f"{path} {list(shape)}" for path, shape in rows) or "no leaves" for rows in (wanted, found))
+        facts = tuple(zip(("expected", "got"), shown, strict=True))
+        raise ConfigError(f"`{written}` returns a gradient of another form than it takes.", facts=facts)
+
+
 def check_seed(seed: object) -> None:
     """Refuse a seed that is neither a whole number of 64 bits nor a typed key. Errors: ConfigError."""
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ():

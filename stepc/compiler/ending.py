@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from stepc.compiler.flow import Flow, opened, settled
+from stepc.compiler.flow import Flow, applied, opened, settled
 from stepc.compiler.instructions import Apply, Schedule, Settle
 from stepc.core.terms import sum_of_squares
 from stepc.language.kinds import Grads, Params
@@ -66,6 +66,6 @@ def ending_of(schedule: Schedule) -> tuple[int, Ending]:
 
 
 def _applied(one: Apply, flow: Flow, measure: Any, key: tuple[Any, ...], params: Params) -> Flow:
-    grads, told = one.node.applied(flow.grads, measure, *key)
+    grads, told = applied(one.node, flow.grads, measure, key)
     flow = opened(grads, told, flow)
     return replace(flow, grads=jax.tree.map(lambda like, leaf: leaf.astype(like.dtype), params, flow.grads))

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from stepc.compiler import tally
+from stepc.compiler.check import check_gradient
 from stepc.compiler.instructions import Compute, Settle
 from stepc.compiler.loss import Call, counts_of, keys_of
 from stepc.compiler.tally import Tallies, tallied
-from stepc.core.nodes import Differentiate
+from stepc.core.nodes import Differentiate, Map
 from stepc.core.terms import Outcome, Sums, is_static, merged, ratio, total_of, wide
 from stepc.language.kinds import Grads, Params, Rows
 
@@ -155,3 +156,10 @@ def _total(terms: tuple[Any, ...], given: Given) -> jax.Array:
     wholes = [given.parts * term.count if is_static(term.count) else next(found) for term in terms]
     parts = [ratio(term.total, whole) for term, whole in zip(terms, wholes, strict=True)]
     return total_of(parts)
+
+
+def applied(node: Map, grads: Grads, value: Any, keys: tuple[Any, ...]) -> tuple[Grads, dict[str, Any]]:
+    """What a word makes of a gradient, which is one, and its metrics. Any: what it measured; typed keys; scalars."""
+    returned = node.applied(grads, value, *keys)
+    check_gradient(node.written, returned, grads)
+    return returned

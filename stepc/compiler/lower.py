@@ -144,7 +144,7 @@ def _instruct(instruction: Instruction, flow: Any, cell: Cell, given: Given, pla
             return flows.settled(instruction, flow, given.params)
         case Apply(node):
             value, told = node.measured(flow.grads)
-            grads, added = node.applied(flow.grads, value, *_keys_of(instruction, cell, given, place))
+            grads, added = flows.applied(node, flow.grads, value, _keys_of(instruction, cell, given, place))
             return flows.opened(grads, {**told, **added}, flow)
         case Optimize() | Again() | CountFirst() | Gather():
             raise ValueError(f"{type(instruction).__name__} has another place")

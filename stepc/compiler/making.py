@@ -45,6 +45,7 @@ def made(
 ) -> Made:
     """Make the step, unless it is to be skipped."""
     metrics = dict(metrics)
+    adapts: Any = True  # Any: a bool, or one on the device
     step = partial(_stepped, optimize, ending, laying)
     loss_is_finite = jnp.isfinite(metrics["loss"])
     gradient_is_finite = jnp.isfinite(total_of(jax.tree.leaves(sight.squares)))
@@ -60,14 +61,18 @@ def made(
         name, node = optimize.rescale
         metrics[name] = jax.tree.leaves(state.slots[name])[0]
         slots[name] = node.advance(state.slots[name], loss_is_finite, gradient_is_finite, *node.arguments)
+        if slots[name] is not state.slots[name]:  # a scale that is not fixed
+            adapts = jax.tree.leaves(slots[name])[0] < metrics[name]
     if optimize.guard is not None:
         name, _ = optimize.guard
         skipped = 1 - is_finite.astype(jnp.int32)
         before: Skips = state.slots[name]
         slots[name] = Skips(before.total + skipped, (before.consecutive + skipped) * skipped)
         metrics["skipped"] = skipped
-    # An overflow that the scale of the loss adapts to is nothing to stop for.
-    is_fine = loss_is_finite if optimize.guard is None and optimize.rescale is not None else is_finite
+    # An overflow that the scale of the loss adapts to is nothing to stop for. At its smallest it adapts no more, and
+    # not one further step would be made.
+    can_go_on = loss_is_finite & (gradient_is_finite | adapts)
+    is_fine = can_go_on if optimize.guard is None and optimize.rescale is not None else is_finite
     return Made(replace(new, slots=slots), metrics, Watch(is_fine, *sight))
 
 

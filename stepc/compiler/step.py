@@ -124,6 +124,7 @@ class Step:
         self._asking = asking
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
         self._traces = 0
+        self.why_traced_again = ""
         self._forms: list[str] = []
         self._batches = Batches(self.mesh, decision)
         lying = self._batches.lying
@@ -285,7 +286,8 @@ class Step:
     def _tell_traced_again(self, batch: Batch) -> None:
         """A compilation that nobody asked for is never silent."""
         text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
-        _LOG.warning(text, self, self.traces, why_again(self._forms[-2], self._forms[-1], batch))
+        self.why_traced_again = why_again(self._forms[-2], self._forms[-1], batch)
+        _LOG.warning(text, self, self.traces, self.why_traced_again)
 
     @_in_our_mesh
     def _plan(self, state: State, batch: Batch) -> Plan:

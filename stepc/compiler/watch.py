@@ -17,7 +17,7 @@ class Watch:
 
     Args:
       finite: whether the loss and the norm of the gradient are finite, after the reduction; with `loss_scale` alone,
-        which adapts to an overflow of the gradient, whether the loss is.
+        which adapts to an overflow of the gradient, whether the loss is, and the scale could still become smaller.
       losses: `[devices, microbatches]`, whether the loss of each cell is; `[1, microbatches]` on a single device.
       squares: a tree like the parameters, the sum of squares of each leaf of the gradient, before `clip` and `noise`.
     """

@@ -159,7 +159,7 @@ class Map:
         """What it needs of the whole gradient, and the metrics; nothing without `measure`."""
         return (None, {}) if self.measure is None else self.measure(grads, *self.arguments)
 
-    def applied(self, grads: Any, value: Any, *key: Any) -> tuple[Any, dict[str, Any]]:  # Any: as above
+    def applied(self, grads: Any, value: Any, *key: Any) -> Any:  # Any: as above; what a word returns is checked later
         """The new gradient, of what was measured; and the metrics, if nothing was."""
         if self.measure is None:
             return self.function(grads, *key, *self.arguments)

@@ -9,6 +9,7 @@ from stepc.errors import ConfigError
 from stepc.language.state import leaves_by_path
 from stepc.runner.checkpoints import Checkpoints
 from stepc.runner.digests import digests
+from stepc.runner.flight import Watched
 from stepc.runner.policies import Policy, Raise, Rollback, faults_of
 
 NOT_ASKED = "`run` cannot do what it was asked for."
@@ -42,6 +43,11 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
         faults.append(("checkpoint", "sc.Checkpoints(directory, every=…) or None", checkpoint))
     watchdog = asked["watchdog_seconds"]
+    if asked["bad"] is not None and not callable(asked["bad"]):
+        faults.append(("bad", "a function of metrics, or None", asked["bad"]))
+    most = asked["max_recompiles"]
+    if most is not None and not (most == 0 and type(most) is int or _is_count(most)):
+        faults.append(("max_recompiles", "an integer from 0, or None", most))
     if watchdog is not None and not (type(watchdog) in (int, float) and watchdog > 0):
         faults.append(("watchdog_seconds", "a positive number or None", watchdog))
     if place is not None and not callable(place):
@@ -53,6 +59,18 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
     facts += faults_of(asked["on_error"])
     if facts:
         raise ConfigError(NOT_ASKED, facts=facts)
+    _check_debugging(asked["step"])
+
+
+def _check_debugging(step: object) -> None:
+    """jax makes a step again, operation by operation, when it finds NaN; the state was donated to the first time."""
+    on = [name for name in ("jax_debug_nans", "jax_debug_infs") if getattr(jax.config, name)]  # as contexts set them
+    if isinstance(step, Watched) and on:
+        raise ConfigError(
+            f"A step that its state is donated to cannot run with {' and '.join(on)}.",
+            facts=(("expected", "off"), ("got", "on")),
+            suggestion="Switch them off: `run` names the step, microbatch and leaf. Or run `step.meaning`.",
+        )
 
 
 def _schedules(asked: Mapping[str, Any]) -> list[tuple[str, str, object]]:

@@ -27,17 +27,20 @@ class Checkpoints:
       every: in steps; a positive integer.
       keep: how many checkpoints stay; a positive integer.
       every_seconds: saves sooner than `every`, if that long has passed; None for never.
+      timeout_seconds: how long the run waits for a save; then it has failed. A thread that waits for a disk cannot be
+        ended, and Python waits for it at its exit: a second Ctrl-C ends that.
     Errors: ConfigError for what is not such a number. Needs the extra "checkpoint" when a run starts.
     To go on exactly, the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
     Example:
       >>> Checkpoints("runs/first", every=100)
-      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None)
+      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None, timeout_seconds=600.0)
     """
 
     directory: str | Path
     every: int
     keep: int = 3
     every_seconds: float | None = None
+    timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         faults: list[tuple[str, str, object]]
@@ -45,12 +48,17 @@ class Checkpoints:
         for name, value in (("every", self.every), ("keep", self.keep)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append((name, "a positive integer", value))
-        seconds: object = self.every_seconds
-        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0):
-            faults.append(("every_seconds", "a positive number or None", seconds))
+        if self.every_seconds is not None and not _is_positive(self.every_seconds):
+            faults.append(("every_seconds", "a positive number or None", self.every_seconds))
+        if not _is_positive(self.timeout_seconds):
+            faults.append(("timeout_seconds", "a positive number", self.timeout_seconds))
         if faults:
             facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
             raise ConfigError("`Checkpoints` cannot be made so.", facts=facts)
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and value > 0  # pyright: ignore[reportOperatorIssue]  # a number, by then
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,10 @@ class Keeper:
         if number == self._under_way:
             return
         began = self.clock()
-        is_slow = self.vault.is_busy()
+        is_slow = self.vault.is_busy() and number != self._under_way
         self.finish()
+        if number <= self.saved:  # it was under way
+            return
         if is_slow and (waited := self.clock() - began) >= SLOW_SECONDS:
             self.scribe.event("slow_checkpoint", number, waited_seconds=f"{waited:.2f}")
         meta = {"step": number, "position": position, "batch": dict(batch)}

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stepc.errors import BuildError, DeviceError, NonFiniteError, StepError
 from stepc.language.kinds import Batch, Metrics
+from stepc.language.state import leaves_by_path
 from stepc.runner.feed import Item
 
 
@@ -146,13 +148,29 @@ def failed(error: Exception, phase: str, step: int, *, state_ok: bool) -> StepEr
 def not_finite(flying: Flying, step: int, row: int, *, state_ok: bool, why: str = "") -> NonFiniteError:
     """What to raise for a step whose loss or gradient is not finite."""
     metrics = {name: np.asarray(value).reshape(-1)[row] for name, value in flying.metrics.items()}
-    facts = [(name, f"{float(metrics[name])}") for name in ("loss", "grad_norm") if name in metrics]
+    facts = [(name, f"{float(metrics[name])}") for name in ("loss", "grad_norm", "loss_scale") if name in metrics]
+    facts += not_finite_in(flying.item.batch, row if np.ndim(flying.metrics["loss"]) else None)
     watch = flying.watch
     if watch is not None and np.ndim(watch.finite):
         watch = jax.tree.map(lambda leaf: leaf[row], watch)  # of several steps in one call, this one
     seen = [] if watch is None else watch.describe()
     what = f"Step {step} is not finite{why}."
     return NonFiniteError(what, phase="settle", step=step, state_ok=state_ok, facts=[*facts, *seen])
+
+
+def not_finite_in(batch: Batch, row: int | None) -> list[tuple[str, str]]:
+    """Rows that say which leaves of a batch hold such numbers, and how many.
+
+    Args:
+      row: which of several batches that are stacked for one call.
+    """
+    found = []
+    for path, leaf in leaves_by_path(batch):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (isinstance(leaf, np.ndarray) or leaf.is_fully_addressable):
+            numbers = np.asarray(leaf if row is None else leaf[row])
+            if num := int((~np.isfinite(numbers)).sum()):
+                found.append(("batch", f"{num} of {numbers.size:,} numbers are not finite in {path or 'it'}"))
+    return found or [("batch", "every number is finite")]
 
 
 def check_metrics(metrics: object, *, step: int, num_steps: int) -> None:

@@ -17,7 +17,6 @@ from stepc.errors import (
     ConfigError,
     DataError,
     Interrupted,
-    NonFiniteError,
     PeerError,
     Preempted,
     ResumeError,
@@ -34,12 +33,14 @@ from stepc.runner.feed import Feed, Positioned, Source
 from stepc.runner.flight import Runnable, call_of, deleted_leaves, placer_of, skip_limit_of, steps_per_call_of
 from stepc.runner.peers import Peers, peers_of
 from stepc.runner.policies import Ledger, Policy, policies_of
+from stepc.runner.programs import Programs
 from stepc.runner.result import Run as Run
 from stepc.runner.scribe import Logger as Logger
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Signals, watched_signals
 from stepc.runner.training import Training
-from stepc.runner.watchdog import Watchdog
+from stepc.runner.verdict import Bad
+from stepc.runner.watchdog import Watchdog, watchdog_told
 
 OnError = str | Policy | dict[str, str | Policy]
 
@@ -66,6 +67,8 @@ def run(
     short_batches: str = "raise",
     donate_input: bool = False,
     watchdog_seconds: float | None = None,
+    bad: Bad | None = None,
+    max_recompiles: int | None = None,
     compilation_cache: str | Path | None = None,
 ) -> Run:
     """Train: one step for each batch.
@@ -95,6 +98,9 @@ def run(
       short_batches: "raise", or "drop" those with fewer rows than the first.
       watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
         On several processes it names the one that the others wait for, and ends all.
+      bad: `bad(metrics)` says in words why a step with these metrics, host floats, is not wanted, or None. It is asked
+        about every settled step, also one that is made again; the policy for "nonfinite" governs what it refuses.
+      max_recompiles: how often the step may be compiled again after its first call; None for any. Each is an event.
       compilation_cache: a directory where jax keeps compiled programs, for this run and the next.
       donate_input: takes the caller's state instead of a copy.
     Errors: ConfigError before anything runs; a StepError from the original, with the number of the step;
@@ -139,6 +145,8 @@ def run(
             window=window,
             steps_per_call=steps_per_call_of(step),
             skip_limit=skip_limit_of(step),
+            bad=bad,
+            programs=Programs(step, scribe, max_recompiles),
             snapshot_every=snapshot_every if goes_back(policies) else None,
             compare_every=compare_every,
         )
@@ -153,7 +161,10 @@ def _keeper(
     if importlib.util.find_spec("orbax") is None:
         raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
     room = importlib.import_module("stepc.runner.vault")
-    vault = room.Vault(Path(wanted.directory), keep=wanted.keep, state=state, commit=peers.commit)
+    vault = room.Vault(
+        Path(wanted.directory), keep=wanted.keep, timeout_seconds=wanted.timeout_seconds, state=state,
+        commit=peers.commit,
+    )  # fmt: skip
     ways_out.callback(vault.close)
     return Keeper(wanted, vault, ledger, scribe, peers.clock)
 
@@ -166,6 +177,7 @@ def _train(training: Training, *, begins_with: str) -> None:
         training.peers.check_same("state", lambda: told_of_state(run.state, training.number))
         scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
         training.loop()
+        watchdog_told(training.watchdog, scribe)
         run.ended = _how_it_ended(training)
         if training.number == 0 and run.ended == "data" and training.peers.has_none(training.feed):
             raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True)
@@ -231,7 +243,7 @@ def _leave(training: Training, error: BaseException) -> None:
     try:
         if not isinstance(error, StepError | CheckpointError):
             training.settle(0)
-        if isinstance(error, NonFiniteError) and error.state_ok:
+        if isinstance(error, StepError) and error.state_ok:
             training.drain()
         is_good = not training.flight and not (isinstance(error, StepError) and not error.state_ok)
         if not is_good or deleted_leaves(run.state):
@@ -267,6 +279,7 @@ def _report(training: Training) -> None:
     run.failures = dict(ledger.failures)
     run.skipped, run.rollbacks = ledger.num_skipped, ledger.rollbacks
     run.logger_failures = dict(training.scribe.failures)
+    run.log_seconds = dict(training.scribe.seconds)
     if run.ended:
         run.metrics = training.scribe.last_metrics()
 

@@ -17,6 +17,7 @@ class Run:
       skipped: how many steps, and how many reads of the data, were left out.
       rollbacks: how often the run went back.
       logger_failures: how often each logger raised, by the name of its class.
+      log_seconds: how long each logger took, by the name of its class.
     """
 
     state: Any  # Any: a state, whatever it is made of; None in the `.run` of an error that left none
@@ -27,3 +28,4 @@ class Run:
     skipped: int = 0
     rollbacks: int = 0
     logger_failures: dict[str, int] = field(default_factory=dict)
+    log_seconds: dict[str, float] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Tells the loggers what happened, and keeps them from harming the training. It must not know why anything happened."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from stepc.language.kinds import Metrics
 
 _LOG = logging.getLogger("stepc")
 FAILURES_IN_A_ROW = 3  # after so many a logger is left alone
+SLOW_SECONDS = 0.5  # a logger that takes longer is told of, once
 
 
 @runtime_checkable
@@ -51,6 +53,8 @@ class Scribe:
     every: int
     is_strict: bool = False
     failures: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    _slow: set[int] = field(default_factory=set)
     _in_a_row: Counter[int] = field(default_factory=Counter)
     _told: int = 0
     _last: tuple[int, Metrics, int] | None = None
@@ -77,7 +81,7 @@ class Scribe:
         if self._last is None:
             return {}
         _, metrics, row = self._last
-        return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in jax.device_get(metrics).items()}
+        return floats_of(metrics, row)
 
     def tell(self, metrics: Mapping[str, float], step: int) -> None:
         """Give every logger these metrics."""
@@ -114,11 +118,11 @@ class Scribe:
     def _guarded(self, number: int, logger: Logger, step: int, tell: Any) -> None:  # Any: a call without arguments
         if self._in_a_row[number] >= FAILURES_IN_A_ROW:
             return
+        name, began = type(logger).__name__, time.perf_counter()
         try:
             tell()
             self._in_a_row[number] = 0
         except Exception as error:  # a logger never stops training, unless that is asked for
-            name = type(logger).__name__
             self.failures[name] += 1
             self._in_a_row[number] += 1
             what = f"the logger {name} failed at step {step}: {type(error).__name__}: {error}"
@@ -128,3 +132,14 @@ class Scribe:
             if self.is_strict:
                 what = f"{what[0].upper()}{what[1:]}"
                 raise StepError(what, phase="log", step=max(step, 1), state_ok=True) from error
+        finally:
+            took = time.perf_counter() - began
+            self.seconds[name] += took  # pyright: ignore[reportArgumentType]  # a Counter of floats
+        if took > SLOW_SECONDS and number not in self._slow:
+            self._slow.add(number)
+            self.event("slow_logger", step, logger=name, log_seconds=f"{took:.2f}")
+
+
+def floats_of(metrics: Metrics, row: int) -> dict[str, float]:
+    """The metrics of one of the steps of a call, on the host."""
+    return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in jax.device_get(metrics).items()}

@@ -26,10 +26,12 @@ from stepc.runner.flight import (
 )
 from stepc.runner.peers import Peers
 from stepc.runner.policies import Ledger, Raise, Retry, Rollback, Skip
+from stepc.runner.programs import Programs
 from stepc.runner.result import Run
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Leave, Signals
-from stepc.runner.watchdog import Watchdog
+from stepc.runner.verdict import Bad, refuse_if_bad
+from stepc.runner.watchdog import Watchdog, watchdog_told
 
 KINDS = {DataError: "data", NonFiniteError: "nonfinite", DeviceError: "device"}
 EXHAUSTED = "the policy is to raise"
@@ -53,6 +55,8 @@ class Training:
     window: int
     steps_per_call: int
     skip_limit: int | None
+    bad: Bad | None
+    programs: Programs
     snapshot_every: int | None
     compare_every: int | None
     number: int = 0
@@ -95,6 +99,8 @@ class Training:
         """Give a batch to the step. What fails here is this step's, once the older ones have settled."""
         first = self.number + 1
         self.watchdog.beat(self.number)
+        if self.watchdog.alarms:
+            watchdog_told(self.watchdog, self.scribe)
         if self.anchor is not None:
             self.anchor.kept.append(item)
         if not item.is_hole:
@@ -107,10 +113,13 @@ class Training:
                 raise failed(error, phase, first, state_ok=is_alive) from error
             if not isinstance(metrics, dict) or metrics.keys() != self.last_checked:
                 check_metrics(metrics, step=first, num_steps=self.steps_per_call)
+                if self.last_checked is None:
+                    self.programs.note_first(self.run.state, state)
                 self.last_checked = metrics.keys()
             self.run.state = state
             self.flight.append(Flying(first, item, metrics, watch))
         self.number += self.steps_per_call
+        self.programs.note(first)
 
     def settle(self, most: int) -> None:
         """Wait for the oldest calls until at most `most` are in flight."""
@@ -126,10 +135,12 @@ class Training:
                 self.scribe.settled(flying.first + row, flying.metrics, row=row)
 
     def drain(self) -> None:
-        """Wait for what is in flight and do not judge it: where the program itself skips, the state is good."""
+        """Wait for what is in flight and tell nobody, up to a step that is not finite and was not skipped."""
         while self.flight:
-            flying = self.flight.popleft()
-            land(flying)
+            landed = land(flying := self.flight[0])
+            if not (landed.is_finite | landed.is_skipped).all():
+                return
+            self.flight.popleft()
             self.position = flying.item.after
             self.run.steps = flying.first + self.steps_per_call - 1
 
@@ -147,6 +158,8 @@ class Training:
                 raise not_finite(flying, step, row, state_ok=True, why=why if limit > 1 else "")
         elif not landed.is_finite[row]:
             raise not_finite(flying, step, row, state_ok=False)
+        elif self.bad is not None:
+            refuse_if_bad(self.bad, flying.metrics, row=row, step=step)
 
     def between(self) -> None:
         """Do what is due after this step, with everything settled."""

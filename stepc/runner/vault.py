@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -38,9 +39,11 @@ class Vault:
     Errors: CheckpointError if the directory cannot be used, is in use, or the state cannot be saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int, state: Any, commit: Commit | None = None) -> None:  # Any: a state
+    def __init__(
+        self, directory: Path, *, keep: int, timeout_seconds: float, state: Any, commit: Commit | None = None
+    ) -> None:  # Any: a state
         self.directory = directory.absolute()
-        self.keep = keep
+        self.keep, self.timeout_seconds = keep, timeout_seconds
         self.commit = commit
         self._is_first = commit is None or commit.is_first  # the one that moves and deletes
         _check_saveable(state)
@@ -48,9 +51,16 @@ class Vault:
         for left in self.directory.iterdir() if self._is_first else ():  # what a killed process wrote or deleted
             if TEMPORARY in left.name or left.name.endswith(DELETING):
                 shutil.rmtree(left, ignore_errors=True)
-        options = ocp.AsyncOptions(barrier_sync_fn=None if commit is None else commit.barrier)
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler("state", "meta"), async_options=options)
+        # Directories are made in the call: where that fails in Orbax's own thread, others wait for it, without an end
+        # that Python could see, and the process hangs at its exit for 20 minutes.
+        barrier = None if commit is None else commit.barrier
+        made_at_once = ocp.AsyncOptions(barrier_sync_fn=barrier, create_directories_asynchronously=False)
+        items = ocp.CompositeCheckpointHandler(
+            "state", "meta", composite_options=ocp.CompositeOptions(async_options=made_at_once)
+        )
+        self._writer = ocp.AsyncCheckpointer(items, async_options=made_at_once)
         self._begun = -1
+        self._hangs = False
         if commit is not None:
             commit.is_busy_here = self._is_busy_here
 
@@ -71,6 +81,7 @@ class Vault:
         if self.commit is not None:
             self.commit.begin()
         with self._agreed(number):
+            self._check_is_ours()
             self._set_aside(number, number)
         with self._agreed(number):
             # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
@@ -84,19 +95,17 @@ class Vault:
                 "leaves": [[*row, _digest(leaf)] for row, leaf in zip(_rows(state), leaves, strict=True)],
             }
             text = json.dumps(body)
-            self._writer.save(
-                self.directory / str(number),
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
-                    meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
-                ),
+            args = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
+                meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
             )
+            self._in_time(lambda: self._writer.save(self.directory / str(number), args=args))
         self._begun = number
 
     def wait(self) -> None:
         """Until the checkpoint that was begun is committed; then the oldest are deleted."""
         with self._agreed(self._begun):
-            self._writer.wait_until_finished()
+            self._in_time(self._writer.wait_until_finished)
             if not (self.directory / str(self._begun)).is_dir():
                 raise FileNotFoundError("it is not there after it was written")
         for old in self.steps()[self.keep :] if self._is_first else ():
@@ -148,7 +157,9 @@ class Vault:
         return None
 
     def close(self) -> None:
-        """End the writer and give the directory free."""
+        """End the writer and give the directory free; while a save hangs it stays taken, until the process ends."""
+        if self._hangs:
+            return
         with nullcontext() if self.commit is None else suppress(OSError):  # what a run that has ended left unsaved
             self._writer.close()
         if self._lock is not None:
@@ -177,6 +188,36 @@ class Vault:
             return mine
         each = [json.loads(one) for one in self.commit.everyone(number, json.dumps(mine))]
         return mine if all(one == mine for one in each) else {"each": each}
+
+    def _check_is_ours(self) -> None:
+        """Orbax makes a directory that is gone anew; nobody would hear that the checkpoints, and the lock, are lost."""
+        if self._lock is None:
+            return
+        try:
+            is_ours = os.path.samestat(os.fstat(self._lock), (self.directory / LOCK).stat())
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            raise FileNotFoundError("the directory is not the one that the run began with: its lock is gone")
+
+    def _in_time(self, act: Callable[[], object]) -> None:
+        """Do it in a thread that may be left alone: what waits for a disk cannot be interrupted."""
+        failures: list[Exception] = []
+
+        def work() -> None:
+            try:
+                act()
+            except Exception as error:  # it is raised again below
+                failures.append(error)
+
+        thread = threading.Thread(target=work, name="stepc-save", daemon=True)
+        thread.start()
+        thread.join(self.timeout_seconds)
+        self._hangs = thread.is_alive()
+        if self._hangs:
+            raise TimeoutError(f"it did not end within {self.timeout_seconds} s; its thread still waits for the disk")
+        if failures:
+            raise failures[0]
 
     def _meta(self, number: int) -> Mapping[str, Any]:
         stored = self._writer.restore(

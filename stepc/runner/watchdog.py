@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from stepc.runner.scribe import Scribe
+
 _LOG = logging.getLogger("stepc")
 
 
@@ -22,7 +24,7 @@ class Watchdog:
     def __init__(self, seconds: float | None, stalled: Callable[[float], None] = lambda seconds: None) -> None:
         self.seconds, self.stalled = seconds, stalled
         self.step = 0
-        self.num_alarms = 0
+        self.alarms: list[tuple[int, float, str]] = []
         self._beat_at = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stepc-watchdog", daemon=True)
@@ -46,9 +48,17 @@ class Watchdog:
             waited = time.monotonic() - self._beat_at
             if waited > seconds and told != self._beat_at:
                 told = self._beat_at
-                self.num_alarms += 1
-                _LOG.warning("no step was begun for %.1f s, after step %d\n%s", waited, self.step, _stacks())
+                stacks = _stacks()
+                _LOG.warning("no step was begun for %.1f s, after step %d\n%s", waited, self.step, stacks)
+                self.alarms.append((self.step, waited, stacks))
                 self.stalled(waited)
+
+
+def watchdog_told(watchdog: Watchdog, scribe: Scribe) -> None:
+    """Tell the loggers of what hung and goes on: a logger is not called from the thread that watches."""
+    while watchdog.alarms:
+        step, waited, stacks = watchdog.alarms.pop(0)
+        scribe.event("hung", step, waited_seconds=f"{waited:.1f}", stacks=stacks)
 
 
 def _stacks() -> str:

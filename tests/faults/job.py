@@ -7,58 +7,93 @@ digest of the final state to FOLDER/digest.
 import argparse
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 from faults.plan import FaultPlan, batch_of, digest, fresh, step
+from faults.points import POINTS, act_at
 
 import stepc as sc
 from stepc.runner.jsonl import JSONL
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--term", help="where SIGTERM comes")
-    parser.add_argument("--kill", help="POINT:NUMBER, where the process ends as by kill -9")
+    parser.add_argument("--kill", choices=POINTS, help="where the process ends by kill -9")
+    parser.add_argument("--hang", choices=POINTS, help="where the disk does not answer for four seconds")
+    parser.add_argument("--lose", choices=("removed", "file", "read-only"), help="what becomes of the checkpoints")
+    parser.add_argument("--timeout", type=float, default=60.0, help="how long a save may take")
     parser.add_argument("--fsize", type=int, help="the most bytes of a file, as a full disk has it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.kill:
+        act_at(options.kill, lambda: end(options))
+    if options.hang:
+        act_at(options.hang, lambda: time.sleep(4))
     if options.fsize:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.fsize, options.fsize))
-    place = Place(options.folder, options.term or "")
+    place = Place(options.folder, options.term or "", options.lose or "")
+    if options.lose == "read-only" and os.getuid() == 0:
+        os.setuid(65534)  # nothing is read-only to root
     plan = FaultPlan()
     batches: Any = plan.batches(options.steps)
     if options.term == "data":
         batches = place.waiting(batches)
-    with JSONL(options.folder / "metrics.jsonl") as lines:
+    began = time.monotonic()
+    with JSONL(options.folder / "metrics.jsonl") as lines, ExitStack() as at_the_end:
+        at_the_end.callback(lambda: (options.folder / "seconds").write_text(f"{time.monotonic() - began}"))
+        at_the_end.callback(lambda: (options.folder / "left").write_text(f"{time.time()}"))
         run = sc.run(
             place.step if options.term else step(),
             fresh(),
             batches,
             steps=options.steps,
             on_error={"device": sc.Retry(1)},
-            checkpoint=sc.Checkpoints(options.folder / "kept", every=options.every),
+            checkpoint=sc.Checkpoints(options.folder / "kept", every=options.every, timeout_seconds=options.timeout),
             loggers=[lines, place],
             log_every=1,
+            window=0 if options.kill else 2,  # so that a point is reached at the step that it names
             eval=(7, place.judge, [batch_of(1)]) if options.term == "eval" else None,
         )
     (options.folder / "digest").write_text(digest(run.state))
 
 
+def end(options: argparse.Namespace) -> None:
+    """kill -9; in a line of the log with the half of it written that the disk has by then."""
+    if options.kill == "in a line of the log":
+        with (options.folder / "metrics.jsonl").open("a") as lines:
+            lines.write('{"step": 45, "lo')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lost(folder: Path, how: str) -> None:
+    match how:
+        case "read-only":
+            folder.chmod(0o555)
+        case "removed":
+            shutil.rmtree(folder)
+        case _:
+            shutil.rmtree(folder)
+            folder.write_text("a file where the directory was")
+
+
 class Place:
     """Sends SIGTERM to its own process at one place, twice where that may matter."""
 
-    def __init__(self, folder: Path, where: str) -> None:
-        self.folder, self.where, self.is_sent = folder, where, False
+    def __init__(self, folder: Path, where: str, lose: str = "") -> None:
+        self.folder, self.where, self.lose, self.is_sent = folder, where, lose, False
 
     def at(self, where: str, seconds: float = 0.0) -> None:
         if where == self.where and not self.is_sent:
@@ -88,12 +123,16 @@ class Place:
         return {"w": state.params["w"].sum()}
 
     def log(self, metrics: Any, step: int) -> None:
+        sys.audit("job.settled", step)
+        sys.audit("job.writing", step)
         if step == 20:
             self.at("logger")
 
     def event(self, name: str, facts: Any, step: int) -> None:
         if name == "checkpoint":
             self.at("save")
+            if self.lose:
+                lost(self.folder / "kept", self.lose)
 
     def waiting(self, batches: Any) -> Iterator[Any]:
         for number, batch in enumerate(batches):

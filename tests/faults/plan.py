@@ -75,8 +75,10 @@ def absurd(x: jax.Array) -> jax.Array:
 class FaultPlan:
     """Faults by the number of the batch they befall.
 
-    Kinds: "nan" is in the batch, so it comes again; "device" fails late, once; "device_always"; "read" raises OSError
-    once, "read_always"; "call" raises in the call of the step, before anything runs.
+    Kinds: "nan" is in the batch, so it comes again; "flip" makes what the step gives NaN, once, as a flipped bit may;
+    "device" fails late, once, for want of memory, "callback" by a callback to the host; "device_always" and
+    "callback_always"; "read" raises OSError once, "read_always"; "call" raises in the call of the step, before anything
+    runs.
     """
 
     faults: Mapping[int, str] = field(default_factory=dict)
@@ -102,12 +104,33 @@ class FaultPlan:
         if kind == "call":
             raise TypeError("the step does not like this batch")
         new, metrics = step()(state, batch)
-        if kind == "device_always" or kind == "device" and not self.happened[number]:
+        name, _, always = (kind or "").partition("_")
+        if name in POISONS and (always or not self.happened[number]):
             self.happened[number] += 1
-            poison = absurd(metrics["loss"])
+            poison = POISONS[name](metrics["loss"])
             new = jax.tree.map(lambda leaf: _poisoned(leaf, poison), new)
             metrics = {**metrics, "loss": poison}
         return new, metrics
+
+
+def _raise(number: np.ndarray) -> np.ndarray:
+    raise ValueError("the host does not like this number")
+
+
+_calling = jax.jit(lambda x: jax.pure_callback(_raise, jax.ShapeDtypeStruct((), jnp.float32), x))
+
+
+def calling(x: jax.Array) -> jax.Array:
+    """A program whose callback to the host raises, in the call: late, jax would keep the failure for its own exit."""
+    return _calling(jax.block_until_ready(x))
+
+
+@jax.jit
+def flipped(x: jax.Array) -> jax.Array:
+    return x * jnp.nan
+
+
+POISONS = {"device": absurd, "callback": calling, "flip": flipped}
 
 
 @jax.jit

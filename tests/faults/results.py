@@ -18,10 +18,13 @@ A test marked `long` runs for minutes and is left out of `make test`.
 
 def rows_of(item: pytest.Item) -> list[tuple[str, str]]:
     """(number, row of the table) for each fault that a test is marked with."""
-    is_long = " (long)" if item.get_closest_marker("long") else ""
-    name = f"`{item.path.stem}::{item.name.partition('[')[0]}`{is_long}"
-    marks = item.iter_markers("fault")
-    return [(mark.args[0], f"| {mark.args[0]} | {mark.args[1]} | {mark.args[2]} | {name} |") for mark in marks]
+    name = f"{item.path.stem}::{item.name.partition('[')[0]}"
+    return [(mark.args[0], row_of(*mark.args, name)) for mark in item.iter_markers("fault")]
+
+
+def row_of(number: str, injected: str, asserted: str, test: str) -> str:
+    """One row of the table."""
+    return f"| {number} | {injected} | {asserted} | `{test}` |"
 
 
 def table(items: list[pytest.Item]) -> str:

@@ -21,33 +21,55 @@ def run_with(plan: FaultPlan, **options: Any) -> sc.Run:
     return sc.run(plan, fresh(), plan.batches(NUM), **options)
 
 
-@fault("44", "memory that is not there, read late; windows 0, 1, 2, 4, 8 × steps 1, 2, 5, 8, 9", "DeviceError of it")
-@fault("46", "the same in the very last step", "DeviceError from `run`")
-@pytest.mark.parametrize("window", [0, 1, 2, 4, 8])
-@pytest.mark.parametrize("at", [1, 2, 5, 8, 9])
-def test_late_fault_is_known_by_its_own_step(window: int, at: int) -> None:
-    with pytest.raises(sc.DeviceError, match="RESOURCE_EXHAUSTED") as raised:
-        run_with(FaultPlan({at: "device"}), window=window)
-    assert (raised.value.step, raised.value.phase, raised.value.state_ok) == (at, "settle", False)
+KINDS = {"device": sc.DeviceError, "callback": sc.DeviceError, "flip": sc.NonFiniteError}
+WINDOWS, STEPS = (0, 1, 2, 4, 8), (1, 2, 5, 8, 9)  # 8 is right before a save
+MENDING = [
+    ("device", sc.Retry(2, wait_seconds=0)),
+    ("device", sc.Rollback(1, data="replay")),
+    ("callback", sc.Retry(2, wait_seconds=0)),
+    ("callback", sc.Rollback(1, data="replay")),
+    ("flip", sc.Rollback(1, data="replay")),
+]
+
+
+def saved_at_eight(at: int, folder: Any) -> Any:
+    return sc.Checkpoints(folder, every=8) if at == 8 else None
+
+
+@fault(
+    "44",
+    "late want of memory, a callback that raises, NaN; windows 0, 1, 2, 4, 8 × steps 1, 2, 5, 8, 9",
+    "75 of 75 known by their own step; step 8 is to be saved, and is not",
+)
+@fault("46", "the same in the very last step", "raised from `run`")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("at", STEPS)
+def test_late_fault_is_known_by_its_own_step(kind: str, window: int, at: int, tmp_path: Any) -> None:
+    told = {"device": "RESOURCE_EXHAUSTED", "callback": "does not like this number", "flip": "every number is finite"}
+    with pytest.raises(KINDS[kind], match=told[kind]) as raised:
+        run_with(FaultPlan({at: kind}), window=window, checkpoint=saved_at_eight(at, tmp_path))
+    assert (raised.value.step, raised.value.state_ok) == (at, False)
     assert raised.value.run.state is None
+    assert not (tmp_path / "8").exists()
 
 
-@fault("44", "the same once, policies retry and rollback with replay", "made again from a snapshot, bitwise")
-@pytest.mark.parametrize("window", [0, 1, 2, 4, 8])
-@pytest.mark.parametrize("at", [1, 2, 5, 8, 9])
-@pytest.mark.parametrize("policy", [sc.Retry(2, wait_seconds=0), sc.Rollback(1, data="replay")])
-def test_late_fault_is_made_good_bitwise(window: int, at: int, policy: Any) -> None:
-    logger = Remembering()
+@fault("44", "the same 75, policies retry and rollback with replay", "made again from a snapshot, bitwise, 125 of 125")
+@pytest.mark.parametrize("kind, policy", MENDING)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("at", STEPS)
+def test_late_fault_is_made_good_bitwise(kind: str, policy: Any, window: int, at: int) -> None:
+    logger, name = Remembering(), "nonfinite" if kind == "flip" else "device"
     run = run_with(
-        FaultPlan({at: "device"}),
+        FaultPlan({at: kind}),
         window=window,
-        on_error={"device": policy},
+        on_error={name: policy},
         snapshot_every=4,
         loggers=[logger],
         log_every=1,
     )
     assert digest(run.state) == digest(by_a_plain_loop(ALL))
-    assert (run.steps, run.failures) == (NUM, {"device": 1})
+    assert (run.steps, run.failures) == (NUM, {name: 1})
     losses: dict[int, float] = {}
     for number, metrics in logger.told:
         assert losses.setdefault(number, metrics["loss"]) == metrics["loss"]

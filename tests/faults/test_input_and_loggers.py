@@ -1,6 +1,7 @@
 """Bad input: 1 to 11. Loggers: 82 to 89."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,23 @@ def test_logger_that_fails_changes_nothing() -> None:
     with pytest.raises(sc.StepError) as raised:
         run_with(Failing(4), strict_loggers=True)
     assert (raised.value.phase, raised.value.step, raised.value.state_ok) == ("log", 4, True)
+    made = raised.value.run.steps  # the steps that were in flight are waited for, and not lost
+    assert digest(raised.value.run.state) == digest(by_a_plain_loop(list(range(1, made + 1))))
+
+
+@fault("83", "a logger that takes 0.6 s, twice", "event slow_logger once, with seconds; all its time in log_seconds")
+def test_slow_logger_is_told_of() -> None:
+    class Slow(Remembering):
+        def log(self, metrics: Any, step: int) -> None:
+            time.sleep(0.6 if step in (3, 5) else 0)
+
+    other = Remembering()
+    run = run_with(Slow(), other)
+    assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
+    ((facts, at),) = [(facts, at) for name, facts, at in other.events if name == "slow_logger"]
+    assert (facts["logger"], at) == ("Slow", 3)
+    assert float(facts["log_seconds"]) >= 0.6
+    assert run.log_seconds["Slow"] >= 1.2 > run.log_seconds["Remembering"]
 
 
 @fault("84", "a logger that raises KeyboardInterrupt or SystemExit", "it passes through")

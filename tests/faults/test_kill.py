@@ -2,23 +2,22 @@
 
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faults.plan import by_a_plain_loop, digest
-from faults.test_signals import TESTS
+from faults.points import POINTS
+from faults.zygote import Job, Zygote, errors_of
 
 fault = pytest.mark.fault
-STEPS = 300
+STEPS = 120
+AFTER = ("after the rename", "in the deletion of an old one")
 
 
-def start(folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "faults.job", str(folder), f"--steps={STEPS}", "--every=10"]
-    return subprocess.Popen(command, cwd=TESTS, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(zygote: Zygote, folder: Path, *options: str) -> Job:
+    folder.mkdir(exist_ok=True)
+    return zygote.start(folder, f"--steps={STEPS}", "--every=10", *options)
 
 
 def losses_in(folder: Path) -> list[tuple[int, float]]:
@@ -26,55 +25,72 @@ def losses_in(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "event" not in line]
 
 
-def killed_and_resumed(folder: Path, times: int, *, seed: int) -> int:
-    """Kill the job at random moments, begin it again each time, at last let it end; how often it was killed."""
-    draw, kills = random.Random(seed), 0
-    while kills < times:
-        job = start(folder)
-        time.sleep(draw.uniform(0.8, 2.6))  # from the imports, over the first save, to the end
-        if job.poll() is not None:
-            assert job.returncode == 0, job.communicate()[1]
-            (folder / "digest").unlink()
-            for one in (folder / "kept").iterdir():  # it got to its end: kill it on the way there again
-                if one.name.isdecimal() and int(one.name) > 100:
-                    one.rename(folder / "kept" / f"{one.name}.deleting")
+def killed_and_resumed(zygote: Zygote, folder: Path, times: int, *, seed: int, seconds: float) -> list[int]:
+    """Kill the job at random moments, begin it again each time, at last let it end; how far it was, each time."""
+    draw, steps = random.Random(seed), list[int]()
+    while len(steps) < times:
+        job = start(zygote, folder)
+        time.sleep(draw.uniform(0.0, seconds))  # from before the first step, over the first save, to the end
         job.kill()
-        job.communicate()
-        kills += 1
-    job = start(folder)
-    assert job.wait(timeout=120) == 0, job.communicate()[1]
-    job.communicate()
-    return kills
+        log = folder / "metrics.jsonl"
+        steps.append(max((step for step, _ in losses_of_whole_lines(log)), default=0))
+        if job.code == 0:  # it got to its end: put it back on the way there
+            (folder / "digest").unlink()
+            for one in (folder / "kept").iterdir():
+                if one.name.isdecimal() and int(one.name) > 50:
+                    one.rename(folder / "kept" / f"{one.name}.deleting")
+    assert start(zygote, folder).wait() == 0, errors_of(folder)
+    return steps
 
 
-def assert_exact(folder: Path) -> None:
+def losses_of_whole_lines(log: Path) -> list[tuple[int, float]]:
+    text = log.read_text() if log.exists() else ""
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "event" not in line]
+
+
+def assert_exact(folder: Path, losses: list[tuple[int, float]]) -> None:
     assert (folder / "digest").read_text() == digest(by_a_plain_loop(list(range(1, STEPS + 1))))
     assert [step for step, _ in losses_in(folder)] == list(range(1, STEPS + 1))
+    assert losses_in(folder) == losses
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
-    folder = tmp_path_factory.mktemp("whole")
-    job = start(folder)
-    assert job.wait(timeout=120) == 0, job.communicate()[1]
-    job.communicate()
-    return losses_in(folder)
+def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[int, float]], float]:
+    """The losses of a run that nothing ended, and its seconds; the first one compiles."""
+    for name in ("first", "second"):
+        folder = tmp_path_factory.mktemp(name)
+        began = time.monotonic()
+        assert start(zygote, folder).wait() == 0, errors_of(folder)
+    return losses_in(folder), time.monotonic() - began
 
 
-@fault("57", "kill -9 at 10 random moments of one run", "final state and all 300 losses bitwise as without")
-@fault("58", "kill -9 before and in the first save", "begins anew, without a clean-up by hand")
-def test_kill_at_random_moments_resumes_exactly(tmp_path: Path, losses: Any) -> None:
-    assert killed_and_resumed(tmp_path, 10, seed=1) == 10
-    assert_exact(tmp_path)
-    assert losses_in(tmp_path) == losses
+@fault("57", "kill -9 at 25 random moments of two runs", "final states and all 120 losses bitwise as without")
+@fault("58", "kill -9 before and in the first save, and while a checkpoint is read", "begins anew or reads it again")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_at_random_moments_resumes_exactly(seed: int, zygote: Zygote, tmp_path: Path, whole: tuple) -> None:
+    losses, seconds = whole
+    steps = killed_and_resumed(zygote, tmp_path, 12 + seed % 2, seed=seed, seconds=seconds)
+    assert_exact(tmp_path, losses)
+    assert len(set(steps)) > 3  # it was killed all along its way
+
+
+@fault("57", f"kill -9 at points: {', '.join(POINTS)}", "final state and all 120 losses bitwise as without")
+@pytest.mark.parametrize("point", POINTS)
+def test_kill_at_a_named_point_resumes_exactly(point: str, zygote: Zygote, tmp_path: Path, whole: tuple) -> None:
+    losses, _ = whole
+    assert start(zygote, tmp_path, "--kill", point).wait() == -9, errors_of(tmp_path)
+    is_committed = (tmp_path / "kept" / "40").is_dir()
+    assert point == "in a line of the log" or is_committed == (point in AFTER)
+    assert start(zygote, tmp_path).wait() == 0, errors_of(tmp_path)
+    assert_exact(tmp_path, losses)
 
 
 @pytest.mark.long
 @fault("57", "kill -9 at 200 random moments, in 20 runs", "final states and all losses bitwise as without")
-def test_kill_at_two_hundred_random_moments_resumes_exactly(tmp_path: Path, losses: Any) -> None:
-    for number in range(20):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        killed_and_resumed(folder, 10, seed=100 + number)
-        assert_exact(folder)
-        assert losses_in(folder) == losses
+@pytest.mark.parametrize("number", range(20))
+def test_kill_at_two_hundred_random_moments(number: int, zygote: Zygote, tmp_path: Path, whole: tuple) -> None:
+    losses, seconds = whole
+    steps = killed_and_resumed(zygote, tmp_path, 10, seed=100 + number, seconds=seconds)
+    print("killed after the steps", steps)
+    assert_exact(tmp_path, losses)

@@ -22,7 +22,12 @@ POLICIES = {
     ],
     "data": [sc.Raise(), sc.Skip(limit=2), sc.Retry(2, wait_seconds=0.0)],
 }
-KIND = {"nan": "nonfinite", "device": "device", "device_always": "device", "read": "data", "read_always": "data"}
+KIND = {
+    "nan": "nonfinite",
+    **dict.fromkeys(("device", "device_always", "callback", "callback_always"), "device"),
+    **dict.fromkeys(("read", "read_always"), "data"),
+}
+ON_DEVICE = ("nan", *(kind for kind in KIND if KIND[kind] == "device"))
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Model:
         return kind.endswith("always") or kind == "nan" or self.happened[batch] == 1
 
     def kind_of(self, batch: int) -> str | None:
-        return KIND[self.faults[batch]] if self.fails(batch, ("nan", "device", "device_always")) else None
+        return KIND[self.faults[batch]] if self.fails(batch, ON_DEVICE) else None
 
     def refuses(self, kind: str, place: int) -> bool:
         match self.policies[kind]:
@@ -110,7 +115,7 @@ policies = st.fixed_dictionaries({kind: st.sampled_from(choices) for kind, choic
 
 def agrees(faults: dict[int, str], policies: dict[str, object], window: int, every: int) -> None:
     if window:  # a fault that comes once may come to a step in flight behind another, and is then never seen
-        faults = {at: "device_always" if kind == "device" else kind for at, kind in faults.items()}
+        faults = {at: f"{kind}_always" if kind in ("device", "callback") else kind for at, kind in faults.items()}
     expected, raised = Model(faults, policies, every).run()
     plan = FaultPlan(faults)
     try:
@@ -127,7 +132,11 @@ def agrees(faults: dict[int, str], policies: dict[str, object], window: int, eve
     assert digest(run.state) == digest(by_a_plain_loop(expected))
 
 
-@fault("44", "60 random schedules of NaN, late faults and failed reads × policies", "as a pure model says, bitwise")
+@fault(
+    "44",
+    "60 random schedules of NaN, late faults, callbacks that raise and failed reads × policies",
+    "as a pure model says, bitwise",
+)
 @settings(max_examples=60)
 @given(schedules, policies, st.sampled_from([0, 1, 2, 5]), st.sampled_from([1, 3, 10]))
 def test_random_schedule_ends_as_the_model_says(faults: dict, policies: dict, window: int, every: int) -> None:

@@ -134,11 +134,14 @@ def damaged(path: Path, how: str) -> None:
             path.write_bytes(bytes_)
 
 
-@fault("63", "each file of the newest checkpoint × remove, empty, truncate, flip a bit", "restored equal, or step 6 is")
+@fault(
+    "63", "each file of the newest checkpoint, and the lock × remove, empty, truncate, flip a bit", "9 bitwise, or 6 is"
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves futures of failed reads
 @pytest.mark.parametrize("how", ["remove", "empty", "truncate", "flip"])
 def test_damage_is_never_taken_for_a_state(how: str, saved: Path, tmp_path: Path) -> None:
     files = sorted(one.relative_to(saved) for one in (saved / "9").rglob("*") if one.is_file())
+    files += [Path("lock")]  # all there is besides the older checkpoints
     assert len(files) > 10
     good = {number: digest(by_a_plain_loop(list(range(1, number + 1)))) for number in (6, 9)}
     outcomes = []

@@ -90,7 +90,8 @@ def loss_scale(dynamic: bool = True, *, initial: float = 2.0**15, interval: int 
     """Multiply the loss by a scale before its gradient is taken, and divide the gradient by it.
 
     Meaning: g / s, with g the gradient of s * loss. A step whose gradient is not finite is not made; if its loss is
-      finite, the scale overflowed: s becomes s / 2. After `interval` finite steps in a row s becomes 2 s.
+      finite, the scale overflowed: s becomes s / 2. After `interval` finite steps in a row s becomes 2 s. `run` raises
+      NonFiniteError for an overflow at the smallest scale, 2 ** -14: it would make no further step.
     Why: in float16 small gradients become 0; times a power of two they do not, and nothing else changes. bfloat16 has
       the range of float32 and needs no scale.
 

@@ -1,0 +1,93 @@
+"""What becomes of a step's program: whether it is compiled again, keeps its buffers, returns what it takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepc.errors import BuildError
+from stepc.language.state import leaves_by_path
+from stepc.runner.scribe import Scribe
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """A step that counts how often it was traced, and can say why it was the last time."""
+
+    traces: int
+    why_traced_again: str
+
+
+@dataclass
+class Programs:
+    """The programs of one run.
+
+    Args:
+      most: how many further compilations there may be after the first call; None for any.
+    """
+
+    step: object
+    scribe: Scribe
+    most: int | None
+    _traced: Traced | None = field(init=False)
+    _first: int | None = None
+    _told: int = 0
+
+    def __post_init__(self) -> None:
+        self._traced = self.step if isinstance(self.step, Traced) else None
+
+    def note_first(self, before: Any, after: Any) -> None:  # Any: states
+        """After the first call: tell of buffers that were not given up, refuse a state of another type.
+
+        Errors: BuildError.
+        """
+        if faults := _changes(before, after):
+            what = "Step 1 returns a state of another type than it takes: it would be compiled again every step."
+            lost = any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(before))
+            raise BuildError(what, phase="build", step=1, state_ok=not lost, facts=faults)
+        kept = [(path, leaf) for path, leaf in leaves_by_path(before) if not leaf.is_deleted()]
+        if kept:
+            bytes_ = sum(leaf.nbytes for _, leaf in kept)
+            paths = _listed([path for path, _ in kept])
+            self.scribe.event("not_donated", 1, bytes=f"{bytes_:,}", leaves=paths, of=len(jax.tree.leaves(before)))
+
+    def note(self, number: int) -> None:
+        """After a call: tell if it was traced and compiled again.
+
+        Errors: BuildError if that was once too often. The step is made, and the state is the one after it.
+        """
+        if self._traced is None:
+            return
+        if self._first is None:
+            self._first = self._traced.traces
+        again = self._traced.traces - self._first
+        if again == self._told:
+            return
+        self._told, why = again, self._traced.why_traced_again
+        self.scribe.event("compiled_again", number, times=again, why=why)
+        if self.most is not None and again > self.most:
+            what = f"Step {number} was compiled again, {again} times in this run, and {self.most} are allowed."
+            raise BuildError(what, phase="build", step=number, state_ok=True, facts=[("why", why)])
+
+
+def _changes(before: Any, after: Any) -> list[tuple[str, str]]:  # Any: states
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        return [("tree in", str(old)), ("tree out", str(new))]
+    pairs = zip(leaves_by_path(before), jax.tree.leaves(after), strict=True)
+    return [
+        (path or "state", f"in {_form(leaf)}, out {_form(other)}")
+        for (path, leaf), other in pairs
+        if _form(leaf) != _form(other)
+    ]
+
+
+def _form(leaf: Any) -> str:  # Any: an array, or a number
+    return f"{leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)}{list(np.shape(leaf))}"
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")

@@ -1,0 +1,87 @@
+"""Storage that goes away, is slow or hangs while a run goes on: 62, 67, 68. Each in a process that must also end."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from faults.plan import FaultPlan, Remembering, digest, fresh, step
+from faults.zygote import Zygote, errors_of
+
+import stepc as sc
+
+fault = pytest.mark.fault
+
+
+@pytest.fixture
+def anyones() -> Iterator[Path]:
+    """A folder that a user without rights can reach, as pytest's own are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def events_in(folder: Path) -> list[tuple[str, int]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["event"], line["step"]) for line in lines if "event" in line]
+
+
+@fault("62", "the directory removed, a file in its place, or read-only, after the first checkpoint", "CheckpointError")
+@fault("62", "the same", "the process ends with code 1 in seconds: nothing in Orbax waits; older checkpoints stay")
+@pytest.mark.parametrize("how", ["removed", "file", "read-only"])
+def test_directory_that_goes_away_is_an_error(how: str, zygote: Zygote, anyones: Path) -> None:
+    began = time.monotonic()
+    assert zygote.start(anyones, "--every=5", "--lose", how).wait() == 1, errors_of(anyones)
+    assert time.monotonic() - began < 20
+    assert "CheckpointError: Step 10 could not be saved" in errors_of(anyones)
+    assert events_in(anyones)[-1] == ("failure", 10)
+    left = {"removed": [], "file": [], "read-only": ["5", "lock"]}[how]
+    assert sorted(one.name for one in (anyones / "kept").glob("*")) == left
+
+
+@fault(
+    "68", "a save that hangs: the disk does not answer, in the call and in the thread", "CheckpointError after 0.5 s"
+)
+@pytest.mark.parametrize("point", ["before the first write", "before the rename"])
+def test_save_that_hangs_is_given_up(point: str, zygote: Zygote, tmp_path: Path) -> None:
+    options = ("--every=10", "--hang", point, "--timeout=0.5")
+    assert zygote.start(tmp_path, *options).wait() == 1, errors_of(tmp_path)
+    assert "did not end within 0.5 s" in errors_of(tmp_path)
+    assert {"10", "20", "30"} <= {one.name for one in (tmp_path / "kept").iterdir()}
+    assert float((tmp_path / "seconds").read_text()) < 3  # the disk answers after four
+    assert zygote.start(tmp_path, "--every=10").wait() == 0, errors_of(tmp_path)
+
+
+@fault("67", "a state whose save takes longer than the interval", "event slow_checkpoint with seconds; one at a time")
+def test_slow_storage_holds_the_run_back(tmp_path: Path) -> None:
+    state = {"w": jnp.ones((1 << 23,)), "step": jnp.zeros((), jnp.int32)}  # 32 MB
+    logger = Remembering()
+    most = [0]
+
+    def stepping(state: dict, batch: dict) -> tuple[dict, dict]:
+        most[0] = max(most[0], len(list(tmp_path.glob("*.orbax-checkpoint-tmp"))))
+        return {**state, "step": state["step"] + 1}, {"loss": jnp.float32(0)}
+
+    run = sc.run(
+        stepping, state, FaultPlan().batches(6), checkpoint=sc.Checkpoints(tmp_path, every=1), loggers=[logger]
+    )
+    waited = [float(facts["waited_seconds"]) for name, facts, _ in logger.events if name == "slow_checkpoint"]
+    assert (run.steps, most[0]) == (6, 1)
+    assert len(waited) >= 3
+    assert max(waited) > 0
+    assert (tmp_path / "6").is_dir()
+
+
+@fault("66", "the last step is one that is saved anyway", "saved once: none is set aside")
+def test_last_step_is_saved_once(tmp_path: Path) -> None:
+    logger = Remembering()
+    keep = sc.Checkpoints(tmp_path, every=2)
+    run = sc.run(step(), fresh(), FaultPlan().batches(4), checkpoint=keep, loggers=[logger])
+    assert [at for name, _, at in logger.events if name == "checkpoint"] == [2, 4]
+    assert not (tmp_path / "abandoned").exists()
+    assert digest(run.state) == digest(sc.run(step(), fresh(), [], steps=4, checkpoint=keep).state)

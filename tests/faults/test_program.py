@@ -1,0 +1,288 @@
+"""The step itself and its program: 6 to 9, 12, 40, 42, 49 to 51; NaN that came with the batch: 29."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
+from faults.test_device import calling_back
+
+import stepc as sc
+from stepc.core.nodes import Map
+from stepc.language.kinds import Kind
+
+fault = pytest.mark.fault
+PARAMS = {"w": np.zeros(3, np.float32)}
+
+
+def alive(state: Any) -> bool:
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def widening() -> optax.GradientTransformation:
+    """An optimizer whose count is an integer at first, and then a number."""
+    return optax.GradientTransformation(
+        lambda params: {"count": jnp.zeros((), jnp.int32)},
+        lambda grads, state, params: (grads, {"count": state["count"] + 0.5}),
+    )
+
+
+def growing(state: dict[str, Any], batch: Any) -> Any:
+    return {"w": jnp.append(state["w"], 0.0)}, {"loss": jnp.float32(0)}
+
+
+@fault(
+    "6", "an optimizer that returns another dtype than it took, found in the trace", "BuildError; the state is alive"
+)
+@fault("6", "a jitted step of one's own that returns another shape", "BuildError after step 1: path, in, out")
+def test_step_that_changes_its_state_is_refused() -> None:
+    odd = sc.compile(sc.update(widening()) @ sc.grad(loss))
+    with pytest.raises(sc.BuildError, match=r"opt_state/count.*int32.*float32") as raised:
+        sc.run(odd, odd.init(PARAMS), FaultPlan().batches(3))
+    assert (raised.value.step, raised.value.state_ok) == (1, True)
+    assert alive(raised.value.run.state)
+    with pytest.raises(sc.BuildError, match=r"w +in float32\[3\], out float32\[4\]") as raised:
+        sc.run(jax.jit(growing), {"w": jnp.zeros(3)}, FaultPlan().batches(3))  # pyright: ignore
+    assert (raised.value.step, raised.value.state_ok) == (1, True)
+
+
+def no_gradient(grads: Any) -> Any:
+    return None, {}
+
+
+def a_text(grads: Any) -> Any:
+    return "a text"
+
+
+@dataclass(frozen=True, repr=False)
+class Mine(sc.Transform):
+    """A word of the user's own."""
+
+    takes: ClassVar = Kind.GRADIENT
+    gives: ClassVar = Kind.GRADIENT
+    function: Any
+
+    def __repr__(self) -> str:
+        return "mine()"
+
+    def meaning(self, inner: Any) -> Any:
+        raise AssertionError("only the reference asks for it")
+
+    def expand(self) -> tuple[Map, ...]:
+        return (Map(self.function, (), name="mine", written="mine()"),)
+
+
+@fault("7", "a word of one's own that returns None, text, for a gradient", "BuildError; the state is alive")
+@pytest.mark.parametrize("function", [no_gradient, a_text])
+def test_word_that_returns_no_gradient_is_refused(function: Any) -> None:
+    odd = sc.compile(sc.update(optax.sgd(0.1)) @ Mine(function) @ sc.grad(loss))
+    with pytest.raises(sc.BuildError) as raised:
+        sc.run(odd, odd.init(PARAMS), FaultPlan().batches(3))
+    assert (raised.value.step, raised.value.state_ok) == (1, True)
+    assert "mine()" in str(raised.value)
+    assert alive(raised.value.run.state)
+
+
+@fault(
+    "8", "two loss scales; a word of steps on the right of update; clip on the left", "ConfigError, PipelineTypeError"
+)
+def test_words_that_do_not_fit_are_refused() -> None:
+    tail = sc.update(optax.sgd(0.1))
+    with pytest.raises(sc.ConfigError, match="loss_scale"):
+        sc.compile(tail @ sc.loss_scale() @ sc.loss_scale() @ sc.grad(loss))
+    with pytest.raises(sc.PipelineTypeError, match="Write"):
+        tail @ sc.skip_nonfinite(limit=3) @ sc.grad(loss)
+    with pytest.raises(sc.PipelineTypeError, match="Write"):
+        sc.clip(1.0) @ tail @ sc.grad(loss)
+
+
+@fault(
+    "9", "a static field of the state that changes", "BuildError at step 1, not 2: both trees; no compilation each step"
+)
+def test_static_field_that_changes_is_refused() -> None:
+    calls = []
+
+    def counting(state: Any, batch: Any) -> Any:
+        calls.append(1)
+        return {"w": state["w"], "count": optax.MaskedNode() if len(calls) % 2 else ()}, {"loss": jnp.float32(0)}
+
+    with pytest.raises(sc.BuildError, match="compiled again every step") as raised:
+        sc.run(counting, {"w": jnp.zeros(3), "count": ()}, FaultPlan().batches(5))  # pyright: ignore
+    assert (raised.value.step, len(calls)) == (1, 1)
+    assert "MaskedNode" in str(raised.value)
+
+
+@fault("12", "jax_debug_nans, jax_debug_infs with a step that donates", "ConfigError; without `run` the NaN is lost")
+@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
+def test_debug_nans_with_donation_is_refused(flag: str) -> None:
+    made, state, bad = compiled(), fresh(), FaultPlan({1: "nan"}).batch(1)
+    made(made.init(PARAMS), batch_of(1))
+    jax.config.update(flag, True)
+    try:
+        with pytest.raises(sc.ConfigError, match=flag):
+            sc.run(made, state, FaultPlan().batches(3))
+        assert alive(state)
+        if flag == "jax_debug_nans":
+            with pytest.raises(RuntimeError, match="deleted"):  # what it would be: no word of a NaN
+                made(made.init(PARAMS), bad)
+    finally:
+        jax.config.update(flag, False)
+
+
+@fault(
+    "29", "NaN in a batch; none in a batch on which the step fails", "NonFiniteError with leaf and count, or all finite"
+)
+def test_nan_in_the_batch_is_told_from_nan_of_the_step() -> None:
+    with pytest.raises(sc.NonFiniteError, match="batch +1 of 4 numbers are not finite in y"):
+        sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5))
+    plan = FaultPlan({3: "flip"})
+    with pytest.raises(sc.NonFiniteError, match="batch +every number is finite") as raised:
+        sc.run(plan, fresh(), plan.batches(5))
+    assert raised.value.step == 3
+    placed = partial(jax.tree.map, jnp.asarray)
+    with pytest.raises(sc.NonFiniteError, match="batch +1 of 4 numbers are not finite in y"):
+        sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), place=placed)
+
+
+def leaping(metrics: Mapping[str, float]) -> str | None:
+    return f"the loss {metrics['loss']:.0f} is more than 1000" if metrics["loss"] > 1000 else None
+
+
+def with_a_leap(at: int) -> list[Any]:
+    batches = [batch_of(number) for number in range(1, 9)]
+    batches[at - 1]["y"] = np.full(4, 1e3, np.float32)
+    return batches
+
+
+@fault("40", "a loss that leaps, and `bad` that says so; policy raise", "NonFiniteError of that step, in its words")
+@fault("40", "the same, policies skip and rollback", "bitwise without the batch; without those since the snapshot")
+@pytest.mark.parametrize("window", [0, 2])
+def test_loss_that_leaps_is_governed_as_nan_is(window: int) -> None:
+    run = partial(sc.run, step(), bad=leaping, window=window, snapshot_every=3)
+    with pytest.raises(sc.NonFiniteError, match="Step 5 is bad: the loss .* is more than 1000") as raised:
+        run(fresh(), with_a_leap(5))
+    assert raised.value.step == 5
+    skipped = run(fresh(), with_a_leap(5), on_error="skip")
+    assert digest(skipped.state) == digest(by_a_plain_loop([1, 2, 3, 4, 6, 7, 8]))
+    back = run(fresh(), with_a_leap(5), on_error="rollback")
+    assert digest(back.state) == digest(by_a_plain_loop([1, 2, 3, 6, 7, 8]))
+
+
+@fault("40", "`bad` itself raises", "StepError of phase bad; the state is alive, that of the last step")
+def test_judgement_that_fails_leaves_the_state() -> None:
+    def fails(metrics: Mapping[str, float]) -> str | None:
+        return None if metrics["loss"] else str(1 / 0)
+
+    plan = FaultPlan()
+    with pytest.raises(sc.StepError, match="ZeroDivisionError") as raised:
+        sc.run(lambda state, batch: (state, {"loss": jnp.float32(0)}), fresh(), plan.batches(4), bad=fails)
+    assert raised.value.phase == "bad"
+    assert alive(raised.value.run.state)
+
+
+@fault(
+    "42", "a gradient that overflows at every scale", "NonFiniteError at the smallest scale, which it names; not before"
+)
+def test_loss_scale_that_is_used_up_is_an_error() -> None:
+    def overflowing(params: Any, batch: Any) -> jax.Array:
+        return jnp.sum(jnp.sqrt(jnp.abs(params["w"])) * 0) + 1.0  # the derivative of a root at 0 is infinite
+
+    scaled = sc.compile(sc.update(optax.sgd(0.1)) @ sc.loss_scale() @ sc.grad(overflowing))
+    with pytest.raises(sc.NonFiniteError, match="loss_scale +6.1035") as raised:
+        sc.run(scaled, scaled.init(PARAMS), FaultPlan().batches(100))
+    assert raised.value.step == 30  # from 2 ** 15 to 2 ** -14 in 29 steps
+
+
+def weak_from(at: int, num: int = 8) -> list[Any]:
+    """Batches on devices, of which one leaf has a weak type from some number on."""
+    batches = [jax.tree.map(jnp.asarray, batch_of(number)) for number in range(1, num + 1)]
+    for batch in batches[at - 1 :]:
+        batch["y"] = jnp.full(4, 2.0)
+    return batches
+
+
+def compiled() -> sc.Step:
+    return sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(loss))
+
+
+@fault("49", "a leaf of weak type from step 5 on", "event compiled_again with before and after; one such compilation")
+@fault("49", "the same with max_recompiles=0", "BuildError at step 5; the state after that step is alive")
+def test_compilation_in_mid_run_is_told() -> None:
+    again, logger = compiled(), Remembering()
+    sc.run(again, again.init(PARAMS), weak_from(5), loggers=[logger])
+    ((_, facts, at),) = [one for one in logger.events if one[0] == "compiled_again"]
+    assert at == 5
+    assert "y float32[4], and is" in facts["why"].replace(", n int32[4]", "").replace("n int32[4], ", "")
+    assert "y float32[4] of weak type" in facts["why"]
+    again = compiled()
+    with pytest.raises(sc.BuildError, match="of weak type") as raised:
+        sc.run(again, again.init(PARAMS), weak_from(5), max_recompiles=0)
+    assert (raised.value.step, raised.value.state_ok) == (5, True)
+    assert int(raised.value.run.state.step) == 5
+    again = compiled()
+    assert sc.run(again, again.init(PARAMS), weak_from(5), max_recompiles=1).steps == 8
+
+
+@fault("50", "a step that cannot use a donated leaf", "event not_donated at step 1: leaf and bytes; none for ours")
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_donation_that_is_not_used_is_told() -> None:
+    inner = jax.jit(lambda state, y: state["w"] + y.sum() * state["old"].mean(), donate_argnums=0)
+
+    def wasteful(state: Any, batch: Any) -> Any:
+        return {"w": inner(state, batch["y"]), "old": state["old"]}, {"loss": jnp.float32(0)}
+
+    logger = Remembering()
+    sc.run(wasteful, {"w": jnp.zeros(3), "old": jnp.zeros(64)}, [batch_of(1)], loggers=[logger])  # pyright: ignore
+    assert [(facts["bytes"], facts["leaves"], at) for name, facts, at in logger.events if name == "not_donated"] == [
+        ("256", "old", 1)
+    ]
+    logger = Remembering()
+    sc.run(step(), fresh(), [batch_of(1)], loggers=[logger])
+    assert "not_donated" not in logger.names()
+
+
+@fault(
+    "51", "a callback that sleeps, in the middle and in the last step", "stacks in the log; then event hung, with them"
+)
+@pytest.mark.parametrize("at", [3, 5])
+def test_step_that_hangs_is_told_with_stacks(at: int, caplog: pytest.LogCaptureFixture) -> None:
+    def sleeps(number: int) -> None:
+        if number == at:
+            time.sleep(1.2)
+            seen.append([record.getMessage() for record in caplog.records if "no step was begun" in record.message])
+
+    seen: list[list[str]] = []
+    calling, logger = calling_back(sleeps), Remembering()
+    state = calling.init(PARAMS)
+    sc.run(calling, state, FaultPlan().batches(1))  # compiled
+    with caplog.at_level(logging.WARNING):
+        sc.run(calling, state, FaultPlan().batches(5), loggers=[logger], watchdog_seconds=0.4)
+    assert "in sleeps" in seen[0][0]  # it was told while it hung
+    ((_, facts, step),) = [one for one in logger.events if one[0] == "hung"]
+    assert "in sleeps" in facts["stacks"]
+    assert at - 3 <= step < at
+
+
+@fault("31", "data that takes 1.2 s for a batch, with a watchdog of 0.4 s", "event hung, with the stack of the reading")
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_data_that_hangs_is_told_with_stacks(prefetch: int) -> None:
+    def reading_slowly() -> Iterator[Any]:
+        for number in range(1, 6):
+            if number == 4:
+                time.sleep(1.2)
+            yield batch_of(number)
+
+    logger = Remembering()
+    sc.run(step(), fresh(), [batch_of(1)])  # compiled
+    run = sc.run(step(), fresh(), reading_slowly(), loggers=[logger], watchdog_seconds=0.4, prefetch=prefetch)
+    ((_, facts, at),) = [one for one in logger.events if one[0] == "hung"]
+    assert "in reading_slowly" in facts["stacks"]
+    assert (run.steps, at) == (5, 2)

@@ -1,0 +1,99 @@
+"""Jobs as processes that begin at once: each is a fork of one process that has imported everything and run nothing."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+
+
+@dataclass
+class Job:
+    """A process under way, `faults.job`."""
+
+    number: int
+    zygote: "Zygote"
+    code: int | None = None
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        with suppress(ProcessLookupError):  # it had ended
+            os.kill(self.number, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code; of a signal the negative number."""
+        if self.code is None:
+            self.code = int(self.zygote.line())
+        return self.code
+
+
+class Zygote:
+    """The process that jobs are forked from; compiled programs are kept in `programs`."""
+
+    def __init__(self, programs: Path) -> None:
+        kept = {
+            "JAX_COMPILATION_CACHE_DIR": str(programs),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "XLA_FLAGS": "",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "faults.zygote"], cwd=TESTS, env={**os.environ, **kept}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def start(self, folder: Path, *options: str) -> Job:
+        """A job in a folder; what it says on stderr is there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\t".join([str(folder), *options]) + "\n")
+        self._process.stdin.flush()
+        return Job(int(self.line()), self)
+
+    def line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    made = Zygote(tmp_path_factory.mktemp("programs"))
+    yield made
+    made.close()
+
+
+def errors_of(folder: Path) -> str:
+    return (folder / "stderr").read_text()
+
+
+def main() -> None:
+    """Fork a job for each line; say its number, then how it ended."""
+    for name in ("orbax.checkpoint", "stepc.runner.vault"):
+        importlib.import_module(name)
+    job = importlib.import_module("faults.job")
+    for line in sys.stdin:
+        options = line.rstrip("\n").split("\t")
+        number = os.fork()
+        if number == 0:
+            said = os.open(Path(options[0]) / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 2)
+            os.dup2(said, 1)
+            sys.exit(job.main(options))
+        print(number, flush=True)
+        _, status = os.waitpid(number, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
