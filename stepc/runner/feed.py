@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from stepc.language.kinds import Batch
 from stepc.runner.batches import Spec, checked, copied, is_short
@@ -24,8 +24,7 @@ class Positioned(Protocol):
     def set_state(self, state: Any, /) -> None: ...
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A batch, and where the data stands after it. Without a batch: the place of one that was left out."""
 
     batch: Batch

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from stepc.runner.feed import Item
 class Watch(Protocol):
     """What a step saw of numbers that are not finite; arrays that are never donated."""
 
-    finite: Any  # Any: a bool array, one for each step of a call
+    finite: Any  # Any: a bool array, one for each step of a call: whether loss and gradient are, or it was skipped
 
     def describe(self) -> list[tuple[str, str]]:
         """Rows of (label, text) that name microbatches and leaves."""
@@ -85,8 +85,7 @@ def steps_per_call_of(step: object) -> int:
             return 1
 
 
-@dataclass(frozen=True)
-class Flying:
+class Flying(NamedTuple):
     """A call that was made: its first step, what it was given, and its own outputs, which no later step donates."""
 
     first: int
@@ -103,18 +102,19 @@ class Landed:
     is_skipped: np.ndarray
 
 
-def land(flying: Flying) -> Landed:
-    """Wait for a call.
+def land(flying: Flying) -> Landed | None:
+    """Wait for a call. None says that all its steps are finite, and so none was skipped; one flag tells that.
 
     Errors: DeviceError for its own failure. To wait for its own outputs, in order, is what attributes a late error: on
       a later step it would come under another name.
     """
+    watch, metrics = flying.watch, flying.metrics
     try:
-        losses = np.asarray(flying.metrics["loss"])
-        skipped = np.asarray(flying.metrics["skipped"]) if "skipped" in flying.metrics else np.zeros_like(losses, bool)
-        finite = np.isfinite(losses.astype(np.float64))
-        if flying.watch is not None:
-            finite = finite & np.asarray(flying.watch.finite)
+        if watch is not None and np.asarray(watch.finite).all():
+            return None
+        losses = np.asarray(metrics["loss"])
+        finite = np.isfinite(losses.astype(np.float64)) if watch is None else np.asarray(watch.finite)
+        skipped = np.asarray(metrics["skipped"]) if "skipped" in metrics else np.zeros_like(losses, bool)
     except Exception as error:  # jax raises several classes for a program that failed, ValueError among them
         raise failed(error, "settle", flying.first, state_ok=False) from error
     return Landed(finite.reshape(-1), skipped.reshape(-1) != 0)

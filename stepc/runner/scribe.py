@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from stepc.errors import StepError
@@ -70,14 +69,15 @@ class Scribe:
         if self._last is None or self._last[0] <= self._told:
             return
         self._told = self._last[0]
-        self.tell(self.last_metrics(), self._told)
+        if self.loggers:
+            self.tell(self.last_metrics(), self._told)
 
     def last_metrics(self) -> dict[str, float]:
         """Those of the last settled step, as floats."""
         if self._last is None:
             return {}
         _, metrics, row = self._last
-        return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in jax.device_get(metrics).items()}
+        return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in metrics.items()}
 
     def tell(self, metrics: Mapping[str, float], step: int) -> None:
         """Give every logger these metrics."""

@@ -112,8 +112,9 @@ class Training:
         while len(self.flight) > most:
             flying = self.flight[0]
             landed = land(flying)
-            for row in range(self.steps_per_call):
-                self.judge(flying, landed, row)
+            if landed is not None:
+                for row in range(self.steps_per_call):
+                    self.judge(flying, landed, row)
             self.flight.popleft()
             self.position = flying.item.after
             self.run.steps = flying.first + self.steps_per_call - 1
