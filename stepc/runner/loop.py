@@ -154,7 +154,8 @@ def _train(training: Training, *, begins_with: str) -> None:
         run.ended = _how_it_ended(training)
         if training.number == 0 and run.ended == "data" and training.feed.source.num_given == 0:
             raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True)
-        scribe.tell_last()
+        if training.keeper is None or not training.signals.is_over():
+            scribe.tell_last()  # of a run that is to go on, only what the whole run would tell
         if training.keeper is not None:
             training.save()
             training.keeper.finish()
@@ -185,7 +186,8 @@ def _resume(training: Training) -> None:
     training.scribe.resume(training.number)
     if found is not None:
         done = training.steps is not None and found.number >= training.steps
-        training.scribe.event("already_done" if done else "resumed", found.number, asked=training.steps)
+        name, level = ("already_done", logging.WARNING) if done else ("resumed", logging.INFO)
+        training.scribe.event(name, found.number, level=level, asked=training.steps)
 
 
 def _header(training: Training, step: str) -> dict[str, object]:

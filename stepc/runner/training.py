@@ -156,9 +156,10 @@ class Training:
             self.settle(0)
             if copies:
                 self.drop_anchor()
+            # Before the save: what a run goes on from, has been judged; a process that dies between would lose that.
+            self.agenda.act(self.number, per, self.run.state, self.scribe)
             if saves:
                 self.save()
-            self.agenda.act(self.number, per, self.run.state, self.scribe)
 
     def save(self) -> None:
         """Begin a checkpoint of the settled state, if there is none of this step."""
