@@ -71,7 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
     "compiler.guard": ("compiler.stages", "inspect"),
     "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
-    "runner": ("errors", "language.kinds", "language.state", "runner"),
+    "runner": ("errors", "language.kinds", "language.padding", "language.state", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
     "programs": ("", "errors", "programs", "runner"),
     "cli": ("", "errors", "programs", "runner"),

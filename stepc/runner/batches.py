@@ -10,9 +10,10 @@ import numpy as np
 
 from stepc.errors import BatchError
 from stepc.language.kinds import Batch
+from stepc.language.padding import pad_batch
 from stepc.language.state import leaves_by_path
 
-MISSING = "nothing"
+MISSING, MASK = "nothing", "mask"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,28 @@ def is_short(batch: Batch, first: Spec | None) -> bool:
         (lies, shape[1:], dtype) == (old_lies, old_shape[1:], old_dtype) and shape[:1] < old_shape[:1]
         for (lies, shape, dtype), (old_lies, old_shape, old_dtype) in zip(rows, first.leaves, strict=True)
     )
+
+
+def padded(batch: Batch, first: Spec) -> Batch:
+    """A short batch with as many rows as the first: copies of its first row, with zeros in the leaf "mask"."""
+    filled, is_real = pad_batch(batch, first.leaves[0][1][0])
+    mask = filled[MASK]
+    mask[~is_real] = 0
+    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf) if isinstance(like, jax.Array) else leaf, filled, batch)
+
+
+def check_mask(batch: Batch) -> None:
+    """Refuse a batch without a mask: rows that fill it up would weigh as much as the others.
+
+    Errors: BatchError.
+    """
+    if not (isinstance(batch, dict) and isinstance(batch.get(MASK), np.ndarray | jax.Array)):
+        got = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise BatchError(
+            "Short batches cannot be filled up: this batch has no mask.",
+            facts=[("expected", 'a dict with an array "mask"'), ("got", got)],
+            suggestion="Give each row a 1 in a leaf 'mask', weighed by `sc.Mean((nll * mask).sum(), mask.sum())`.",
+        )
 
 
 def copied(batch: Batch) -> Batch:

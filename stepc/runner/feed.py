@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from stepc.language.kinds import Batch
-from stepc.runner.batches import Spec, checked, copied, is_short
+from stepc.runner.batches import Spec, check_mask, checked, copied, is_short, padded
 
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is to end
 LEAVE_SECONDS = 1.0  # how long a reading thread may take to leave
@@ -63,7 +63,7 @@ class Source:
 
     Args:
       place: moves a batch to devices, or leaves it on the host.
-      short: "raise", or "drop" for batches that are like the first with fewer rows.
+      short: "raise", or "drop" or "pad" for batches that are like the first with fewer rows.
     """
 
     data: Iterable[Batch]
@@ -103,6 +103,9 @@ class Source:
                 self.num_dropped += 1
                 continue
             try:
+                if self.short == "pad":
+                    check_mask(batch)
+                    batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
                 self.spec = checked(batch, self.spec, self.saved_rows)
                 item = Item(self.place(copied(batch)), after)
             except Exception as error:  # BatchError, or whatever the user's `place` raises

@@ -88,7 +88,8 @@ def run(
       snapshot_every: in steps; how often a policy that goes on copies the state, and how many batches it keeps.
       prefetch: how many batches a thread reads ahead; 0 reads in the main thread.
       place: puts a batch on devices, in that thread.
-      short_batches: "raise", or "drop" those with fewer rows than the first.
+      short_batches: of fewer rows than the first: "raise"; "drop" them; or "pad" them with copies of their first row
+        that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
       watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
       compilation_cache: a directory where jax keeps compiled programs, for this run and the next.
       donate_input: takes the caller's state instead of a copy.
