@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from stepc.errors import CheckpointError, ConfigError
 from stepc.runner.policies import Ledger
+from stepc.runner.sameness import Seen
 from stepc.runner.scribe import Scribe
 
 
@@ -25,17 +26,20 @@ class Checkpoints:
       every: in steps; a positive integer.
       keep: how many checkpoints stay; a positive integer.
       every_seconds: saves sooner than `every`, if that long has passed; None for never.
+      check_data: when a run goes on, read the last batch before the checkpoint again, and refuse another one: an
+        iterator that was made with another seed goes to its old place without a word.
     Errors: ConfigError for what is not such a number. Needs the extra "checkpoint" when a run starts.
     To go on exactly, the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
     Example:
       >>> Checkpoints("runs/first", every=100)
-      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None)
+      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None, check_data=True)
     """
 
     directory: str | Path
     every: int
     keep: int = 3
     every_seconds: float | None = None
+    check_data: bool = True
 
     def __post_init__(self) -> None:
         faults: list[tuple[str, str, object]]
@@ -46,6 +50,8 @@ class Checkpoints:
         seconds: object = self.every_seconds
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0):
             faults.append(("every_seconds", "a positive number or None", seconds))
+        if not isinstance(self.check_data, bool):
+            faults.append(("check_data", "True or False", self.check_data))
         if faults:
             facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
             raise ConfigError("`Checkpoints` cannot be made so.", facts=facts)
@@ -59,6 +65,7 @@ class Restored:
     number: int
     position: Any  # Any: where the data stood
     batch: Mapping[str, str]
+    last: Seen | None
 
 
 @runtime_checkable
@@ -111,7 +118,7 @@ class Keeper:
             return None
         state, meta = found
         self.saved = meta["step"]
-        return Restored(state, meta["step"], meta["position"], meta["batch"])
+        return Restored(state, meta["step"], meta["position"], meta["batch"], meta["last"])
 
     def is_due(self, number: int, *, steps_per_call: int) -> bool:
         """Whether it is time for a checkpoint."""
@@ -122,14 +129,21 @@ class Keeper:
         seconds = self.wanted.every_seconds
         return seconds is not None and self.clock() - self._saved_at >= seconds
 
-    def save(self, number: int, state: Any, position: Any, batch: Mapping[str, str]) -> None:  # Any: as in Restored
+    def save(
+        self,
+        number: int,
+        state: Any,  # Any: as in Restored
+        position: Any,  # Any: as in Restored
+        batch: Mapping[str, str],
+        last: Seen | None,
+    ) -> None:
         """Begin to save a settled state, after the save before it is done."""
         began = self.clock()
         is_slow = self.vault.is_busy()
         self.finish()
         if is_slow:
             self.scribe.event("slow_checkpoint", number, waited_seconds=f"{self.clock() - began:.2f}")
-        meta = {"step": number, "position": position, "batch": dict(batch)}
+        meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
         self._guarded(number, lambda: self.vault.save(number, state, meta))
         self._under_way = number
         self._saved_at = self.clock()

@@ -25,11 +25,12 @@ class Positioned(Protocol):
 
 
 class Item(NamedTuple):
-    """A batch, and where the data stands after it. Without a batch: the place of one that was left out."""
+    """A batch, and where the data stands after and before it. Without a batch: the place of one that was left out."""
 
     batch: Batch
     after: Any = None  # Any: see Positioned
     is_hole: bool = False
+    before: Any = None  # Any: see Positioned
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Source:
                     check_mask(batch)
                     batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
                 self.spec = checked(batch, self.spec, self.saved_rows)
-                item = Item(self.place(copied(batch)), after)
+                item = Item(self.place(copied(batch)), after, before=self.before)
             except Exception as error:  # BatchError, or whatever the user's `place` raises
                 return self._broken(error)
             self.num_given += 1

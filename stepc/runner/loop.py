@@ -7,6 +7,7 @@ import platform
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from stepc.runner.feed import Feed, Positioned, Source
 from stepc.runner.flight import Runnable, call_of, deleted_leaves, skip_limit_of, steps_per_call_of
 from stepc.runner.policies import Ledger, Policy, policies_of
 from stepc.runner.result import Run as Run
+from stepc.runner.sameness import check_data, go_to
 from stepc.runner.scribe import Logger as Logger
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Signals, watched_signals
@@ -173,15 +175,19 @@ def _train(training: Training, *, begins_with: str) -> None:
 def _resume(training: Training) -> None:
     if training.keeper is None:
         return
-    if training.position is None and not isinstance(training.feed.source.batches, Positioned):
+    source = training.feed.source
+    if training.position is None and not isinstance(source.batches, Positioned):
         training.scribe.event("resume_not_exact", 0, why="the data has no `get_state()` and `set_state(state)`")
-    training.position = training.feed.source.position()
+    training.position = source.position()
     found = training.keeper.restore(training.run.state)
     if found is not None:
         training.run.state, training.number, training.position = found.state, found.number, found.position
         training.run.steps = found.number
-        training.feed.go_to(found.position)
-        training.feed.source.saved_rows = dict(found.batch)
+        go_to(source, found.position, step=found.number)
+        source.saved_rows = dict(found.batch)
+        if training.keeper.wanted.check_data and found.last is not None and isinstance(source.batches, Positioned):
+            tell = partial(training.scribe.event, "data_not_checked", found.number)
+            check_data(source, found.last, after=found.position, step=found.number, tell=lambda why: tell(why=why))
         training.agenda.done = found.number
     # Without a checkpoint a log that is there is of a run that had none either: it began at 0, and so does this one.
     training.scribe.resume(training.number)

@@ -26,6 +26,7 @@ from stepc.runner.flight import (
 )
 from stepc.runner.policies import Ledger, Raise, Retry, Rollback, Skip
 from stepc.runner.result import Run
+from stepc.runner.sameness import seen
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Leave, Signals
 from stepc.runner.watchdog import Watchdog
@@ -54,6 +55,7 @@ class Training:
     snapshot_every: int | None
     number: int = 0
     position: Any = None  # Any: where the data stands after the last settled step
+    last: Item | None = None  # what that step was given
     flight: deque[Flying] = field(default_factory=deque)
     anchor: Anchor | None = None
     last_checked: Any = None  # Any: the names of the metrics of the last call
@@ -116,7 +118,7 @@ class Training:
                 for row in range(self.steps_per_call):
                     self.judge(flying, landed, row)
             self.flight.popleft()
-            self.position = flying.item.after
+            self.position, self.last = flying.item.after, flying.item
             self.run.steps = flying.first + self.steps_per_call - 1
             for row in range(self.steps_per_call):
                 self.scribe.settled(flying.first + row, flying.metrics, row=row)
@@ -126,7 +128,7 @@ class Training:
         while self.flight:
             flying = self.flight.popleft()
             land(flying)
-            self.position = flying.item.after
+            self.position, self.last = flying.item.after, flying.item
             self.run.steps = flying.first + self.steps_per_call - 1
 
     def judge(self, flying: Flying, landed: Landed, row: int) -> None:
@@ -165,7 +167,8 @@ class Training:
         """Begin a checkpoint of the settled state, if there is none of this step."""
         spec = self.feed.source.spec
         if self.keeper is not None and self.number > self.keeper.saved:
-            self.keeper.save(self.number, self.run.state, self.position, {} if spec is None else spec.rows())
+            rows = {} if spec is None else spec.rows()
+            self.keeper.save(self.number, self.run.state, self.position, rows, seen(self.last))
 
     def data_failure(self, broken: Broken) -> DataError:
         """What to raise for a read that failed."""
@@ -284,6 +287,6 @@ class Training:
 
     def _stand_at(self, state: Any, number: int, after: Any) -> None:  # Any: a state, and where the data stands
         self.flight.clear()
-        self.run.state, self.number, self.position = copy(state), number, after
+        self.run.state, self.number, self.position, self.last = copy(state), number, after, None
         self.run.steps = number
         self.anchor = Anchor(state, number, after, self.steps_per_call)

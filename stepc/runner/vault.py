@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from stepc.errors import CheckpointError, ResumeError
 from stepc.language.state import leaves_by_path
 from stepc.runner.anchor import copy
+from stepc.runner.sameness import Seen
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -50,10 +51,12 @@ class Vault:
         """Begin to save; the state may be donated when this returns."""
         # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
         leaves = _bare_leaves(copy(state))
+        last: Seen | None = meta["last"]
         body = {
             **meta,
             "format": FORMAT,
             "position": _encoded(meta["position"], number),
+            "last": last and {"before": _encoded(last.before, number), "crc32": last.crc32},
             "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
             "leaves": [[*row, _digest(leaf)] for row, leaf in zip(_rows(state), leaves, strict=True)],
         }
@@ -111,7 +114,8 @@ class Vault:
                 if later > number:
                     self._set_aside(later, number)
                     tell("abandoned_checkpoint", later, f"the run goes on from step {number}")
-            return state, {**meta, "position": _decoded(meta["position"])}
+            last = meta.get("last") and Seen(_decoded(meta["last"]["before"]), meta["last"]["crc32"])
+            return state, {**meta, "position": _decoded(meta["position"]), "last": last}
         if faults:
             raise ResumeError(
                 f"None of the checkpoints in {self.directory} can be read.",

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import mesh_of
-from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
+from faults.plan import Batches, FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
 from faults.test_signals import TESTS
 
 import stepc as sc
@@ -109,6 +109,34 @@ def test_resume_with_another_batch_size_is_refused(kept: Path) -> None:
         sc.run(step(), fresh(), Wider().batches(12), checkpoint=sc.Checkpoints(kept, every=3))
 
 
+class Shifted(Batches):
+    """The same places, other batches: as with another seed."""
+
+    def __next__(self) -> Any:
+        super().__next__()
+        return batch_of(self.given + 100)
+
+
+@fault("16", "resume with data of another seed, or that ends sooner", "ResumeError; check_data=False goes on")
+@pytest.mark.parametrize("data", [Shifted(12, FaultPlan()), FaultPlan().batches(2)])
+def test_resume_with_other_data_is_refused(data: Any, kept: Path) -> None:
+    with pytest.raises(sc.ResumeError, match="not the data of the checkpoint"):
+        sc.run(step(), fresh(), data, checkpoint=sc.Checkpoints(kept, every=3))
+    data.set_state({"given": 0})
+    run = sc.run(step(), fresh(), data, checkpoint=sc.Checkpoints(kept, every=3, check_data=False))
+    assert run.ended == "data"
+
+
+@fault("16", "the batch before the checkpoint cannot be read again", "event data_not_checked; goes on exactly")
+def test_resume_whose_data_cannot_be_compared_goes_on(kept: Path) -> None:
+    logger, whole = Remembering(), by_a_plain_loop(list(range(1, 13)))
+    last = max(int(one.name) for one in kept.iterdir() if one.name.isdecimal())
+    plan = FaultPlan({last: "read"})
+    run = sc.run(step(), fresh(), plan.batches(12), checkpoint=sc.Checkpoints(kept, every=3), loggers=[logger])
+    assert "data_not_checked" in logger.names()
+    assert digest(run.state) == digest(whole)
+
+
 @fault("18", "a second run in the same directory, while one is there", "CheckpointError that names the holder")
 def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
     def second(*about: Any) -> None:
@@ -148,7 +176,12 @@ def test_damage_is_never_taken_for_a_state(how: str, saved: Path, tmp_path: Path
         damaged(folder / file, how)
         logger = Remembering()
         run = sc.run(
-            step(), fresh(), FaultPlan().batches(0), checkpoint=sc.Checkpoints(folder, every=3), loggers=[logger]
+            step(),
+            fresh(),
+            FaultPlan().batches(9),
+            steps=1,  # there is nothing left to do: what was restored is returned
+            checkpoint=sc.Checkpoints(folder, every=3),
+            loggers=[logger],
         )
         assert digest(run.state) == good[run.steps], f"{file}: silent garbage"
         if run.steps == 6:
