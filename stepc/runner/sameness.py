@@ -14,6 +14,8 @@ from stepc.language.kinds import Batch
 from stepc.language.state import leaves_by_path
 from stepc.runner.feed import Broken, End, Item, Source
 
+OTHER_DATA = "Either give that data (its seed, order and length), or say Checkpoints(…, check_data=False)."
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -58,9 +60,13 @@ def check_data(source: Source, last: Seen, *, after: Any, step: int, tell: Calla
         case Item():
             now = digest(found.batch)
             if now != last.crc32:
-                raise _refusal(step, f"saved {last.crc32:08x}, now {now:08x}")
+                raise ResumeError(
+                    "This data is not the data of the checkpoint: the batch that led to it is another one.",
+                    facts=[("step", str(step)), ("CRC-32", f"saved {last.crc32:08x}, now {now:08x}")],
+                    suggestion=OTHER_DATA,
+                )
         case End():
-            raise _refusal(step, f"saved {last.crc32:08x}, now the data ends before it")
+            tell("the data ends before it")  # and so will the run, with nothing trained on other data
         case Broken(error=BatchError()):
             pass  # of another shape: that is said, leaf by leaf, when the next batch is read
         case Broken():
@@ -82,11 +88,3 @@ def go_to(source: Source, position: Any, *, step: int) -> None:  # Any: see Posi
             facts=[("step", str(step))],
             suggestion="Give the data of that run, or name another directory for the checkpoints.",
         ) from error
-
-
-def _refusal(step: int, digests: str) -> ResumeError:
-    return ResumeError(
-        "This data is not the data of the checkpoint: the batch that led to it is another one.",
-        facts=[("step", str(step)), ("CRC-32", digests)],
-        suggestion="Either give that data (its seed, order and length), or say Checkpoints(…, check_data=False).",
-    )
