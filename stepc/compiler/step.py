@@ -233,6 +233,10 @@ class Step:
     def _scheduled(self, state: State, batch: Batch) -> Schedule:
         return schedule(self.decision.normal, self.decision.signed(state, batch))
 
+    def place(self, batch: Batch) -> Batch:
+        """Put a batch on the devices, as the program takes it."""
+        return jax.device_put(batch, self._rows)
+
     def _placed(self, batch: Batch) -> Batch:
         """The batch, moved if it is on devices and does not lie as the program takes it. The only loop of a call."""
         for leaf in jax.tree.leaves(batch):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from stepc.errors import BuildError, DeviceError, NonFiniteError, StepError
 from stepc.language.kinds import Batch, Metrics
@@ -55,6 +56,23 @@ class Repeating(Protocol):
     def steps_per_call(self) -> int: ...
 
 
+@runtime_checkable
+class Places(Protocol):
+    """A step that can put a batch on the devices, as it takes it."""
+
+    def place(self, batch: Batch, /) -> Batch: ...
+
+
+@runtime_checkable
+class Lowers(Protocol):
+    """A step that can say what is compiled for a state and a batch."""
+
+    @property
+    def mesh(self) -> Mesh | None: ...
+
+    def lower(self, state: Any, batch: Batch, /) -> Any: ...  # Any: a state; what is lowered has a plan that prints
+
+
 Call: TypeAlias = Callable[[Any, Batch], tuple[Any, Metrics, Watch | None]]  # Any: a state
 
 
@@ -92,6 +110,35 @@ class Flying(NamedTuple):
     item: Item
     metrics: Metrics
     watch: Watch | None
+
+
+def place_of(step: object, *, is_ahead: bool) -> Callable[[Batch], Batch]:
+    """Where batches go that are read: what is read ahead, to the devices, if the step can say how they lie there."""
+    match step:
+        case Places() if is_ahead:
+            return step.place
+        case _:
+            return lambda batch: batch
+
+
+def plan_of(step: object) -> Callable[[Any, Batch], str | None]:  # Any: a state
+    """How to print what the compiler decided for a state and a batch; None of what is not compiled."""
+    match step:
+        case Lowers():
+            return lambda state, batch: str(step.lower(state, batch).plan)
+        case _:
+            return lambda state, batch: None
+
+
+def mesh_of(step: object) -> str:
+    """The mesh of a step, as it is printed."""
+    match step:
+        case Lowers(mesh=Mesh() as mesh):
+            return str(dict(mesh.shape))
+        case Lowers():
+            return "none: one device"
+        case _:
+            return "unknown"
 
 
 @dataclass(frozen=True)

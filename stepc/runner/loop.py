@@ -5,9 +5,10 @@ import importlib.util
 import logging
 import platform
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,16 @@ from stepc.runner.arguments import check_arguments, check_replay, check_state, g
 from stepc.runner.cache import kept_programs
 from stepc.runner.checkpoints import Checkpoints, Keeper
 from stepc.runner.feed import Feed, Positioned, Source
-from stepc.runner.flight import Runnable, call_of, deleted_leaves, skip_limit_of, steps_per_call_of
+from stepc.runner.flight import (
+    Runnable,
+    call_of,
+    deleted_leaves,
+    mesh_of,
+    place_of,
+    plan_of,
+    skip_limit_of,
+    steps_per_call_of,
+)
 from stepc.runner.policies import Ledger, Policy, policies_of
 from stepc.runner.result import Run as Run
 from stepc.runner.sameness import check_data, go_to
@@ -88,8 +98,8 @@ def run(
       profile: (start, stop, directory): jax's profiler traces these steps.
       window: how many steps may be in flight. 0 waits for each.
       snapshot_every: in steps; how often a policy that goes on copies the state, and how many batches it keeps.
-      prefetch: how many batches a thread reads ahead; 0 reads in the main thread.
-      place: puts a batch on devices, in that thread.
+      prefetch: how many batches a thread reads ahead, and puts on the devices; 0 reads in the main thread.
+      place: what to do with each batch that was read, instead.
       short_batches: of fewer rows than the first: "raise"; "drop" them; or "pad" them with copies of their first row
         that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
       watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
@@ -105,7 +115,7 @@ def run(
     check_arguments(asked)
     policies = policies_of(on_error)
     check_state(state)
-    source = Source(data, place or (lambda batch: batch), short_batches)
+    source = Source(data, place or place_of(step, is_ahead=prefetch > 0), short_batches)
     check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
     with ExitStack() as ways_out:
         ways_out.enter_context(kept_programs(compilation_cache))
@@ -120,6 +130,7 @@ def run(
         ways_out.callback(agenda.close)
         training = Training(
             call=call_of(step),
+            plan=plan_of(step),
             run=Run(state if donate_input else copy(state)),
             feed=feed,
             ledger=ledger,
@@ -134,7 +145,7 @@ def run(
             skip_limit=skip_limit_of(step),
             snapshot_every=snapshot_every if goes_back(policies) else None,
         )
-        _train(training, begins_with=repr(step))
+        _train(training, _header(step, signals))
     return _given_back(training.run, signals)
 
 
@@ -147,12 +158,12 @@ def _keeper(wanted: Checkpoints, state: State, ledger: Ledger, scribe: Scribe, w
     return Keeper(wanted, vault, ledger, scribe)
 
 
-def _train(training: Training, *, begins_with: str) -> None:
+def _train(training: Training, header: Mapping[str, object]) -> None:
     """The run itself; then whatever ended it, nothing is left in flight, unsaved or unread."""
     scribe, run = training.scribe, training.run
     try:
         _resume(training)
-        scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
+        scribe.event("start", training.number, level=logging.INFO, **header)
         training.loop()
         run.ended = _how_it_ended(training)
         if training.number == 0 and run.ended == "data" and training.feed.source.num_given == 0:
@@ -197,13 +208,15 @@ def _resume(training: Training) -> None:
         training.scribe.event(name, found.number, level=level, asked=training.steps)
 
 
-def _header(training: Training, step: str) -> dict[str, object]:
+def _header(step: Runnable, signals: Signals) -> dict[str, object]:
     return {
-        "trains": step,
+        "trains": repr(step),
+        "mesh": mesh_of(step),
         "devices": f"{jax.device_count()} {jax.devices()[0].platform}",
+        "stepc": version("stepc"),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "signals": "SIGINT and SIGTERM" if training.signals.is_protected else "no_signal_protection",
+        "signals": "SIGINT and SIGTERM" if signals.is_protected else "no_signal_protection",
     }
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,6 +29,12 @@ class Signals:
     def is_over(self) -> bool:
         """Whether the run is to end."""
         return self.received is not None
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a signal comes."""
+        until = time.monotonic() + seconds
+        while not self.is_over() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
 
     def reading(self) -> "Reading":
         """While this is entered, a first signal leaves at once, by `Leave`."""

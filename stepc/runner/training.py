@@ -1,15 +1,15 @@
 """One run under way: steps are dispatched, settled in order, and brought back when a policy says so."""
 
 import logging
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import jax
 
 from stepc.errors import BatchError, DataError, DeviceError, NonFiniteError, StepError
+from stepc.language.kinds import Batch
 from stepc.runner.agenda import Agenda
 from stepc.runner.anchor import Anchor, copy
 from stepc.runner.checkpoints import Keeper
@@ -40,6 +40,7 @@ class Training:
     """What `run` puts together: each part has a file of its own, and this is where they meet."""
 
     call: Call
+    plan: Callable[[Any, Batch], str | None]  # Any: a state
     run: Run
     feed: Feed
     ledger: Ledger
@@ -96,6 +97,8 @@ class Training:
             self.anchor.kept.append(item)
         if not item.is_hole:
             try:
+                if self.last_checked is None:
+                    self.tell_plan(item.batch)
                 state, metrics, watch = self.call(self.run.state, item.batch)
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.settle(0)
@@ -108,6 +111,12 @@ class Training:
             self.run.state = state
             self.flight.append(Flying(first, item, metrics, watch))
         self.number += self.steps_per_call
+
+    def tell_plan(self, batch: Batch) -> None:
+        """Tell the loggers what is compiled, before it is."""
+        plan = self.plan(self.run.state, batch) if self.scribe.loggers else None
+        if plan is not None:
+            self.scribe.event("plan", self.number, level=logging.INFO, plan=plan)
 
     def settle(self, most: int) -> None:
         """Wait for the oldest calls until at most `most` are in flight."""
@@ -205,7 +214,7 @@ class Training:
         match policy:
             case Retry():
                 wait = float(policy.wait_seconds) * 2 ** (self.ledger.attempts[kind, place] - 1)
-                self.wait(wait)
+                self.signals.wait(wait)
                 self.feed.retry() if kind == "data" else self.rewind(leave_out=None)
             case Skip():
                 self.feed.skip() if kind == "data" else self.rewind(leave_out=failure.step)
@@ -231,12 +240,6 @@ class Training:
         if why is None and kind == "nonfinite" and failure.state_ok and isinstance(policy, Skip):
             return "skip_nonfinite has skipped as often as it may"
         return why
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, unless a signal comes."""
-        until = time.monotonic() + seconds
-        while not self.signals.is_over() and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, 0.05))
 
     def drop_anchor(self) -> None:
         """Copy the settled state, if a policy needs it, to come back to."""
