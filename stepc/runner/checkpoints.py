@@ -139,8 +139,10 @@ class Keeper:
     ) -> None:
         """Begin to save a settled state, after the save before it is done."""
         began = self.clock()
-        is_slow = self.vault.is_busy()
+        is_slow = self.vault.is_busy() and number != self._under_way
         self.finish()
+        if number <= self.saved:  # it was under way
+            return
         if is_slow:
             self.scribe.event("slow_checkpoint", number, waited_seconds=f"{self.clock() - began:.2f}")
         meta = {"step": number, "position": position, "batch": dict(batch), "last": last}

@@ -143,6 +143,13 @@ def test_resume_whose_data_cannot_be_compared_goes_on(kept: Path) -> None:
     assert digest(run.state) == digest(whole)
 
 
+def test_last_step_is_saved_once(tmp_path: Path) -> None:
+    logger = Remembering()
+    run_in(tmp_path / "kept", 9, loggers=[logger])
+    assert [step for name, _, step in logger.events if name == "checkpoint"] == [3, 6, 9]
+    assert not (tmp_path / "kept" / "abandoned").exists()
+
+
 @fault("18", "a second run in the same directory, while one is there", "CheckpointError that names the holder")
 def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
     def second(*about: Any) -> None:
