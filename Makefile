@@ -1,4 +1,5 @@
-# Two commands do all the set-up: `make demo` and `make test`. Both make the virtual environment if it is missing.
+# Two commands do all the set-up: `make demo` and `make test`. Both make the virtual environment if it is missing. A demo
+# that was interrupted goes on; `stepc train --out runs/demo --fresh` forgets it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ WORKERS ?= 2
 .PHONY: demo test test-long lint format regold benchmarks clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/stepc train
+	$(BIN)/stepc train --out runs/demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"

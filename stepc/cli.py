@@ -17,7 +17,7 @@ from stepc.programs.lessons import LESSONS
 from stepc.programs.target import EXAMPLE, Target, compiled, read_axes
 
 # What `stepc train` imports beyond what stepc needs: the extra "demo".
-DEMO = ("rich", "matplotlib")
+DEMO = ("rich", "matplotlib", "orbax")
 FAILED, MISTAKEN, INTERRUPTED = 1, 2, 130
 Options: TypeAlias = dict[str, Any]  # Any: each is what the reader of its option returns
 

@@ -84,7 +84,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),
     "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
     "compiler.forms": ("language.kinds", "language.state"),
-    "compiler.leaves": ("compiler.plan", "language.state"),
     "compiler.gate": ("compiler.forms", "compiler.stages", "inspect", "language.kinds"),
     "compiler.asking": (
         "compiler.check", "compiler.forms", "compiler.liveness", "compiler.search", "compiler.stages", "core.nodes",
@@ -97,7 +96,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compiler.check", "core.nodes", "errors", "language.kinds", "language.state",
         "processes.board", "processes.poll",
     ),
-    "runner": ("errors", "language.kinds", "language.state", "processes", "runner"),
+    "runner": ("errors", "language.kinds", "language.padding", "language.state", "processes", "runner"),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
     "programs": ("", "errors", "processes", "programs", "runner"),
     "cli": ("", "errors", "processes", "programs", "runner"),

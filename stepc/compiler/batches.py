@@ -37,6 +37,11 @@ class Batches:
         leading = [None] if self.decision.repeats > 1 else []
         return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.rows))
 
+    @property
+    def options(self) -> dict[str, Any]:  # Any: what `jax.jit` takes
+        """What the program is told of where its arguments lie."""
+        return {} if self.lying is None else {"in_shardings": (None, self.lying)}
+
     @cached_property
     def _by_leaf(self) -> bool:
         return bool(self.decision.laid.layout.batch or self.decision.laid.layout.automatic)
@@ -93,8 +98,10 @@ class Batches:
         check_program(program, self._compared, state, batch, self.mesh)
 
     def put(self, batch: Batch) -> Batch:
-        """The same; that the rows of several processes fit together is left to be checked."""
-        return whole(batch, self._rows, self.decision.core) if processes_of(self.mesh) else self.placed(batch)
+        """The batch on the devices; that the rows of several processes fit together is left to be checked."""
+        if processes_of(self.mesh):
+            return whole(batch, self._rows, self.decision.core)
+        return jax.device_put(batch, None if self.mesh is None else self.shardings(batch))
 
     def _placed_by_all(self, batch: Batch) -> Batch:
         for _, leaf in leaves_by_path(batch):

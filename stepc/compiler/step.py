@@ -127,13 +127,11 @@ class Step:
         self.why_traced_again = ""
         self._forms: list[str] = []
         self._batches = Batches(self.mesh, decision)
-        lying = self._batches.lying
-        options: dict[str, Any] = {} if lying is None else {"in_shardings": (None, lying)}
 
         def stepc_step(state: State, batch: Batch) -> tuple[State, Metrics, Watch]:  # the name of the program in HLO
             return self._traced(state, batch)
 
-        self._program = jax.jit(stepc_step, donate_argnums=0, **options)
+        self._program = jax.jit(stepc_step, donate_argnums=0, **self._batches.options)
 
     def __repr__(self) -> str:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
@@ -292,8 +290,8 @@ class Step:
     @_in_our_mesh
     def _plan(self, state: State, batch: Batch) -> Plan:
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
-        made, work = self.decision, self.decision.scheduled(state, batch)[0]
-        laid, leaves = made.laid, planned_leaves(state, made.laid, self.mesh)
+        made, laid = self.decision, self.decision.laid
+        work, leaves = made.scheduled(state, batch)[0], planned_leaves(state, laid, self.mesh)
         whole = sums_of(state.params, state.placement, laid, divided=False)
         told = notes(work, laid, sum(leaf.size * leaf.dtype.itemsize for leaf in whole))
         sums = sums_of(state.params, state.placement, laid, divided=accumulates_parts(work))

@@ -49,8 +49,13 @@ class Job:
     )
     seed: int = _option(0, "SEED", "of parameters, batches and sample", least=0)
     out: Path | None = _option(
-        None, "FOLDER", "for metrics.jsonl and loss.png", reader=Path, shown="runs/<date>-<time>"
+        None,
+        "FOLDER",
+        "for metrics, picture and checkpoints; a run that is there goes on",
+        reader=Path,
+        shown="runs/<date>-<time>",
     )
+    fresh: bool = _flag("forget the run in that folder, and begin anew")
     learning_rate: float = _option(1e-2, "RATE", "of adamw, at its peak", reader=float, least=0)
     dropout: float = _option(
         0.0, "RATE", "share of what each half of a block adds that training loses", reader=float, least=0, below=1.0
@@ -78,6 +83,13 @@ class Job:
         if faults:
             raise sc.ConfigError("A job cannot have these numbers.", facts=faults)
         _ = self.size  # checks its own numbers
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What makes a run of it this one, and no other: all but where it lies."""
+        return {
+            one.name: self.__dict__[one.name] for one in fields(self) if one.name not in ("out", "fresh", "distributed")
+        }
 
     @property
     def size(self) -> Size:

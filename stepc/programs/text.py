@@ -2,10 +2,10 @@
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64, Int32, UInt8
@@ -60,15 +60,34 @@ def read(folder: Path, *, max_bytes: int) -> Text:
     return Text(train=np.frombuffer(train, np.uint8), held_out=np.frombuffer(held_out, np.uint8))
 
 
-def batches(text: Bytes, *, rows: int, context: int, seed: int) -> Iterator[Windows]:
-    """Draw batches of windows for ever, each in fresh memory.
+class Batches(Iterator[Windows]):
+    """Draws batches of windows for ever, each in fresh memory; it knows where it is, so that a run goes on exactly.
 
     Meaning: `rows` windows of `context + 1` bytes that begin anywhere in `text`, with repetition.
-    Errors: ConfigError, at the first batch, if `text` is shorter than one window.
+    Args:
+      part: (number, of how many), the part of the rows of each batch that is given; all by default.
+    Errors: ConfigError if the rows do not divide; at the first batch, if `text` is shorter than one window.
     """
-    rng = np.random.default_rng(seed)
-    while True:
-        yield _cut(text, rng.integers(0, _num_starts(text, context), rows), context)
+
+    def __init__(self, text: Bytes, *, rows: int, context: int, seed: int, part: tuple[int, int] = (0, 1)) -> None:
+        number, parts = part
+        if rows % parts:
+            raise sc.ConfigError(f"{rows} rows do not divide by {parts} processes.")
+        self.text, self.rows, self.context = text, rows, context
+        self._mine = slice(number * rows // parts, (number + 1) * rows // parts)
+        self._generator = np.random.default_rng(seed)
+
+    def __next__(self) -> Windows:
+        starts = self._generator.integers(0, _num_starts(self.text, self.context), self.rows)
+        return _cut(self.text, starts[self._mine], self.context)
+
+    def get_state(self) -> dict[str, Any]:  # Any: the state of numpy's generator: names and whole numbers
+        """Where it is."""
+        return dict(self._generator.bit_generator.state)
+
+    def set_state(self, state: Mapping[str, Any]) -> None:  # Any: as above
+        """Let the next batch be the one that followed there."""
+        self._generator.bit_generator.state = state
 
 
 def validation_batches(text: Bytes, *, rows: int, context: int, num_batches: int) -> tuple[Windows, ...]:

@@ -1,12 +1,11 @@
 """The program behind `stepc train`: a small GPT and a compiled step, with everything there is to see of them."""
 
 import io
-from collections.abc import Iterator
-from contextlib import nullcontext, redirect_stdout
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import count
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,15 @@ from jax.sharding import Mesh
 import stepc as sc
 from stepc.processes.alarm import ending_all
 from stepc.processes.start import is_launched
-from stepc.programs import gpt, text
-from stepc.programs.curve import Curve
+from stepc.programs import curve, gpt, text
+from stepc.programs.folder import Folder, found
 from stepc.programs.job import Job
 from stepc.runner.console import Console
 from stepc.runner.jsonl import JSONL
 
-METRICS, PICTURE = "metrics.jsonl", "loss.png"
 LOGS = 150  # how often a whole run is logged
 VALIDATIONS = 5  # how often it is judged, besides at its beginning
+SAVE_EVERY = 50
 VALIDATION_ROWS = 32
 PROMPT = b"def "
 TEMPERATURE = 0.9
@@ -33,6 +32,7 @@ TEMPERATURE = 0.9
 def train(job: Job) -> None:
     """Train, and print the pipeline, the plan, the collectives, the progress, a sample, and where the files are.
 
+    Meaning: every 50 steps the run is saved; a second call with the same job goes on from there, to the same bits.
     Errors: those of stepc, before the first step; sc.Interrupted on Ctrl-C, after the curve so far is drawn.
     """
     if job.distributed or is_launched():
@@ -44,28 +44,42 @@ def train(job: Job) -> None:
 
 def _train(job: Job, mesh: Mesh) -> None:
     source = text.read(text.standard_library(), max_bytes=job.text_bytes)
-    data = _mine(text.batches(source.train, rows=job.batch, context=job.context, seed=job.seed), job.batch)
-    exam = _exam(job, source) if jax.process_index() == 0 else None
-    params = gpt.init(jax.random.key(job.seed), job.size)
-    print(f"{len(source.train):,} bytes to learn from, {len(source.held_out):,} bytes of other files held out")
-    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", end="\n\n")
+    about = {**job.identity, "text": f"{len(source.train)} bytes, CRC-32 {zlib.crc32(source.train.tobytes()):08x}"}
+    step = sc.compile(pipeline_of(job), mesh=mesh)
+    state = step.init(gpt.init(jax.random.key(job.seed), job.size), seed=job.seed)
+    data, other = _data(job, source), _data(job, source)
+    if jax.process_index() > 0:
+        if job.fresh or job.out is None or not Folder(job.out).is_finished():
+            _followed(job, step, state, data)
+        return
+    folder = found(job.out, about, fresh=job.fresh)
+    if folder.is_finished():
+        print(f"{folder.path} holds a finished run of {job.steps:,} steps: nothing is left to do. --fresh begins anew.")
+    else:
+        _say(source, state, step.lower(state, next(other) if jax.process_count() == 1 else step.put(next(other))))
+        _trained(job, step, state, data, _exam(job, source), folder, about)
+    print(f"metrics  {folder.metrics}\ncurve    {folder.picture}")
 
-    pipeline = pipeline_of(job)
-    print(pipeline, end="\n\n", flush=True)
-    step = sc.compile(pipeline, mesh=mesh)
-    state = step.init(params, seed=job.seed)
-    lowered = step.lower(state, step.put(next(data)))
-    folder = _folder(job.out) if exam is not None else Path()
+
+def _data(job: Job, source: text.Text) -> text.Batches:
+    """The rows of this process: all draw the same batch, and each takes its part."""
+    part = (jax.process_index(), jax.process_count())
+    return text.Batches(source.train, rows=job.batch, context=job.context, seed=job.seed, part=part)
+
+
+def _checkpoints(job: Job, folder: Folder) -> sc.Checkpoints | None:
+    """Several processes save where all of them were told to."""
+    if jax.process_count() > 1 and job.out is None:
+        return None
+    return sc.Checkpoints(folder.checkpoints, every=SAVE_EVERY)
+
+
+def _say(source: text.Text, state: sc.State, lowered: sc.Lowered) -> None:
+    print(f"{len(source.train):,} bytes to learn from, {len(source.held_out):,} bytes of other files held out")
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,} parameters", end="\n\n")
+    print(lowered.plan.pipeline, end="\n\n")
     print(lowered.plan, end="\n\n", flush=True)
     print("as compiled", lowered.compile().collectives(), sep="\n\n", end="\n\n", flush=True)
-    if exam is None:
-        _followed(job, step, state, data)
-        return
-    try:
-        state = _trained(job, step, state, data, exam, folder)
-        print(f"\na sample\n\n{_sample(job, state)}\n")
-    finally:
-        print(f"metrics  {folder / METRICS}\ncurve    {folder / PICTURE}")
 
 
 def pipeline_of(job: Job) -> sc.Pipeline:
@@ -109,42 +123,6 @@ def _mesh(wanted: int) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), devices=devices)
 
 
-def _mine(data: Iterator[text.Windows], rows: int) -> Iterator[text.Windows]:
-    """The rows of this process: all draw the same batch, and each takes its part."""
-    num, me = jax.process_count(), jax.process_index()
-    if rows % num:
-        raise sc.ConfigError(f"{rows} rows do not divide by {num} processes.")
-    mine = slice(me * rows // num, (me + 1) * rows // num)
-    return ({name: leaf[mine] for name, leaf in batch.items()} for batch in data)
-
-
-def _folder(wanted: Path | None) -> Path:
-    """A folder that holds no other run."""
-    if wanted is not None:
-        if wanted.exists() and not (wanted.is_dir() and not any(wanted.iterdir())):
-            raise sc.ConfigError(
-                f"{wanted} exists and is not an empty folder; a run never overwrites what is there.",
-                suggestion="Name another folder, or none for one named after the date and time.",
-            )
-        try:
-            wanted.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise sc.ConfigError(f"The folder {wanted} cannot be made: {error.strerror}.") from error
-        return wanted
-    now = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    names = (now if number == 1 else f"{now}-{number}" for number in count(1))
-    return next(folder for name in names if _was_made(folder := Path("runs", name)))
-
-
-def _was_made(folder: Path) -> bool:
-    """Whether this call made the folder; to ask whether it exists, and then to make it, would be a race."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
 class _Exam:
     """The windows that a run is judged by, and what to beat."""
@@ -179,64 +157,86 @@ class _Record:
     exam: _Exam
     console: Console
     lines: JSONL
-    curve: Curve
 
-    def judge(self, state: sc.State, step: int) -> None:
-        """Judge a state, and put the result where the losses go."""
-        jax.block_until_ready(state)  # so that the pause holds no training
+    def judge(self, step: int, metrics: Mapping[str, float], snapshot: Callable[[], sc.State]) -> None:
+        """Judge a state, and put the result where the losses go; a hook of `run`."""
         with self.console.paused():
-            loss = self.exam.judge(state.params)
+            loss = self.exam.judge(snapshot().params)
         self.console.say(f"step {step}: validation {loss:.3f} nats per byte (bigram {self.exam.bigram:.3f})")
         self.lines.log({"validation_loss": loss, "bigram_loss": self.exam.bigram}, step)
-        self.curve.validated(loss, step=step)
 
 
-class _Judged:
-    """A step, judged now and then: `run` calls it as it calls any step, and the loop need not know."""
-
-    def __init__(self, step: sc.Step, record: _Record | None, *, every: int) -> None:
-        self.step, self.record, self.every = step, record, every
-        self.num_calls = 0  # `state.step` would have to be waited for
-
-    def __call__(self, state: sc.State, batch: text.Windows) -> tuple[sc.State, dict[str, jax.Array]]:
-        if self.record is not None and self.num_calls % self.every == 0:
-            self.record.judge(state, self.num_calls)
-        self.num_calls += 1
-        return self.step(state, batch)
-
-    def put(self, batch: text.Windows) -> text.Windows:
-        return self.step.put(batch)
+def _followed(job: Job, step: sc.Step, state: sc.State, data: text.Batches) -> None:
+    """The part of a process that is not the first: the same steps and copies, and nobody to tell."""
+    checkpoint = None if job.out is None else _checkpoints(job, Folder(job.out))
+    hooks = [(every, lambda step, metrics, snapshot: snapshot()) for every in _moments(job)]
+    sc.run(step, state, data, steps=job.steps, checkpoint=checkpoint, log_every=_log_every(job), hooks=hooks)
 
 
-def _followed(job: Job, step: sc.Step, state: sc.State, data: Iterator[text.Windows]) -> None:
-    """The part of a process that is not the first: the same steps, and nobody to tell."""
-    sc.run(_Judged(step, None, every=1), state, data, steps=job.steps)
+def _moments(job: Job) -> list[int]:
+    """How often, and at the end, a run is judged."""
+    every = -(-job.steps // VALIDATIONS)
+    return [every, *([job.steps] if job.steps % every else [])]
+
+
+def _log_every(job: Job) -> int:
+    return max(1, job.steps // LOGS)
 
 
 def _trained(
-    job: Job, step: sc.Step, state: sc.State, data: Iterator[text.Windows], exam: _Exam, folder: Path
-) -> sc.State:
-    """Run the steps; draw the curve whatever ends them."""
-    tokens_per_step = job.batch * job.context
+    job: Job,
+    step: sc.Step,
+    state: sc.State,
+    data: text.Batches,
+    exam: _Exam,
+    folder: Folder,
+    about: Mapping[str, object],
+) -> None:
+    """Run the steps, from the last checkpoint if there is one; draw the curve whatever ends them."""
+    folder.begin(about)
     with (
-        Console(steps=job.steps, tokens_per_step=tokens_per_step) as console,
-        JSONL(folder / METRICS) as lines,
+        _told_once(),
+        Console(steps=job.steps, tokens_per_step=job.batch * job.context) as console,
+        JSONL(folder.metrics) as lines,
     ):
-        record = _Record(exam, console, lines, Curve())
-        judged = _Judged(step, record, every=-(-job.steps // VALIDATIONS))
+        record = _Record(exam, console, lines)
         try:
+            if not folder.has_checkpoint():
+                record.judge(0, {}, lambda: state)
             run = sc.run(
-                judged,
+                step,
                 state,
                 data,
                 steps=job.steps,
-                loggers=(console, lines, record.curve),
-                log_every=max(1, job.steps // LOGS),
+                checkpoint=_checkpoints(job, folder),
+                loggers=(console, lines),
+                log_every=_log_every(job),
+                hooks=[(every, record.judge) for every in _moments(job)],
             )
-            record.judge(run.state, run.steps)
+        except sc.Interrupted:
+            console.close()
+            print(f"\nTo go on, run this command again with --out {folder.path}")
+            print(f"metrics  {folder.metrics}\ncurve    {folder.picture}")
+            raise
         finally:
-            record.curve.draw(folder / PICTURE, bigram=exam.bigram)
-    return run.state
+            curve.draw(folder.picture, folder.metrics, bigram=exam.bigram)
+    sample = _sample(job, run.state)
+    print(f"\na sample\n\n{sample}\n")
+    folder.finish(sample)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """The console shows every event: let the log of Python not print it a second time."""
+    log = logging.getLogger("stepc")
+    before, silent = log.propagate, logging.NullHandler()
+    log.addHandler(silent)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(silent)
+        log.propagate = before
 
 
 def _sample(job: Job, state: sc.State) -> str:

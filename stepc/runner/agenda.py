@@ -70,15 +70,19 @@ class Agenda:
     profile: Profile | None = None
     done: int = 0
     _is_profiling: bool = field(default=False)
+    _everies: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._everies = [every for every, _ in self.hooks]
+        self._everies += [] if self.evaluation is None else [self.evaluation.every]
 
     def is_due(self, number: int, per_call: int) -> bool:
         """Whether something is."""
-        everies = [every for every, _ in self.hooks]
-        everies += [] if self.evaluation is None else [self.evaluation.every]
         return (
-            self._profile_is_due(number)
+            self.profile is not None
+            and self._profile_is_due(number)
             or number > self.done
-            and any(number // every > (number - per_call) // every for every in everies)
+            and any(number // every > (number - per_call) // every for every in self._everies)
         )
 
     def act(self, number: int, per_call: int, state: Any, scribe: Scribe) -> None:  # Any: a state

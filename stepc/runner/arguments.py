@@ -9,7 +9,7 @@ from stepc.errors import ConfigError
 from stepc.language.state import leaves_by_path
 from stepc.runner.checkpoints import Checkpoints
 from stepc.runner.digests import digests
-from stepc.runner.flight import Watched
+from stepc.runner.flight import Watched, steps_per_call_of
 from stepc.runner.policies import Policy, Raise, Rollback, faults_of
 
 NOT_ASKED = "`run` cannot do what it was asked for."
@@ -52,8 +52,10 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
         faults.append(("watchdog_seconds", "a positive number or None", watchdog))
     if place is not None and not callable(place):
         faults.append(("place", "a function of a batch, or None", place))
-    if asked["short_batches"] not in ("raise", "drop"):
-        faults.append(("short_batches", '"raise" or "drop"', asked["short_batches"]))
+    if asked["short_batches"] not in ("raise", "drop", "pad"):
+        faults.append(("short_batches", '"raise", "drop" or "pad"', asked["short_batches"]))
+    if asked["short_batches"] == "pad" and steps_per_call_of(asked["step"]) > 1:
+        faults.append(("short_batches", '"raise" or "drop" for a step that repeats', "pad"))
     faults += _schedules(asked)
     facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
     facts += faults_of(asked["on_error"])

@@ -1,6 +1,7 @@
 """What a batch looks like: the first is held against each later one, and host arrays are copied. Knows no iterator."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,18 +10,26 @@ import numpy as np
 
 from stepc.errors import BatchError
 from stepc.language.kinds import Batch
+from stepc.language.padding import pad_batch
 from stepc.language.state import leaves_by_path
 
-MISSING = "nothing"
+MISSING, MASK = "nothing", "mask"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The structure of a batch, and for each leaf where it is, its shape and its dtype."""
+    """The structure of a batch, and for each leaf where it is, its shape and its dtype.
+
+    Args:
+      forms: the class, the shape and the dtype of each leaf: what a step has time to compare.
+      is_narrowed: whether a host leaf has a dtype that jax does not compute in, so that its numbers may not fit.
+    """
 
     structure: Any  # Any: the type of a tree's structure is jax's own
     leaves: tuple[tuple[str, tuple[int, ...], str], ...]
     paths: tuple[str, ...]
+    forms: tuple[tuple[type, tuple[int, ...], Any], ...] = ()  # Any: a dtype
+    is_narrowed: bool = False
 
     def rows(self) -> dict[str, str]:
         """Each leaf as it is printed, by path."""
@@ -36,18 +45,36 @@ def checked(batch: Batch, first: Spec | None, saved: dict[str, str] | None = Non
     Errors: BatchError with every fault: path, expected, got.
     """
     leaves, structure = jax.tree.flatten(batch)
-    rows = tuple([_row(leaf) for leaf in leaves])
-    if first is None or first.leaves != rows or first.structure != structure:
-        spec = Spec(structure, rows, tuple(path for path, _ in leaves_by_path(batch)))
-        if first is None:
-            _refuse("This batch cannot be trained on.", _unfit(batch))
-            _refuse("This batch is not like those before the checkpoint.", _changes(spec.rows(), saved or spec.rows()))
-        else:
-            _refuse("This batch is not like the first one.", _unfit(batch) or _differences(spec, first))
-        first = spec
-    if any(type(leaf) is np.ndarray and leaf.dtype != _canonical(leaf.dtype) for leaf in leaves):
+    if first is None or structure != first.structure or not _have_forms(leaves, first.forms):
+        first = _compared(batch, first, saved)
+    if first.is_narrowed:
         _refuse("This batch holds numbers that do not fit where jax puts them.", _too_large(batch))
     return first
+
+
+def _have_forms(leaves: list[Any], forms: tuple[tuple[type, tuple[int, ...], Any], ...]) -> bool:  # Any: as above
+    for leaf, (kind, shape, dtype) in zip(leaves, forms, strict=True):
+        if type(leaf) is not kind or leaf.shape != shape or leaf.dtype != dtype:
+            return False
+    return True
+
+
+def _compared(batch: Batch, first: Spec | None, saved: dict[str, str] | None) -> Spec:
+    """What `checked` does for the first batch, and for one that is not quite like it: an array of another class."""
+    leaves, structure = jax.tree.flatten(batch)
+    rows = tuple([_row(leaf) for leaf in leaves])
+    if first is not None and first.leaves == rows and first.structure == structure:
+        return first
+    spec = Spec(structure, rows, tuple(path for path, _ in leaves_by_path(batch)))
+    if first is not None:
+        _refuse("This batch is not like the first one.", _unfit(batch) or _differences(spec, first))
+    _refuse("This batch cannot be trained on.", _unfit(batch))
+    _refuse("This batch is not like those before the checkpoint.", _changes(spec.rows(), saved or spec.rows()))
+    return replace(
+        spec,
+        forms=tuple((type(leaf), leaf.shape, leaf.dtype) for leaf in leaves),
+        is_narrowed=any(type(leaf) is np.ndarray and leaf.dtype != _canonical(leaf.dtype) for leaf in leaves),
+    )
 
 
 def is_short(batch: Batch, first: Spec | None) -> bool:
@@ -62,14 +89,37 @@ def is_short(batch: Batch, first: Spec | None) -> bool:
     )
 
 
+def padded(batch: Batch, first: Spec) -> Batch:
+    """A short batch with as many rows as the first: copies of its first row, with zeros in the leaf "mask"."""
+    filled, is_real = pad_batch(batch, first.leaves[0][1][0])
+    mask = filled[MASK]
+    mask[~is_real] = 0
+    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf) if isinstance(like, jax.Array) else leaf, filled, batch)
+
+
+def check_mask(batch: Batch) -> None:
+    """Refuse a batch without a mask: rows that fill it up would weigh as much as the others.
+
+    Errors: BatchError.
+    """
+    if not (isinstance(batch, dict) and isinstance(batch.get(MASK), np.ndarray | jax.Array)):
+        got = ", ".join(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise BatchError(
+            "Short batches cannot be filled up: this batch has no mask.",
+            facts=[("expected", 'a dict with an array "mask"'), ("got", got)],
+            suggestion="Give each row a 1 in a leaf 'mask', weighed by `sc.Mean((nll * mask).sum(), mask.sum())`.",
+        )
+
+
 def copied(batch: Batch) -> Batch:
     """The batch with its host arrays in memory of our own, in the dtypes that jax computes in.
 
     On CPU, jax may read a numpy buffer long after it was given it, also through `jnp.array`: a loader that uses its
     buffer again would change a batch in flight.
     """
-    return jax.tree.map(
-        lambda leaf: np.array(leaf, _canonical(leaf.dtype)) if isinstance(leaf, np.ndarray) else leaf, batch
+    leaves, structure = jax.tree.flatten(batch)
+    return structure.unflatten(
+        [np.array(leaf, _canonical(leaf.dtype)) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
     )
 
 
@@ -132,6 +182,11 @@ def _span(leaf: np.ndarray) -> str:
 
 
 def _canonical(dtype: Any) -> Any:  # Any: a dtype of numpy
+    return _canonical_where(dtype, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache  # jax takes as long to say it as numpy to copy a small array
+def _canonical_where(dtype: Any, is_x64: bool) -> Any:  # Any: as above
     return jax.dtypes.canonicalize_dtype(dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from stepc.errors import CheckpointError, ConfigError
 from stepc.runner.policies import Ledger
+from stepc.runner.sameness import Seen
 from stepc.runner.scribe import Scribe
 
 SLOW_SECONDS = 0.005  # a save that is waited for less is not worth a word
@@ -29,11 +30,13 @@ class Checkpoints:
       every_seconds: saves sooner than `every`, if that long has passed; None for never.
       timeout_seconds: how long the run waits for a save; then it has failed. A thread that waits for a disk cannot be
         ended, and Python waits for it at its exit: a second Ctrl-C ends that.
+      check_data: when a run goes on, read the last batch before the checkpoint again, and refuse another one: an
+        iterator that was made with another seed goes to its old place without a word.
     Errors: ConfigError for what is not such a number. Needs the extra "checkpoint" when a run starts.
     To go on exactly, the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
     Example:
       >>> Checkpoints("runs/first", every=100)
-      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None, timeout_seconds=600.0)
+      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None, timeout_seconds=600.0, check_data=True)
     """
 
     directory: str | Path
@@ -41,6 +44,7 @@ class Checkpoints:
     keep: int = 3
     every_seconds: float | None = None
     timeout_seconds: float = 600.0
+    check_data: bool = True
 
     def __post_init__(self) -> None:
         faults: list[tuple[str, str, object]]
@@ -52,6 +56,8 @@ class Checkpoints:
             faults.append(("every_seconds", "a positive number or None", self.every_seconds))
         if not _is_positive(self.timeout_seconds):
             faults.append(("timeout_seconds", "a positive number", self.timeout_seconds))
+        if not isinstance(self.check_data, bool):
+            faults.append(("check_data", "True or False", self.check_data))
         if faults:
             facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
             raise ConfigError("`Checkpoints` cannot be made so.", facts=facts)
@@ -69,6 +75,7 @@ class Restored:
     number: int
     position: Any  # Any: where the data stood
     batch: Mapping[str, str]
+    last: Seen | None
 
 
 @runtime_checkable
@@ -121,7 +128,7 @@ class Keeper:
             return None
         state, meta = found
         self.saved = meta["step"]
-        return Restored(state, meta["step"], meta["position"], meta["batch"])
+        return Restored(state, meta["step"], meta["position"], meta["batch"], meta["last"])
 
     def is_due(self, number: int, *, steps_per_call: int) -> bool:
         """Whether it is time for a checkpoint."""
@@ -132,7 +139,14 @@ class Keeper:
         seconds = self.wanted.every_seconds
         return seconds is not None and self.clock() - self._saved_at >= seconds
 
-    def save(self, number: int, state: Any, position: Any, batch: Mapping[str, str]) -> None:  # Any: as in Restored
+    def save(
+        self,
+        number: int,
+        state: Any,  # Any: as in Restored
+        position: Any,  # Any: as in Restored
+        batch: Mapping[str, str],
+        last: Seen | None,
+    ) -> None:
         """Begin to save a settled state, after the save before it is done; one of the same step is enough."""
         if number == self._under_way:
             return
@@ -143,7 +157,7 @@ class Keeper:
             return
         if is_slow and (waited := self.clock() - began) >= SLOW_SECONDS:
             self.scribe.event("slow_checkpoint", number, waited_seconds=f"{waited:.2f}")
-        meta = {"step": number, "position": position, "batch": dict(batch)}
+        meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
         self._guarded(number, lambda: self.vault.save(number, state, meta))
         self._under_way = number
         self._saved_at = self.clock()

@@ -13,7 +13,7 @@ from stepc.errors import ConfigError
 
 PLAIN_EVERY_SECONDS = 10.0
 UNKNOWN = "-"
-QUIET = ("start", "end", "checkpoint", "snapshots")
+QUIET = ("start", "plan", "end", "checkpoint", "snapshots")
 
 
 class Console:

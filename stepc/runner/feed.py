@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from stepc.errors import BatchError
+from stepc.errors import BatchError, DataError
 from stepc.language.kinds import Batch
-from stepc.runner.batches import Spec, checked, copied, is_short
+from stepc.runner.batches import Spec, check_mask, checked, copied, is_short, padded
 
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is to end
 LEAVE_SECONDS = 1.0  # how long a reading thread may take to leave
@@ -25,13 +25,13 @@ class Positioned(Protocol):
     def set_state(self, state: Any, /) -> None: ...
 
 
-@dataclass(frozen=True)
-class Item:
-    """A batch, and where the data stands after it. Without a batch: the place of one that was left out."""
+class Item(NamedTuple):
+    """A batch, and where the data stands after and before it. Without a batch: the place of one that was left out."""
 
     batch: Batch
     after: Any = None  # Any: see Positioned
     is_hole: bool = False
+    before: Any = None  # Any: see Positioned
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Source:
 
     Args:
       place: moves a batch to devices, or leaves it on the host.
-      short: "raise", or "drop" for batches that are like the first with fewer rows.
+      short: "raise", or "drop" or "pad" for batches that are like the first with fewer rows.
     """
 
     data: Iterable[Batch]
@@ -113,8 +113,11 @@ class Source:
                 self.num_dropped += 1
                 continue
             try:
+                if self.short == "pad":
+                    check_mask(batch)
+                    batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
                 self.spec = checked(batch, self.spec, self.saved_rows)
-                item = Item(self.place(copied(batch)), after)
+                item = Item(self.place(copied(batch)), after, before=self.before)
             except Exception as error:  # BatchError, or whatever the user's `place` raises
                 return self._broken(error)
             self.num_given += 1
@@ -238,3 +241,14 @@ class Feed:
                     continue
             if not isinstance(found, Item):
                 return
+
+
+def data_failure(broken: Broken, step: int) -> DataError:
+    """What to raise for a read that failed before a step."""
+    error = broken.error
+    facts, suggestion = [("read", str(broken.place))], None
+    what = f"The data failed before step {step}: {type(error).__name__}: {error}"
+    if broken.is_dead:
+        what = f"The data ended after it failed, before step {step}: {type(error).__name__}: {error}"
+        suggestion = "A generator cannot go on after an error: raise none in it, or write an iterator class."
+    return DataError(what, phase="data", step=step, state_ok=True, facts=facts, suggestion=suggestion)

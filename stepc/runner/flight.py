@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from stepc.errors import BuildError, DeviceError, NonFiniteError, StepError
 from stepc.language.kinds import Batch, Metrics
@@ -18,7 +19,7 @@ from stepc.runner.feed import Item
 class Watch(Protocol):
     """What a step saw of numbers that are not finite; arrays that are never donated."""
 
-    finite: Any  # Any: a bool array, one for each step of a call
+    finite: Any  # Any: a bool array, one for each step of a call: whether loss and gradient are, or it was skipped
 
     def describe(self) -> list[tuple[str, str]]:
         """Rows of (label, text) that name microbatches and leaves."""
@@ -59,9 +60,19 @@ class Repeating(Protocol):
 
 @runtime_checkable
 class Placing(Protocol):
-    """A step that can make one batch of all processes from the rows of this one."""
+    """A step that can put a batch on the devices as it takes it; of many processes' rows it makes one."""
 
     def put(self, batch: Batch, /) -> Batch: ...
+
+
+@runtime_checkable
+class Lowers(Protocol):
+    """A step that can say what is compiled for a state and a batch."""
+
+    @property
+    def mesh(self) -> Mesh | None: ...
+
+    def lower(self, state: Any, batch: Batch, /) -> Any: ...  # Any: a state; what is lowered has a plan that prints
 
 
 Call: TypeAlias = Callable[[Any, Batch], tuple[Any, Metrics, Watch | None]]  # Any: a state
@@ -74,15 +85,6 @@ def call_of(step: Runnable) -> Call:
             return step.watched
         case _:
             return lambda state, batch: (*step(state, batch), None)
-
-
-def placer_of(step: object, *, many: bool) -> Callable[[Batch], Batch]:
-    """What to do with a batch once it is read: of many processes' rows the step makes one, if it can."""
-    match step:
-        case Placing() if many:
-            return step.put
-        case _:
-            return lambda batch: batch
 
 
 def skip_limit_of(step: object) -> int | None:
@@ -103,14 +105,42 @@ def steps_per_call_of(step: object) -> int:
             return 1
 
 
-@dataclass(frozen=True)
-class Flying:
+class Flying(NamedTuple):
     """A call that was made: its first step, what it was given, and its own outputs, which no later step donates."""
 
     first: int
     item: Item
     metrics: Metrics
     watch: Watch | None
+
+
+def place_of(step: object, *, is_ahead: bool, many: bool) -> Callable[[Batch], Batch]:
+    """Where batches go that are read: what is read ahead, and the rows of many processes, to the devices."""
+    match step:
+        case Placing() if is_ahead or many:
+            return step.put
+        case _:
+            return lambda batch: batch
+
+
+def plan_of(step: object) -> Callable[[Any, Batch], str | None]:  # Any: a state
+    """How to print what the compiler decided for a state and a batch; None of what is not compiled."""
+    match step:
+        case Lowers():
+            return lambda state, batch: str(step.lower(state, batch).plan)
+        case _:
+            return lambda state, batch: None
+
+
+def mesh_of(step: object) -> str:
+    """The mesh of a step, as it is printed."""
+    match step:
+        case Lowers(mesh=Mesh() as mesh):
+            return str(dict(mesh.shape))
+        case Lowers():
+            return "none: one device"
+        case _:
+            return "unknown"
 
 
 @dataclass(frozen=True)
@@ -121,18 +151,19 @@ class Landed:
     is_skipped: np.ndarray
 
 
-def land(flying: Flying) -> Landed:
-    """Wait for a call.
+def land(flying: Flying) -> Landed | None:
+    """Wait for a call. None says that all its steps are finite, and so none was skipped; one flag tells that.
 
     Errors: DeviceError for its own failure. To wait for its own outputs, in order, is what attributes a late error: on
       a later step it would come under another name.
     """
+    watch, metrics = flying.watch, flying.metrics
     try:
-        losses = np.asarray(flying.metrics["loss"])
-        skipped = np.asarray(flying.metrics["skipped"]) if "skipped" in flying.metrics else np.zeros_like(losses, bool)
-        finite = np.isfinite(losses.astype(np.float64))
-        if flying.watch is not None:
-            finite = finite & np.asarray(flying.watch.finite)
+        if watch is not None and np.asarray(watch.finite).all():
+            return None
+        losses = np.asarray(metrics["loss"])
+        finite = np.isfinite(losses.astype(np.float64)) if watch is None else np.asarray(watch.finite)
+        skipped = np.asarray(metrics["skipped"]) if "skipped" in metrics else np.zeros_like(losses, bool)
     except Exception as error:  # jax raises several classes for a program that failed, ValueError among them
         raise failed(error, "settle", flying.first, state_ok=False) from error
     return Landed(finite.reshape(-1), skipped.reshape(-1) != 0)

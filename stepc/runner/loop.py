@@ -4,22 +4,18 @@ import importlib
 import importlib.util
 import logging
 import platform
-import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from stepc.errors import (
-    CheckpointError,
     ConfigError,
     DataError,
-    Interrupted,
-    PeerError,
-    Preempted,
-    ResumeError,
     StepError,
 )
 from stepc.language.kinds import Batch
@@ -30,11 +26,22 @@ from stepc.runner.arguments import check_arguments, check_replay, check_state, g
 from stepc.runner.cache import kept_programs
 from stepc.runner.checkpoints import Checkpoints, Keeper
 from stepc.runner.feed import Feed, Positioned, Source
-from stepc.runner.flight import Runnable, call_of, deleted_leaves, placer_of, skip_limit_of, steps_per_call_of
+from stepc.runner.flight import (
+    Runnable,
+    call_of,
+    deleted_leaves,
+    mesh_of,
+    place_of,
+    plan_of,
+    skip_limit_of,
+    steps_per_call_of,
+)
+from stepc.runner.leaving import forsake, given_back, how_it_ended, leave, report
 from stepc.runner.peers import Peers, peers_of
 from stepc.runner.policies import Ledger, Policy, policies_of
 from stepc.runner.programs import Programs
 from stepc.runner.result import Run as Run
+from stepc.runner.sameness import check_data, go_to
 from stepc.runner.scribe import Logger as Logger
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Signals, watched_signals
@@ -93,9 +100,10 @@ def run(
       window: how many steps may be in flight. 0 waits for each.
       snapshot_every: in steps; how often a policy that goes on copies the state, and how many batches it keeps.
       compare_every: in steps; how often the copies of the state on the devices are compared. It reads the state once.
-      prefetch: how many batches a thread reads ahead; 0 reads in the main thread.
-      place: puts a batch on devices, in that thread.
-      short_batches: "raise", or "drop" those with fewer rows than the first.
+      prefetch: how many batches a thread reads ahead, and puts on the devices; 0 reads in the main thread.
+      place: what to do with each batch that was read, instead.
+      short_batches: of fewer rows than the first: "raise"; "drop" them; or "pad" them with copies of their first row
+        that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
       watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
         On several processes it names the one that the others wait for, and ends all.
       bad: `bad(metrics)` says in words why a step with these metrics, host floats, is not wanted, or None. It is asked
@@ -120,7 +128,7 @@ def run(
         ways_out.enter_context(kept_programs(compilation_cache))
         peers = ways_out.enter_context(closing(peers_of(state)))
         peers.check_same("arguments", lambda: told_of(asked, policies))
-        source = Source(data, place or placer_of(step, many=peers.are_many), short_batches)
+        source = Source(data, place or place_of(step, is_ahead=prefetch > 0, many=peers.are_many), short_batches)
         check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
         watchdog = ways_out.enter_context(closing(Watchdog(watchdog_seconds, peers.stalled)))
         signals = ways_out.enter_context(watched_signals())
@@ -132,6 +140,7 @@ def run(
         ways_out.callback(agenda.close)
         training = Training(
             call=call_of(step),
+            plan=plan_of(step),
             run=Run(state if donate_input else copy(state)),
             feed=feed,
             ledger=ledger,
@@ -150,8 +159,8 @@ def run(
             snapshot_every=snapshot_every if goes_back(policies) else None,
             compare_every=compare_every,
         )
-        _train(training, begins_with=repr(step))
-    return _given_back(training.run, signals)
+        _train(training, _header(step, signals))
+    return given_back(training.run, signals)
 
 
 def _keeper(
@@ -169,19 +178,20 @@ def _keeper(
     return Keeper(wanted, vault, ledger, scribe, peers.clock)
 
 
-def _train(training: Training, *, begins_with: str) -> None:
+def _train(training: Training, header: Mapping[str, object]) -> None:
     """The run itself; then whatever ended it, nothing is left in flight, unsaved or unread."""
     scribe, run = training.scribe, training.run
     try:
         _resume(training)
         training.peers.check_same("state", lambda: told_of_state(run.state, training.number))
-        scribe.event("start", training.number, level=logging.INFO, **_header(training, begins_with))
+        scribe.event("start", training.number, level=logging.INFO, **header)
         training.loop()
         watchdog_told(training.watchdog, scribe)
-        run.ended = _how_it_ended(training)
+        run.ended = how_it_ended(training)
         if training.number == 0 and run.ended == "data" and training.peers.has_none(training.feed):
             raise DataError("There is no batch at all.", phase="data", step=1, state_ok=True)
-        scribe.tell_last()
+        if training.keeper is None or not training.signals.is_over():
+            scribe.tell_last()  # of a run that is to go on, only what the whole run would tell
         if training.keeper is not None:
             training.save()
             training.keeper.finish()
@@ -189,110 +199,44 @@ def _train(training: Training, *, begins_with: str) -> None:
             raise StepError(f"The state was lost: {gone[0]}.", phase="settle", step=run.steps, state_ok=False)
         scribe.event("end", run.steps, level=logging.INFO, ended=run.ended)
     except BaseException as error:  # it is raised again; what must be done first, is done
-        (_forsake if training.peers.ends_all(error, training.number) else _leave)(training, error)
+        (forsake if training.peers.ends_all(error, training.number) else leave)(training, error)
         raise
     finally:
-        _report(training)
+        report(training)
 
 
 def _resume(training: Training) -> None:
     if training.keeper is None:
         return
-    if training.position is None and not isinstance(training.feed.source.batches, Positioned):
+    source = training.feed.source
+    if training.position is None and not isinstance(source.batches, Positioned):
         training.scribe.event("resume_not_exact", 0, why="the data has no `get_state()` and `set_state(state)`")
-    training.position = training.feed.source.position()
+    training.position = source.position()
     found = training.keeper.restore(training.run.state)
     if found is not None:
         training.run.state, training.number, training.position = found.state, found.number, found.position
         training.run.steps = found.number
-        training.feed.go_to(found.position)
-        training.feed.source.saved_rows = dict(found.batch)
+        go_to(source, found.position, step=found.number)
+        source.saved_rows = dict(found.batch)
+        if training.keeper.wanted.check_data and found.last is not None and isinstance(source.batches, Positioned):
+            tell = partial(training.scribe.event, "data_not_checked", found.number)
+            check_data(source, found.last, after=found.position, step=found.number, tell=lambda why: tell(why=why))
         training.agenda.done = found.number
     # Without a checkpoint a log that is there is of a run that had none either: it began at 0, and so does this one.
     training.scribe.resume(training.number)
     if found is not None:
         done = training.steps is not None and found.number >= training.steps
-        training.scribe.event("already_done" if done else "resumed", found.number, asked=training.steps)
+        name, level = ("already_done", logging.WARNING) if done else ("resumed", logging.INFO)
+        training.scribe.event(name, found.number, level=level, asked=training.steps)
 
 
-def _header(training: Training, step: str) -> dict[str, object]:
+def _header(step: Runnable, signals: Signals) -> dict[str, object]:
     return {
-        "trains": step,
+        "trains": repr(step),
+        "mesh": mesh_of(step),
         "devices": f"{jax.device_count()} {jax.devices()[0].platform}",
+        "stepc": version("stepc"),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "signals": "SIGINT and SIGTERM" if training.signals.is_protected else "no_signal_protection",
+        "signals": "SIGINT and SIGTERM" if signals.is_protected else "no_signal_protection",
     }
-
-
-def _how_it_ended(training: Training) -> str:
-    match training.signals.received:
-        case signal.SIGINT:
-            return "interrupted"
-        case signal.SIGTERM:
-            return "preempted"
-        case _:
-            return "steps" if training.is_over() else "data"
-
-
-def _leave(training: Training, error: BaseException) -> None:
-    """Before an error goes on: save what lives, wait for what is being saved, and say on the error what else failed."""
-    run = training.run
-    if isinstance(error, KeyboardInterrupt):
-        return  # a second Ctrl-C: at once
-    try:
-        if not isinstance(error, StepError | CheckpointError):
-            training.settle(0)
-        if isinstance(error, StepError) and error.state_ok:
-            training.drain()
-        is_good = not training.flight and not (isinstance(error, StepError) and not error.state_ok)
-        if not is_good or deleted_leaves(run.state):
-            kept: Any = None if training.anchor is None else copy(training.anchor.state)  # Any: a state, or none
-            run.state = kept
-            run.steps = run.steps if training.anchor is None else training.anchor.number
-        if training.keeper is not None:
-            if is_good and not isinstance(error, CheckpointError | ResumeError) and training.number > 0:
-                training.save()
-            training.keeper.finish()
-    except (StepError, CheckpointError) as second:
-        error.add_note(f"stepc: and then: {type(second).__name__}: {str(second).partition(chr(10))[0]}")
-    match error:
-        case StepError() | CheckpointError() | PeerError():
-            error.run = run
-        case _:
-            pass
-
-
-def _forsake(training: Training, error: BaseException) -> None:
-    """The same, where nothing can be done together any more: no last checkpoint; a state in flight is lost."""
-    run = training.run
-    run.state = None if training.flight or deleted_leaves(run.state) else run.state
-    match error:
-        case StepError() | CheckpointError() | PeerError():
-            error.run = run
-        case _:
-            pass
-
-
-def _report(training: Training) -> None:
-    run, ledger = training.run, training.ledger
-    run.failures = dict(ledger.failures)
-    run.skipped, run.rollbacks = ledger.num_skipped, ledger.rollbacks
-    run.logger_failures = dict(training.scribe.failures)
-    run.log_seconds = dict(training.scribe.seconds)
-    if run.ended:
-        run.metrics = training.scribe.last_metrics()
-
-
-def _given_back(run: Run, signals: Signals) -> Run:
-    """The run, or the exception that its signal asks for; the handlers are those from before."""
-    what = f"after step {run.steps}; the state is alive in `.run.state`."
-    match run.ended:
-        case "interrupted":
-            signals.pass_on()
-            raise Interrupted(f"Interrupted {what}", run=run)
-        case "preempted":
-            signals.pass_on()
-            raise Preempted(f"Preempted {what}", run=run)
-        case _:
-            return run

@@ -17,6 +17,7 @@ class Picture:
     Args:
       path: a PNG; written when the run ends, and at each failure.
     Errors: ConfigError without the extra "demo".
+    It draws what this process was told: after a resume the steps before are not in it. A `JSONL` file has them all.
     Example:
       >>> sc.run(step, state, data, loggers=[Picture("runs/first/metrics.png")])  # doctest: +SKIP
     """

@@ -167,6 +167,11 @@ class Ledger:
     replayed: set[int] = field(default_factory=set)
     rollbacks: int = 0
 
+    def forget_skips_after(self, number: int) -> None:
+        """Of steps that are made again nothing was skipped yet."""
+        for kind in ("in the program", "nonfinite", "device"):
+            self.skipped[kind] = {step for step in self.skipped.get(kind, set()) if step <= number}
+
     def refusal(self, kind: str, place: int) -> str | None:
         """Count a failure; why the policy does not go on, or None if it does.
 

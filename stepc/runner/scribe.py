@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from stepc.errors import StepError
@@ -74,7 +73,8 @@ class Scribe:
         if self._last is None or self._last[0] <= self._told:
             return
         self._told = self._last[0]
-        self.tell(self.last_metrics(), self._told)
+        if self.loggers:
+            self.tell(self.last_metrics(), self._told)
 
     def last_metrics(self) -> dict[str, float]:
         """Those of the last settled step, as floats."""
@@ -142,4 +142,4 @@ class Scribe:
 
 def floats_of(metrics: Metrics, row: int) -> dict[str, float]:
     """The metrics of one of the steps of a call, on the host."""
-    return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in jax.device_get(metrics).items()}
+    return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in metrics.items()}

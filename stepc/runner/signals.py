@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,33 +23,38 @@ class Signals:
         self.received: int | None = None
         self.is_protected = False
         self._before: dict[int, Any] = {}  # Any: what `signal` itself says of a handler
-        self._is_reading = False
+        self.is_reading = False
+        self._reading = Reading(self)
 
     def is_over(self) -> bool:
         """Whether the run is to end."""
         return self.received is not None
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a signal comes."""
+        until = time.monotonic() + seconds
+        while not self.is_over() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.05))
+
+    def reading(self) -> "Reading":
         """While this is entered, a first signal leaves at once, by `Leave`."""
-        if not self.is_protected:
-            yield
-            return
-        self._is_reading = True
-        try:
+        return self._reading
+
+    def enter(self) -> None:
+        """What `reading` does first."""
+        if self.is_protected:
+            self.is_reading = True
             if self.is_over():
+                self.is_reading = False
                 raise Leave
-            yield
-        finally:
-            self._is_reading = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler: sets the flag, and gives a second Ctrl-C what it would have done."""
         if self.received is not None and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.received = self.received or number
-        if self._is_reading:
-            self._is_reading = False
+        if self.is_reading:
+            self.is_reading = False
             raise Leave
 
     def install(self) -> None:
@@ -73,6 +79,19 @@ class Signals:
         before = self._before.get(self.received or 0)
         if callable(before) and before is not signal.default_int_handler:
             before(self.received, None)
+
+
+class Reading:
+    """Entered once a step, so it is one object, and no generator."""
+
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
+
+    def __enter__(self) -> None:
+        self.signals.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self.signals.is_reading = False
 
 
 @contextmanager

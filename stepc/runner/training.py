@@ -1,19 +1,19 @@
 """One run under way: steps are dispatched, settled in order, and brought back when a policy says so."""
 
 import logging
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import jax
 
 from stepc.errors import DataError, DeviceError, NonFiniteError, StepError
+from stepc.language.kinds import Batch
 from stepc.runner.agenda import Agenda, passes
 from stepc.runner.anchor import Anchor, copy
 from stepc.runner.checkpoints import Keeper
-from stepc.runner.feed import Broken, End, Feed, Item
+from stepc.runner.feed import Broken, End, Feed, Item, data_failure
 from stepc.runner.flight import (
     Call,
     Flying,
@@ -28,6 +28,7 @@ from stepc.runner.peers import Peers
 from stepc.runner.policies import Ledger, Raise, Retry, Rollback, Skip
 from stepc.runner.programs import Programs
 from stepc.runner.result import Run
+from stepc.runner.sameness import seen
 from stepc.runner.scribe import Scribe
 from stepc.runner.signals import Leave, Signals
 from stepc.runner.verdict import Bad, refuse_if_bad
@@ -42,6 +43,7 @@ class Training:
     """What `run` puts together: each part has a file of its own, and this is where they meet."""
 
     call: Call
+    plan: Callable[[Any, Batch], str | None]  # Any: a state
     run: Run
     feed: Feed
     ledger: Ledger
@@ -61,6 +63,7 @@ class Training:
     compare_every: int | None
     number: int = 0
     position: Any = None  # Any: where the data stands after the last settled step
+    last: Item | None = None  # what that step was given
     flight: deque[Flying] = field(default_factory=deque)
     anchor: Anchor | None = None
     last_checked: Any = None  # Any: the names of the metrics of the last call
@@ -81,7 +84,7 @@ class Training:
                         return
                     case Broken():
                         self.settle(0)
-                        raise self.data_failure(found) from found.error
+                        raise data_failure(found, self.number + 1) from found.error
                     case Item():
                         self.dispatch(found)
                         self.settle(self.window)
@@ -105,6 +108,8 @@ class Training:
             self.anchor.kept.append(item)
         if not item.is_hole:
             try:
+                if self.last_checked is None:
+                    self.tell_plan(item.batch)
                 state, metrics, watch = self.call(self.run.state, item.batch)
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.settle(0)
@@ -121,15 +126,22 @@ class Training:
         self.number += self.steps_per_call
         self.programs.note(first)
 
+    def tell_plan(self, batch: Batch) -> None:
+        """Tell the loggers what is compiled, before it is."""
+        plan = self.plan(self.run.state, batch) if self.scribe.loggers else None
+        if plan is not None:
+            self.scribe.event("plan", self.number, level=logging.INFO, plan=plan)
+
     def settle(self, most: int) -> None:
         """Wait for the oldest calls until at most `most` are in flight."""
         while len(self.flight) > most:
             flying = self.flight[0]
             landed = land(flying)
-            for row in range(self.steps_per_call):
-                self.judge(flying, landed, row)
+            if landed is not None:
+                for row in range(self.steps_per_call):
+                    self.judge(flying, landed, row)
             self.flight.popleft()
-            self.position = flying.item.after
+            self.position, self.last = flying.item.after, flying.item
             self.run.steps = flying.first + self.steps_per_call - 1
             for row in range(self.steps_per_call):
                 self.scribe.settled(flying.first + row, flying.metrics, row=row)
@@ -138,10 +150,10 @@ class Training:
         """Wait for what is in flight and tell nobody, up to a step that is not finite and was not skipped."""
         while self.flight:
             landed = land(flying := self.flight[0])
-            if not (landed.is_finite | landed.is_skipped).all():
+            if landed is not None and not (landed.is_finite | landed.is_skipped).all():
                 return
             self.flight.popleft()
-            self.position = flying.item.after
+            self.position, self.last = flying.item.after, flying.item
             self.run.steps = flying.first + self.steps_per_call - 1
 
     def judge(self, flying: Flying, landed: Landed, row: int) -> None:
@@ -177,25 +189,17 @@ class Training:
                 self.peers.compare(self.run.state, self.number)
             if copies:
                 self.drop_anchor()
+            # Before the save: what a run goes on from, has been judged; a process that dies between would lose that.
+            self.agenda.act(self.number, per, self.run.state, self.scribe)
             if saves:
                 self.save()
-            self.agenda.act(self.number, per, self.run.state, self.scribe)
 
     def save(self) -> None:
         """Begin a checkpoint of the settled state, if there is none of this step."""
         spec = self.feed.source.spec
         if self.keeper is not None and self.number > self.keeper.saved:
-            self.keeper.save(self.number, self.run.state, self.position, {} if spec is None else spec.rows())
-
-    def data_failure(self, broken: Broken) -> DataError:
-        """What to raise for a read that failed."""
-        error, step = broken.error, self.number + 1
-        facts, suggestion = [("read", str(broken.place))], None
-        what = f"The data failed before step {step}: {type(error).__name__}: {error}"
-        if broken.is_dead:
-            what = f"The data ended after it failed, before step {step}: {type(error).__name__}: {error}"
-            suggestion = "A generator cannot go on after an error: raise none in it, or write an iterator class."
-        return DataError(what, phase="data", step=step, state_ok=True, facts=facts, suggestion=suggestion)
+            rows = {} if spec is None else spec.rows()
+            self.keeper.save(self.number, self.run.state, self.position, rows, seen(self.last))
 
     def recover(self, failure: StepError, found: Item | Broken | End) -> None:
         """Log a failure; then raise it, or bring back what the policy promised."""
@@ -206,23 +210,18 @@ class Training:
             place = found.given if isinstance(self.ledger.policies[kind], Retry) else found.place
         refusal = self.refusal(kind, failure, found, place)
         what = str(failure).partition("\n")[0]
+        policy = self.ledger.policies.get(kind or "", Raise())
         self.scribe.event(
-            "failure",
-            failure.step,
-            level=logging.ERROR,
-            what=what,
-            phase=failure.phase,
-            policy=self.ledger.policies.get(kind or "", Raise()),
-        )
+            "failure", failure.step, level=logging.ERROR, what=what, phase=failure.phase, policy=policy
+        )  # fmt: skip
         if refusal is not None or kind is None:
             if refusal not in (None, EXHAUSTED):
                 failure.add_note(f"stepc: {refusal}")
             raise self.peers.raised(failure)
-        policy = self.ledger.policies[kind]
         match policy:
             case Retry():
                 wait = float(policy.wait_seconds) * 2 ** (self.ledger.attempts[kind, place] - 1)
-                self.wait(wait)
+                self.signals.wait(wait)
                 self.feed.retry(found) if kind == "data" else self.rewind(leave_out=None)
             case Skip():
                 self.feed.skip() if kind == "data" else self.rewind(leave_out=failure.step)
@@ -250,12 +249,6 @@ class Training:
         if why is None and kind == "nonfinite" and failure.state_ok and isinstance(policy, Skip):
             return "skip_nonfinite has skipped as often as it may"
         return why
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, unless a signal comes."""
-        until = time.monotonic() + seconds
-        while not self.signals.is_over() and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, 0.05))
 
     def drop_anchor(self) -> None:
         """Copy the settled state, if a policy needs it, to come back to."""
@@ -288,12 +281,8 @@ class Training:
         self.scribe.trim(number)
         self.scribe.event("rollback", failed_at, to=number, data=policy.data)
         self.agenda.go_back(number)
-        self._forget_skips_after(number)
+        self.ledger.forget_skips_after(number)
         self._stand_at(state, number, after)
-
-    def _forget_skips_after(self, number: int) -> None:
-        for kind in ("in the program", "nonfinite", "device"):
-            self.ledger.skipped[kind] = {step for step in self.ledger.skipped.get(kind, set()) if step <= number}
 
     def _anchor(self) -> Anchor:
         if self.anchor is None:
@@ -306,6 +295,6 @@ class Training:
 
     def _stand_at(self, state: Any, number: int, after: Any) -> None:  # Any: a state, and where the data stands
         self.flight.clear()
-        self.run.state, self.number, self.position = copy(state), number, after
+        self.run.state, self.number, self.position, self.last = copy(state), number, after, None
         self.run.steps = number
         self.anchor = Anchor(state, number, after, self.steps_per_call)

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import process_allgather
 
 from stepc.errors import CheckpointError, ResumeError
-from stepc.language.state import leaves_by_path
 from stepc.runner.anchor import copy
 from stepc.runner.commit import Commit
+from stepc.runner.leaves import bare_leaves, check_fits, check_saveable, clothed, digest, names_of, rows_of
 from stepc.runner.positions import decoded, encoded
+from stepc.runner.sameness import Seen
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -46,7 +44,7 @@ class Vault:
         self.keep, self.timeout_seconds = keep, timeout_seconds
         self.commit = commit
         self._is_first = commit is None or commit.is_first  # the one that moves and deletes
-        _check_saveable(state)
+        check_saveable(state)
         self._lock = self._locked()
         for left in self.directory.iterdir() if self._is_first else ():  # what a killed process wrote or deleted
             if TEMPORARY in left.name or left.name.endswith(DELETING):
@@ -85,18 +83,20 @@ class Vault:
             self._set_aside(number, number)
         with self._agreed(number):
             # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
-            leaves = _bare_leaves(copy(state))
+            leaves = bare_leaves(copy(state))
+            last: Seen | None = None if self.commit is not None else meta["last"]
             body = {
                 **meta,
                 "format": FORMAT,
                 "position": self._positions(meta["position"], number),
+                "last": last and {"before": encoded(last.before, number), "crc32": last.crc32},
                 "processes": jax.process_count(),
                 "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
-                "leaves": [[*row, _digest(leaf)] for row, leaf in zip(_rows(state), leaves, strict=True)],
+                "leaves": [[*row, digest(leaf)] for row, leaf in zip(rows_of(state), leaves, strict=True)],
             }
             text = json.dumps(body)
             args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
+                state=ocp.args.PyTreeSave(dict(zip(names_of(leaves), leaves, strict=True))),
                 meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
             )
             self._in_time(lambda: self._writer.save(self.directory / str(number), args=args))
@@ -130,7 +130,7 @@ class Vault:
         for number in self.steps():
             try:
                 meta = self._meta(number)
-                _check_fits(meta, target)
+                check_fits(meta, target)
                 state = self._state(number, target, meta)
             except ResumeError:
                 raise
@@ -147,7 +147,9 @@ class Vault:
             if not same and "each" in meta["position"]:
                 tell("resume_not_exact", number, f"{meta['processes']} processes, each at another place of its data")
             batch = meta["batch"] if same else {}
-            return state, {**meta, "batch": batch, "position": decoded(meta["position"], is_same=same)}
+            last = meta.get("last") and Seen(decoded(meta["last"]["before"], is_same=True), meta["last"]["crc32"])
+            position = decoded(meta["position"], is_same=same)
+            return state, {**meta, "batch": batch, "position": position, "last": last if same else None}
         if faults:
             raise ResumeError(
                 f"None of the checkpoints in {self.directory} can be read.",
@@ -232,9 +234,9 @@ class Vault:
         return meta
 
     def _state(self, number: int, target: Any, meta: Mapping[str, Any]) -> Any:  # Any: a state
-        bare = _bare_leaves(target)
+        bare = bare_leaves(target)
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in bare]
-        wanted = dict(zip(_names(bare), shapes, strict=True))
+        wanted = dict(zip(names_of(bare), shapes, strict=True))
         restored = self._writer.restore(
             self.directory / str(number),
             args=ocp.args.Composite(
@@ -243,10 +245,10 @@ class Vault:
         )["state"]
         leaves = [restored[name] for name in wanted]
         for (path, _, _, _, written), leaf in zip(meta["leaves"], leaves, strict=True):
-            if (read := _digest(leaf)) != written:
+            if (read := digest(leaf)) != written:
                 raise CheckpointError(f"the digest of {path} is {read}, and {written} was written")
         old, structure = jax.tree.flatten(target)
-        return copy(jax.tree.unflatten(structure, [_clothed(*pair) for pair in zip(leaves, old, strict=True)]))
+        return copy(jax.tree.unflatten(structure, [clothed(*pair) for pair in zip(leaves, old, strict=True)]))
 
     def _set_aside(self, number: int, instead: int) -> None:
         path = self.directory / str(number)
@@ -286,55 +288,3 @@ def _locked(directory: Path) -> int:
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())
     return lock
-
-
-def _check_saveable(state: Any) -> None:  # Any: a state
-    faults = [
-        (path, f"expected at least one number, got {leaf.dtype}{list(leaf.shape)}")
-        for path, leaf in leaves_by_path(state)
-        if leaf.size == 0
-    ]
-    if faults:
-        raise CheckpointError("This state cannot be saved: Orbax does not write arrays without numbers.", facts=faults)
-
-
-def _check_fits(meta: Mapping[str, Any], target: Any) -> None:  # Any: a state
-    saved = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl, _ in meta["leaves"]}
-    wanted = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl in _rows(target)}
-    facts = [
-        (path, f"saved {saved.get(path, 'nothing')}, the state has {wanted.get(path, 'nothing')}")
-        for path in [*wanted, *(one for one in saved if one not in wanted)]
-        if saved.get(path) != wanted.get(path)
-    ]
-    if facts:
-        raise ResumeError(f"The checkpoint of step {meta['step']} is of another state.", facts=facts)
-
-
-def _rows(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a state
-    return [
-        (path, list(leaf.shape), str(leaf.dtype), f" {jax.random.key_impl(leaf)}" if _is_key(leaf) else "")
-        for path, leaf in leaves_by_path(state)
-    ]
-
-
-def _bare_leaves(state: Any) -> list[jax.Array]:  # Any: a state
-    return [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(state)]
-
-
-def _is_key(leaf: Any) -> bool:  # Any: an array
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _clothed(bare: jax.Array, like: Any) -> jax.Array:  # Any: an array, or a typed key
-    return jax.random.wrap_key_data(bare, impl=jax.random.key_impl(like)) if _is_key(like) else bare
-
-
-def _names(leaves: list[jax.Array]) -> list[str]:
-    return [f"leaf_{number:05}" for number in range(len(leaves))]
-
-
-def _digest(leaf: jax.Array) -> int:
-    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        # Spread over processes: whole on each for a moment, one leaf at a time, so that it can be read by any number.
-        return zlib.crc32(np.asarray(process_allgather(leaf, tiled=True)).tobytes())
-    return zlib.crc32(np.asarray(leaf).tobytes())

@@ -5,7 +5,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, iterate, step
 
@@ -159,6 +162,45 @@ def test_bad_batch_is_not_read_again() -> None:
 def test_short_batch_can_be_dropped() -> None:
     run = run_on([batch_of(1), batch_of(2), batch_of(3, rows=2)], short_batches="drop")
     assert digest(run.state) == digest(by_a_plain_loop([1, 2]))
+
+
+def masked_loss(params: Any, rows: Any) -> sc.Mean:
+    error = rows["x"] @ params["w"] - rows["y"]
+    return sc.Mean((error**2 * rows["mask"]).sum(), rows["mask"].sum())
+
+
+def masked(number: int, rows: int = 8) -> dict[str, np.ndarray]:
+    return {**batch_of(number, rows=rows), "mask": np.ones(rows, np.float32)}
+
+
+@fault("26", 'a short last batch, short_batches="pad"', "as padded by hand, bitwise; one trace")
+@pytest.mark.parametrize("on_devices", [False, True])
+def test_short_batch_can_be_filled_up(on_devices: bool) -> None:
+    step = sc.compile(sc.update(optax.adam(0.05)) @ sc.grad(masked_loss))
+    batches = [masked(1), masked(2), masked(3, rows=5)]
+    given = jax.tree.map(jnp.asarray, batches) if on_devices else batches
+    run = sc.run(step, step.init({"w": np.zeros(3, np.float32)}), given, short_batches="pad")
+    assert (run.steps, step.traces) == (3, 1)
+    short, is_real = sc.pad_batch(batches[2], 8)
+    state = step.init({"w": np.zeros(3, np.float32)})
+    for batch in (*batches[:2], {**short, "mask": np.float32(is_real)}):
+        state, metrics = step(state, batch)
+    assert digest(run.state) == digest(state)
+    assert run.metrics["loss"] == float(metrics["loss"])
+    # Of the five rows that are there, and of no other: the sums are taken in another order.
+    state, metrics = step(sc.run(step, step.init({"w": np.zeros(3, np.float32)}), batches[:2]).state, batches[2])
+    assert abs(run.metrics["loss"] - float(metrics["loss"])) <= 1e-6 * run.metrics["loss"]
+
+
+@fault("26", 'short_batches="pad", batches without a mask; a step that repeats', "refused, with what to write")
+def test_filling_up_needs_a_mask_and_rows_on_the_first_axis() -> None:
+    with pytest.raises(sc.DataError) as raised:
+        run_on([batch_of(1)], short_batches="pad")
+    assert isinstance(raised.value.__cause__, sc.BatchError)
+    assert "no mask" in str(raised.value.__cause__)
+    repeating = sc.compile(sc.repeat(2) @ sc.update(optax.sgd(0.1)) @ sc.grad(masked_loss))
+    with pytest.raises(sc.ConfigError, match="short_batches"):
+        sc.run(repeating, fresh(), [masked(1)], short_batches="pad")
 
 
 @fault("28", "an int64 that int32 cannot hold, in a later batch", "DataError with the range; smaller ones are taken")

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import mesh_of
-from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
+from faults.plan import Batches, FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
 from faults.test_signals import TESTS
 
 import stepc as sc
@@ -107,6 +107,47 @@ def test_resume_with_another_batch_size_is_refused(kept: Path) -> None:
 
     with pytest.raises(sc.DataError, match="not like those before the checkpoint"):
         sc.run(step(), fresh(), Wider().batches(12), checkpoint=sc.Checkpoints(kept, every=3))
+
+
+class Shifted(Batches):
+    """The same places, other batches: as with another seed."""
+
+    def __next__(self) -> Any:
+        super().__next__()
+        return batch_of(self.given + 100)
+
+
+@fault("16", "resume with data of another seed", "ResumeError; check_data=False goes on")
+def test_resume_with_other_data_is_refused(kept: Path) -> None:
+    with pytest.raises(sc.ResumeError, match="not the data of the checkpoint"):
+        sc.run(step(), fresh(), Shifted(12, FaultPlan()), checkpoint=sc.Checkpoints(kept, every=3))
+    keep = sc.Checkpoints(kept, every=3, check_data=False)
+    assert sc.run(step(), fresh(), Shifted(12, FaultPlan()), checkpoint=keep).steps == 12
+
+
+@fault("16", "resume with data that ends sooner", "event data_not_checked; ends at once with the restored state")
+def test_resume_with_data_that_ends_sooner_trains_on_nothing(kept: Path) -> None:
+    logger = Remembering()
+    run = sc.run(step(), fresh(), FaultPlan().batches(2), checkpoint=sc.Checkpoints(kept, every=3), loggers=[logger])
+    assert "data_not_checked" in logger.names()
+    assert (run.ended, digest(run.state)) == ("data", digest(by_a_plain_loop(list(range(1, 10)))))
+
+
+@fault("16", "the batch before the checkpoint cannot be read again", "event data_not_checked; goes on exactly")
+def test_resume_whose_data_cannot_be_compared_goes_on(kept: Path) -> None:
+    logger, whole = Remembering(), by_a_plain_loop(list(range(1, 13)))
+    last = max(int(one.name) for one in kept.iterdir() if one.name.isdecimal())
+    plan = FaultPlan({last: "read"})
+    run = sc.run(step(), fresh(), plan.batches(12), checkpoint=sc.Checkpoints(kept, every=3), loggers=[logger])
+    assert "data_not_checked" in logger.names()
+    assert digest(run.state) == digest(whole)
+
+
+def test_last_step_is_saved_once(tmp_path: Path) -> None:
+    logger = Remembering()
+    run_in(tmp_path / "kept", 9, loggers=[logger])
+    assert [step for name, _, step in logger.events if name == "checkpoint"] == [3, 6, 9]
+    assert not (tmp_path / "kept" / "abandoned").exists()
 
 
 @fault("18", "a second run in the same directory, while one is there", "CheckpointError that names the holder")

@@ -91,13 +91,13 @@ def test_train_leaves_metrics_and_a_picture(
     assert is_png(folder / "loss.png")
 
 
-def test_train_same_folder_twice_is_refused(
+def test_train_finished_run_says_so_and_stays(
     finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
-    assert main(["train", *SMALL, f"--out={folder}", "--steps=6"]) == 2
-    assert "never overwrites" in capsys.readouterr().err
+    assert main(["train", *SMALL, f"--out={folder}", "--steps=6"]) == 0
+    assert f"{folder} holds a finished run of 6 steps: nothing is left to do." in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -105,6 +105,30 @@ def test_train_folder_that_cannot_be_made_is_a_message(tmp_path: Path, capsys: p
     (tmp_path / "file").write_text("in the way")
     assert main(["train", *SMALL, f"--out={tmp_path / 'file' / 'run'}", "--steps=1"]) == 2
     assert "run cannot be made: Not a directory." in capsys.readouterr().err
+
+
+def test_train_fresh_forgets_the_run_that_is_there(tmp_path: Path) -> None:
+    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=3"]) == 0
+    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=2", "--fresh"]) == 0
+    assert sorted(steps_in(tmp_path)) == [0, 1, 1, 2, 2]
+
+
+def test_train_another_job_in_the_folder_of_a_run_is_refused(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = finished
+    assert main(["train", *SMALL, f"--out={folder}", "--steps=7", "--seed=1"]) == 2
+    shown = capsys.readouterr().err
+    assert f"{folder} holds another run." in shown
+    assert "steps  began with 6, asked for 7" in shown
+    assert "seed   began with 0, asked for 1" in shown
+
+
+def test_train_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=1", "--fresh"]) == 2
+    assert "never overwrites" in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_train_no_folder_named_makes_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +151,10 @@ def test_train_more_devices_than_jax_has_is_a_message(capsys: pytest.CaptureFixt
     assert "9 devices cannot be simulated: jax is running already, with 8." in capsys.readouterr().err
 
 
-def test_train_ctrl_c_keeps_the_curve(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def interrupted(folder: Path, *words: str) -> tuple[str, str]:
+    """Begin a run, send it a Ctrl-C once it says that it trains, and return what it wrote."""
     with subprocess.Popen(
-        command(folder, "--steps=1000000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(folder, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None and running.stderr is not None
         while not running.stdout.readline().startswith("step 1/"):
@@ -139,11 +163,42 @@ def test_train_ctrl_c_keeps_the_curve(tmp_path: Path) -> None:
         rest, errors = running.communicate(timeout=120)
     assert running.returncode == 130
     assert "Traceback" not in errors
+    return rest, errors
+
+
+def test_train_ctrl_c_keeps_the_curve_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    rest, errors = interrupted(folder, "--steps=1000000")
     assert "Interrupted after step" in errors
     assert "the state is alive" in errors
+    assert f"run this command again with --out {folder}\n" in rest
     assert f"curve    {folder}/loss.png" in rest
     assert steps_in(folder)[:2] == [0, 1]
     assert is_png(folder / "loss.png")
+
+
+def digests_of_last(folder: Path) -> list[object]:
+    """Path, shape, dtype and digest of every leaf, as the last checkpoint tells them."""
+    last = max(int(one.name) for one in (folder / "checkpoints").iterdir() if one.name.isdecimal())
+    (meta,) = (folder / "checkpoints" / str(last) / "meta").rglob("metadata")
+    return [last, json.loads(json.loads(meta.read_text())["body"])["leaves"]]
+
+
+def test_train_interrupted_and_run_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    words = ("--steps=1500", "--dropout=0.1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run(command(whole, *words), capture_output=True, check=True, timeout=300)
+    interrupted(parts, *words)
+    assert not (parts / "sample.txt").exists()
+    again = subprocess.run(command(parts, *words), capture_output=True, text=True, check=True, timeout=300)
+    assert ": resumed  asked: 1500" in again.stdout
+    assert digests_of_last(parts) == digests_of_last(whole)
+    assert (parts / "sample.txt").read_bytes() == (whole / "sample.txt").read_bytes()
+    told = [
+        [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"event"' not in line]
+        for folder in (whole, parts)
+    ]
+    assert told[0] == told[1]
 
 
 def test_train_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +214,7 @@ def test_train_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixtu
     assert "(default: runs/<date>-<time>)" in shown
 
 
-@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+@pytest.mark.parametrize("missing", ["rich", "matplotlib", "orbax"])
 def test_train_without_extra_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

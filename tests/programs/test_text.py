@@ -1,5 +1,6 @@
 """The text: what is read, how it is split and cut, and the model of two bytes that judges it."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -74,21 +75,21 @@ def test_read_running_library_has_both_parts() -> None:
 
 def test_batches_are_windows_of_the_text() -> None:
     source = bytes(range(100))
-    batch = next(text.batches(as_bytes(source), rows=50, context=7, seed=0))
+    batch = next(text.Batches(as_bytes(source), rows=50, context=7, seed=0))
     assert batch["tokens"].shape == (50, 8)
     assert batch["tokens"].dtype == np.int32
     assert all(bytes(row.tolist()) in source for row in batch["tokens"])
 
 
 def test_batches_reach_both_ends() -> None:
-    batch = next(text.batches(as_bytes(bytes(range(10))), rows=200, context=7, seed=0))
+    batch = next(text.Batches(as_bytes(bytes(range(10))), rows=200, context=7, seed=0))
     assert set(batch["tokens"][:, 0].tolist()) == {0, 1, 2}
 
 
 def test_batches_same_seed_same_batches() -> None:
     source = as_bytes(bytes(range(200)))
     first, again, other = (
-        np.stack([batch["tokens"] for batch in islice(text.batches(source, rows=4, context=7, seed=seed), 3)])
+        np.stack([batch["tokens"] for batch in islice(text.Batches(source, rows=4, context=7, seed=seed), 3)])
         for seed in (0, 0, 1)
     )
     assert (first == again).all()
@@ -97,20 +98,20 @@ def test_batches_same_seed_same_batches() -> None:
 
 def test_batches_are_fresh_memory() -> None:
     source = as_bytes(bytes(range(20)))
-    stream = text.batches(source, rows=4, context=7, seed=0)
+    stream = text.Batches(source, rows=4, context=7, seed=0)
     first, second = next(stream)["tokens"], next(stream)["tokens"]
     assert not np.shares_memory(first, second)
     assert not np.shares_memory(first, source)
 
 
 def test_batches_text_of_one_window_is_enough() -> None:
-    batch = next(text.batches(as_bytes(b"abc"), rows=2, context=2, seed=0))
+    batch = next(text.Batches(as_bytes(b"abc"), rows=2, context=2, seed=0))
     assert batch["tokens"].tolist() == [[97, 98, 99], [97, 98, 99]]
 
 
 def test_batches_short_text_raises() -> None:
     with pytest.raises(sc.ConfigError, match=r"3 \+ 1 bytes does not fit into 3 bytes"):
-        next(text.batches(as_bytes(b"abc"), rows=2, context=3, seed=0))
+        next(text.Batches(as_bytes(b"abc"), rows=2, context=3, seed=0))
 
 
 def test_validation_batches_span_the_text() -> None:
@@ -130,3 +131,14 @@ def test_bigram_loss_does_not_charge_the_first_byte() -> None:
     known, unknown = ({"tokens": np.array([[first, 98, 97]], np.int32)} for first in (97, 200))
     pairs_known, pairs_unknown = (text.bigram_loss(train, (one,)) for one in (known, unknown))
     assert pairs_unknown - pairs_known == pytest.approx((np.log(256) - np.log(356 / 101)) / 2)
+
+
+def test_batches_go_on_from_where_they_were() -> None:
+    source = as_bytes(bytes(range(256)))
+    stream = text.Batches(source, rows=4, context=7, seed=0)
+    next(stream)
+    place = json.loads(json.dumps(stream.get_state()))
+    expected = [next(stream)["tokens"] for _ in range(3)]
+    again = text.Batches(source, rows=4, context=7, seed=1)
+    again.set_state(place)
+    np.testing.assert_array_equal([next(again)["tokens"] for _ in range(3)], expected)

@@ -3,13 +3,18 @@
 import io
 import json
 import math
+import platform
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from rich.console import Console as Terminal
@@ -213,6 +218,74 @@ def test_tensorboard_writes_event_files(tmp_path: Path) -> None:
 def small_run(**options: object) -> sc.Run:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
     return sc.run(step, step.init(jnp.float32(0.0)), [jnp.arange(4.0)] * 8, **options)  # pyright: ignore
+
+
+class Events(list[tuple[str, Mapping[str, str]]]):
+    """A logger that keeps the events."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Not of interest."""
+
+    def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
+        self.append((name, facts))
+
+
+def test_header_tells_versions_pipeline_mesh_and_plan_and_costs_no_trace() -> None:
+    events = Events()
+    step = sc.compile(
+        sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
+        mesh=jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]),
+    )
+    sc.run(step, step.init(jnp.float32(0.0)), [jnp.arange(4.0)] * 3, loggers=[events])
+    (start, header), (plan, told), *_ = events
+    assert (start, plan) == ("start", "plan")
+    assert header["trains"] == repr(step)
+    assert header["mesh"] == "{'data': 2}"
+    assert (header["jax"], header["python"]) == (jax.__version__, platform.python_version())
+    assert header["stepc"] == version("stepc")
+    assert told["plan"] == str(step.lower(step.init(jnp.float32(0.0)), jnp.arange(4.0)).plan)
+    assert step.traces == 1
+
+
+def test_batches_that_are_read_ahead_are_put_on_the_devices_of_the_step() -> None:
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    step = sc.compile(
+        sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
+        mesh=mesh,
+    )
+    seen: list[object] = []
+
+    class Watching:
+        """The step, looked at: where a batch lies, and which thread put it there."""
+
+        def __call__(self, state: sc.State, batch: jax.Array) -> tuple[sc.State, dict[str, jax.Array]]:
+            seen.append(batch.sharding)
+            return step(state, batch)
+
+        def place(self, batch: np.ndarray) -> jax.Array:
+            seen.append(threading.current_thread().name)
+            return step.place(batch)
+
+    given = iter([np.arange(4, dtype=np.float32)] * 3)
+    run = sc.run(Watching(), step.init(jnp.float32(0.0)), given, prefetch=2)
+    assert run.steps == 3
+    assert seen.count("stepc-data") == 3
+    assert [one.spec for one in seen if isinstance(one, jax.sharding.NamedSharding)] == [
+        jax.sharding.PartitionSpec("data")
+    ] * 3
+
+
+def test_watchdog_writes_the_stacks_of_a_run_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    def slow() -> Iterator[jax.Array]:
+        yield jnp.arange(4.0)
+        time.sleep(1.0)
+        yield jnp.arange(4.0)
+
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
+    step(step.init(jnp.float32(0.0)), jnp.arange(4.0))  # to compile takes longer than the watchdog waits
+    sc.run(step, step.init(jnp.float32(0.0)), slow(), watchdog_seconds=0.3)
+    assert "no step was begun for" in caplog.text
+    assert "in slow" in caplog.text  # the line that hangs
 
 
 def test_picture_is_drawn_when_a_run_ends(tmp_path: Path) -> None:
