@@ -384,7 +384,7 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "run_policies": (
         sc.ConfigError,
         lambda: sc.run(
-            step_on(), None, [], window=-1, snapshot_every=0, prefetch=True, place=3, short_batches="pad",
+            step_on(), None, [], window=-1, snapshot_every=0, prefetch=True, place=3, short_batches="stretch",
             on_error={"disk": "raise", "data": sc.Rollback(), "device": "retyr"}, eval=(0, len, []),
             hooks=[len], profile=(3, 2, "traces"), checkpoint="runs",
         ),
