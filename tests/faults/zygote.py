@@ -29,6 +29,14 @@ class Job:
             os.kill(self.number, signal.SIGKILL)
         self.wait()
 
+    def has_ended(self) -> bool:
+        """Whether it is gone."""
+        try:
+            os.kill(self.number, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
     def wait(self) -> int:
         """Its exit code; of a signal the negative number."""
         if self.code is None:
