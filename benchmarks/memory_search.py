@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[int], Model]] = {
     "convolutions": convolutions,
 }
 ROWS = {"mlp": 2048, "gpt": 128, "convolutions": 256}
-LARGE_ROWS = {"mlp": 32_768, "gpt": 1024, "convolutions": 512}
+LARGE_ROWS = {"mlp": 32_768, "gpt": 1024, "convolutions": 2048}
 
 
 def step_of(model: Model, word: sc.Transform) -> sc.Step:
