@@ -1,21 +1,23 @@
 """What does a step say to its neighbours on hardware that is not here, and what does each device hold?
 
 GPT-2-small (12 layers of width 768, 50,304 tokens, context 1,024; bfloat16 inside, float32 parameters, layers in a scan
-and rematerialised), data x model = n x 4, k = 8, one row a microbatch and device, adamw. Compiled ahead of time for
+and rematerialised), data x model = 64 x 4, k = 8, one row a microbatch and device, adamw. Compiled ahead of time for
   tpu:v5e:16x16      256 chips
-  tpu:v5p:16x16x16   4,096 chips
+  tpu:v5p:16x16x16   4,096 chips, replica x data x model = 16 x 64 x 4: parts along data, repeated along replica
   gpu:h100:32x8      256 GPUs
 by stepc with each level of `zero`, and as a GSPMD scan by hand: `jax.jit` with a sharded batch and `lax.scan` over
 strided microbatches. No time is measured: these are the compiler's own programs and plans of memory. A topology whose
 compiler is not installed is left out, with the reason.
 
-The bytes are those of whole operands on one device, times their executions in a step; scalars are left out.
+The bytes are those of whole operands on one device over the axes of the rows, times their executions in a step; scalars
+are left out.
 """
 
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
@@ -27,8 +29,11 @@ from models import adamw
 
 import stepc as sc
 
-LAYERS, WIDTH, HEADS, TOKENS, CONTEXT, K, MODEL = 12, 768, 12, 50_304, 1024, 8, 4
-PODS = {"tpu:v5e:16x16": 256, "tpu:v5p:16x16x16": 4096, "gpu:h100:32x8": 256}
+LAYERS, WIDTH, HEADS, TOKENS, CONTEXT, K = 12, 768, 12, 50_304, 1024, 8
+PODS = {
+    "gpu:h100:32x8": {"data": 64, "model": 4}, "tpu:v5e:16x16": {"data": 64, "model": 4},
+    "tpu:v5p:16x16x16": {"replica": 16, "data": 64, "model": 4},
+}  # fmt: skip
 RULES = {
     "embedding": PartitionSpec("model"),
     "layers/qkv": PartitionSpec(None, None, None, "model"),
@@ -84,17 +89,23 @@ def loss(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
 
+def rows_of(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that rows lie along."""
+    return tuple(axis for axis in mesh.axis_names if axis != "model")
+
+
 def tokens(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """One row for each microbatch of each device along `data`."""
-    rows = mesh.shape["data"] * K
-    lying = NamedSharding(mesh, PartitionSpec("data"))
+    axes = rows_of(mesh)
+    rows = prod(mesh.shape[axis] for axis in axes) * K
+    lying = NamedSharding(mesh, PartitionSpec(axes))
     return {"tokens": jax.ShapeDtypeStruct((rows, CONTEXT + 1), jnp.int32, sharding=lying)}
 
 
 def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
     """In words."""
     rules = sc.tp(RULES, default=PartitionSpec())
-    words = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp("data", **level), rules)
+    words = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp(rows_of(mesh), **level), rules)
     step = sc.compile(words @ sc.grad(loss), mesh=mesh)
     return step.lower(step.init(shapes()), tokens(mesh)).compile().executable
 
@@ -109,7 +120,7 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
     moments = iter(jax.tree.leaves(table.opt_state))
     whole = NamedSharding(mesh, PartitionSpec())
     given = jax.tree.map(lambda leaf: next(moments), state)
-    split = NamedSharding(mesh, PartitionSpec(None, "data"))
+    split = NamedSharding(mesh, PartitionSpec(None, rows_of(mesh)))
     lying = jax.tree.map(lambda leaf: leaf.sharding, (table.params, given))
 
     def step(params: Any, state: Any, batch: Any) -> Any:
@@ -137,7 +148,7 @@ def measured(make: Callable[[], jax.stages.Compiled], mesh: Mesh) -> dict[str, A
     data, model = Counter[str](), 0
     for row in sc.inspect.collectives(compiled, mesh):
         bytes_ = sum(shape.bytes for shape in row.payload if shape.elements > 1) * (row.executions or 0)
-        if "data" in row.axes:
+        if set(row.axes) & set(rows_of(mesh)):
             data[row.kind] += bytes_
         else:
             model += bytes_
@@ -171,7 +182,7 @@ def main() -> None:
     head = ("", "all-reduce", "reduce-scatter", "all-gather", "model axis", "arguments", "temporaries", "compile s")
     for pod in options.pod or PODS:
         try:
-            mesh = sc.topology(pod, data=PODS[pod] // MODEL, model=MODEL)
+            mesh = sc.topology(pod, **PODS[pod])
         except sc.ConfigError as error:
             print(f"{pod} is left out: {str(error).splitlines()[0]}\n", file=sys.stderr)
             continue
@@ -179,7 +190,10 @@ def main() -> None:
         variants = {"GSPMD scan": lambda mesh=mesh: gspmd_scan(mesh), **made}
         names = list(variants) if not options.quick else ["zero=0", "zero=1"]
         results[pod] = {name: measured(variants[name], mesh) for name in names}
-        show(f"{pod}: MB on one device, over `data` by kind", [head, *(shown(*row) for row in results[pod].items())])
+        show(
+            f"{pod}: MB on one device, over the axes of the rows by kind",
+            [head, *(shown(*row) for row in results[pod].items())],
+        )
     finish("pods", setting, results, quick=options.quick, save=options.save)
 
 

@@ -181,6 +181,8 @@ def test_model_axis_sees_only_what_the_model_needs() -> None:
             assert traffic(step, "model") == plain, level
             # A device has half of each leaf's gradient, and no dimension of the bias is left to lie in parts.
             sums = {key: size for key, size in traffic(step).items() if key[0] != "all-gather"}
+            if level == "zero3_layer":
+                continue  # the first dimension of a matrix is that of layers, so the first kernel stays whole
             times = 4 if ("reduce-scatter", True) in sums else 1
             assert sum(sums.values()) == (SIZE - 512) // 2 * times + 256, level
     assert {in_loop for _, in_loop in plain} == {True}, "the sum over the hidden layer, once a microbatch"
@@ -212,8 +214,9 @@ SPECS = [P(), P("model"), P(None, None, "model"), P(None, None, None)]
 
 
 def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
-    mesh = data.draw(meshes(axes=data.draw(st.sampled_from([("data",), ("data", "model"), ("replica", "data")]))))
-    axes = {name: size for name, size in mesh.shape.items() if name != "model"}
+    named = data.draw(st.sampled_from([("data",), ("data", "model"), ("replica", "data"), ("data", "seq")]))
+    mesh = data.draw(meshes(axes=named))
+    axes = {name: size for name, size in mesh.shape.items() if name not in ("model", "seq")}
     probe = WIDE[data.draw(st.sampled_from(list(WIDE)))]
     words: tuple[sc.Transform, ...] = ()
     if "model" in mesh.shape:

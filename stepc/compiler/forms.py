@@ -18,8 +18,10 @@ def form_of(batch: Batch) -> Form:
 
 
 def shown(batch: Batch) -> str:
-    """The paths, types and shapes of a batch, in a line."""
-    return ", ".join(f"{path or 'the batch'} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch))
+    """The paths, types and shapes of a batch that is traced, in a line."""
+    weak = {True: " of weak type", False: ""}
+    rows = [(path or "the batch", leaf, weak[jax.typeof(leaf).weak_type]) for path, leaf in leaves_by_path(batch)]
+    return ", ".join(f"{path} {leaf.dtype}{list(leaf.shape)}{kind}" for path, leaf, kind in rows)
 
 
 def why_again(was: str, now: str, batch: Batch) -> str:

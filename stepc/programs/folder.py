@@ -43,8 +43,14 @@ class Folder:
         (self.path / SAMPLE).write_text(sample, encoding="utf-8")
 
     def begin(self, about: Mapping[str, object]) -> None:
-        """Make the folder if it is not there, and drop the log of a run that died before its first checkpoint."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder if it is not there, and drop the log of a run that died before its first checkpoint.
+
+        Errors: ConfigError if it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise sc.ConfigError(f"The folder {self.path} cannot be made: {error.strerror}.") from error
         (self.path / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if not self.has_checkpoint():
             self.metrics.unlink(missing_ok=True)

@@ -20,7 +20,8 @@ examples:
 exit codes: 0 if all went well, 1 if what it needs is not installed, 2 for a mistake in the command, 130 for Ctrl-C.""",
         "launch": """\
 examples:
-  stepc launch -n 4 -- stepc train            # four processes, each with its own part of every batch
+  stepc launch -n 4 -- stepc train                        # four processes, each with its own part of every batch
+  stepc launch -n 2 -- python train.py                    # your own program, which calls sc.init_distributed()
 
 exit codes: 0 if all went well, else that of the first process that failed; 2 for a mistake in the command.""",
         "explain": f"""\

@@ -42,6 +42,18 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
     ]
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
         faults.append(("checkpoint", "sc.Checkpoints(directory, every=…) or None", checkpoint))
+    faults += [*_faults_of_watching(asked), *_faults_of_short_batches(asked), *_schedules(asked)]
+    if place is not None and not callable(place):
+        faults.append(("place", "a function of a batch, or None", place))
+    facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
+    facts += faults_of(asked["on_error"])
+    if facts:
+        raise ConfigError(NOT_ASKED, facts=facts)
+    _check_debugging(asked["step"])
+
+
+def _faults_of_watching(asked: Mapping[str, Any]) -> list[tuple[str, str, object]]:  # Any: it is checked here
+    faults: list[tuple[str, str, object]] = []
     watchdog = asked["watchdog_seconds"]
     if asked["bad"] is not None and not callable(asked["bad"]):
         faults.append(("bad", "a function of metrics, or None", asked["bad"]))
@@ -50,18 +62,16 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
         faults.append(("max_recompiles", "an integer from 0, or None", most))
     if watchdog is not None and not (type(watchdog) in (int, float) and watchdog > 0):
         faults.append(("watchdog_seconds", "a positive number or None", watchdog))
-    if place is not None and not callable(place):
-        faults.append(("place", "a function of a batch, or None", place))
+    return faults
+
+
+def _faults_of_short_batches(asked: Mapping[str, Any]) -> list[tuple[str, str, object]]:  # Any: it is checked here
+    faults: list[tuple[str, str, object]] = []
     if asked["short_batches"] not in ("raise", "drop", "pad"):
         faults.append(("short_batches", '"raise", "drop" or "pad"', asked["short_batches"]))
     if asked["short_batches"] == "pad" and steps_per_call_of(asked["step"]) > 1:
         faults.append(("short_batches", '"raise" or "drop" for a step that repeats', "pad"))
-    faults += _schedules(asked)
-    facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
-    facts += faults_of(asked["on_error"])
-    if facts:
-        raise ConfigError(NOT_ASKED, facts=facts)
-    _check_debugging(asked["step"])
+    return faults
 
 
 def _check_debugging(step: object) -> None:

@@ -120,8 +120,7 @@ def run(
     tells the loggers.
     Source: ours.
     """
-    asked = dict(locals())
-    check_arguments(asked)
+    check_arguments(asked := dict(locals()))
     policies = policies_of(on_error)
     check_state(state)
     with ExitStack() as ways_out:
@@ -135,9 +134,9 @@ def run(
         scribe = Scribe(loggers if peers.is_first else (), log_every, strict_loggers)
         ledger = Ledger(policies)
         feed = Feed(source, num_ahead=prefetch, is_over=signals.is_over, reading=signals.reading)
-        ways_out.callback(feed.close)
         agenda = Agenda(eval and Evaluation(*eval), hooks, profile and Profile(*profile))
-        ways_out.callback(agenda.close)
+        for one in (feed, agenda):
+            ways_out.callback(one.close)
         training = Training(
             call=call_of(step),
             plan=plan_of(step),

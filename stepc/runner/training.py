@@ -102,8 +102,7 @@ class Training:
         """Give a batch to the step. What fails here is this step's, once the older ones have settled."""
         first = self.number + 1
         self.watchdog.beat(self.number)
-        if self.watchdog.alarms:
-            watchdog_told(self.watchdog, self.scribe)
+        watchdog_told(self.watchdog, self.scribe)
         if self.anchor is not None:
             self.anchor.kept.append(item)
         if not item.is_hole:
@@ -137,9 +136,8 @@ class Training:
         while len(self.flight) > most:
             flying = self.flight[0]
             landed = land(flying)
-            if landed is not None:
-                for row in range(self.steps_per_call):
-                    self.judge(flying, landed, row)
+            for row in range(self.steps_per_call if landed is not None or self.bad is not None else 0):
+                self.judge(flying, landed, row)
             self.flight.popleft()
             self.position, self.last = flying.item.after, flying.item
             self.run.steps = flying.first + self.steps_per_call - 1
@@ -156,11 +154,11 @@ class Training:
             self.position, self.last = flying.item.after, flying.item
             self.run.steps = flying.first + self.steps_per_call - 1
 
-    def judge(self, flying: Flying, landed: Landed, row: int) -> None:
+    def judge(self, flying: Flying, landed: Landed | None, row: int) -> None:
         """Refuse a step that is not finite; count one that left the state as it was."""
         step = flying.first + row
         skips = self.ledger.skipped.setdefault("in the program", set())
-        if landed.is_skipped[row]:
+        if landed is not None and landed.is_skipped[row]:
             if step not in skips:
                 skips.add(step)
                 self.scribe.event("skipped", step, why="not finite; the state is as it was")
@@ -168,7 +166,7 @@ class Training:
             if limit is not None and all(step - back in skips for back in range(limit)):
                 why = f", and so were the {limit - 1} before it: skip_nonfinite allows fewer than {limit} in a row"
                 raise not_finite(flying, step, row, state_ok=True, why=why if limit > 1 else "")
-        elif not landed.is_finite[row]:
+        elif landed is not None and not landed.is_finite[row]:
             raise not_finite(flying, step, row, state_ok=False)
         elif self.bad is not None:
             refuse_if_bad(self.bad, flying.metrics, row=row, step=step)
@@ -199,7 +197,9 @@ class Training:
         spec = self.feed.source.spec
         if self.keeper is not None and self.number > self.keeper.saved:
             rows = {} if spec is None else spec.rows()
-            self.keeper.save(self.number, self.run.state, self.position, rows, seen(self.last))
+            self.keeper.save(
+                self.number, self.run.state, self.position, rows, None if self.peers.are_many else seen(self.last)
+            )
 
     def recover(self, failure: StepError, found: Item | Broken | End) -> None:
         """Log a failure; then raise it, or bring back what the policy promised."""

@@ -6,14 +6,16 @@ from typing import Any
 
 from faults.results import RESULTS, row_of
 
-NUMBERS = {str(number) for number in (*range(1, 71), *range(82, 90))}  # 71 to 81 are of several processes
+NUMBERS = {str(number) for number in range(1, 90)}
+ROOMS = ("faults", "processes")
 
 
 def rows_marked() -> list[str]:
     """The rows of all tests that are not long, read from their marks: none is run for it."""
     rows = []
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
-        module = importlib.import_module(f"faults.{path.stem}")
+    tests = Path(__file__).parent.parent
+    for path in sorted(path for room in ROOMS for path in (tests / room).glob("test_*.py")):
+        module = importlib.import_module(f"{path.parent.name}.{path.stem}")
         for name, value in vars(module).items():
             marks: list[Any] = [] if not name.startswith("test_") else value.pytestmark if marked(value) else []
             if not any(mark.name == "long" for mark in marks):
@@ -27,7 +29,8 @@ def marked(value: Any) -> bool:
 
 def test_table_is_in_step_with_the_tests() -> None:
     found = [line for line in RESULTS.read_text().splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert sorted(found) == sorted(set(rows_marked())), "run pytest tests/faults --results -m 'not long'"
+    how = "run pytest tests/faults tests/processes --results -m 'not long'"
+    assert sorted(found) == sorted(set(rows_marked())), how
 
 
 def test_every_number_of_the_catalogue_has_a_test() -> None:

@@ -90,7 +90,7 @@ def test_mistake_of_one_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[st
     began = time.monotonic()
     assert launch(2, ["stepc", "train", *SMALL, *TEXT, f"--out={tmp_path}"]) == 1
     shown = capfd.readouterr().out
-    assert "[0] stepc: ConfigError: " in shown and "is not an empty folder" in shown
+    assert "[0] stepc: ConfigError: " in shown and "holds no run of" in shown
     assert "[1] stepc.errors.PeerError: Process 0 failed: ConfigError: " in shown
     assert time.monotonic() - began < 25  # jax's own way out would wait for 30 s
 

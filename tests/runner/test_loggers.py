@@ -262,9 +262,9 @@ def test_batches_that_are_read_ahead_are_put_on_the_devices_of_the_step() -> Non
             seen.append(batch.sharding)
             return step(state, batch)
 
-        def place(self, batch: np.ndarray) -> jax.Array:
+        def put(self, batch: np.ndarray) -> jax.Array:
             seen.append(threading.current_thread().name)
-            return step.place(batch)
+            return step.put(batch)
 
     given = iter([np.arange(4, dtype=np.float32)] * 3)
     run = sc.run(Watching(), step.init(jnp.float32(0.0)), given, prefetch=2)
