@@ -227,6 +227,8 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
         return  # the second table of rules never holds, which is refused
     batch = data.draw(batches(pipeline, axes=axes))
     step = sc.compile(pipeline, mesh=mesh)
+    if step.steps_per_call > 1:
+        tolerance = max(tolerance, 1e-6)  # after a step of so steep a loss numbers have more than 24 bits
     assert_equivalent(step, step.init(wide_params()), batch, tolerance=tolerance)
 
 
