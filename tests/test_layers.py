@@ -69,7 +69,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "language.kinds", "language.state",
     ),
     "compiler.layers": (),
-    "compiler.devices": ("compiler", "compiler.flow", "compiler.instructions", "compiler.layers", "core.terms"),
+    "compiler.devices": (
+        "compiler", "compiler.flow", "compiler.instructions", "compiler.layers", "core.layout", "core.terms",
+    ),
     "compiler.lower": (
         "compiler", "compiler.devices", "compiler.ending", "compiler.flow", "compiler.instructions", "compiler.loss",
         "compiler.making", "compiler.parts", "compiler.schedule", "language.kinds", "language.meaning",

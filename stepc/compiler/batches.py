@@ -57,16 +57,14 @@ class Batches:
 
     def shapes(self, batch: Batch) -> Batch:
         """The batch as shapes that lie so; host arrays lie nowhere, as jax traces them and device arrays apart."""
-        lying = self.shardings(batch) if self.mesh is not None else jax.tree.map(lambda _: None, batch)
-        return jax.tree.unflatten(
-            jax.tree.structure(batch),
-            [
-                jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=one if isinstance(leaf, jax.Array) or self._by_leaf else None
-                )
-                for leaf, one in zip(jax.tree.leaves(batch), _leaves(lying), strict=True)
-            ],
-        )
+
+        def shape(leaf: Any, lying: NamedSharding | None) -> jax.ShapeDtypeStruct:
+            lies = isinstance(leaf, jax.Array) or self._by_leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lying if lies else None)
+
+        leaves, tree = jax.tree.flatten(batch)
+        lying = jax.tree.leaves(self.shardings(batch), is_leaf=lambda one: one is None)
+        return tree.unflatten(list(map(shape, leaves, lying)))
 
     def placed(self, batch: Batch) -> Batch:
         """The batch, moved if it does not lie as the program takes it. The only loop of a call.
@@ -125,7 +123,3 @@ class Batches:
 def bare(tree: Any) -> Any:
     """Shapes and dtypes, and nothing of where they lie."""
     return jax.tree.map(shape_of, tree)
-
-
-def _leaves(lying: Any) -> list[Any]:
-    return jax.tree.leaves(lying, is_leaf=lambda one: one is None)

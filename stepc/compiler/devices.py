@@ -20,6 +20,7 @@ from stepc.compiler import tally
 from stepc.compiler.flow import Flow, Given
 from stepc.compiler.instructions import AverageCarry, Compute, Gather, Reduce, Scatter
 from stepc.compiler.layers import by_layer
+from stepc.core.layout import in_parts
 from stepc.core.terms import wide
 
 
@@ -59,12 +60,12 @@ class Place:
     def manual_specs(self, *, divided: bool) -> Any:  # Any: the tree of the parameters
         """How a tree like the parameters lies along `rows`: whole, or in parts."""
         axis = self.axis if divided else None
-        return jax.tree.map(lambda dim: PartitionSpec(*_at(dim, axis, ())), self.parts)
+        return jax.tree.map(lambda dim: PartitionSpec(*in_parts((), dim, axis)), self.parts)
 
     def specs(self, *, divided: bool) -> Any:  # Any: the tree of the parameters
         """How it lies along all axes."""
         axis = self.axis if divided else None
-        return jax.tree.map(lambda dim, spec: PartitionSpec(*_at(dim, axis, tuple(spec))), self.parts, self.params)
+        return jax.tree.map(lambda dim, spec: PartitionSpec(*in_parts(tuple(spec), dim, axis)), self.parts, self.params)
 
     def laid(self, tree: Any, *, divided: bool) -> Any:
         """A tree like the parameters, told to lie so."""
@@ -196,10 +197,3 @@ def _added_up(one: Reduce, parts: Any, summed: tuple[Any, Any]) -> tuple[Any, An
     found = (iter(whole), iter(part))
     total = [next(found[is_part]) for is_part in divided]
     return metrics, tree.unflatten([new.astype(leaf.dtype) for new, leaf in zip(total, leaves, strict=True)])
-
-
-def _at(dim: int, axis: str | None, spec: tuple[Any, ...]) -> tuple[Any, ...]:  # Any: entries of a PartitionSpec
-    if axis is None or dim < 0:
-        return spec
-    full = (*spec, *([None] * (dim + 1 - len(spec))))
-    return (*full[:dim], axis, *full[dim + 1 :])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
-from stepc.core.layout import Layout, Rules, Spec, shown
+from stepc.core.layout import Layout, Rules, Spec, axes_of, shown, trimmed
 from stepc.core.nodes import Mean, Program, Space
 from stepc.errors import ShardingError, did_you_mean, faults_in_one
 
@@ -94,7 +94,7 @@ def specs_of_params(laid: Laid, params: Shapes) -> dict[str, Spec]:
         else:
             by = "the default" if rule is None else f"the rule {rule[0]!r}"
             faults += _fit_faults(path, leaf, spec, dict(laid.sizes), by)
-            found[path] = _trimmed(spec)
+            found[path] = trimmed(spec)
     for pattern, spec in laid.layout.params:
         if pattern not in matched and not any(matches(pattern, path) for path, _ in params):
             faults.append(f"the rule {pattern!r}: {shown(spec)} matches no parameter.")
@@ -123,14 +123,6 @@ def part_dimension(leaf: Any, spec: Spec, laid: Laid) -> int:  # Any: what has a
     return -max(ranks)[-1] if ranks and num_parts > 1 else -1
 
 
-def in_parts(spec: Spec, dimension: int, axis: str | None) -> Spec:
-    """The spec with `axis` along this dimension; the same if the leaf stays whole."""
-    if axis is None or dimension < 0:
-        return spec
-    full = (*spec, *([None] * (dimension + 1 - len(spec))))
-    return (*full[:dimension], axis, *full[dimension + 1 :])
-
-
 def specs_of_batch(laid: Laid, batch: Shapes, leading: int) -> dict[str, Spec]:
     """How each leaf of a batch lies, its first dimension along the axes of the rows after `leading` whole ones.
 
@@ -149,7 +141,7 @@ def specs_of_batch(laid: Laid, batch: Shapes, leading: int) -> dict[str, Spec]:
         if rule is not None or laid.layout.automatic:
             by = "the place of its rows" if rule is None else f"the rule {rule[0]!r}"
             faults += _fit_faults(path, leaf, spec, dict(laid.sizes), by)
-        found[path] = _trimmed(spec)
+        found[path] = trimmed(spec)
     for pattern, spec in laid.layout.batch:
         if not any(matches(pattern, path) for path, _ in batch):
             faults.append(f"the rule {pattern!r}: {shown(spec)} matches no leaf of the batch.")
@@ -178,9 +170,7 @@ def followed(shape: tuple[int, ...], like: tuple[int, ...], spec: Spec) -> Spec 
         return spec
     full = (*spec, *([None] * (len(like) - len(spec))))
     rest = {
-        _trimmed((*full[:dim], *full[dim + 1 :]))
-        for dim in range(len(like))
-        if (*like[:dim], *like[dim + 1 :]) == shape
+        trimmed((*full[:dim], *full[dim + 1 :])) for dim in range(len(like)) if (*like[:dim], *like[dim + 1 :]) == shape
     }
     return rest.pop() if len(rest) == 1 else None
 
@@ -205,7 +195,7 @@ def _rule_faults(layout: Layout, sizes: Mapping[str, int], rows: tuple[str, ...]
         faults += _axis_faults(rule, spec, sizes)
         faults += [
             f"{rule} names the axis {axis!r}, along which rows lie: `dp({axis!r}, zero=3)` has parameters in parts."
-            for axis in _axes(spec)
+            for axis in axes_of(spec)
             if axis in rows
         ]
     for pattern, spec in layout.batch:
@@ -214,25 +204,25 @@ def _rule_faults(layout: Layout, sizes: Mapping[str, int], rows: tuple[str, ...]
 
 
 def _axis_faults(rule: str, spec: Spec, sizes: Mapping[str, int]) -> list[str]:
-    times = Counter(_axes(spec))
+    times = Counter(axes_of(spec))
     faults = [f"{rule} names the axis {axis!r}, which the mesh does not have." for axis in times if axis not in sizes]
     return faults + [f"{rule} names the axis {axis!r} twice." for axis, often in times.items() if often > 1]
 
 
 def _fit_faults(path: str, leaf: Any, spec: Spec, sizes: Mapping[str, int], by: str) -> list[str]:
     shape = tuple(leaf.shape)
-    if len(_trimmed(spec)) > len(shape):
+    if len(trimmed(spec)) > len(shape):
         return [f"`{path}`, {_described(leaf)}, has {len(shape)} dimensions, and {by} gives {shown(spec)}."]
     return [
         f"`{path}`, {_described(leaf)}: dimension {dim} of {size} does not divide by {_product(entry, sizes)}, "
         f"as {by} asks with {shown(spec)}."
         for dim, (size, entry) in enumerate(zip(shape, spec, strict=False))
-        if size % prod(sizes[axis] for axis in _axes((entry,)))
+        if size % prod(sizes[axis] for axis in axes_of((entry,)))
     ]
 
 
 def _product(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> str:
-    axes = _axes((entry,))
+    axes = axes_of((entry,))
     named = " × ".join(f"{sizes[axis]} (axis {axis!r})" for axis in axes)
     return named if len(axes) == 1 else f"{prod(sizes[axis] for axis in axes)} = {named}"
 
@@ -246,24 +236,12 @@ def _error(faults: list[str], sizes: Mapping[str, int], *, of: str, hints: Itera
 
 def _hints(layout: Layout, sizes: Mapping[str, int]) -> list[str]:
     specs = [spec for _, spec in (*layout.params, *layout.batch)] + [layout.default or ()]
-    unknown = sorted({axis for spec in specs for axis in _axes(spec)} - set(sizes))
+    unknown = sorted({axis for spec in specs for axis in axes_of(spec)} - set(sizes))
     return [did_you_mean(axis, sizes) or "" for axis in unknown]
 
 
-def _axes(spec: Iterable[str | tuple[str, ...] | None]) -> list[str]:
-    return [axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
-
-
-def _trimmed(spec: Iterable[str | tuple[str, ...] | None]) -> Spec:
-    """As jax writes the shardings of results: one spec, one spelling, one compilation."""
-    entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry or None for entry in spec]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return tuple(entries)
-
-
 def _entry(entry: str | tuple[str, ...] | None) -> str:
-    return "no axis" if entry is None else " and ".join(map(repr, _axes((entry,))))
+    return "no axis" if entry is None else " and ".join(map(repr, axes_of((entry,))))
 
 
 def _described(leaf: Any) -> str:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from stepc.compiler.layout import Laid, followed, in_parts, mirrors, part_dimension, specs_of_params
-from stepc.core.layout import Spec
+from stepc.compiler.layout import Laid, followed, mirrors, part_dimension, specs_of_params
+from stepc.core.layout import Spec, axes_of, in_parts, trimmed
 from stepc.language.kinds import Params
 from stepc.language.state import Placement, State, leaves_by_path, path_of
 
@@ -73,8 +73,7 @@ def sums_of(params: Params, placement: Placement, laid: Laid, *, divided: bool) 
 
     def local(leaf: Any, spec: PartitionSpec, dim: int) -> jax.ShapeDtypeStruct:
         entries = in_parts(tuple(spec), dim, laid.axis if divided else None)
-        axes = [(entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
-        parts = [prod(sizes[axis] for axis in entry if axis is not None) for entry in axes]
+        parts = [prod(sizes[axis] for axis in axes_of((entry,))) for entry in entries]
         full = (*parts, *([1] * (leaf.ndim - len(parts))))
         shape = tuple(size // number for size, number in zip(leaf.shape, full, strict=True))
         return jax.ShapeDtypeStruct(shape, jnp.promote_types(leaf.dtype, jnp.float32))
@@ -134,14 +133,7 @@ def _spec_on(leaf: Any, mesh: Mesh | None) -> PartitionSpec:
 
 
 def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
-    def kept(entry: Any) -> Any:  # Any: what a PartitionSpec holds, a name, a tuple of names or None
-        names = tuple(one for one in (entry if isinstance(entry, tuple) else (entry,)) if one not in (*axes, None))
-        return names[0] if len(names) == 1 else names or None
-
-    entries = list(map(kept, spec))
-    while entries and entries[-1] is None:
-        entries.pop()  # as jax writes the shardings of results: one spec, one spelling, one compilation
-    return PartitionSpec(*entries)
+    return PartitionSpec(*trimmed(tuple(axis for axis in axes_of((entry,)) if axis not in axes) for entry in spec))
 
 
 def shapes_with(shapes: State, shardings: Any) -> State:  # Any: a tree of NamedSharding, or None without a mesh

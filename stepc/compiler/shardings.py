@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc.compiler.layout import Laid, followed, mirrors
 from stepc.compiler.plan import Leaf
-from stepc.core.layout import shown
+from stepc.core.layout import axes_of, shown
 from stepc.language.state import State, leaves_by_path
 
 _MOST_PARTS = 8  # of a dimension that is drawn part by part
@@ -141,15 +141,11 @@ def _told(row: LyingLeaf, name: str | None, like: Any, laid: Laid) -> LyingLeaf:
         return row
     if name is None or followed(row.shape, like.shape, ()) is None:
         return replace(row, follows="follows no parameter" if name is None else f"follows {name}, but not its shape")
-    if laid.layout.zero >= (3 if room == "params" else 1) and laid.axis not in _axes(row.spec):
+    if laid.layout.zero >= (3 if room == "params" else 1) and laid.axis not in axes_of(row.spec):
         instead = f"{row.bytes_:,} B instead of {row.bytes_ // laid.num_parts:,} B"
         why = f"{instead}: no free dimension divides by {laid.num_parts}, the size of {laid.axis}"
         row = replace(row, because=why)
     return row if room == "params" else replace(row, follows=f"follows {name}")
-
-
-def _axes(spec: PartitionSpec) -> list[str]:
-    return [axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
 
 
 def _drawn(row: LyingLeaf, mesh: Mesh | None) -> Iterator[str]:
@@ -157,7 +153,7 @@ def _drawn(row: LyingLeaf, mesh: Mesh | None) -> Iterator[str]:
     if mesh is None:
         return
     cut = [dim for dim, entry in enumerate(row.spec) if entry is not None]
-    parts = [prod(mesh.shape[axis] for axis in _axes(PartitionSpec(row.spec[dim]))) for dim in cut]
+    parts = [prod(mesh.shape[axis] for axis in axes_of((row.spec[dim],))) for dim in cut]
     if len(cut) > 2 or max(parts) > _MOST_PARTS:
         yield " × ".join(f"{number} parts of dimension {dim}" for dim, number in zip(cut, parts, strict=True))
         return

@@ -1,10 +1,12 @@
 """Where things lie that a mean over space speaks about. It changes no number, so no law and no reader asks for it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 # One entry for each dimension, as in a jax PartitionSpec: the mesh axes that it lies along, or None.
-Spec: TypeAlias = tuple[str | tuple[str, ...] | None, ...]
+Entry: TypeAlias = str | tuple[str, ...] | None
+Spec: TypeAlias = tuple[Entry, ...]
 Rules: TypeAlias = tuple[tuple[str, Spec], ...]
 
 
@@ -32,12 +34,33 @@ class Layout:
     automatic: tuple[str, ...] = ()
 
 
+def axes_of(spec: Iterable[Entry]) -> list[str]:
+    """Every axis that a spec names, in order."""
+    return [axis for entry in spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis is not None]
+
+
+def trimmed(spec: Iterable[Entry]) -> Spec:
+    """As jax writes the shardings of results: one spec, one spelling, one compilation."""
+    entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry or None for entry in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
+
+
+def in_parts(spec: Spec, dimension: int, axis: str | None) -> Spec:
+    """The spec with `axis` along this dimension; the same if there is no axis, or the leaf stays whole."""
+    if axis is None or dimension < 0:
+        return spec
+    full = (*spec, *([None] * (dimension + 1 - len(spec))))
+    return (*full[:dimension], axis, *full[dimension + 1 :])
+
+
 def shown(spec: Spec) -> str:
     """A spec as it is written in source."""
     return f"P({', '.join(_entry(one) for one in spec)})"
 
 
-def _entry(entry: str | tuple[str, ...] | None) -> str:
+def _entry(entry: Entry) -> str:
     if isinstance(entry, tuple):
         return f"({', '.join(map(_entry, entry))}{',' if len(entry) == 1 else ''})"
     return "None" if entry is None else f'"{entry}"'
