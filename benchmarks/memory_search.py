@@ -8,13 +8,16 @@ Then what is planned is held against what happens. A child process places the st
 runs it once (that reads the library's own code, tens of MB of file pages), gives freed memory back to the system, sets
 the kernel's mark of the most memory ever resident (VmHWM) back to what is resident now, and runs two steps. The rise of
 that mark is what the steps took beyond state and batch; with the bytes of those, it is what is printed as measured. It
-is a few percent more than planned: matrix products on the CPU have scratch that XLA does not plan. The budgets of these
-stand half-way between two divisors; the next smaller divisor must be measured over them. Only on Linux, on one CPU.
+is a few MB more than planned: matrix products and convolutions on the CPU have scratch that XLA does not plan. The C
+library is told to give freed memory back at once: it may else keep the last step's temporaries, in full, for another
+thread than the one that runs the next. The budgets of these stand half-way between two divisors; the next smaller
+divisor must be measured over them. Only on Linux, on one CPU.
 """
 
 import ctypes
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -35,6 +38,8 @@ from stepc.programs import gpt
 
 BUDGETS = 20
 MEASURED = 8  # the k whose program is run
+# What XLA frees goes back to the system at once; else glibc may keep the temporaries of a step for each thread that ran
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 STATUS, MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -132,8 +137,9 @@ def measured(name: str) -> list[dict[str, Any]]:
     """One budget, run in a child; and the next smaller divisor, which must not fit."""
 
     def in_child(word: str) -> dict[str, Any]:
-        words = (sys.executable, __file__, "--child", name, word)
-        return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        words, environment = (sys.executable, __file__, "--child", name, word), {**os.environ, **GIVE_BACK}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
 
     model = MODELS[name](LARGE_ROWS[name])
     needs = {k: lowered(model, sc.accumulate(k)).compile().memory().total for k in (MEASURED // 2, MEASURED)}
