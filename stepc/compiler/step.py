@@ -140,8 +140,9 @@ class Step:
     @property
     def traces(self) -> int:
         """How often the program was traced; any number of calls with one batch shape is one trace."""
-        answers = () if self._asking is None else self._asking.answers.values()
-        return self._traces + sum(answer.step.traces for answer in answers)
+        if self._asking is None:
+            return self._traces
+        return self._traces + sum(answer.step.traces for answer in self._asking.answers.values())
 
     @property
     def steps_per_call(self) -> int:
