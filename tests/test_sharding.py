@@ -38,6 +38,30 @@ OPTIMIZERS: dict[str, optax.GradientTransformation] = {
     ),
 }
 
+# How a leaf of the optimizer's state lies along (data 4, model 2): with zero=0, and in parts.
+WHOLE, OUT, DEEP = (P(), P()), (P(), P("data")), (P("model"), P("model", None, "data"))
+ROWS, COLUMNS = (P("model"), P("model")), (P(), P(None, "data"))  # factors [8, 3] and [3, 8] of [8, 3, 8]
+FAST, SLOW = "inner_states/fast/inner_state/0", "inner_states/slow/inner_state/0"
+SLOTS: dict[str, dict[str, tuple[P, P]]] = {
+    "momentum": {"0/trace/b": WHOLE, "0/trace/deep/w": DEEP, "0/trace/out": OUT},
+    "adamw": {
+        "0/count": WHOLE,
+        "0/mu/b": WHOLE, "0/mu/deep/w": DEEP, "0/mu/out": OUT,
+        "0/nu/b": WHOLE, "0/nu/deep/w": DEEP, "0/nu/out": OUT,
+    },
+    "adafactor": {
+        "0/count": WHOLE,
+        "0/v_row/b": WHOLE, "0/v_row/deep/w": ROWS, "0/v_row/out": WHOLE,
+        "0/v_col/b": WHOLE, "0/v_col/deep/w": COLUMNS, "0/v_col/out": WHOLE,
+        "0/v/b": WHOLE, "0/v/deep/w": WHOLE, "0/v/out": OUT,
+    },
+    "masked": {"0/inner_state/trace/b": WHOLE, "0/inner_state/trace/deep/w": DEEP},
+    "multi": {
+        f"{FAST}/count": WHOLE, f"{FAST}/mu/deep/w": DEEP, f"{FAST}/nu/deep/w": DEEP,
+        f"{SLOW}/trace/b": WHOLE, f"{SLOW}/trace/out": OUT,
+    },
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("probe", WIDE)
 @pytest.mark.parametrize("level", LEVELS)
@@ -62,12 +86,10 @@ def test_levels_equal_the_reference_with_every_optimizer(level: str, optimizer: 
         state, _ = step(state, probe_batch(32, seed=number))
     assert step.traces == 1
     assert {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)} == lying
-    parts = LEVELS[level].get("zero", 0)
-    deep = P("model", None, "data")
-    assert lying["params/deep/w"] == (deep if parts == 3 else P("model"))
-    mirrors = [spec for path, spec in lying.items() if path.startswith("opt_state") and path.endswith("deep/w")]
-    if optimizer in ("momentum", "adamw", "masked", "multi"):
-        assert mirrors and set(mirrors) == {deep if parts else P("model")}
+    zero = LEVELS[level].get("zero", 0)
+    slots = {f"opt_state/{path}": specs[zero > 0] for path, specs in SLOTS[optimizer].items()}
+    params = {"params/b": WHOLE[0], "params/deep/w": DEEP[zero == 3], "params/out": OUT[zero == 3]}
+    assert lying == {**params, **slots, "step": P(), "rng": P()}
 
 
 WIDTHS = {"in": 64, "hidden": 128, "out": 32}
