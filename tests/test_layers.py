@@ -80,7 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
     "inspect": ("inspect", "errors", "units"),
     "compiler.decision": ("compiler", "core", "language"),
-    "compiler.measures": ("compiler.plan", "inspect"),
+    "compiler.measures": ("compiler.breakdown", "compiler.plan", "inspect"),
     "compiler.breakdown": ("compiler.plan", "inspect"),
     # For eyes: it shows what is known of a program, and of its plan if it has one.
     "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),

@@ -403,3 +403,26 @@ def test_layers_gathered_one_at_a_time_cost_traffic_and_save_memory() -> None:
     moved = found["layer"][1]
     assert moved["all-gather", True] in (2 * 4 * stack, 2 * 4 * stack + 4 * head)  # forward, and again for the gradient
     assert moved["reduce-scatter", True] == 4 * (stack + head)
+
+
+def test_layers_that_a_loss_rematerialises_stay_so() -> None:
+    """What is made whole again must not undo a `jax.checkpoint` of the loss's own: a wide layer tells."""
+
+    def wide(block: Any) -> Any:
+        def layer(stream: jax.Array, this: Any) -> tuple[jax.Array, None]:
+            return stream + jax.nn.relu(jnp.tile(stream, (1, 32)) * 2.0) @ this["down"], None
+
+        def loss(params: Any, rows: Any) -> jax.Array:
+            return jnp.mean(jax.lax.scan(block(layer), rows["x"], params["layers"])[0] ** 2)
+
+        return loss
+
+    params = {"layers": {"down": np.full((DEPTH, 32 * 64, 64), 1e-3, np.float32)}}
+    temporaries = {}
+    for name, block in {"kept": lambda layer: layer, "again": jax.checkpoint}.items():
+        pipeline = SGD @ sc.shard(sc.dp("data", zero=3, gather="layer")) @ sc.grad(wide(block))
+        step = sc.compile(pipeline, mesh=mesh_of(data=8))
+        made = step.lower(step.init(params), mlp_batch(8 * 64)).compile()
+        temporaries[name] = made.memory().temporaries
+    hidden = 4 * 64 * 32 * 64  # bytes of what one layer computes on the rows of one device
+    assert temporaries["again"] < temporaries["kept"] - (DEPTH - 2) * hidden

@@ -21,10 +21,11 @@ def broken_down(needs: Memory, plan: Plan, executable: jax.stages.Compiled) -> M
     The sizes of arguments are those of their shards; what the device needs beyond them is padding. The accumulator is
     read from the loop that carries an array for each parameter; it is left out where no such loop is found.
     """
-    lying = jax.tree.leaves(executable.input_shardings[0][0])
+    lying = lying_of(executable, 0)
     sizes: Counter[str] = Counter()
     for leaf, sharding in zip(plan.leaves, lying, strict=True):
-        sizes[_NAMES.get(leaf.path.partition("/")[0], _REST_OF_STATE)] += _shard_bytes(leaf, sharding)
+        if sharding is not None:
+            sizes[_NAMES.get(leaf.path.partition("/")[0], _REST_OF_STATE)] += _shard_bytes(leaf, sharding)
     sizes[_BATCH] = sum(_bytes_of_batch(executable))
     padding = needs.arguments - sum(sizes.values())
     arguments = [Part("arguments", name, bytes_) for name, bytes_ in sizes.items() if bytes_]
@@ -77,9 +78,15 @@ def _shard_bytes(leaf: Leaf, sharding: jax.sharding.Sharding) -> int:
 
 
 def _bytes_of_batch(executable: jax.stages.Compiled) -> list[int]:
-    shardings = jax.tree.leaves(executable.input_shardings[0][1])
     leaves = jax.tree.leaves(executable.args_info[0][1])
     return [
         prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, sharding in zip(leaves, shardings, strict=True)
+        for leaf, sharding in zip(leaves, lying_of(executable, 1), strict=True)
+        if sharding is not None
     ]
+
+
+def lying_of(executable: jax.stages.Compiled, argument: int) -> list[jax.sharding.Sharding | None]:
+    """How each leaf of an argument lies; None of one that the program does not use, and so is not given."""
+    tree = jax.tree.structure(executable.args_info[0][argument])
+    return tree.flatten_up_to(executable.input_shardings[0][argument])

@@ -3,10 +3,14 @@
 It reads the operations of a loss and runs them again. A scan over parameters in parts runs over the parts, and its
 body makes one layer whole; any other operation that is given parts is given the whole. The gradient with respect to
 the parts is then the sum over devices, each device its own part.
+
+What a layer made whole is not kept for its gradient but made again. What the loss rematerialises itself stays so: parts
+go into its `jax.checkpoint`, since one around it would say anew what is kept, in it too.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,6 +25,7 @@ DONE_AGAIN = (
     "custom_vjp_call", "custom_vjp_call_jaxpr", "all_gather", "shard_map", "convert_element_type", "transpose",
     "reshape", "squeeze", "broadcast_in_dim",
 )  # fmt: skip
+REMATERIALISED = ("checkpoint", "remat2")
 
 
 # Of a part, its dimension, its automatic axes and the dtype that the loss wants it in.
@@ -88,16 +93,62 @@ def by_layer(
 
 
 def _run(traced: ClosedJaxpr, given: Sequence[Any], whole: Whole) -> list[jax.Array]:
-    jaxpr = traced.jaxpr
+    jaxpr, once = traced.jaxpr, _once(whole)
     known: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *given), strict=True))
-
-    def read(var: Any) -> Any:  # Any, twice: a variable, or a number; an array, or a part
-        return var.val if isinstance(var, Literal) else known[var]
-
     for equation in jaxpr.eqns:
-        values = [read(var) for var in equation.invars]
-        known.update(zip(equation.outvars, _result(equation, values, jaxpr, whole), strict=True))
-    return [_made_whole(read(var), whole) for var in jaxpr.outvars]
+        values = [_read(known, var) for var in equation.invars]
+        known.update(zip(equation.outvars, _result(equation, values, jaxpr, once), strict=True))
+    return [_made_whole(_read(known, var), once) for var in jaxpr.outvars]
+
+
+def _run_layer(traced: ClosedJaxpr, given: Sequence[Any], whole: Whole) -> list[jax.Array]:
+    """The same for a layer, whose whole parameters are not kept: each stretch of operations that the loss does not
+    rematerialise makes them again for its gradient, and nothing else."""
+    jaxpr, left = traced.jaxpr, list(traced.jaxpr.eqns)
+    known: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *given), strict=True))
+    for is_alone, stretch in groupby(jaxpr.eqns, key=lambda equation: equation.primitive.name in REMATERIALISED):
+        for piece in [[one] for one in stretch] if is_alone else [list(stretch)]:
+            left = left[len(piece) :]
+            later = {var for one in left for var in one.invars if not isinstance(var, Literal)} | {
+                var for var in jaxpr.outvars if not isinstance(var, Literal)
+            }
+            closed = _alone(piece, jaxpr, [var for one in piece for var in one.outvars if var in later])
+            values = [known[var] for var in closed.jaxpr.invars]
+            if is_alone:
+                made = _run(closed, values, whole)
+            else:
+                made = _rematerialised({"jaxpr": closed, "policy": _kept, "prevent_cse": False}, values, whole)
+            known.update(zip(closed.jaxpr.outvars, made, strict=True))
+    return [_made_whole(_read(known, var), whole) for var in jaxpr.outvars]
+
+
+def _read(known: dict[Any, Any], var: Any) -> Any:  # Any: variables, or numbers; arrays, or parts
+    return var.val if isinstance(var, Literal) else known[var]
+
+
+def _alone(equations: Sequence[Any], within: Jaxpr, outvars: Sequence[Any]) -> ClosedJaxpr:
+    """Some operations of a program, as a program of what they are given from outside."""
+    made = {var for one in equations for var in one.outvars}
+    used = {var: None for one in equations for var in one.invars if not isinstance(var, Literal)}
+    effects = set().union(*(one.effects for one in equations))
+    alone = within.replace(
+        constvars=[], invars=[var for var in used if var not in made], outvars=list(outvars), eqns=list(equations),
+        effects=effects, debug_info=within.debug_info.with_unknown_names(),
+    )  # fmt: skip
+    return ClosedJaxpr(alone, ())
+
+
+def _once(whole: Whole) -> Whole:
+    """The same, which makes each part whole once."""
+    made: dict[tuple[int, PartitionSpec, np.dtype], tuple[jax.Array, jax.Array]] = {}
+
+    def cached(part: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
+        key = (id(part), spec, dtype)
+        if key not in made:
+            made[key] = (whole(part, dim, spec, dtype), part)  # held, so that no other gets its id
+        return made[key][0]
+
+    return cached
 
 
 def _result(equation: Any, values: list[Any], within: Jaxpr, whole: Whole) -> Sequence[Any]:
@@ -109,7 +160,7 @@ def _result(equation: Any, values: list[Any], within: Jaxpr, whole: Whole) -> Se
             return [_Part(values[0].value, values[0].how._replace(dtype=params["new_dtype"]))]
         case "jit" | "pjit" | "closed_call":
             return _run(params["jaxpr"], values, whole)
-        case "checkpoint" | "remat2":
+        case name if name in REMATERIALISED:
             return _rematerialised(params, values, whole)
         case "scan" if all(value.how.dim > 0 for value in _scanned(params, values) if isinstance(value, _Part)):
             return _scan(params, values, whole)
@@ -120,11 +171,7 @@ def _result(equation: Any, values: list[Any], within: Jaxpr, whole: Whole) -> Se
 def _bound(equation: Any, values: list[Any], within: Jaxpr) -> Sequence[Any]:
     """One operation: a function of its own, which jax runs as it runs any."""
     pairs = {var: value for var, value in zip(equation.invars, values, strict=True) if not isinstance(var, Literal)}
-    alone = within.replace(
-        constvars=[], invars=list(pairs), outvars=list(equation.outvars), eqns=[equation], effects=equation.effects,
-        debug_info=within.debug_info.with_unknown_names(),
-    )  # fmt: skip
-    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*pairs.values())
+    return jaxpr_as_fun(_alone([equation], within, equation.outvars))(*pairs.values())
 
 
 def _rematerialised(params: Any, values: list[Any], whole: Whole) -> Sequence[Any]:
@@ -136,8 +183,12 @@ def _rematerialised(params: Any, values: list[Any], whole: Whole) -> Sequence[An
         given = [one if how is None else _Part(one, how) for one, how in zip(arrays, lying, strict=True)]
         return _run(closed, given, whole)
 
+    def policy(primitive: Any, *given: Any, **params_: Any) -> Any:  # Any: as in `_kept`; and what the user's says
+        return _kept(primitive) and theirs(primitive, *given, **params_)
+
+    theirs = params["policy"]
     arrays = [value.value if isinstance(value, _Part) else value for value in values]
-    return jax.checkpoint(again, policy=params["policy"], prevent_cse=params["prevent_cse"])(*arrays)
+    return jax.checkpoint(again, policy=theirs and policy, prevent_cse=params["prevent_cse"])(*arrays)
 
 
 def _scanned(params: Any, values: list[Any]) -> list[Any]:
@@ -150,15 +201,14 @@ def _scan(params: Any, values: list[Any], whole: Whole) -> Sequence[Any]:
     start = [_made_whole(value, whole) for value in values[num_consts : num_consts + num_carry]]
     scanned = _scanned(params, values)
     lying = [value.how.of_a_layer if isinstance(value, _Part) else None for value in scanned]
-    layer = jaxpr_as_fun(params["jaxpr"])
 
     def turn(carry: list[jax.Array], parts: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        given = [one if how is None else whole(one, *how) for one, how in zip(parts, lying, strict=True)]
-        made = layer(*consts, *carry, *given)
+        given = [one if how is None else _Part(one, how) for one, how in zip(parts, lying, strict=True)]
+        made = _run_layer(params["jaxpr"], [*consts, *carry, *given], whole)
         return made[:num_carry], made[num_carry:]
 
     carry, stacked = jax.lax.scan(
-        jax.checkpoint(turn, policy=_kept, prevent_cse=False), start,
+        turn, start,
         [value.value if isinstance(value, _Part) else value for value in scanned],
         length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
     )  # fmt: skip

@@ -5,6 +5,7 @@ from math import prod
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from stepc.compiler.breakdown import lying_of
 from stepc.compiler.plan import Leaf, Plan
 from stepc.inspect.budget import Measure, reductions_of
 from stepc.inspect.collectives import Collectives
@@ -16,11 +17,10 @@ _REDUCED = ("params", "carry")
 def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Collectives) -> Measure:
     """How often each element of the gradient is reduced, over whichever axis of the plan it is most often."""
     axes = tuple({axis: None for one in plan.collectives for axis in one.axes})
-    lying = jax.tree.leaves(executable.input_shardings[0][0])
     sizes = [
         _elements(leaf, sharding, axes)
-        for leaf, sharding in zip(plan.leaves, lying, strict=True)
-        if leaf.path.partition("/")[0] in _REDUCED
+        for leaf, sharding in zip(plan.leaves, lying_of(executable, 0), strict=True)
+        if sharding is not None and leaf.path.partition("/")[0] in _REDUCED
     ]
     elements = sum(size for size in sizes if size > 1)
     # Along each axis for itself: what is summed in parts is summed along one axis, and then along the others.

@@ -45,6 +45,16 @@ def test_parts_of_leaves_split_over_a_model_axis_are_those_of_one_shard() -> Non
     assert parts["batch"] == 256 // 4 * 64 * 4
 
 
+def test_leaf_of_the_batch_that_no_operation_uses_takes_nothing() -> None:
+    step = sc.compile(sc.update(optax.sgd(1e-3)) @ sc.shard(sc.dp("data")) @ sc.grad(loss), mesh=mesh_of(data=8))
+    state = step.init({"in": S((64, 128), jnp.float32), "out": S((128, 32), jnp.float32)})
+    rows = S((256, 64), jnp.float32)
+    made = step.lower(state, {"x": rows, "unused": rows}).compile()
+    parts = {part.name: part.bytes for part in made.memory().parts}
+    assert parts["batch"] == 256 // 8 * 64 * 4
+    made.check(sc.Budget(gradient_reductions=1, donated=True))
+
+
 @pytest.mark.parametrize("k", [2, 8])
 def test_parts_of_temporaries_name_the_accumulator_whatever_k(k: int) -> None:
     needs, parts = parts_of(k, mesh_of(data=8))
