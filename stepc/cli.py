@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the words after `stepc`; those of the process by default.
     Meaning: 0 if all went well; 1 if the extra is not installed, a budget is broken, two programs differ, or another
-      process failed; 2 for a mistake in the command; 130 for Ctrl-C.
+      process failed, or nobody reads on; 2 for a mistake in the command; 130 for Ctrl-C.
     Errors: what is neither of these passes through with its traceback: it is a fault of ours, or of the user's program.
     """
     options = vars(_parser().parse_args(argv))
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ended("Interrupted outside of the training loop.", INTERRUPTED)
     except (sc.StepError, sc.Preempted):
         raise  # the step itself failed: its cause and traceback are what one needs; or SIGTERM, which has a code
+    except BrokenPipeError:  # whoever read it, as `head` does, has enough; in training `Console` sees to that
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (sc.BudgetError, sc.PeerError) as error:
         return _ended(f"{type(error).__name__}: {error}", FAILED)
     except sc.StepcError as error:

@@ -98,7 +98,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compiler.check", "core.nodes", "errors", "language.kinds", "language.state",
         "processes.board", "processes.poll",
     ),
-    "runner": ("errors", "language.kinds", "language.padding", "language.state", "processes", "runner"),
+    "runner": (
+        "errors", "inspect", "language.kinds", "language.padding", "language.state", "processes", "runner", "units",
+    ),
     "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
     "programs": ("", "errors", "processes", "programs", "runner"),
     "cli": ("", "errors", "processes", "programs", "runner"),

@@ -3,6 +3,7 @@
 Each check finds all its faults and raises one error. It decides nothing and changes nothing.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +17,9 @@ import numpy as np
 from stepc.core.nodes import Differentiate, Lanes, Mean, Node, Program, Repeat, Space, Time
 from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
 from stepc.language.kinds import Batch, Params
-from stepc.language.state import State, leaves_by_path
+from stepc.language.state import State, leaves_by_path, told_of_ties
+
+_LOG = logging.getLogger("stepc")
 
 # Leaves that have rows. Typed keys are jax arrays too.
 ArrayLike: TypeAlias = np.ndarray | jax.Array | jax.ShapeDtypeStruct
@@ -105,6 +108,8 @@ def check_params(params: Params) -> None:
             faults.append(f"{shown} has dtype {jnp.result_type(leaf)}; a gradient needs floating-point parameters.")
     if faults:
         raise ConfigError(_sentence(faults_in_one(faults, of="the parameters")))
+    if ties := told_of_ties(params):
+        _LOG.warning("parameters that are one array are copied, and trained apart: %s", ties)
 
 
 def check_state(state: object, expected: Callable[[Params], Any]) -> None:

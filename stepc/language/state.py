@@ -53,3 +53,13 @@ def path_of(keys: tuple[Any, ...]) -> str:
 def leaves_by_path(tree: object) -> list[tuple[str, Any]]:
     """Every leaf of a tree with its path, in the order of `jax.tree.leaves`."""
     return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def told_of_ties(tree: object) -> str | None:
+    """Which leaves of a tree are one array, in words, with its bytes; None if none are."""
+    same: dict[int, list[tuple[str, Any]]] = {}
+    for path, leaf in leaves_by_path(tree):
+        same.setdefault(id(leaf), []).append((path, leaf))
+    tied = [found for found in same.values() if len(found) > 1 and getattr(found[0][1], "nbytes", 0)]
+    texts = [f"{' and '.join(path for path, _ in found)} ({found[0][1].nbytes:,} bytes)" for found in tied]
+    return ", ".join(texts) or None

@@ -60,8 +60,15 @@ def _faults_of_watching(asked: Mapping[str, Any]) -> list[tuple[str, str, object
     most = asked["max_recompiles"]
     if most is not None and not (most == 0 and type(most) is int or _is_count(most)):
         faults.append(("max_recompiles", "an integer from 0, or None", most))
-    if watchdog is not None and not (type(watchdog) in (int, float) and watchdog > 0):
-        faults.append(("watchdog_seconds", "a positive number or None", watchdog))
+    faults += [
+        (name, "a positive number or None", asked[name])
+        for name in ("watchdog_seconds", "exit_seconds", "data_seconds")
+        if asked[name] is not None and not _is_positive(asked[name])
+    ]
+    if not faults and asked["exit_seconds"] is not None and not (watchdog and watchdog < asked["exit_seconds"]):
+        faults.append(("exit_seconds", "more than watchdog_seconds, which comes first", asked["exit_seconds"]))
+    if asked["data_seconds"] is not None and asked["prefetch"] == 0:
+        faults.append(("data_seconds", "prefetch=1 or more: only a thread's read can be left", asked["data_seconds"]))
     return faults
 
 
@@ -148,24 +155,33 @@ def told_of_state(state: Any, number: int) -> dict[str, str]:  # Any: a state
     }
 
 
-def check_replay(policies: Mapping[str, Policy], *, is_positioned: bool, saves: bool) -> None:
+def check_replay(policies: Mapping[str, Policy], checkpoint: Checkpoints | None, *, is_positioned: bool) -> None:
     """Refuse a promise to give batches again that the data cannot keep.
 
     Errors: ConfigError.
     """
+    if checkpoint is None or is_positioned:
+        return
+    remedy = "Give an iterator with `get_state()` and `set_state(state)`"
+    if checkpoint.exact_resume:
+        facts = [("exact_resume", "a run that goes on begins where the data stood, and this data cannot say that")]
+        raise ConfigError(NOT_ASKED, facts=facts, suggestion=f"{remedy}, such as those of Grain.")
     facts = [
         (f"on_error[{kind!r}]", f"{policy!r} returns to a checkpoint, and the data cannot")
         for kind, policy in policies.items()
-        if isinstance(policy, Rollback) and policy.data == "replay" and saves and not is_positioned
+        if isinstance(policy, Rollback) and policy.data == "replay"
     ]
     if facts:
-        remedy = 'Either give an iterator with `get_state()` and `set_state(state)`, or say Rollback(data="skip").'
-        raise ConfigError(NOT_ASKED, facts=facts, suggestion=remedy)
+        raise ConfigError(NOT_ASKED, facts=facts, suggestion=f'{remedy}, or say Rollback(data="skip").')
 
 
 def goes_back(policies: Mapping[str, Policy]) -> bool:
     """Whether a policy promises to go on from a failure that takes the state."""
     return any(not isinstance(policy, Raise) for kind, policy in policies.items() if kind in ("nonfinite", "device"))
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and value > 0  # pyright: ignore[reportOperatorIssue]  # a number, by then
 
 
 def _is_count(value: object) -> bool:

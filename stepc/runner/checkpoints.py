@@ -32,11 +32,13 @@ class Checkpoints:
         ended, and Python waits for it at its exit: a second Ctrl-C ends that.
       check_data: when a run goes on, read the last batch before the checkpoint again, and refuse another one: an
         iterator that was made with another seed goes to its old place without a word.
+      exact_resume: refuse data that cannot say where it is. Otherwise that is an event, and a run that goes on begins
+        with the first batch again.
     Errors: ConfigError for what is not such a number. Needs the extra "checkpoint" when a run starts.
     To go on exactly, the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
     Example:
-      >>> Checkpoints("runs/first", every=100)
-      Checkpoints(directory='runs/first', every=100, keep=3, every_seconds=None, timeout_seconds=600.0, check_data=True)
+      >>> Checkpoints("runs/first", every=100).keep
+      3
     """
 
     directory: str | Path
@@ -45,6 +47,7 @@ class Checkpoints:
     every_seconds: float | None = None
     timeout_seconds: float = 600.0
     check_data: bool = True
+    exact_resume: bool = False
 
     def __post_init__(self) -> None:
         faults: list[tuple[str, str, object]]
@@ -56,8 +59,9 @@ class Checkpoints:
             faults.append(("every_seconds", "a positive number or None", self.every_seconds))
         if not _is_positive(self.timeout_seconds):
             faults.append(("timeout_seconds", "a positive number", self.timeout_seconds))
-        if not isinstance(self.check_data, bool):
-            faults.append(("check_data", "True or False", self.check_data))
+        for name, value in (("check_data", self.check_data), ("exact_resume", self.exact_resume)):
+            if not isinstance(value, bool):
+                faults.append((name, "True or False", value))
         if faults:
             facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
             raise ConfigError("`Checkpoints` cannot be made so.", facts=facts)

@@ -2,6 +2,9 @@
 
 import importlib
 import importlib.util
+import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from stepc.errors import ConfigError
 
 PLAIN_EVERY_SECONDS = 10.0
 UNKNOWN = "-"
+_LOG = logging.getLogger("stepc")
 QUIET = ("start", "plan", "end", "checkpoint", "snapshots")
 
 
@@ -49,6 +53,8 @@ class Console:
         # By name, and not at the top: `import stepc` must not need it.
         progress = importlib.import_module("rich.progress")
         self.terminal = importlib.import_module("rich.console").Console() if terminal is None else terminal
+        # By itself rich ends the process: `stepc train | head` would end a training.
+        self.terminal.on_broken_pipe = self._go_quiet
         self.steps = steps
         counted = [(tokens_per_step, "tokens"), (examples_per_step, "examples"), (1, "steps")]
         amount, self._unit = next((many, unit) for many, unit in counted if many is not None)
@@ -109,6 +115,13 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _go_quiet(self) -> None:
+        """Nobody reads any more."""
+        self.terminal.quiet = True
+        _LOG.warning("nobody reads the terminal any more: Console is quiet from here")
+        if self.terminal.file is sys.stdout:  # which Python flushes at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _is_due(self, step: int) -> bool:
         now = self._clock()

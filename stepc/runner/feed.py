@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,10 @@ class Item(NamedTuple):
     before: Any = None  # Any: see Positioned
 
 
+class Hung(TimeoutError):
+    """A batch did not come in the time that was given; whatever reads it cannot be ended."""
+
+
 @dataclass(frozen=True)
 class Broken:
     """A read that failed, when `given` batches had been given and one had been asked for `place` times.
@@ -50,6 +55,14 @@ class Broken:
     is_dead: bool = False
     is_final: bool = False
     held: Item | None = None
+
+    def refusal(self, *, is_retry: bool) -> str | None:
+        """Why a policy cannot go on after it; None if it can."""
+        if isinstance(self.error, Hung):
+            return "the read goes on still"
+        if self.is_dead:
+            return "the data has ended"
+        return "the same batch would be refused again" if self.is_final and is_retry else None
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,7 @@ class Feed:
 
     Args:
       num_ahead: how many batches are read ahead; 0 reads when a batch is asked for, in the thread of the run.
+      seconds: how long a batch that is read ahead is waited for; None for as long as it takes.
       is_over: whether the run is to end; then no batch is waited for.
       reading: entered while the user's code reads in the thread of the run.
     """
@@ -159,13 +173,14 @@ class Feed:
         source: Source,
         *,
         num_ahead: int,
+        seconds: float | None = None,
         is_over: Callable[[], bool],
         reading: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.source, self.is_over, self.reading = source, is_over, reading
         self.again: deque[Item] = deque()
         self._broken: Broken | None = None
-        self._num_ahead = num_ahead
+        self._num_ahead, self._seconds = num_ahead, seconds
         self._ready: queue.Queue[Read | Raised] = queue.Queue(max(num_ahead, 1))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -215,10 +230,14 @@ class Feed:
                 target=self._work, args=(self._ready, self._stop), name="stepc-data", daemon=True
             )
             self._thread.start()
+        began = time.monotonic()
         while not self.is_over():
             try:
                 found = self._ready.get(timeout=POLL_SECONDS)
             except queue.Empty:
+                if self._seconds is not None and time.monotonic() - began > self._seconds:
+                    hung = Hung(f"no batch came in {self._seconds:g} s")
+                    return Broken(hung, self.source.num_reads, self.source.num_given, is_dead=True)
                 continue
             if not isinstance(found, Item):  # the thread has ended
                 self._thread = None
@@ -248,7 +267,7 @@ def data_failure(broken: Broken, step: int) -> DataError:
     error = broken.error
     facts, suggestion = [("read", str(broken.place))], None
     what = f"The data failed before step {step}: {type(error).__name__}: {error}"
-    if broken.is_dead:
+    if broken.is_dead and not isinstance(error, Hung):
         what = f"The data ended after it failed, before step {step}: {type(error).__name__}: {error}"
         suggestion = "A generator cannot go on after an error: raise none in it, or write an iterator class."
     return DataError(what, phase="data", step=step, state_ok=True, facts=facts, suggestion=suggestion)

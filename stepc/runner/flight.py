@@ -1,6 +1,6 @@
 """Steps that were given to the devices and are not done: how to call a step, and how to wait for what it made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -72,7 +72,7 @@ class Lowers(Protocol):
     @property
     def mesh(self) -> Mesh | None: ...
 
-    def lower(self, state: Any, batch: Batch, /) -> Any: ...  # Any: a state; what is lowered has a plan that prints
+    def lower(self, state: Any, batch: Batch, /) -> Any: ...  # Any: a state; a Lowered
 
 
 Call: TypeAlias = Callable[[Any, Batch], tuple[Any, Metrics, Watch | None]]  # Any: a state
@@ -121,15 +121,6 @@ def place_of(step: object, *, is_ahead: bool, many: bool) -> Callable[[Batch], B
             return step.put
         case _:
             return lambda batch: batch
-
-
-def plan_of(step: object) -> Callable[[Any, Batch], str | None]:  # Any: a state
-    """How to print what the compiler decided for a state and a batch; None of what is not compiled."""
-    match step:
-        case Lowers():
-            return lambda state, batch: str(step.lower(state, batch).plan)
-        case _:
-            return lambda state, batch: None
 
 
 def mesh_of(step: object) -> str:
@@ -225,6 +216,13 @@ def check_metrics(metrics: object, *, step: int, num_steps: int) -> None:
     if faults:
         what = f"Step {step} does not return what a step returns: a state, and metrics that are scalars."
         raise BuildError(what, phase="build", step=step, state_ok=False, facts=faults)
+
+
+def changes_of_names(before: Iterable[str], after: Iterable[str]) -> str:
+    """Which names of metrics are gone, and which are new, in words."""
+    old, new = set(before), set(after)
+    pairs = {"gone": old - new, "new": new - old}
+    return "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in pairs.items() if names)
 
 
 def deleted_leaves(state: Any) -> list[str]:  # Any: a state

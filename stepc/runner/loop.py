@@ -19,7 +19,7 @@ from stepc.errors import (
     StepError,
 )
 from stepc.language.kinds import Batch
-from stepc.language.state import State
+from stepc.language.state import State, told_of_ties
 from stepc.runner.agenda import Agenda, Evaluation, Hook, Profile
 from stepc.runner.anchor import copy
 from stepc.runner.arguments import check_arguments, check_replay, check_state, goes_back, told_of, told_of_state
@@ -32,7 +32,6 @@ from stepc.runner.flight import (
     deleted_leaves,
     mesh_of,
     place_of,
-    plan_of,
     skip_limit_of,
     steps_per_call_of,
 )
@@ -73,7 +72,9 @@ def run(
     place: Callable[[Batch], Batch] | None = None,
     short_batches: str = "raise",
     donate_input: bool = False,
+    data_seconds: float | None = None,
     watchdog_seconds: float | None = None,
+    exit_seconds: float | None = None,
     bad: Bad | None = None,
     max_recompiles: int | None = None,
     compilation_cache: str | Path | None = None,
@@ -106,6 +107,8 @@ def run(
         that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
       watchdog_seconds: writes the stacks of all threads to the log when no step was begun for so long; None for never.
         On several processes it names the one that the others wait for, and ends all.
+      exit_seconds: ends the process then, with exit code 75 and the last checkpoint; more than `watchdog_seconds`.
+      data_seconds: how long a batch is waited for before that is a DataError; with `prefetch`.
       bad: `bad(metrics)` says in words why a step with these metrics, host floats, is not wanted, or None. It is asked
         about every settled step, also one that is made again; the policy for "nonfinite" governs what it refuses.
       max_recompiles: how often the step may be compiled again after its first call; None for any. Each is an event.
@@ -128,18 +131,18 @@ def run(
         peers = ways_out.enter_context(closing(peers_of(state)))
         peers.check_same("arguments", lambda: told_of(asked, policies))
         source = Source(data, place or place_of(step, is_ahead=prefetch > 0, many=peers.are_many), short_batches)
-        check_replay(policies, is_positioned=isinstance(source.batches, Positioned), saves=checkpoint is not None)
-        watchdog = ways_out.enter_context(closing(Watchdog(watchdog_seconds, peers.stalled)))
+        check_replay(policies, checkpoint, is_positioned=isinstance(source.batches, Positioned))
+        watchdog = ways_out.enter_context(closing(Watchdog(watchdog_seconds, peers.stalled, exit_seconds)))
         signals = ways_out.enter_context(watched_signals())
         scribe = Scribe(loggers if peers.is_first else (), log_every, strict_loggers)
+        _tell_ties(state, scribe)
         ledger = Ledger(policies)
-        feed = Feed(source, num_ahead=prefetch, is_over=signals.is_over, reading=signals.reading)
+        feed = Feed(source, num_ahead=prefetch, seconds=data_seconds, is_over=signals.is_over, reading=signals.reading)
         agenda = Agenda(eval and Evaluation(*eval), hooks, profile and Profile(*profile))
         for one in (feed, agenda):
             ways_out.callback(one.close)
         training = Training(
             call=call_of(step),
-            plan=plan_of(step),
             run=Run(state if donate_input else copy(state)),
             feed=feed,
             ledger=ledger,
@@ -227,6 +230,11 @@ def _resume(training: Training) -> None:
         done = training.steps is not None and found.number >= training.steps
         name, level = ("already_done", logging.WARNING) if done else ("resumed", logging.INFO)
         training.scribe.event(name, found.number, level=level, asked=training.steps)
+
+
+def _tell_ties(state: State, scribe: Scribe) -> None:
+    if ties := told_of_ties(state):
+        scribe.event("tied_leaves", 0, leaves=ties, why="each is copied, and trained apart")
 
 
 def _header(step: Runnable, signals: Signals) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """What becomes of a step's program: whether it is compiled again, keeps its buffers, returns what it takes."""
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -9,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepc.errors import BuildError
+from stepc.inspect.memory import memory
+from stepc.language.kinds import Batch
 from stepc.language.state import leaves_by_path
+from stepc.runner.flight import Lowers
 from stepc.runner.scribe import Scribe
+from stepc.units import readable
 
 
 @runtime_checkable
@@ -32,12 +38,34 @@ class Programs:
     step: object
     scribe: Scribe
     most: int | None
+    is_built: bool = False
     _traced: Traced | None = field(init=False)
     _first: int | None = None
     _told: int = 0
 
     def __post_init__(self) -> None:
         self._traced = self.step if isinstance(self.step, Traced) else None
+
+    def prepare(self, number: int, state: Any, batch: Batch) -> None:  # Any: a state
+        """Before the first call: tell the loggers what is compiled, compile it, refuse what one device cannot hold.
+
+        The call does not compile it again. Errors: those of `lower`; MemoryError.
+        """
+        if self.is_built:
+            return
+        match self.step:
+            case Lowers():
+                lowered = self.step.lower(state, batch)
+                if self.scribe.loggers:
+                    self.scribe.event("plan", number, level=logging.INFO, plan=str(lowered.plan))
+                needs = memory(lowered.compile().executable).total
+                device = jax.tree.leaves(state)[0].addressable_shards[0].device
+                has = memory_of(device)
+                if has is not None and needs > has:
+                    raise MemoryError(f"it needs {readable(needs)} on one device, and {device} has {readable(has)}")
+            case _:
+                pass
+        self.is_built = True
 
     def note_first(self, before: Any, after: Any) -> None:  # Any: states
         """After the first call: tell of buffers that were not given up, refuse a state of another type.
@@ -71,6 +99,14 @@ class Programs:
         if self.most is not None and again > self.most:
             what = f"Step {number} was compiled again, {again} times in this run, and {self.most} are allowed."
             raise BuildError(what, phase="build", step=number, state_ok=True, facts=[("why", why)])
+
+
+def memory_of(device: Any) -> int | None:  # Any: a device of jax
+    """The bytes of memory that programs may use on a device; None where nothing tells."""
+    stats = device.memory_stats() or {}
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit")
 
 
 def _changes(before: Any, after: Any) -> list[tuple[str, str]]:  # Any: states

@@ -2,14 +2,13 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import jax
 
 from stepc.errors import DataError, DeviceError, NonFiniteError, StepError
-from stepc.language.kinds import Batch
 from stepc.runner.agenda import Agenda, passes
 from stepc.runner.anchor import Anchor, copy
 from stepc.runner.checkpoints import Keeper
@@ -18,6 +17,7 @@ from stepc.runner.flight import (
     Call,
     Flying,
     Landed,
+    changes_of_names,
     check_metrics,
     deleted_leaves,
     failed,
@@ -43,7 +43,6 @@ class Training:
     """What `run` puts together: each part has a file of its own, and this is where they meet."""
 
     call: Call
-    plan: Callable[[Any, Batch], str | None]  # Any: a state
     run: Run
     feed: Feed
     ledger: Ledger
@@ -107,29 +106,25 @@ class Training:
             self.anchor.kept.append(item)
         if not item.is_hole:
             try:
-                if self.last_checked is None:
-                    self.tell_plan(item.batch)
+                self.programs.prepare(self.number, self.run.state, item.batch)
                 state, metrics, watch = self.call(self.run.state, item.batch)
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.settle(0)
                 is_alive = not deleted_leaves(self.run.state)
-                phase = "build" if is_alive and not isinstance(error, jax.errors.JaxRuntimeError) else "dispatch"
+                is_device = self.programs.is_built and isinstance(error, jax.errors.JaxRuntimeError)
+                phase = "build" if is_alive and not is_device else "dispatch"
                 raise failed(error, phase, first, state_ok=is_alive) from error
             if not isinstance(metrics, dict) or metrics.keys() != self.last_checked:
                 check_metrics(metrics, step=first, num_steps=self.steps_per_call)
                 if self.last_checked is None:
                     self.programs.note_first(self.run.state, state)
+                else:
+                    self.scribe.event("metrics_changed", first, names=changes_of_names(self.last_checked, metrics))
                 self.last_checked = metrics.keys()
             self.run.state = state
             self.flight.append(Flying(first, item, metrics, watch))
         self.number += self.steps_per_call
         self.programs.note(first)
-
-    def tell_plan(self, batch: Batch) -> None:
-        """Tell the loggers what is compiled, before it is."""
-        plan = self.plan(self.run.state, batch) if self.scribe.loggers else None
-        if plan is not None:
-            self.scribe.event("plan", self.number, level=logging.INFO, plan=plan)
 
     def settle(self, most: int) -> None:
         """Wait for the oldest calls until at most `most` are in flight."""
@@ -242,10 +237,7 @@ class Training:
         if why is None and kind == "device" and self.peers.are_many:
             return "the other processes are at the same step, and cannot be brought back"
         if why is None and isinstance(found, Broken) and kind == "data":
-            if found.is_dead:
-                return "the data has ended"
-            if found.is_final and isinstance(policy, Retry):
-                return "the same batch would be refused again"
+            why = found.refusal(is_retry=isinstance(policy, Retry))
         if why is None and kind == "nonfinite" and failure.state_ok and isinstance(policy, Skip):
             return "skip_nonfinite has skipped as often as it may"
         return why

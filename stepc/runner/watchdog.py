@@ -1,7 +1,8 @@
-"""Says where a run stands when it does not go on. It must not touch the run."""
+"""Says where a run stands when it does not go on, and ends the process if that was asked for. It touches no run."""
 
 import faulthandler
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 
 from stepc.runner.scribe import Scribe
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to start again may help
 
 _LOG = logging.getLogger("stepc")
 
@@ -19,10 +22,16 @@ class Watchdog:
     Args:
       seconds: how long; None for no thread at all.
       stalled: called then, with the seconds since the last step was begun.
+      exit_seconds: after how long the process ends, with exit code 75 and without a word to anybody; None for never.
     """
 
-    def __init__(self, seconds: float | None, stalled: Callable[[float], None] = lambda seconds: None) -> None:
-        self.seconds, self.stalled = seconds, stalled
+    def __init__(
+        self,
+        seconds: float | None,
+        stalled: Callable[[float], None] = lambda seconds: None,
+        exit_seconds: float | None = None,
+    ) -> None:
+        self.seconds, self.stalled, self.exit_seconds = seconds, stalled, exit_seconds
         self.step = 0
         self.alarms: list[tuple[int, float, str]] = []
         self._beat_at = time.monotonic()
@@ -52,6 +61,10 @@ class Watchdog:
                 _LOG.warning("no step was begun for %.1f s, after step %d\n%s", waited, self.step, stacks)
                 self.alarms.append((self.step, waited, stacks))
                 self.stalled(waited)
+            if self.exit_seconds is not None and waited > self.exit_seconds:
+                text = "no step was begun for %.1f s, after step %d: the process ends, with exit code %d"
+                _LOG.critical(text, waited, self.step, EXIT_CODE)
+                os._exit(EXIT_CODE)  # nothing else ends a thread that hangs in a device or a disk
 
 
 def watchdog_told(watchdog: Watchdog, scribe: Scribe) -> None:

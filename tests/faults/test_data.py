@@ -13,6 +13,7 @@ import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, iterate, step
 
 import stepc as sc
+from stepc.runner.feed import LEAVE_SECONDS
 
 fault = pytest.mark.fault
 ALL = list(range(1, 9))
@@ -233,12 +234,42 @@ def test_loader_that_dies_in_its_thread_is_no_hang() -> None:
     assert not [one for one in threading.enumerate() if one.name == "stepc-data"]
 
 
-@fault("33", "data without get_state, with checkpoints", "works; event resume_not_exact")
+@fault("33", "data without get_state, with checkpoints", "works; event resume_not_exact; or ConfigError if asked for")
 def test_data_without_a_position_is_told(tmp_path: Any) -> None:
     logger = Remembering()
     run = run_on([batch_of(1)], checkpoint=sc.Checkpoints(tmp_path, every=5), loggers=[logger])
     assert run.steps == 1
     assert "resume_not_exact" in logger.names()
+    exact = sc.Checkpoints(tmp_path / "exact", every=5, exact_resume=True)
+    with pytest.raises(sc.ConfigError, match="exact_resume.*cannot say"):
+        run_on([batch_of(1)], checkpoint=exact)
+    assert run_on(FaultPlan().batches(2), checkpoint=exact).steps == 2
+
+
+@fault(
+    "31", "data that hangs, with data_seconds=0.4", "DataError within a second, no policy goes on; the state is alive"
+)
+def test_data_that_hangs_is_given_up() -> None:
+    def hanging() -> Iterator[Any]:
+        yield from map(batch_of, range(1, 4))
+        is_free.wait(30)
+
+    is_free, before = threading.Event(), threading.active_count()
+    run_on([batch_of(1)])  # compiled
+    with pytest.raises(sc.DataError, match=r"no batch came in 0.4 s") as raised:
+        began = time.monotonic()
+        run_on(hanging(), prefetch=1, data_seconds=0.4, on_error={"data": sc.Retry(3)})
+    assert 0.4 <= time.monotonic() - began < 0.4 + LEAVE_SECONDS + 1.0
+    assert (raised.value.step, raised.value.state_ok) == (4, True)
+    assert "the read goes on still" in raised.value.__notes__[0]
+    assert digest(raised.value.run.state) == digest(by_a_plain_loop([1, 2, 3]))
+    is_free.set()
+    for _ in range(100):
+        if threading.active_count() > before:
+            time.sleep(0.02)
+    assert threading.active_count() <= before
+    with pytest.raises(sc.ConfigError, match="data_seconds.*prefetch=1"):
+        run_on([batch_of(1)], data_seconds=1.0)
 
 
 def test_prefetch_reads_while_a_step_runs() -> None:

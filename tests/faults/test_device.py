@@ -151,6 +151,23 @@ def test_step_that_cannot_be_built_is_a_build_error(on_error: str) -> None:
     assert digest(raised.value.run.state) == digest(by_a_plain_loop([1, 2, 3]))
 
 
+def wanting(params: Any, batch: Any) -> jax.Array:
+    """A loss that needs 64 TiB."""
+    many = jax.lax.iota(jnp.float32, 2**44) * jax.lax.stop_gradient(params["w"][0])
+    return loss(params, batch) + jnp.sort(many).max()
+
+
+@fault("45", "a program that needs 64 TiB", "BuildError before it runs: bytes needed and there; the state is alive")
+@pytest.mark.parametrize("on_error", ["raise", "rollback"])
+def test_step_that_no_device_can_hold_is_refused_before_it_runs(on_error: str) -> None:
+    large = sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(wanting))
+    state = large.init({"w": np.zeros(3, np.float32)})
+    with pytest.raises(sc.BuildError, match=r"it needs [\d.]+ [TG]B on one device, and cpu:0 has [\d.]+ GB") as raised:
+        sc.run(large, state, FaultPlan().batches(3), on_error=on_error)
+    assert (raised.value.step, raised.value.state_ok) == (1, True)
+    assert digest(raised.value.run.state) == digest(state)
+
+
 @fault("48", "an evaluation and a hook that raise", "StepError of that phase; the state is intact, bitwise")
 @pytest.mark.parametrize("phase", ["eval", "hook"])
 def test_failure_between_steps_leaves_the_state(phase: str) -> None:

@@ -1,6 +1,8 @@
 """Bad input: 1 to 11. Loggers: 82 to 89."""
 
+import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
+from rich.console import Console as Terminal
 
 import stepc as sc
 
@@ -56,17 +59,24 @@ def test_state_is_checked_and_copied() -> None:
         sc.run(step(), state, [batch_of(1)])
 
 
-@fault("3", "the same buffer twice in the state", "copied apart: both leaves are trained")
-def test_tied_leaves_are_copied_apart() -> None:
-    tied = jax.numpy.ones(3)
+@fault("3", "the same buffer twice in the state, in the parameters", "copied apart: both are trained; told with bytes")
+def test_tied_leaves_are_copied_apart(caplog: pytest.LogCaptureFixture) -> None:
+    tied, logger = jax.numpy.ones(3), Remembering()
 
     @jax.jit
     def both(state: Any, batch: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf + 1, state), {"loss": batch["y"].mean()}
 
     donating = jax.jit(both, donate_argnums=0)
-    run = sc.run(donating, {"a": tied, "b": tied}, [batch_of(1)])  # pyright: ignore
+    run = sc.run(donating, {"a": tied, "b": tied}, [batch_of(1)], loggers=[logger])  # pyright: ignore
     assert float(run.state["a"][0]) == float(run.state["b"][0]) == 2.0
+    assert [facts["leaves"] for name, facts, _ in logger.events if name == "tied_leaves"] == ["a and b (12 bytes)"]
+    caplog.clear()
+    step().init({"w": tied, "head": {"w": tied}})
+    assert "trained apart: head/w and w (12 bytes)" in caplog.text
+    caplog.clear()
+    step().init({"w": tied})
+    assert not caplog.records
 
 
 class Failing(Remembering):
@@ -162,3 +172,30 @@ def test_metrics_that_are_no_scalars_are_refused() -> None:
     with pytest.raises(sc.BuildError, match=r"norms  expected shape \(\), got \(3,\)") as raised:
         sc.run(odd, fresh(), [batch_of(1)])
     assert raised.value.step == 1
+
+
+@fault("87", "a terminal that is gone (EPIPE)", "results bitwise as without; told; it is quiet from then on")
+@pytest.mark.parametrize("is_bar", [True, False])
+def test_closed_terminal_changes_nothing(is_bar: bool, caplog: pytest.LogCaptureFixture) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    gone = os.fdopen(writes, "w", buffering=1)
+    with sc.Console(terminal=Terminal(file=gone, force_terminal=is_bar)) as console:
+        run = run_with(console)
+    with contextlib.suppress(BrokenPipeError):
+        gone.close()
+    assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
+    assert caplog.text.count("nobody reads the terminal any more") == 1
+
+
+@fault("89", "names of metrics that change between steps", "event metrics_changed: which are gone, which are new")
+def test_metrics_that_change_their_names_are_told_of() -> None:
+    def changing(state: Any, batch: Any) -> Any:
+        state, metrics = step()(state, batch)
+        return state, metrics if int(batch["n"][0]) != 3 else {"loss": metrics["loss"], "extra": metrics["loss"]}
+
+    logger = Remembering()
+    run = sc.run(changing, fresh(), FaultPlan().batches(5), loggers=[logger])
+    assert digest(run.state) == digest(by_a_plain_loop([1, 2, 3, 4, 5]))
+    told = [(facts["names"], at) for name, facts, at in logger.events if name == "metrics_changed"]
+    assert told == [("gone: grad_norm; new: extra", 3), ("gone: extra; new: grad_norm", 4)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -50,7 +51,9 @@ def test_directory_that_goes_away_is_an_error(how: str, zygote: Zygote, anyones:
 @pytest.mark.parametrize("point", ["before the first write", "before the rename"])
 def test_save_that_hangs_is_given_up(point: str, zygote: Zygote, tmp_path: Path) -> None:
     options = ("--every=10", "--hang", point, "--timeout=0.5")
-    assert zygote.start(tmp_path, *options).wait() == 1, errors_of(tmp_path)
+    code = zygote.start(tmp_path, *options).wait()
+    # At its exit CPython before 3.13 may abort, if a thread of C++ wants it then; the error has been said by then.
+    assert code == 1 or (code == -signal.SIGABRT and "exception not rethrown" in errors_of(tmp_path)), code
     assert "did not end within 0.5 s" in errors_of(tmp_path)
     assert {"10", "20", "30"} <= {one.name for one in (tmp_path / "kept").iterdir()}
     assert float((tmp_path / "seconds").read_text()) < 3  # the disk answers after four

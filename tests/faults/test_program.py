@@ -1,10 +1,13 @@
 """The step itself and its program: 6 to 9, 12, 40, 42, 49 to 51; NaN that came with the batch: 29."""
 
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +21,7 @@ from faults.test_device import calling_back
 import stepc as sc
 from stepc.core.nodes import Map
 from stepc.language.kinds import Kind
+from stepc.runner.watchdog import EXIT_CODE
 
 fault = pytest.mark.fault
 PARAMS = {"w": np.zeros(3, np.float32)}
@@ -282,3 +286,36 @@ def test_data_that_hangs_is_told_with_stacks(prefetch: int) -> None:
     ((_, facts, at),) = [one for one in logger.events if one[0] == "hung"]
     assert "in reading_slowly" in facts["stacks"]
     assert (run.steps, at) == (5, 2)
+
+
+HANGING = """
+import pathlib, sys, time
+from faults.plan import FaultPlan, fresh, step
+import stepc as sc
+
+def hangs(state, batch):
+    if int(batch["n"][0]) == 13:
+        time.sleep(60)
+    return step()(state, batch)
+
+folder = pathlib.Path(sys.argv[1])
+keep = sc.Checkpoints(folder, every=5)
+sc.run(hangs, fresh(), FaultPlan().batches(20), checkpoint=keep, watchdog_seconds=0.5, exit_seconds=2.0)
+"""
+
+
+@fault(
+    "51", "a step that never ends, with exit_seconds=2", "stacks, then exit code 75; run again it ends bitwise equal"
+)
+def test_step_that_hangs_ends_the_process_if_that_was_asked_for(tmp_path: Path) -> None:
+    words = (sys.executable, "-c", HANGING, str(tmp_path))
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=55)
+    assert done.returncode == EXIT_CODE == 75, done.stderr
+    assert "in hangs" in done.stderr
+    assert "after step 12: the process ends" in done.stderr
+    logger, keep = Remembering(), sc.Checkpoints(tmp_path, every=5)
+    run = sc.run(step(), fresh(), FaultPlan().batches(20), checkpoint=keep, loggers=[logger])
+    assert "resumed" in logger.names()
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 21))))
+    with pytest.raises(sc.ConfigError, match="exit_seconds.*more than watchdog_seconds"):
+        sc.run(step(), fresh(), FaultPlan().batches(1), watchdog_seconds=2.0, exit_seconds=1.0)

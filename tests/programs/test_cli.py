@@ -1,6 +1,7 @@
 """The command line, as a user meets it: help, a whole run, mistakes, Ctrl-C, and no extra."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -164,6 +165,29 @@ def interrupted(folder: Path, *words: str) -> tuple[str, str]:
     assert running.returncode == 130
     assert "Traceback" not in errors
     return rest, errors
+
+
+def test_train_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        command(folder, "--steps=30"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        while not running.stdout.readline().startswith("step 1/"):
+            assert running.poll() is None, running.stderr.read()
+        running.stdout.close()  # as `head` does when it has its lines
+        errors = running.stderr.read()
+        assert running.wait(timeout=120) == 0, errors
+    assert "Traceback" not in errors
+    assert steps_in(folder)[-1] == 30
+
+
+def test_command_that_nobody_reads_on_ends_without_a_traceback(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run(command(tmp_path / "run", "--steps=30"), stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_train_ctrl_c_keeps_the_curve_and_says_how_to_go_on(tmp_path: Path) -> None:
