@@ -389,6 +389,23 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
             hooks=[len], profile=(3, 2, "traces"), checkpoint="runs",
         ),
     ),
+    "run_waits": (
+        sc.ConfigError,
+        lambda: sc.run(
+            step_on(), step_on().init(probe_params()), [], watchdog_seconds=60, exit_seconds=30, data_seconds=-1.0
+        ),
+    ),
+    "run_data_seconds": (
+        sc.ConfigError,
+        lambda: sc.run(step_on(), step_on().init(probe_params()), [], data_seconds=60),
+    ),
+    "run_exact_resume": (
+        sc.ConfigError,
+        lambda: sc.run(
+            step_on(), step_on().init(probe_params()), [],
+            checkpoint=sc.Checkpoints("runs", every=1, exact_resume=True),
+        ),
+    ),
     "run_replay": (
         sc.ConfigError,
         lambda: sc.run(

@@ -54,21 +54,19 @@ def check_arguments(asked: Mapping[str, Any]) -> None:  # Any: it is checked her
 
 def _faults_of_watching(asked: Mapping[str, Any]) -> list[tuple[str, str, object]]:  # Any: it is checked here
     faults: list[tuple[str, str, object]] = []
-    watchdog = asked["watchdog_seconds"]
     if asked["bad"] is not None and not callable(asked["bad"]):
         faults.append(("bad", "a function of metrics, or None", asked["bad"]))
     most = asked["max_recompiles"]
     if most is not None and not (most == 0 and type(most) is int or _is_count(most)):
         faults.append(("max_recompiles", "an integer from 0, or None", most))
-    faults += [
-        (name, "a positive number or None", asked[name])
-        for name in ("watchdog_seconds", "exit_seconds", "data_seconds")
-        if asked[name] is not None and not _is_positive(asked[name])
-    ]
-    if not faults and asked["exit_seconds"] is not None and not (watchdog and watchdog < asked["exit_seconds"]):
-        faults.append(("exit_seconds", "more than watchdog_seconds, which comes first", asked["exit_seconds"]))
-    if asked["data_seconds"] is not None and asked["prefetch"] == 0:
-        faults.append(("data_seconds", "prefetch=1 or more: only a thread's read can be left", asked["data_seconds"]))
+    waits = {name: asked[name] for name in ("watchdog_seconds", "exit_seconds", "data_seconds")}
+    odd = [name for name, seconds in waits.items() if seconds is not None and not _is_positive(seconds)]
+    faults += [(name, "a positive number or None", waits[name]) for name in odd]
+    watchdog, end = waits["watchdog_seconds"], waits["exit_seconds"]
+    if end is not None and not {"watchdog_seconds", "exit_seconds"} & set(odd) and not (watchdog and watchdog < end):
+        faults.append(("exit_seconds", f"more than watchdog_seconds={watchdog!r}, which comes first", end))
+    if waits["data_seconds"] is not None and asked["prefetch"] == 0:
+        faults.append(("prefetch", "1 or more with data_seconds: only a thread's read can be left", 0))
     return faults
 
 

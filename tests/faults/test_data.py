@@ -268,7 +268,7 @@ def test_data_that_hangs_is_given_up() -> None:
         if threading.active_count() > before:
             time.sleep(0.02)
     assert threading.active_count() <= before
-    with pytest.raises(sc.ConfigError, match="data_seconds.*prefetch=1"):
+    with pytest.raises(sc.ConfigError, match="prefetch +expected 1 or more with data_seconds"):
         run_on([batch_of(1)], data_seconds=1.0)
 
 
