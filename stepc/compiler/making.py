@@ -15,7 +15,7 @@ from stepc.compiler.instructions import Optimize
 from stepc.compiler.watch import Watch
 from stepc.core.terms import total_of
 from stepc.language.kinds import Metrics
-from stepc.language.state import Skips, State
+from stepc.language.state import Skips, State, leaves_by_path
 
 
 class Made(NamedTuple):
@@ -73,7 +73,8 @@ def made(
     # not one further step would be made.
     can_go_on = loss_is_finite & (gradient_is_finite | adapts)
     is_fine = can_go_on if optimize.guard is None and optimize.rescale is not None else is_finite
-    return Made(replace(new, slots=slots), metrics, Watch(is_fine, *sight))
+    paths, squares = zip(*leaves_by_path(sight.squares), strict=True)
+    return Made(replace(new, slots=slots), metrics, Watch(is_fine, sight.losses, jnp.stack(squares), paths))
 
 
 def _if(happens: jax.Array, step: Callable[..., State], held: Held, loss: jax.Array, state: State) -> State:

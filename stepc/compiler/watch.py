@@ -1,13 +1,11 @@
 """What a step saw of numbers that are not finite: where to look, if there are any."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-
-from stepc.language.state import leaves_by_path
 
 
 @jax.tree_util.register_dataclass
@@ -19,12 +17,15 @@ class Watch:
       finite: whether the loss and the norm of the gradient are finite, after the reduction; with `loss_scale` alone,
         which adapts to an overflow of the gradient, whether the loss is, and the scale could still become smaller.
       losses: `[devices, microbatches]`, whether the loss of each cell is; `[1, microbatches]` on a single device.
-      squares: a tree like the parameters, the sum of squares of each leaf of the gradient, before `clip` and `noise`.
+      squares: `[leaves]`, the sum of squares of each leaf of the gradient, before `clip` and `noise`. In one array: an
+        array for each leaf would be a microsecond of each call, each.
+      paths: of those leaves.
     """
 
     finite: Any  # Any: a bool scalar
     losses: Any  # Any: a bool array
-    squares: Any  # Any: a tree of scalars
+    squares: Any  # Any: an array
+    paths: tuple[str, ...] = field(metadata={"static": True})
 
     def describe(self) -> list[tuple[str, str]]:
         """Rows of (label, text) that name the microbatches and the leaves of the gradient that are not finite."""
@@ -37,7 +38,7 @@ class Watch:
     @property
     def grad_norm(self) -> float:
         """The global norm of the gradient, before `clip` and `noise`."""
-        return math.sqrt(sum(float(leaf) for leaf in jax.tree.leaves(self.squares)))
+        return math.sqrt(sum(map(float, np.asarray(self.squares))))
 
     def _microbatches(self) -> str:
         rows = [
@@ -58,9 +59,9 @@ class Watch:
         return f"{'; '.join(parts)} (of {size}, counted from 0)"
 
     def _gradient(self) -> str:
-        leaves = leaves_by_path(self.squares)
-        bad = [path or "the parameter" for path, leaf in leaves if not math.isfinite(float(leaf))]
-        total = len(leaves)
+        is_finite = np.isfinite(np.asarray(self.squares))
+        bad = [path or "the parameter" for path, is_fine in zip(self.paths, is_finite, strict=True) if not is_fine]
+        total = len(self.paths)
         if not bad:
             return "every leaf is finite"
         return f"not finite in {', '.join(bad)} ({len(bad)} of {total} leaves)"
