@@ -105,3 +105,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def is_failure(code: int, said: str) -> bool:
+    """Whether a process ended with an error. At its exit CPython before 3.13 may abort, if a thread of C++ wants the
+    interpreter then; the error has been said by then."""
+    return code == 1 or (code == -signal.SIGABRT and "exception not rethrown" in said)
