@@ -38,7 +38,7 @@ from stepc.programs import gpt
 
 BUDGETS = 20
 MEASURED = 8  # the k whose program is run
-# What XLA frees goes back to the system at once; else glibc may keep the temporaries of a step for each thread that ran
+# What XLA frees goes back to the system at once; else glibc may keep one step's temporaries beside those of the next.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 STATUS, MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

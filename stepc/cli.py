@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -16,6 +15,7 @@ from stepc.programs import see
 from stepc.programs.job import Job
 from stepc.programs.lessons import LESSONS
 from stepc.programs.target import EXAMPLE, Target, compiled, read_axes
+from stepc.runner.console import print_to_nobody
 
 # What `stepc train` imports beyond what stepc needs: the extra "demo".
 DEMO = ("rich", "matplotlib", "orbax")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (sc.StepError, sc.Preempted):
         raise  # the step itself failed: its cause and traceback are what one needs; or SIGTERM, which has a code
     except BrokenPipeError:  # whoever read it, as `head` does, has enough; in training `Console` sees to that
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_to_nobody()
         return FAILED
     except (sc.BudgetError, sc.PeerError) as error:
         return _ended(f"{type(error).__name__}: {error}", FAILED)

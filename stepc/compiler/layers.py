@@ -93,37 +93,49 @@ def by_layer(
 
 
 def _run(traced: ClosedJaxpr, given: Sequence[Any], whole: Whole) -> list[jax.Array]:
-    jaxpr, once = traced.jaxpr, _once(whole)
-    known: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *given), strict=True))
+    jaxpr, known, once = traced.jaxpr, _known(traced, given), _once(whole)
     for equation in jaxpr.eqns:
-        values = [_read(known, var) for var in equation.invars]
-        known.update(zip(equation.outvars, _result(equation, values, jaxpr, once), strict=True))
+        _add_result(known, equation, jaxpr, once)
     return [_made_whole(_read(known, var), once) for var in jaxpr.outvars]
 
 
 def _run_layer(traced: ClosedJaxpr, given: Sequence[Any], whole: Whole) -> list[jax.Array]:
     """The same for a layer, whose whole parameters are not kept: each stretch of operations that the loss does not
     rematerialise makes them again for its gradient, and nothing else."""
-    jaxpr, left = traced.jaxpr, list(traced.jaxpr.eqns)
-    known: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *given), strict=True))
-    for is_alone, stretch in groupby(jaxpr.eqns, key=lambda equation: equation.primitive.name in REMATERIALISED):
-        for piece in [[one] for one in stretch] if is_alone else [list(stretch)]:
-            left = left[len(piece) :]
-            later = {var for one in left for var in one.invars if not isinstance(var, Literal)} | {
-                var for var in jaxpr.outvars if not isinstance(var, Literal)
-            }
-            closed = _alone(piece, jaxpr, [var for one in piece for var in one.outvars if var in later])
-            values = [known[var] for var in closed.jaxpr.invars]
-            if is_alone:
-                made = _run(closed, values, whole)
-            else:
-                made = _rematerialised({"jaxpr": closed, "policy": _kept, "prevent_cse": False}, values, whole)
-            known.update(zip(closed.jaxpr.outvars, made, strict=True))
+    jaxpr, known = traced.jaxpr, _known(traced, given)
+    for is_rematerialised, found in groupby(jaxpr.eqns, key=lambda one: one.primitive.name in REMATERIALISED):
+        stretch = list(found)
+        if is_rematerialised:
+            for equation in stretch:
+                _add_result(known, equation, jaxpr, whole)
+            continue
+        closed = _alone(stretch, jaxpr, _used_outside(stretch, jaxpr))
+        values = [known[var] for var in closed.jaxpr.invars]
+        made = _rematerialised(closed, values, whole, policy=_kept, prevent_cse=False)
+        known.update(zip(closed.jaxpr.outvars, made, strict=True))
     return [_made_whole(_read(known, var), whole) for var in jaxpr.outvars]
 
 
-def _read(known: dict[Any, Any], var: Any) -> Any:  # Any: variables, or numbers; arrays, or parts
+def _known(traced: ClosedJaxpr, given: Sequence[Any]) -> dict[Any, Any]:  # Any: variables; arrays, or parts
+    jaxpr = traced.jaxpr
+    return dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *given), strict=True))
+
+
+def _read(known: dict[Any, Any], var: Any) -> Any:  # Any: a variable, or a number; an array, or a part
     return var.val if isinstance(var, Literal) else known[var]
+
+
+def _add_result(known: dict[Any, Any], equation: Any, within: Jaxpr, whole: Whole) -> None:
+    values = [_read(known, var) for var in equation.invars]
+    known.update(zip(equation.outvars, _result(equation, values, within, whole), strict=True))
+
+
+def _used_outside(equations: Sequence[Any], within: Jaxpr) -> list[Any]:
+    """What some operations of a program make for the others, or as its result."""
+    inside = set(map(id, equations))
+    used = [*within.outvars, *(var for one in within.eqns if id(one) not in inside for var in one.invars)]
+    names = {var for var in used if not isinstance(var, Literal)}
+    return [var for one in equations for var in one.outvars if var in names]
 
 
 def _alone(equations: Sequence[Any], within: Jaxpr, outvars: Sequence[Any]) -> ClosedJaxpr:
@@ -161,7 +173,9 @@ def _result(equation: Any, values: list[Any], within: Jaxpr, whole: Whole) -> Se
         case "jit" | "pjit" | "closed_call":
             return _run(params["jaxpr"], values, whole)
         case name if name in REMATERIALISED:
-            return _rematerialised(params, values, whole)
+            inner = params["jaxpr"]
+            closed = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+            return _rematerialised(closed, values, whole, params["policy"], params["prevent_cse"])
         case "scan" if all(value.how.dim > 0 for value in _scanned(params, values) if isinstance(value, _Part)):
             return _scan(params, values, whole)
         case _:
@@ -174,21 +188,20 @@ def _bound(equation: Any, values: list[Any], within: Jaxpr) -> Sequence[Any]:
     return jaxpr_as_fun(_alone([equation], within, equation.outvars))(*pairs.values())
 
 
-def _rematerialised(params: Any, values: list[Any], whole: Whole) -> Sequence[Any]:
+def _rematerialised(
+    closed: ClosedJaxpr, values: list[Any], whole: Whole, policy: Callable[..., Any] | None, prevent_cse: bool
+) -> Sequence[Any]:
     lying = [value.how if isinstance(value, _Part) else None for value in values]
-    inner = params["jaxpr"]
-    closed = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
 
     def again(*arrays: jax.Array) -> list[jax.Array]:
         given = [one if how is None else _Part(one, how) for one, how in zip(arrays, lying, strict=True)]
         return _run(closed, given, whole)
 
-    def policy(primitive: Any, *given: Any, **params_: Any) -> Any:  # Any: as in `_kept`; and what the user's says
-        return _kept(primitive) and theirs(primitive, *given, **params_)
+    def both(primitive: Any, *given: Any, **params: Any) -> Any:  # Any: as in `_kept`; and what the policy says
+        return _kept(primitive) and policy is not None and policy(primitive, *given, **params)
 
-    theirs = params["policy"]
     arrays = [value.value if isinstance(value, _Part) else value for value in values]
-    return jax.checkpoint(again, policy=theirs and policy, prevent_cse=params["prevent_cse"])(*arrays)
+    return jax.checkpoint(again, policy=policy and both, prevent_cse=prevent_cse)(*arrays)
 
 
 def _scanned(params: Any, values: list[Any]) -> list[Any]:

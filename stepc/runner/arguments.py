@@ -7,7 +7,7 @@ import jax
 
 from stepc.errors import ConfigError
 from stepc.language.state import leaves_by_path
-from stepc.runner.checkpoints import Checkpoints
+from stepc.runner.checkpoints import Checkpoints, is_positive
 from stepc.runner.digests import digests
 from stepc.runner.flight import Watched, steps_per_call_of
 from stepc.runner.policies import Policy, Raise, Rollback, faults_of
@@ -60,7 +60,7 @@ def _faults_of_watching(asked: Mapping[str, Any]) -> list[tuple[str, str, object
     if most is not None and not (most == 0 and type(most) is int or _is_count(most)):
         faults.append(("max_recompiles", "an integer from 0, or None", most))
     waits = {name: asked[name] for name in ("watchdog_seconds", "exit_seconds", "data_seconds")}
-    odd = [name for name, seconds in waits.items() if seconds is not None and not _is_positive(seconds)]
+    odd = [name for name, seconds in waits.items() if seconds is not None and not is_positive(seconds)]
     faults += [(name, "a positive number or None", waits[name]) for name in odd]
     watchdog, end = waits["watchdog_seconds"], waits["exit_seconds"]
     if end is not None and not {"watchdog_seconds", "exit_seconds"} & set(odd) and not (watchdog and watchdog < end):
@@ -176,10 +176,6 @@ def check_replay(policies: Mapping[str, Policy], checkpoint: Checkpoints | None,
 def goes_back(policies: Mapping[str, Policy]) -> bool:
     """Whether a policy promises to go on from a failure that takes the state."""
     return any(not isinstance(policy, Raise) for kind, policy in policies.items() if kind in ("nonfinite", "device"))
-
-
-def _is_positive(value: object) -> bool:
-    return type(value) in (int, float) and value > 0  # pyright: ignore[reportOperatorIssue]  # a number, by then
 
 
 def _is_count(value: object) -> bool:

@@ -55,9 +55,9 @@ class Checkpoints:
         for name, value in (("every", self.every), ("keep", self.keep)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append((name, "a positive integer", value))
-        if self.every_seconds is not None and not _is_positive(self.every_seconds):
+        if self.every_seconds is not None and not is_positive(self.every_seconds):
             faults.append(("every_seconds", "a positive number or None", self.every_seconds))
-        if not _is_positive(self.timeout_seconds):
+        if not is_positive(self.timeout_seconds):
             faults.append(("timeout_seconds", "a positive number", self.timeout_seconds))
         for name, value in (("check_data", self.check_data), ("exact_resume", self.exact_resume)):
             if not isinstance(value, bool):
@@ -67,7 +67,8 @@ class Checkpoints:
             raise ConfigError("`Checkpoints` cannot be made so.", facts=facts)
 
 
-def _is_positive(value: object) -> bool:
+def is_positive(value: object) -> bool:
+    """Whether it is a number of seconds that can be waited for."""
     return type(value) in (int, float) and value > 0  # pyright: ignore[reportOperatorIssue]  # a number, by then
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -120,8 +121,8 @@ class Console:
         """Nobody reads any more."""
         self.terminal.quiet = True
         _LOG.warning("nobody reads the terminal any more: Console is quiet from here")
-        if self.terminal.file is sys.stdout:  # which Python flushes at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if self.terminal.file is sys.stdout:
+            print_to_nobody()
 
     def _is_due(self, step: int) -> bool:
         now = self._clock()
@@ -130,6 +131,12 @@ class Console:
         if is_due:
             self._printed_at = now
         return is_due
+
+
+def print_to_nobody() -> None:
+    """Let standard output go nowhere, once nobody reads it: Python flushes it at its exit, and would fail there."""
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class _Pace:

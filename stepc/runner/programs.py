@@ -38,7 +38,7 @@ class Programs:
     step: object
     scribe: Scribe
     most: int | None
-    is_built: bool = False
+    is_built: bool = field(default=False, init=False)
     _traced: Traced | None = field(init=False)
     _first: int | None = None
     _told: int = 0

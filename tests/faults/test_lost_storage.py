@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from faults.plan import FaultPlan, Remembering, digest, fresh, step
-from faults.zygote import Zygote, errors_of, is_failure
+from faults.zygote import Zygote, ended_by_itself, errors_of
 
 import stepc as sc
 
@@ -36,8 +36,7 @@ def events_in(folder: Path) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("how", ["removed", "file", "read-only"])
 def test_directory_that_goes_away_is_an_error(how: str, zygote: Zygote, anyones: Path) -> None:
     began = time.monotonic()
-    code = zygote.start(anyones, "--every=5", "--lose", how).wait()
-    assert is_failure(code, errors_of(anyones)), errors_of(anyones)
+    assert zygote.start(anyones, "--every=5", "--lose", how).wait() == 1, errors_of(anyones)
     assert time.monotonic() - began < 20
     assert "CheckpointError: Step 10 could not be saved" in errors_of(anyones)
     assert events_in(anyones)[-1] == ("failure", 10)
@@ -50,13 +49,16 @@ def test_directory_that_goes_away_is_an_error(how: str, zygote: Zygote, anyones:
 )
 @pytest.mark.parametrize("point", ["before the first write", "before the rename"])
 def test_save_that_hangs_is_given_up(point: str, zygote: Zygote, tmp_path: Path) -> None:
-    options = ("--every=10", "--hang", point, "--timeout=0.5")
-    code = zygote.start(tmp_path, *options).wait()
-    assert is_failure(code, errors_of(tmp_path)), errors_of(tmp_path)
-    assert "did not end within 0.5 s" in errors_of(tmp_path)
-    assert {"10", "20", "30"} <= {one.name for one in (tmp_path / "kept").iterdir()}
-    assert float((tmp_path / "seconds").read_text()) < 3  # the disk answers after four
-    assert zygote.start(tmp_path, "--every=10").wait() == 0, errors_of(tmp_path)
+    def run(place: Path) -> tuple[int, str]:
+        code = zygote.start(place, "--every=10", "--hang", point, "--timeout=0.5").wait()
+        return code, errors_of(place)
+
+    place, code, said = ended_by_itself(run, tmp_path)
+    assert code == 1, said
+    assert "did not end within 0.5 s" in said
+    assert {"10", "20", "30"} <= {one.name for one in (place / "kept").iterdir()}
+    assert float((place / "seconds").read_text()) < 3  # the disk answers after four
+    assert zygote.start(place, "--every=10").wait() == 0, errors_of(place)
 
 
 @fault("67", "a state whose save takes longer than the interval", "event slow_checkpoint with seconds; one at a time")

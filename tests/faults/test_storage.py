@@ -18,7 +18,7 @@ import pytest
 from conftest import mesh_of
 from faults.plan import Batches, FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
 from faults.test_signals import TESTS
-from faults.zygote import is_failure
+from faults.zygote import ended_by_itself
 
 import stepc as sc
 
@@ -268,13 +268,18 @@ def test_abandoned_steps_are_set_aside_and_saved_again(kept: Path) -> None:
 @fault("61", "no room for a checkpoint (RLIMIT_FSIZE), in the first and in the last save", "CheckpointError; exit 1")
 def test_full_disk_is_never_a_silent_success(tmp_path: Path) -> None:
     for every in ("5", "1000"):
-        ended = subprocess.run(
-            [sys.executable, "-m", "faults.job", str(tmp_path / every), f"--every={every}", "--fsize=400"],
-            cwd=TESTS, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert is_failure(ended.returncode, ended.stderr), ended.stderr
-        assert "CheckpointError" in ended.stderr
-        assert not steps_in(tmp_path / every / "kept")
+
+        def run(place: Path, every: str = every) -> tuple[int, str]:
+            words = [sys.executable, "-m", "faults.job", str(place), f"--every={every}", "--fsize=400"]
+            ended = subprocess.run(words, cwd=TESTS, capture_output=True, text=True, timeout=120)
+            return ended.returncode, ended.stderr
+
+        folder = tmp_path / every
+        folder.mkdir()
+        place, code, said = ended_by_itself(run, folder)
+        assert code == 1, said
+        assert "CheckpointError" in said
+        assert not steps_in(place / "kept")
 
 
 @fault("69", "a checkpoint of 4 devices, restored on 1, 2 and 8", "every leaf bitwise equal, lying as the new state")
