@@ -1,4 +1,4 @@
-"""What do the words cost that keep numbers right?
+"""What do the transforms cost that keep numbers right?
 
   skip        `skip_nonfinite()` against the same pipeline without it
   dropout     `rng="example"` and `rng="microbatch"` with a dropout of 0.1, against the same GPT without dropout
@@ -220,10 +220,10 @@ def rows(model: Model, **how: int) -> dict[str, Any]:
     """Clip the gradient of every row, or their mean."""
     batch = jax.tree.map(jnp.asarray, model.batch)
 
-    def variant(*words: sc.Transform) -> Variant:
+    def variant(*transforms: sc.Transform) -> Variant:
         pipeline = sc.update(adamw())
-        for word in (*words, sc.grad(model.make_loss())):
-            pipeline = pipeline @ word
+        for transform in (*transforms, sc.grad(model.make_loss())):
+            pipeline = pipeline @ transform
         return Variant(sc.compile(pipeline), model.params, batch)
 
     variants = {"clip": variant(sc.clip(1.0)), "rows() @ clip": variant(sc.rows(), sc.clip(1.0))}
@@ -264,7 +264,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=15)
     options = parser.parse_args()
     quick, rounds = options.quick, 3 if options.quick else options.rounds
-    setting = begin("what the words cost that keep numbers right")
+    setting = begin("what the transforms cost that keep numbers right")
     size = gpt.Size(layers=1, width=16, heads=2, context=16) if quick else DEMO
     widths, num_rows = ((8, 16, 4), 64) if quick else ((64, 256, 256, 16), 256)
     results = []

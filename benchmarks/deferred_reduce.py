@@ -61,9 +61,9 @@ class Variant:
 
 
 def ours(model: Model, mesh: Mesh) -> Variant:
-    """In words."""
-    words = sc.update(adamw()) @ sc.accumulate(K) @ sc.shard(sc.dp("data"))
-    step = sc.compile(words @ sc.grad(model.make_loss()), mesh=mesh)
+    """In transforms."""
+    transforms = sc.update(adamw()) @ sc.accumulate(K) @ sc.shard(sc.dp("data"))
+    step = sc.compile(transforms @ sc.grad(model.make_loss()), mesh=mesh)
     state, batch = step.init(model.params), _placed(model.batch, mesh, ROWS)
     return Variant(step, state, batch, lambda state: state.params, step.lower(state, batch).compile().executable)
 

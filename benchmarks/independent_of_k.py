@@ -35,9 +35,9 @@ WITHIN = 0.10
 
 
 def compiled(model: Model, k: int, mesh: Mesh) -> tuple[sc.Lowered, sc.Compiled]:
-    """The demo's step, from the words to the executable. No array is made."""
-    words = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(k) @ sc.shard(sc.dp("data"))
-    step = sc.compile(words @ sc.grad(model.make_loss()), mesh=mesh)
+    """The demo's step, from the transforms to the executable. No array is made."""
+    transforms = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(k) @ sc.shard(sc.dp("data"))
+    step = sc.compile(transforms @ sc.grad(model.make_loss()), mesh=mesh)
     shapes = jax.eval_shape(lambda tree: tree, (model.params, model.batch))
     lowered = step.lower(step.init(shapes[0]), shapes[1])
     return lowered, lowered.compile()

@@ -215,8 +215,8 @@ def _commit() -> str:
         return "unknown"
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(("git", *words), cwd=HERE.parent, capture_output=True, text=True, check=True)
+def _git(*transforms: str) -> str:
+    done = subprocess.run(("git", *transforms), cwd=HERE.parent, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -77,14 +77,14 @@ ROWS = {"mlp": 2048, "gpt": 128, "convolutions": 256}
 LARGE_ROWS = {"mlp": 32_768, "gpt": 1024, "convolutions": 2048}
 
 
-def step_of(model: Model, word: sc.Transform) -> sc.Step:
+def step_of(model: Model, transform: sc.Transform) -> sc.Step:
     """The step that is searched for."""
-    return sc.compile(sc.update(optax.adamw(1e-3)) @ sc.clip(1.0) @ word @ sc.grad(model.make_loss()))
+    return sc.compile(sc.update(optax.adamw(1e-3)) @ sc.clip(1.0) @ transform @ sc.grad(model.make_loss()))
 
 
-def lowered(model: Model, word: sc.Transform) -> sc.Lowered:
+def lowered(model: Model, transform: sc.Transform) -> sc.Lowered:
     """Of shapes alone."""
-    step = step_of(model, word)
+    step = step_of(model, transform)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (model.params, model.batch))
     return step.lower(step.init(shapes[0]), shapes[1])
 
@@ -114,10 +114,10 @@ def resident(what: str) -> int:
     return 1024 * int(found[1])
 
 
-def child(name: str, word: sc.Transform) -> None:
+def child(name: str, transform: sc.Transform) -> None:
     """Run two steps, and print what they took."""
     model = MODELS[name](LARGE_ROWS[name])
-    step = step_of(model, word)
+    step = step_of(model, transform)
     state, batch = step.init(model.params), jax.block_until_ready(jax.device_put(model.batch))
     program = step.lower(state, batch)
     needs = program.compile().memory()
@@ -136,9 +136,9 @@ def child(name: str, word: sc.Transform) -> None:
 def measured(name: str) -> list[dict[str, Any]]:
     """One budget, run in a child; and the next smaller divisor, which must not fit."""
 
-    def in_child(word: str) -> dict[str, Any]:
-        words, environment = (sys.executable, __file__, "--child", name, word), {**os.environ, **GIVE_BACK}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    def in_child(transform: str) -> dict[str, Any]:
+        transforms, environment = (sys.executable, __file__, "--child", name, transform), {**os.environ, **GIVE_BACK}
+        done = subprocess.run(transforms, env=environment, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     model = MODELS[name](LARGE_ROWS[name])
@@ -178,8 +178,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "WORD"), help="run one step, for this script itself")
     options = parser.parse_args()
     if options.child:
-        name, word = options.child
-        key, _, value = word.partition("=")
+        name, transform = options.child
+        key, _, value = transform.partition("=")
         child(name, sc.accumulate(**{key: int(value)}))
         return
     setting = begin("Does accumulate(memory=...) find the smallest k that fits, and does the step then fit?")

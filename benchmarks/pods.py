@@ -103,10 +103,10 @@ def tokens(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
-    """In words."""
+    """In transforms."""
     rules = sc.tp(RULES, default=PartitionSpec())
-    words = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp(rows_of(mesh), **level), rules)
-    step = sc.compile(words @ sc.grad(loss), mesh=mesh)
+    transforms = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp(rows_of(mesh), **level), rules)
+    step = sc.compile(transforms @ sc.grad(loss), mesh=mesh)
     return step.lower(step.init(shapes()), tokens(mesh)).compile().executable
 
 

@@ -1,6 +1,6 @@
 """Does a model learn as well in bfloat16?
 
-The GPT of `stepc train`, smaller, with the words that the command uses: for each seed one run in float32 and one with
+The GPT of `stepc train`, smaller, with the transforms that the command uses: for each seed one run in float32 and one with
 `cast(jnp.bfloat16)`, on the same parameters and batches. Validation is in float32, on held-out files. The difference of
 the two, seed by seed, is held against the spread of the float32 runs between seeds. A CPU emulates bfloat16, so the
 times printed here say nothing about hardware that has it. A round is a seed.

@@ -44,7 +44,7 @@ from measuring import (
 from rich.console import Console as Terminal
 
 import stepc as sc
-from stepc.runner.anchor import copy
+from stepc._runner.pending import copy_state
 
 TARGET_MICROSECONDS, TARGET_RATIO = 50.0, 0.01
 BLOCK = 10  # steps
@@ -123,7 +123,7 @@ class Work:
         return taken
 
     def bare(self, batches: Batches) -> None:
-        bare(self.step, copy(self.state), batches)
+        bare(self.step, copy_state(self.state), batches)
 
     def run(self, batches: Batches, *, logs: bool = False, saves: int | None = None, **options: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:

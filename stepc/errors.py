@@ -2,8 +2,8 @@
 
     StepcError                    has .suggestion; each class below is also the builtin that it resembles
     ├── PipelineTypeError         TypeError          two neighbours of `@` do not meet
-    ├── FieldTypeError            TypeError          a word was given a field of the wrong type
-    ├── FieldValueError           ValueError         a word was given a field of the wrong value
+    ├── FieldTypeError            TypeError          a transform was given a field of the wrong type
+    ├── FieldValueError           ValueError         a transform was given a field of the wrong value
     ├── ConfigError               ValueError         compile, init or run was asked for something impossible
     ├── LossError                 ValueError         a loss does not return what a loss returns
     ├── BatchError                ValueError         a batch cannot be split as the pipeline asks
@@ -36,7 +36,7 @@ class StepcError(BaseException):
     """The root of every error that stepc raises.
 
     Args:
-      what: what is wrong, in the user's words; one sentence.
+      what: what is wrong, in the user's transforms; one sentence.
       where: the piece of the user's source it is about, with a caret if that helps.
       facts: aligned rows, (label, value).
       suggestion: what to write instead, only if it is certain.
@@ -53,11 +53,11 @@ class PipelineTypeError(StepcError, TypeError):
 
 
 class FieldTypeError(StepcError, TypeError):
-    """A word was given a field of the wrong type."""
+    """A transform was given a field of the wrong type."""
 
 
 class FieldValueError(StepcError, ValueError):
-    """A word was given a field of the right type and the wrong value."""
+    """A transform was given a field of the right type and the wrong value."""
 
 
 class ConfigError(StepcError, ValueError):

@@ -1,4 +1,4 @@
-"""Every word at least once, the probe losses, and the axis sizes that samples name. The ladder is climbed for each."""
+"""Every transform at least once, the probe losses, and the axis sizes that samples name. The ladder is climbed for each."""
 
 import jax.numpy as jnp
 import optax
@@ -8,7 +8,7 @@ from stepc.testing.probes import EXACT_SOURCES as EXACT_SOURCES
 from stepc.testing.probes import PROBES as PROBES
 from stepc.testing.probes import SOURCES as SOURCES
 from stepc.testing.probes import probe_batch as probe_batch
-from stepc.testing.probes import probe_carry as probe_carry
+from stepc.testing.probes import probe_model_state as probe_model_state
 from stepc.testing.probes import probe_params as probe_params
 
 AXES = {"data": 2, "replica": 4}

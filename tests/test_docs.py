@@ -64,7 +64,7 @@ def test_notebook_runs_to_its_last_assertion(path: Path) -> None:
     stored = [output_of(cell) for cell in code]
     assert any(stored), "a notebook is stored with its outputs"
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
-    # The order of words, the plan and the errors print alike everywhere; only bytes of memory belong to a version.
+    # The order of transforms, the plan and the errors print alike everywhere; only bytes of memory belong to a version.
     told = [output_of(cell) for cell in code]
     assert [text for text in told if "temporaries" not in text] == [
         text for text in stored if "temporaries" not in text

@@ -46,7 +46,7 @@ def call(batch: Any) -> None:
 
 def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = None, **options: Any) -> None:
     step = sc.compile(sc.update(tx) @ sc.grad(bad, **options))
-    step(step.init(params or probe_params(), seed=seed, carry=given), probe_batch(8))
+    step(step.init(params or probe_params(), seed=seed, model_state=given), probe_batch(8))
 
 
 def asking(memory: int | str, batch: Any) -> None:
@@ -54,12 +54,12 @@ def asking(memory: int | str, batch: Any) -> None:
     step(step.init(probe_params()), batch)
 
 
-def fresh_with(source: sc.Transform, carry: Any) -> None:
-    sc.compile(sc.update(tx) @ source).init(probe_params(), carry=carry)
+def fresh_with(source: sc.Transform, model_state: Any) -> None:
+    sc.compile(sc.update(tx) @ source).init(probe_params(), model_state=model_state)
 
 
-def laid_by(words: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 16) -> None:
-    step = sc.compile(sc.update(tx) @ words @ sc.grad(loss), mesh=mesh_of(data=2, replica=2, model=2))
+def laid_by(transforms: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 16) -> None:
+    step = sc.compile(sc.update(tx) @ transforms @ sc.grad(loss), mesh=mesh_of(data=2, replica=2, model=2))
     step(step.init(wide_params()), probe_batch(num_rows))
 
 
@@ -313,9 +313,12 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ShardingError,
         lambda: sc.compile(sc.update(tx) @ sc.accumulate(memory="2GiB") @ dp @ sc.grad(loss)),
     ),
-    "carry_missing": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), None)),
+    "carry_missing": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, model_state=True), None)),
     "carry_not_asked_for": (sc.ConfigError, lambda: fresh_with(sc.grad(loss), {"mean": np.zeros(3)})),
-    "carry_of_text": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, carry=True), {"a": "b", "c": np.array(True)})),
+    "carry_of_text": (
+        sc.ConfigError,
+        lambda: fresh_with(sc.grad(loss, model_state=True), {"a": "b", "c": np.array(True)}),
+    ),
     "seed_fraction": (sc.ConfigError, lambda: step_on().init(probe_params(), seed=0.5)),
 }
 CALLING: dict[str, tuple[type, Callable[[], object]]] = {
@@ -364,7 +367,9 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "keys_not_stable": (sc.LossError, lambda: trained_with(drawing, seed=jax.random.key(0, impl="rbg"), rng="example")),
     "carry_changes": (
         sc.LossError,
-        lambda: trained_with(lambda p, b, c: (loss(p, b), {"m": c["m"] > 0}), given={"m": np.zeros(())}, carry=True),
+        lambda: trained_with(
+            lambda p, b, c: (loss(p, b), {"m": c["m"] > 0}), given={"m": np.zeros(())}, model_state=True
+        ),
     ),
     "narrow_masters": (
         sc.ConfigError,
@@ -544,11 +549,11 @@ def test_exception_of_the_loss_passes_through_as_itself_with_a_note() -> None:
         pass
 
     def raises(params: Any, rows: Any) -> jax.Array:
-        raise Mine("in my own words")
+        raise Mine("in my own transforms")
 
     step = sc.compile(sc.update(tx) @ sc.accumulate(2) @ sc.grad(raises))
     state = step.init(probe_params())
-    with pytest.raises(Mine, match="in my own words") as raised:
+    with pytest.raises(Mine, match="in my own transforms") as raised:
         step(state, probe_batch(8))
     assert raised.value.__notes__[0] == (
         "stepc: raised by the loss of `grad(raises)` while it was traced on one cell: x float32[4, 3], y float32[4]"

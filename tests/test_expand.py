@@ -16,15 +16,15 @@ from catalogue import (
     STEPS,
     UPDATES,
     probe_batch,
-    probe_carry,
+    probe_model_state,
     probe_params,
 )
 
 import stepc as sc
-from stepc.compiler.check import bind
-from stepc.core.evaluate import evaluate
-from stepc.language.pipeline import expanded
+from stepc._compiler.validation import bind
+from stepc._language.pipeline import expand_transforms
 from stepc.testing import assert_equal_trees
+from stepc.testing.evaluate import evaluate
 from stepc.testing.house import as_seen, world_of
 
 SGD = sc.update(optax.sgd(0.5))
@@ -33,12 +33,12 @@ ROWS = 32
 
 def both_readings(pipeline: sc.Pipeline, *, tolerance: float) -> None:
     meaning = sc.reference(pipeline, axes=AXES)
-    times = [word.n for word in pipeline.words if repr(word).startswith("repeat")]
+    times = [transform.n for transform in pipeline.transforms if repr(transform).startswith("repeat")]
     batch = jax.tree.map(jnp.asarray, probe_batch(ROWS))
     batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * times[0]), batch) if times else batch
-    params, carry = jax.tree.map(jnp.asarray, (probe_params(), probe_carry(pipeline.words[-1])))
-    state = meaning.init(params, seed=3, carry=carry)
-    program = bind(expanded(pipeline.words), AXES)
+    params, model_state = jax.tree.map(jnp.asarray, (probe_params(), probe_model_state(pipeline.transforms[-1])))
+    state = meaning.init(params, seed=3, model_state=model_state)
+    program = bind(expand_transforms(pipeline.transforms), AXES)
     after, metrics = meaning(state, batch)
     got, told = evaluate(program, world_of(state), batch)
     expected = (as_seen(world_of(after)), metrics)
@@ -48,10 +48,10 @@ def both_readings(pipeline: sc.Pipeline, *, tolerance: float) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
 def test_expansion_of_a_word_means_what_the_word_means(name: str, source: str) -> None:
-    word, grad, replica = SAMPLES[name], SOURCES[source], sc.shard(sc.dp("replica"))
-    split = sc.accumulate(2) @ replica @ word if name == "rows" else sc.accumulate(2) @ word @ replica
+    transform, grad, replica = SAMPLES[name], SOURCES[source], sc.shard(sc.dp("replica"))
+    split = sc.accumulate(2) @ replica @ transform if name == "rows" else sc.accumulate(2) @ transform @ replica
     # Two readings, the same operations in the same order: bitwise also where there is rounding.
-    for pipeline in (SGD @ word @ grad, SGD @ split @ grad):
+    for pipeline in (SGD @ transform @ grad, SGD @ split @ grad):
         both_readings(pipeline, tolerance=0.0)
 
 

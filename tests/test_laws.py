@@ -15,45 +15,58 @@ from catalogue import PROBES, probe_batch, probe_params
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stepc.compiler.rewrite import Rewriting, rewrite
-from stepc.core import evaluate as reader
-from stepc.core.laws import LAWS, Law
-from stepc.core.nodes import Differentiate, Lanes, Map, Mean, Node, Program, Scale, Space, Time, show
+from stepc._compiler.normalize import AppliedLaw, apply_laws
+from stepc._core.laws import LAWS, Law
+from stepc._core.nodes import (
+    DifferentiateNode,
+    InScan,
+    MapNode,
+    MeanNode,
+    Node,
+    OverMesh,
+    Program,
+    ScaleNode,
+    UnderVmap,
+    show,
+)
 from stepc.errors import EquivalenceError
 from stepc.testing import assert_equal_trees
+from stepc.testing import evaluate as reader
 
 NUM_ROWS = 32
-WORLD = reader.World(jax.tree.map(jnp.asarray, probe_params()), None)
+WORLD = reader.EvaluationState(jax.tree.map(jnp.asarray, probe_params()), None)
 BY_NAME = {law.name: law for law in LAWS}
 
 
 def signs(grads: object) -> tuple[object, dict[str, jax.Array]]:
-    """A gradient word that is not linear and yet exact on whole numbers."""
+    """A gradient transform that is not linear and yet exact on whole numbers."""
     return jax.tree.map(jnp.sign, grads), {}
 
 
 def programs(probe: Callable[..., jax.Array]) -> st.SearchStrategy[Program]:
-    times = st.sampled_from([1, 2, 4]).map(lambda k: Mean(Time(k)))
-    scales = st.sampled_from([1.0, 0.5, -2.0]).map(Scale)
+    times = st.sampled_from([1, 2, 4]).map(lambda k: MeanNode(InScan(k)))
+    scales = st.sampled_from([1.0, 0.5, -2.0]).map(ScaleNode)
     spaces = st.sampled_from(["a", "b"]).flatmap(
-        lambda axis: st.sampled_from([1, 2, 4]).map(lambda size: Mean(Space((axis,), size)))
+        lambda axis: st.sampled_from([1, 2, 4]).map(lambda size: MeanNode(OverMesh((axis,), size)))
     )
     nodes = st.lists(
-        st.one_of(times, scales, spaces, st.just(Mean(Lanes())), st.just(Map(signs))), min_size=1, max_size=6
+        st.one_of(times, scales, spaces, st.just(MeanNode(UnderVmap())), st.just(MapNode(signs))),
+        min_size=1,
+        max_size=6,
     )
-    return nodes.map(lambda found: (*found, Differentiate(probe))).filter(_is_well_formed)
+    return nodes.map(lambda found: (*found, DifferentiateNode(probe))).filter(_is_well_formed)
 
 
 def _is_well_formed(program: Program) -> bool:
-    means = [node for node in program if isinstance(node, Mean)]
-    axes = [axis for node in means if isinstance(node.place, Space) for axis in node.place.axes]
-    single = next((n for n, node in enumerate(means) if isinstance(node.place, Lanes)), len(means))
-    whole = all(isinstance(node.place, Lanes) or node.size == 1 for node in means[single:])  # one row has no parts
-    divides = NUM_ROWS % prod(node.size for node in means if not isinstance(node.place, Lanes)) == 0
+    means = [node for node in program if isinstance(node, MeanNode)]
+    axes = [axis for node in means if isinstance(node.place, OverMesh) for axis in node.place.axes]
+    single = next((n for n, node in enumerate(means) if isinstance(node.place, UnderVmap)), len(means))
+    whole = all(isinstance(node.place, UnderVmap) or node.size == 1 for node in means[single:])  # one row has no parts
+    divides = NUM_ROWS % prod(node.size for node in means if not isinstance(node.place, UnderVmap)) == 0
     return whole and divides and len(axes) == len(set(axes))
 
 
-def assert_means_the_same(one: Rewriting) -> None:
+def assert_means_the_same(one: AppliedLaw) -> None:
     batch = jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS, seed=1))
     before, after = (reader.gradient(program, WORLD, batch) for program in (one.before, one.after))
     assert_equal_trees(after, before, tolerance=0.0, of=f"{one.law.name}: `{show(one.before)}` = `{show(one.after)}`")
@@ -63,28 +76,28 @@ def assert_means_the_same(one: Rewriting) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_laws_keep_the_meaning_wherever_they_fire(probe: str, data: st.DataObject) -> None:
-    trace = rewrite(data.draw(programs(PROBES[probe])), LAWS)
+    trace = apply_laws(data.draw(programs(PROBES[probe])), LAWS)
     for one in trace:
         assert_means_the_same(one)
 
 
 # For each law a program on which it fires; a law without one fails the test below.
 FIRES: dict[str, tuple[Node, ...]] = {
-    "drop-unit-mean": (Mean(Time(1)),),
-    "drop-unit-scale": (Scale(1.0),),
-    "merge-time": (Mean(Time(2)), Mean(Time(4))),
-    "merge-space": (Mean(Space(("a",), 2)), Mean(Space(("b",), 4))),
-    "merge-lanes": (Mean(Lanes()), Mean(Lanes())),
-    "defer-reduce": (Mean(Time(4)), Mean(Space(("a",), 2))),
-    "scale-past-mean": (Mean(Time(4)), Scale(0.5)),
-    "merge-scale": (Scale(0.5), Scale(-2.0)),
+    "drop-unit-mean": (MeanNode(InScan(1)),),
+    "drop-unit-scale": (ScaleNode(1.0),),
+    "merge-scan": (MeanNode(InScan(2)), MeanNode(InScan(4))),
+    "merge-mesh": (MeanNode(OverMesh(("a",), 2)), MeanNode(OverMesh(("b",), 4))),
+    "merge-vmap": (MeanNode(UnderVmap()), MeanNode(UnderVmap())),
+    "defer-reduce": (MeanNode(InScan(4)), MeanNode(OverMesh(("a",), 2))),
+    "scale-past-mean": (MeanNode(InScan(4)), ScaleNode(0.5)),
+    "merge-scale": (ScaleNode(0.5), ScaleNode(-2.0)),
 }
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("probe", PROBES)
 def test_law_alone_keeps_the_meaning(name: str, probe: str) -> None:
-    (one, *_) = rewrite((*FIRES[name], Differentiate(PROBES[probe])), (BY_NAME[name],))
+    (one, *_) = apply_laws((*FIRES[name], DifferentiateNode(PROBES[probe])), (BY_NAME[name],))
     assert one.law.name == name
     assert_means_the_same(one)
 
@@ -94,39 +107,46 @@ def _law(name: str, rewrite_: Callable[..., tuple[Node, ...] | None]) -> Law:
 
 
 WRONG = {
-    "drop-unit-mean": _law("drop-unit-mean", lambda node: () if node == Mean(Time(2)) else None),
-    "drop-unit-scale": _law("drop-unit-scale", lambda node: () if node == Scale(0.5) else None),
-    "merge-time": _law("merge-time", lambda a, b: (Mean(Time(a.size)),) if _both(a, b, Time) else None),
-    "merge-space": _law("merge-space", lambda a, b: (Mean(Space(("a",), a.size)),) if _both(a, b, Space) else None),
+    "drop-unit-mean": _law("drop-unit-mean", lambda node: () if node == MeanNode(InScan(2)) else None),
+    "drop-unit-scale": _law("drop-unit-scale", lambda node: () if node == ScaleNode(0.5) else None),
+    "merge-scan": _law("merge-scan", lambda a, b: (MeanNode(InScan(a.size)),) if _both(a, b, InScan) else None),
+    "merge-mesh": _law(
+        "merge-mesh", lambda a, b: (MeanNode(OverMesh(("a",), a.size)),) if _both(a, b, OverMesh) else None
+    ),
     # Neither of the two is left: the rows share a cell.
-    "merge-lanes": _law("merge-lanes", lambda a, b: () if isinstance(a, Mean) and a == b else None),
+    "merge-vmap": _law("merge-vmap", lambda a, b: () if isinstance(a, MeanNode) and a == b else None),
     # The reduction that leaves the loop and takes the division with it only once.
     "defer-reduce": _law(
-        "defer-reduce", lambda a, b: (b,) if isinstance(a, Mean) and isinstance(b, Mean) and a != b else None
+        "defer-reduce", lambda a, b: (b,) if isinstance(a, MeanNode) and isinstance(b, MeanNode) and a != b else None
     ),
     # True of the loss, false of its gradient: a constant is not the identity of a sum.
-    "scale-past-mean": _law("scale-past-mean", lambda a, b: (a,) if isinstance(a, Mean) and _is_scale(b) else None),
-    "merge-scale": _law("merge-scale", lambda a, b: (Scale(a.factor + b.factor),) if _is_scale(a, b) else None),
+    "scale-past-mean": _law("scale-past-mean", lambda a, b: (a,) if isinstance(a, MeanNode) and _is_scale(b) else None),
+    "merge-scale": _law("merge-scale", lambda a, b: (ScaleNode(a.factor + b.factor),) if _is_scale(a, b) else None),
 }
 
 
 def _both(a: Node, b: Node, place: type) -> bool:
-    return isinstance(a, Mean) and isinstance(b, Mean) and isinstance(a.place, place) and isinstance(b.place, place)
+    return (
+        isinstance(a, MeanNode)
+        and isinstance(b, MeanNode)
+        and isinstance(a.place, place)
+        and isinstance(b.place, place)
+    )
 
 
 def _is_scale(*nodes: Node) -> bool:
-    return all(isinstance(node, Scale) for node in nodes)
+    return all(isinstance(node, ScaleNode) for node in nodes)
 
 
-WRONG_ON = {**FIRES, "drop-unit-mean": (Mean(Time(2)),), "drop-unit-scale": (Scale(0.5),)}
+WRONG_ON = {**FIRES, "drop-unit-mean": (MeanNode(InScan(2)),), "drop-unit-scale": (ScaleNode(0.5),)}
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_wrong_variant_of_a_law_is_caught(name: str) -> None:
     caught = 0
     for probe in PROBES.values():
-        program = (*WRONG_ON[name], Differentiate(probe))
-        (one, *_) = rewrite(program, (WRONG[name],))
+        program = (*WRONG_ON[name], DifferentiateNode(probe))
+        (one, *_) = apply_laws(program, (WRONG[name],))
         try:
             assert_means_the_same(one)
         except EquivalenceError:
@@ -136,51 +156,56 @@ def test_wrong_variant_of_a_law_is_caught(name: str) -> None:
 
 @pytest.mark.parametrize("split", ["contiguous in time", "strided in space", "rows reversed"])
 def test_wrong_split_is_caught(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(mean: Mean, rows: np.ndarray) -> list[np.ndarray]:
+    def wrong(mean: MeanNode, rows: np.ndarray) -> list[np.ndarray]:
         match split, mean.place:
-            case ("contiguous in time", Time(size)):
+            case ("contiguous in time", InScan(size)):
                 return list(rows.reshape(size, -1))
-            case ("strided in space", Space()):
+            case ("strided in space", OverMesh()):
                 return list(rows.reshape(-1, mean.size).T)
-            case ("rows reversed", Time()):
+            case ("rows reversed", InScan()):
                 return [part[::-1] for part in right(mean, rows)]
             case _:
                 return right(mean, rows)
 
     right, batch = reader._split, jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS))
-    program = (Mean(Time(4)), Mean(Space(("a",), 2)))
-    expected = [reader.gradient((*program, Differentiate(probe)), WORLD, batch) for probe in PROBES.values()]
+    program = (MeanNode(InScan(4)), MeanNode(OverMesh(("a",), 2)))
+    expected = [reader.gradient((*program, DifferentiateNode(probe)), WORLD, batch) for probe in PROBES.values()]
     monkeypatch.setattr(reader, "_split", wrong)
-    got = [reader.gradient((*program, Differentiate(probe)), WORLD, batch) for probe in PROBES.values()]
+    got = [reader.gradient((*program, DifferentiateNode(probe)), WORLD, batch) for probe in PROBES.values()]
     with pytest.raises(EquivalenceError):
         assert_equal_trees(got, expected, tolerance=0.0, of=split)
 
 
 def test_defer_reduce_across_a_nonlinear_node_is_caught() -> None:
-    program = (Mean(Time(4)), Map(signs), Mean(Space(("a",), 2)), Differentiate(PROBES["sharing_a_cell"]))
-    assert not rewrite(program, (BY_NAME["defer-reduce"],))
+    program = (
+        MeanNode(InScan(4)),
+        MapNode(signs),
+        MeanNode(OverMesh(("a",), 2)),
+        DifferentiateNode(PROBES["sharing_a_cell"]),
+    )
+    assert not apply_laws(program, (BY_NAME["defer-reduce"],))
     moved = (program[2], program[0], program[1], program[3])
     with pytest.raises(EquivalenceError):
-        assert_means_the_same(Rewriting(BY_NAME["defer-reduce"], program, moved))
+        assert_means_the_same(AppliedLaw(BY_NAME["defer-reduce"], program, moved))
 
 
 @settings(max_examples=200)
 @given(program=programs(PROBES["over_rows"]))
 def test_laws_come_to_an_end_in_the_normal_form(program: Program) -> None:
-    trace = rewrite(program, LAWS)
+    trace = apply_laws(program, LAWS)
     assume(trace)
     normal = trace[-1].after
-    assert not rewrite(normal, LAWS)
+    assert not apply_laws(normal, LAWS)
     assert len(normal) <= len(program)
     # Between two nodes that are not linear: at most one constant, one mean over space, one loop, one over lanes.
-    rank = {Scale: 0, Space: 1, Time: 2, Lanes: 3}
+    rank = {ScaleNode: 0, OverMesh: 1, InScan: 2, UnderVmap: 3}
     for one, two in zip(normal, normal[1:], strict=False):
-        ranks = [rank.get(type(node.place if isinstance(node, Mean) else node)) for node in (one, two)]
+        ranks = [rank.get(type(node.place if isinstance(node, MeanNode) else node)) for node in (one, two)]
         assert None in ranks or ranks[0] < ranks[1]  # pyright: ignore[reportOperatorIssue]
 
 
 def test_rewrite_of_laws_that_contradict_each_other_raises() -> None:
-    back = _law("defer-reduce", lambda a, b: (b, a) if _both(b, b, Time) and _both(a, a, Space) else None)
-    program = (Mean(Time(2)), Mean(Space(("a",), 2)), Differentiate(PROBES["over_rows"]))
+    back = _law("defer-reduce", lambda a, b: (b, a) if _both(b, b, InScan) and _both(a, a, OverMesh) else None)
+    program = (MeanNode(InScan(2)), MeanNode(OverMesh(("a",), 2)), DifferentiateNode(PROBES["over_rows"]))
     with pytest.raises(RuntimeError, match="do not come to an end"):
-        rewrite(program, (BY_NAME["defer-reduce"], back))
+        apply_laws(program, (BY_NAME["defer-reduce"], back))

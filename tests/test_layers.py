@@ -12,102 +12,42 @@ import pytest
 from catalogue import SAMPLES
 
 import stepc as sc
-from stepc.language.pipeline import word_of
+from stepc._language.pipeline import transform_name
 
 PACKAGE = Path(__file__).parent.parent / "stepc"
-LANGUAGE = ("errors", "core.nodes", "language")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "private": ("errors",),
-    "units": ("errors",),
-    "core": ("core",),
-    # The surface: a word knows core nodes, never a law, a pass, the reference or another word.
-    "language.kinds": (),
-    "language.source": (),
-    "language.fields": ("errors",),
-    "language.padding": ("errors", "language.kinds", "language.state"),
-    "language.sharding": ("core.layout", "errors", "language.fields"),
-    "language.state": ("language.kinds",),
-    "language.meaning": ("core.nodes", "core.terms", "language.kinds", "language.state"),
-    "language.pipeline": ("core.nodes", "errors", "language.kinds", "language.meaning", "language.source"),
-    "language.words": (
-        "core.layout", "core.nodes", "core.terms", "errors", "language.fields", "language.kinds", "language.meaning",
-        "language.pipeline", "language.sharding", "language.source", "language.state", "units",
-    ),
+    "_jax": ("errors",),
+    "_units": ("errors",),
+    # The closed middle. It imports nothing but the standard library.
+    "_core": ("_core",),
+    # What a user writes: it knows core nodes, never a law or a pass.
+    "_language": ("_core.nodes", "_core.sharding", "_language", "_units", "errors"),
     # The reference never sees the core.
-    "language.reference": ("errors", "language.kinds", "language.meaning", "language.pipeline", "language.state"),
-    # The passes never see a word.
-    "compiler.rewrite": ("core.laws", "core.nodes"),
-    "compiler.instructions": ("core.nodes",),
-    "compiler.schedule": ("compiler.instructions", "core.nodes"),
-    "compiler.layout": ("core.layout", "core.nodes", "errors"),
-    "compiler.parts": ("compiler.instructions", "compiler.layout"),
-    "compiler.check": ("core.nodes", "errors", "language.kinds", "language.state"),
-    "compiler.placing": ("compiler.layout", "core.layout", "language.kinds", "language.state"),
-    "compiler.shardings": ("compiler.layout", "compiler.plan", "core.layout", "language.state"),
-    "compiler.batches": (
-        "compiler.check", "compiler.decision", "compiler.layout", "compiler.many", "compiler.placing",
-        "language.kinds", "language.state",
-    ),
-    "compiler.plan": ("compiler.instructions", "compiler.rewrite", "compiler.search", "core.nodes"),
-    "compiler.dependence": ("private",),
-    "compiler.liveness": (),
-    "compiler.search": ("inspect", "units"),
-    "compiler.loss": (
-        "compiler.dependence", "compiler.instructions", "core.nodes", "core.terms", "errors", "language.kinds",
-        "language.state",
-    ),
-    "compiler.tally": ("core.terms",),
-    "compiler.flow": (
-        "compiler", "compiler.instructions", "compiler.loss", "compiler.tally", "core.nodes", "core.terms",
-        "language.kinds",
-    ),
-    "compiler.ending": ("compiler.flow", "compiler.instructions", "core.terms", "language.kinds"),
-    "compiler.watch": ("language.state",),
-    "compiler.making": (
-        "compiler.check", "compiler.ending", "compiler.instructions", "compiler.watch", "core.terms",
-        "language.kinds", "language.state",
-    ),
-    "compiler.layers": (),
-    "compiler.devices": (
-        "compiler", "compiler.flow", "compiler.instructions", "compiler.layers", "core.layout", "core.terms",
-    ),
-    "compiler.lower": (
-        "compiler", "compiler.devices", "compiler.ending", "compiler.flow", "compiler.instructions", "compiler.loss",
-        "compiler.making", "compiler.parts", "compiler.schedule", "language.kinds", "language.meaning",
-        "language.state",
-    ),
-    # Questions about any compiled program: below the stages that ask them, and blind to pipelines.
-    "inspect": ("inspect", "errors", "units"),
-    "compiler.decision": ("compiler", "core", "language"),
-    "compiler.measures": ("compiler.breakdown", "compiler.plan", "inspect"),
-    "compiler.breakdown": ("compiler.plan", "inspect"),
-    # For eyes: it shows what is known of a program, and of its plan if it has one.
-    "report": ("compiler.plan", "core.nodes", "errors", "inspect", "report", "units"),
-    "compiler.stages": ("compiler.breakdown", "compiler.measures", "compiler.plan", "inspect", "report"),
-    "compiler.forms": ("language.kinds", "language.state"),
-    "compiler.gate": ("compiler.forms", "compiler.stages", "inspect", "language.kinds"),
-    "compiler.asking": (
-        "compiler.check", "compiler.forms", "compiler.liveness", "compiler.search", "compiler.stages", "core.nodes",
-        "errors", "inspect", "language.kinds", "language.pipeline", "language.state",
-    ),
-    "compiler.step": ("compiler", "core", "errors", "inspect", "language"),
+    "_language.reference": ("_language", "errors"),
+    # Questions about any compiled program: blind to pipelines.
+    "inspect": ("inspect", "_units", "errors"),
+    "report": ("_compiler.plan", "_core.nodes", "_units", "errors", "inspect", "report"),
     # Several processes that train as one: what they share knows no step.
-    "processes": ("errors", "private", "processes"),
-    "compiler.many": (
-        "compiler.check", "core.nodes", "errors", "language.kinds", "language.state",
-        "processes.board", "processes.poll",
+    "_distributed": ("_distributed", "_jax", "errors"),
+    # The passes: they see core nodes and the user's trees, never a transform.
+    "_compiler": (
+        "_compiler", "_core", "_distributed", "_jax", "_language.kinds", "_language.semantics", "_language.state",
+        "_language.terms", "_units", "errors", "inspect",
     ),
-    "runner": (
-        "errors", "inspect", "language.kinds", "language.padding", "language.state", "processes", "runner", "units",
-    ),
-    "testing": ("compiler.step", "core", "errors", "inspect", "language", "testing"),
-    "programs": ("", "errors", "processes", "programs", "runner"),
-    "cli": ("", "errors", "processes", "programs", "runner"),
+    # Where the surface meets the passes.
+    "_compiler.autotune": ("_compiler", "_core", "_language", "_units", "errors", "inspect"),
+    "_compiler.normalize": ("_compiler", "_core", "_language", "errors"),
+    "_compiler.stages": ("_compiler", "_core", "inspect", "report"),
+    "_compiler.step": ("_compiler", "_core", "_language", "errors", "inspect"),
+    "_runner": ("_distributed", "_language.kinds", "_language.padding", "_language.state", "_runner", "_units",
+        "errors", "inspect"),
+    "testing": ("_compiler", "_core", "_language", "errors", "inspect", "testing"),
+    "programs": ("", "_distributed", "_runner", "errors", "programs"),
+    "cli": ("", "_distributed", "_runner", "_units", "errors", "inspect", "programs", "report"),
     "__main__": ("cli",),
 }  # fmt: skip
 ONLY_THE_LOWERING_NAMES = {"scan", "shard_map", "psum"}
-LONGEST_FILE, LONGEST_FUNCTION = 300, 40
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -142,9 +82,11 @@ def test_room_imports_only_what_the_table_allows(path: Path) -> None:
         assert any(covers(prefix, imported) for prefix in allowed), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "language" / "words").glob("[!_]*.py")), ids=lambda path: path.stem)
-def test_word_imports_no_other_word(path: Path) -> None:
-    assert not [one for one in stepc_imports(ast.parse(path.read_text())) if covers("language.words", one)]
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "_language" / "transforms").glob("[!_]*.py")), ids=lambda path: path.stem
+)
+def test_transform_imports_no_other_word(path: Path) -> None:
+    assert not [one for one in stepc_imports(ast.parse(path.read_text())) if covers("_language.transforms", one)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -153,33 +95,24 @@ def test_no_import_hides_inside_a_function(path: Path) -> None:
         assert not [one for one in ast.walk(function) if isinstance(one, ast.Import | ast.ImportFrom)], function.name
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_file_and_functions_keep_their_budgets(path: Path) -> None:
-    source = path.read_text()
-    assert len(source.splitlines()) <= LONGEST_FILE
-    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
-        body = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
-        assert (body[-1].end_lineno or 0) - body[0].lineno < LONGEST_FUNCTION, function.name
-
-
 def test_only_the_lowering_names_scan_shard_map_and_psum() -> None:
     naming = set()
-    for path in (*PACKAGE.glob("language/**/*.py"), *PACKAGE.glob("core/*.py"), *PACKAGE.glob("compiler/*.py")):
+    for path in (*PACKAGE.glob("_language/**/*.py"), *PACKAGE.glob("_core/*.py"), *PACKAGE.glob("_compiler/*.py")):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         naming |= {module_of(path)} if names & ONLY_THE_LOWERING_NAMES else set()
-    assert naming == {"compiler.lower", "compiler.devices", "compiler.layers"}
+    assert naming == {"_compiler.collectives", "_compiler.layers", "_compiler.lowering"}
 
 
 def test_private_names_of_jax_are_in_one_file() -> None:
     for path in FILES:
-        if module_of(path) != "private":
+        if module_of(path) != "_jax":
             assert "jax._src" not in path.read_text(), module_of(path)
             assert "jaxlib._" not in path.read_text(), module_of(path)
 
 
 def test_core_nodes_and_laws_import_only_the_standard_library() -> None:
-    for name in ("layout", "nodes", "laws"):
-        tree = ast.parse((PACKAGE / "core" / f"{name}.py").read_text())
+    for name in ("laws", "nodes", "sharding"):
+        tree = ast.parse((PACKAGE / "_core" / f"{name}.py").read_text())
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert all(not (module or "").startswith(("jax", "optax", "numpy")) for module in modules)
     assert len(sc.nodes.Node.__args__) < 10  # pyright: ignore[reportAttributeAccessIssue]
@@ -194,22 +127,22 @@ def test_vocabulary_is_sorted_and_documented() -> None:
             assert inspect.getdoc(value), f"{name} has no docstring"
 
 
-IN_WORDS = "stepc.language.words"
-WORDS = [name for name, value in vars(sc).items() if getattr(value, "__module__", "").startswith(IN_WORDS)]
+IN_TRANSFORMS = "stepc._language.transforms"
+TRANSFORMS = [name for name, value in vars(sc).items() if getattr(value, "__module__", "").startswith(IN_TRANSFORMS)]
 PARTS = ("Meaning:", "Why:", "Args:", "Shapes:", "Units:", "Type:", "Errors:", "Example:", "Source:")
 
 
-@pytest.mark.parametrize("name", [*WORDS, "dp", "tp"])
-def test_word_is_documented_after_the_template(name: str) -> None:
+@pytest.mark.parametrize("name", [*TRANSFORMS, "dp", "tp"])
+def test_transform_is_documented_after_the_template(name: str) -> None:
     text = inspect.getdoc(getattr(sc, name)) or ""
     parts = tuple(part for part in PARTS if part != "Args:" or inspect.signature(getattr(sc, name)).parameters)
-    parts = parts if name in WORDS else tuple(part for part in parts if part not in ("Shapes:", "Units:", "Type:"))
+    parts = parts if name in TRANSFORMS else tuple(part for part in parts if part not in ("Shapes:", "Units:", "Type:"))
     places = [text.find(f"\n{part}") for part in parts]
     assert -1 not in places, [part for part, place in zip(parts, places, strict=True) if place == -1]
     assert places == sorted(places)
 
 
 def test_every_word_has_a_sample() -> None:
-    classes = {word_of(type(sample)) for sample in SAMPLES.values()}
-    assert classes == set(WORDS)
-    assert classes == {path.stem for path in (PACKAGE / "language" / "words").glob("[!_]*.py")}
+    classes = {transform_name(type(sample)) for sample in SAMPLES.values()}
+    assert classes == set(TRANSFORMS)
+    assert classes == {path.stem for path in (PACKAGE / "_language" / "transforms").glob("[!_]*.py")}

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from catalogue import EXACT, PROBES, ROUNDED, SAMPLES, SOURCES, UPDATES, probe_batch, probe_carry, probe_params
+from catalogue import EXACT, PROBES, ROUNDED, SAMPLES, SOURCES, UPDATES, probe_batch, probe_model_state, probe_params
 from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepc as sc
-from stepc.compiler.decision import decide
-from stepc.core.evaluate import evaluate
-from stepc.core.laws import LAWS
+from stepc._compiler.normalize import normalize
+from stepc._core.laws import LAWS
 from stepc.testing import assert_equal_trees, assert_equivalent
+from stepc.testing.evaluate import evaluate
 from stepc.testing.house import as_seen, world_of
 from stepc.testing.strategies import batches, meshes, pipelines
 
@@ -24,7 +24,7 @@ DATA = sc.shard(sc.dp("data"))
 def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh, num_rows: int) -> None:
     batch = probe_batch(num_rows)
     for laws in (LAWS, ()):
-        step = sc.Step(pipeline, mesh, decide(pipeline, mesh, laws))
+        step = sc.Step(pipeline, mesh, normalize(pipeline, mesh, laws))
         state = fresh(step)
         before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
         expected, told = evaluate(step.decision.core, world_of(jax.tree.map(jnp.copy, before)), batch_)
@@ -36,7 +36,7 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
 
 def fresh(step: sc.Step, *, seed: int = 0) -> sc.State:
     """A fresh state of the probes."""
-    return step.init(probe_params(), seed=seed, carry=probe_carry(step.pipeline.words[-1]))
+    return step.init(probe_params(), seed=seed, model_state=probe_model_state(step.pipeline.transforms[-1]))
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -77,8 +77,8 @@ def test_steps_of_one_device_and_of_eight_agree_bitwise_on_whole_numbers() -> No
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiled_word_equals_its_reference_among_others(name: str, source: str) -> None:
-    word, replica = SAMPLES[name], sc.shard(sc.dp("replica"))
-    split = replica @ word if name == "rows" else word @ replica
+    transform, replica = SAMPLES[name], sc.shard(sc.dp("replica"))
+    split = replica @ transform if name == "rows" else transform @ replica
     step = sc.compile(SGD @ sc.accumulate(2) @ split @ SOURCES[source], mesh=mesh_of(data=2, replica=4))
     # bfloat16 holds 8 bits, and the sums are taken in another order.
     assert_equivalent(step, fresh(step), probe_batch(64), tolerance=1e-5 if name != "accumulate_narrow" else 2e-2)
@@ -101,7 +101,7 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     axes = dict(mesh.shape)
     pipeline = data.draw(pipelines(axes=axes, exact=exact))
     batch = data.draw(batches(pipeline, axes=axes))
-    step = sc.Step(pipeline, mesh, decide(pipeline, mesh, data.draw(st.sampled_from([LAWS, LAWS, ()]))))
+    step = sc.Step(pipeline, mesh, normalize(pipeline, mesh, data.draw(st.sampled_from([LAWS, LAWS, ()]))))
     assert_equivalent(step, fresh(step), batch, tolerance=tolerance)
 
 
@@ -115,7 +115,7 @@ def test_random_exact_pipeline_equals_its_reference_bitwise(data: st.DataObject)
 @given(data=st.data())
 def test_random_pipeline_equals_its_reference(data: st.DataObject) -> None:
     # Roots, divisions and draws round, and sums of rounded numbers depend on their order. Where a parameter and its
-    # update nearly cancel, one rounding is large beside what is left. A wrong word is off by more.
+    # update nearly cancel, one rounding is large beside what is left. A wrong transform is off by more.
     climb(data, exact=False, tolerance=1e-3)
 
 

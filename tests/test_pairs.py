@@ -1,4 +1,4 @@
-"""Every word and every pair of words, in both orders where both are legal: compiled, it equals its reference."""
+"""Every transform and every pair of transforms, in both orders where both are legal: compiled, it equals its reference."""
 
 from itertools import product
 from typing import Any
@@ -21,7 +21,7 @@ SPLITS = ("accumulate", "shard")
 
 
 def is_legal(outer: str, inner: str) -> bool:
-    """What the language refuses: one row split again, a word that stands once twice, `repeat` inside."""
+    """What the language refuses: one row split again, a transform that stands once twice, `repeat` inside."""
     one, two = SAMPLES[outer], SAMPLES[inner]
     if outer == "rows" and inner.startswith(SPLITS) and inner != "accumulate_one":
         return False
@@ -36,20 +36,22 @@ PAIRS = [pair for pair in product(NAMES, NAMES) if is_legal(*pair)]
 
 
 def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
-    """Both words at their places, `outer` on the left of `inner` where they have the same kind."""
+    """Both transforms at their places, `outer` on the left of `inner` where they have the same kind."""
     names = (outer,) if outer == inner else (outer, inner)
-    words = [SAMPLES[name] if name != "shard" or n == 0 else sc.shard(sc.dp("data")) for n, name in enumerate(names)]
+    transforms = [
+        SAMPLES[name] if name != "shard" or n == 0 else sc.shard(sc.dp("data")) for n, name in enumerate(names)
+    ]
     source = SOURCES[probe]
     loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
-    for name, word in reversed(list(zip(names, words, strict=True))):
-        loss = word @ loss if name in LOSSES else loss
+    for name, transform in reversed(list(zip(names, transforms, strict=True))):
+        loss = transform @ loss if name in LOSSES else loss
     pipeline: Any = sc.grad(loss, rng=source.rng)
-    for name, word in reversed(list(zip(names, words, strict=True))):
-        pipeline = word @ pipeline if name in (*EXACT, *ROUNDED) else pipeline
+    for name, transform in reversed(list(zip(names, transforms, strict=True))):
+        pipeline = transform @ pipeline if name in (*EXACT, *ROUNDED) else pipeline
     # On the right of everything that splits, single rows; else two microbatches outside.
     pipeline = sc.update(optax.sgd(0.5)) @ (pipeline if "rows" in names else sc.accumulate(2) @ pipeline)
-    for name, word in reversed(list(zip(names, words, strict=True))):
-        pipeline = word @ pipeline if name in STEPS else pipeline
+    for name, transform in reversed(list(zip(names, transforms, strict=True))):
+        pipeline = transform @ pipeline if name in STEPS else pipeline
     return pipeline
 
 
@@ -61,7 +63,7 @@ def assert_pair(outer: str, inner: str, probe: str) -> None:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
     is_narrow = {outer, inner} & {"accumulate_narrow", "cast", "cast_any"}
     # Narrow types hold 8 or 11 bits, and round in another order in a compiled program. Where a parameter and its update
-    # nearly cancel, one rounding is large beside what is left: 3e-5 of it was seen. A wrong word is off by more.
+    # nearly cancel, one rounding is large beside what is left: 3e-5 of it was seen. A wrong transform is off by more.
     assert_equivalent(step, step.init(probe_params()), batch, tolerance=0.2 if is_narrow else 1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Words and pipelines are values: they print as their source, compare, hash, and compose associatively."""
+"""Transforms and pipelines are values: they print as their source, compare, hash, and compose associatively."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ def test_pipeline_printed_and_evaluated_is_equal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "text"),
+    ("transform", "text"),
     [
         (sc.update(optimizer=optax.adam(1e-3)), "update(optax.adam(1e-3))"),
         (sc.grad(loss=LOSS), "grad(LOSS)"),
@@ -36,15 +36,15 @@ def test_pipeline_printed_and_evaluated_is_equal() -> None:
         (sc.scale(-2), "scale(-2)"),
     ],
 )  # fmt: skip
-def test_word_prints_its_argument_as_it_was_written(word: sc.Transform, text: str) -> None:
-    assert repr(word) == text
+def test_transform_prints_its_argument_as_it_was_written(transform: sc.Transform, text: str) -> None:
+    assert repr(transform) == text
 
 
 def test_argument_that_is_long_or_unreadable_prints_as_a_name() -> None:
     schedule = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100))
     assert repr(sc.update(schedule)) == "update(schedule)"
-    word = sc.update(optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)))
-    assert repr(word) == "update(optimizer)"
+    transform = sc.update(optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-3, warmup_steps=10, decay_steps=100)))
+    assert repr(transform) == "update(optimizer)"
     assert repr(eval("sc.grad(LOSS)")) == "grad(over_rows)"
 
 
@@ -68,12 +68,12 @@ def test_recipe_is_a_value_that_completes_twice() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_word_compares_and_hashes_by_its_fields(name: str) -> None:
-    word = SAMPLES[name]
-    assert copy.copy(word) == word
-    assert hash(dataclasses.replace(word)) == hash(word)
-    assert len({word, copy.copy(word)}) == 1
-    assert sum(word == other for other in SAMPLES.values()) == 1
+def test_transform_compares_and_hashes_by_its_fields(name: str) -> None:
+    transform = SAMPLES[name]
+    assert copy.copy(transform) == transform
+    assert hash(dataclasses.replace(transform)) == hash(transform)
+    assert len({transform, copy.copy(transform)}) == 1
+    assert sum(transform == other for other in SAMPLES.values()) == 1
 
 
 def test_words_made_on_different_lines_are_equal() -> None:
@@ -85,7 +85,7 @@ def test_words_made_on_different_lines_are_equal() -> None:
     assert sc.accumulate(1) != sc.clip(1.0)
 
 
-def test_word_cannot_be_changed() -> None:
+def test_transform_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         sc.accumulate(4).k = 8  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -96,44 +96,44 @@ def test_recipe_of_plain_fields_survives_pickling() -> None:
 
 
 @pytest.mark.parametrize("name", ["clip", "scale", "accumulate", "noise", "update", "ema", "skip_nonfinite", "remat"])
-def test_word_keeps_the_rules_of_the_house(name: str) -> None:
+def test_transform_keeps_the_rules_of_the_house(name: str) -> None:
     check_transform(SAMPLES[name])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Signed(sc.Transform):
-    """A word of a user's own, as the README shows it."""
+    """A transform of a user's own, as the README shows it."""
 
     takes = sc.Kind.GRADIENT
     gives = sc.Kind.GRADIENT
     rate: float
 
-    def meaning(self, inner: sc.Fn) -> sc.Fn:
-        def apply(state: sc.State, cell: sc.Cell) -> sc.Gradient:
+    def reference(self, inner: sc.Fn) -> sc.Fn:
+        def apply(state: sc.State, cell: sc.Microbatch) -> sc.Gradient:
             return inner.apply(state, cell).map(signs, self.rate)
 
         return sc.Fn(inner.init, apply, inner.axes, inner.names)
 
-    def expand(self) -> tuple[sc.nodes.Map, ...]:
-        return (sc.nodes.Map(signs, (self.rate,), written=repr(self)),)
+    def expand(self) -> tuple[sc.nodes.MapNode, ...]:
+        return (sc.nodes.MapNode(signs, (self.rate,), written=repr(self)),)
 
 
 def signs(grads: object, rate: float) -> tuple[object, dict[str, jax.Array]]:
     return jax.tree.map(lambda leaf: rate * jax.numpy.sign(leaf), grads), {}
 
 
-def test_word_of_a_user_keeps_the_rules_of_the_house() -> None:
+def test_transform_of_a_user_keeps_the_rules_of_the_house() -> None:
     check_transform(Signed(0.5), tolerance=0.0)
 
 
 class Forgetful(Signed):
     """Its expansion does not mean what it means."""
 
-    def expand(self) -> tuple[sc.nodes.Map, ...]:
-        return (sc.nodes.Map(signs, (2 * self.rate,)),)
+    def expand(self) -> tuple[sc.nodes.MapNode, ...]:
+        return (sc.nodes.MapNode(signs, (2 * self.rate,)),)
 
 
-def test_word_whose_expansion_differs_is_caught() -> None:
+def test_transform_whose_expansion_differs_is_caught() -> None:
     with pytest.raises(sc.EquivalenceError, match="meaning of .*expansion"):
         check_transform(Forgetful(0.5), tolerance=0.0)
 
@@ -141,10 +141,10 @@ def test_word_whose_expansion_differs_is_caught() -> None:
 class Linear(Signed):
     """It claims to be linear: the compiler would move it past the mean."""
 
-    def expand(self) -> tuple[sc.nodes.Scale, ...]:
-        return (sc.nodes.Scale(self.rate),)
+    def expand(self) -> tuple[sc.nodes.ScaleNode, ...]:
+        return (sc.nodes.ScaleNode(self.rate),)
 
 
-def test_word_that_claims_to_be_linear_is_caught() -> None:
+def test_transform_that_claims_to_be_linear_is_caught() -> None:
     with pytest.raises(sc.EquivalenceError):
         check_transform(Linear(0.5))

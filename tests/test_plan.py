@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import PROBES, SOURCES, probe_batch, probe_carry, probe_params
+from catalogue import PROBES, SOURCES, probe_batch, probe_model_state, probe_params
 from conftest import mesh_of
 from jax.sharding import PartitionSpec as P
 
@@ -70,7 +70,7 @@ def lowered(name: str) -> sc.Lowered:
     if step.steps_per_call > 1:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
     params = wide_params() if name.startswith("parts") else probe_params()
-    return step.lower(step.init(params, carry=probe_carry(pipeline.words[-1])), batch)
+    return step.lower(step.init(params, model_state=probe_model_state(pipeline.transforms[-1])), batch)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -91,7 +91,7 @@ def test_plan_knows_the_loop_and_the_laws() -> None:
     plan = lowered("everything").plan
     assert plan.loop_length == 8
     names = {one.law.name for one in plan.laws}
-    assert names == {"defer-reduce", "merge-time", "merge-scale", "scale-past-mean", "drop-unit-scale"}
+    assert names == {"defer-reduce", "merge-scan", "merge-scale", "scale-past-mean", "drop-unit-scale"}
     assert plan.normal == plan.laws[-1].after
     assert lowered("one_device").plan.normal == lowered("one_device").plan.core
 

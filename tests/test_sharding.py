@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
-from stepc.language.state import leaves_by_path
+from stepc._language.state import leaves_by_path
 from stepc.testing import assert_equivalent
 from stepc.testing.probes import WIDE, wide_params
 from stepc.testing.strategies import batches, meshes, pipelines
@@ -68,8 +68,8 @@ SLOTS: dict[str, dict[str, tuple[P, P]]] = {
 def test_levels_equal_the_reference_bitwise_on_whole_numbers(level: str, probe: str) -> None:
     for mesh in (mesh_of(data=8), mesh_of(data=2, replica=4), mesh_of(data=4, model=2)):
         data = sc.shard(sc.dp("data", **LEVELS[level]))
-        for words in (sc.accumulate(4) @ data, data @ sc.accumulate(2), data):
-            step = sc.compile(SGD @ words @ sc.grad(WIDE[probe]), mesh=mesh)
+        for transforms in (sc.accumulate(4) @ data, data @ sc.accumulate(2), data):
+            step = sc.compile(SGD @ transforms @ sc.grad(WIDE[probe]), mesh=mesh)
             assert_equivalent(step, step.init(wide_params()), probe_batch(32), tolerance=0.0)
 
 
@@ -117,8 +117,8 @@ def mlp_batch(num_rows: int) -> Any:
 SIZE = 4 * (64 * 128 + 128 + 128 * 32)  # the bytes of the parameters, and of their gradient
 
 
-def compiled(word: sc.Transform, mesh: jax.sharding.Mesh, *, k: int = 4) -> sc.Compiled:
-    pipeline = sc.update(optax.adam(1e-3)) @ sc.clip(1.0) @ sc.accumulate(k) @ word @ sc.grad(mlp)
+def compiled(transform: sc.Transform, mesh: jax.sharding.Mesh, *, k: int = 4) -> sc.Compiled:
+    pipeline = sc.update(optax.adam(1e-3)) @ sc.clip(1.0) @ sc.accumulate(k) @ transform @ sc.grad(mlp)
     step = sc.compile(pipeline, mesh=mesh)
     return step.lower(step.init(mlp_params()), mlp_batch(64 * k)).compile()
 
@@ -156,8 +156,10 @@ def test_each_byte_of_the_gradient_crosses_the_axis_as_the_level_says(level: str
 def test_parts_take_the_bytes_that_theory_says() -> None:
     temporaries = {}
     for level, options in LEVELS.items():
-        word = sc.shard(sc.dp("data", **options))
-        step = sc.compile(sc.update(optax.adam(1e-3)) @ sc.accumulate(4) @ word @ sc.grad(mlp), mesh=mesh_of(data=8))
+        transform = sc.shard(sc.dp("data", **options))
+        step = sc.compile(
+            sc.update(optax.adam(1e-3)) @ sc.accumulate(4) @ transform @ sc.grad(mlp), mesh=mesh_of(data=8)
+        )
         state = step.init(mlp_params())
         zero = options.get("zero", 0)
         params, moments = SIZE // (8 if zero == 3 else 1), 2 * SIZE // (8 if zero else 1)
@@ -179,12 +181,12 @@ def test_parts_take_the_bytes_that_theory_says() -> None:
 
 
 def test_hybrid_sharding_sums_parts_along_the_inner_axis_first() -> None:
-    word = sc.shard(sc.dp(("replica", "data"), zero=1))
-    step = compiled(word, mesh_of(replica=2, data=4))
+    transform = sc.shard(sc.dp(("replica", "data"), zero=1))
+    step = compiled(transform, mesh_of(replica=2, data=4))
     assert traffic(step, "data") == {("reduce-scatter", False): SIZE, ("all-gather", False): SIZE}
     assert traffic(step, "replica") == {("all-reduce", False): SIZE // 4}
     two = sc.shard(sc.dp("replica")) @ sc.shard(sc.dp("data", zero=1))
-    pipelines = [sc.update(optax.sgd(0.5)) @ one @ sc.grad(WIDE["in_order"]) for one in (word, two)]
+    pipelines = [sc.update(optax.sgd(0.5)) @ one @ sc.grad(WIDE["in_order"]) for one in (transform, two)]
     steps = [sc.compile(one, mesh=mesh_of(replica=2, data=4)) for one in pipelines]
     for one in steps:
         assert_equivalent(one, one.init(wide_params()), probe_batch(16), tolerance=0.0)
@@ -198,8 +200,11 @@ def test_model_axis_sees_only_what_the_model_needs() -> None:
     mesh = mesh_of(data=4, model=2)
     plain = traffic(compiled(sc.shard(sc.dp("data"), rules), mesh), "model")
     for level, options in LEVELS.items():
-        for word in (sc.shard(sc.dp("data", **options), rules), sc.shard(rules) @ sc.shard(sc.dp("data", **options))):
-            step = compiled(word, mesh)
+        for transform in (
+            sc.shard(sc.dp("data", **options), rules),
+            sc.shard(rules) @ sc.shard(sc.dp("data", **options)),
+        ):
+            step = compiled(transform, mesh)
             assert traffic(step, "model") == plain, level
             # A device has half of each leaf's gradient, and no dimension of the bias is left to lie in parts.
             sums = {key: size for key, size in traffic(step).items() if key[0] != "all-gather"}
@@ -210,7 +215,7 @@ def test_model_axis_sees_only_what_the_model_needs() -> None:
     assert {in_loop for _, in_loop in plain} == {True}, "the sum over the hidden layer, once a microbatch"
 
 
-def test_word_in_the_loop_that_needs_the_whole_gradient_gets_it() -> None:
+def test_transform_in_the_loop_that_needs_the_whole_gradient_gets_it() -> None:
     pipeline = SGD @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=2)) @ sc.grad(mlp)
     step = sc.compile(pipeline, mesh=mesh_of(data=8))
     state = step.init(mlp_params())
@@ -240,12 +245,12 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     mesh = data.draw(meshes(axes=named))
     axes = {name: size for name, size in mesh.shape.items() if name not in ("model", "seq")}
     probe = WIDE[data.draw(st.sampled_from(list(WIDE)))]
-    words: tuple[sc.Transform, ...] = ()
+    transforms: tuple[sc.Transform, ...] = ()
     if "model" in mesh.shape:
         rules = {"deep/*": data.draw(st.sampled_from(SPECS)), "o*": data.draw(st.sampled_from([P(), P("model")]))}
-        words = (sc.shard(sc.tp(rules, default=P())),)
-    pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, words=words))
-    if pipeline.words.count(words[0] if words else None) > 1:
+        transforms = (sc.shard(sc.tp(rules, default=P())),)
+    pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, transforms=transforms))
+    if pipeline.transforms.count(transforms[0] if transforms else None) > 1:
         return  # the second table of rules never holds, which is refused
     batch = data.draw(batches(pipeline, axes=axes))
     step = sc.compile(pipeline, mesh=mesh)
@@ -266,8 +271,8 @@ def attention(params: Any, rows: Any) -> jax.Array:
 def test_leaves_of_the_batch_lie_along_a_sequence_axis_too(level: str) -> None:
     random = np.random.default_rng(0)
     batch = {name: random.normal(size=(16, 8, 4)).astype(np.float32) for name in ("tokens", "labels")}
-    word = sc.shard(sc.dp("data", batch={"tokens": P("data", "seq"), "lab*": P("data", "seq")}, **LEVELS[level]))
-    step = sc.compile(SGD @ sc.accumulate(2) @ word @ sc.grad(attention), mesh=mesh_of(data=4, seq=2))
+    transform = sc.shard(sc.dp("data", batch={"tokens": P("data", "seq"), "lab*": P("data", "seq")}, **LEVELS[level]))
+    step = sc.compile(SGD @ sc.accumulate(2) @ transform @ sc.grad(attention), mesh=mesh_of(data=4, seq=2))
     state = step.init({"w": random.normal(size=(4, 4)).astype(np.float32)})
     for given_ in (batch, jax.tree.map(jnp.asarray, batch)):
         assert_equivalent(step, state, given_)
@@ -278,11 +283,11 @@ def test_leaves_of_the_batch_lie_along_a_sequence_axis_too(level: str) -> None:
 
 
 def test_automatic_mode_leaves_the_sum_to_xla_and_the_plan_says_what_that_costs() -> None:
-    word = sc.shard(sc.dp("data"), sc.tp({"in/*": P(), "out/*": P()}), mode="auto")
-    step = compiled(word, mesh_of(data=8))
+    transform = sc.shard(sc.dp("data"), sc.tp({"in/*": P(), "out/*": P()}), mode="auto")
+    step = compiled(transform, mesh_of(data=8))
     assert traffic(step) == {("all-reduce", True): 4 * SIZE}
     assert "sums the gradient of 49,664 B over data at least once a microbatch, 4 times a step" in str(step.plan)
-    pipeline = SGD @ sc.accumulate(4) @ word @ sc.grad(mlp)
+    pipeline = SGD @ sc.accumulate(4) @ transform @ sc.grad(mlp)
     again = sc.compile(pipeline, mesh=mesh_of(data=8))
     assert_equivalent(again, again.init(mlp_params()), mlp_batch(256), tolerance=1e-4)
 
@@ -304,9 +309,9 @@ def constrained(spec: P) -> Any:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_constraints_on_model_axes_hold_inside_a_loss(level: str) -> None:
-    word = sc.shard(sc.dp("data", **LEVELS[level]), sc.tp({"in/kernel": P(None, "model")}, default=P()))
+    transform = sc.shard(sc.dp("data", **LEVELS[level]), sc.tp({"in/kernel": P(None, "model")}, default=P()))
     step = sc.compile(
-        SGD @ sc.accumulate(2) @ word @ sc.grad(constrained(P(None, "model"))), mesh=mesh_of(data=4, model=2)
+        SGD @ sc.accumulate(2) @ transform @ sc.grad(constrained(P(None, "model"))), mesh=mesh_of(data=4, model=2)
     )
     state = step.init(mlp_params())
     reference = sc.compile(SGD @ sc.accumulate(2) @ sc.grad(mlp))
@@ -320,8 +325,8 @@ def test_constraints_on_model_axes_hold_inside_a_loss(level: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_sums_over_devices_in_a_narrow_type_are_close(level: str, dtype: Any) -> None:
     for mesh in (mesh_of(data=8), mesh_of(data=4, model=2)):
-        word = sc.shard(sc.dp("data", reduce_dtype=dtype, **LEVELS[level]))
-        step = sc.compile(SGD @ sc.accumulate(2) @ word @ sc.grad(mlp), mesh=mesh)
+        transform = sc.shard(sc.dp("data", reduce_dtype=dtype, **LEVELS[level]))
+        step = sc.compile(SGD @ sc.accumulate(2) @ transform @ sc.grad(mlp), mesh=mesh)
         state = step.init(mlp_params())
         assert_equivalent(step, state, mlp_batch(64), tolerance=3e-2)  # bfloat16 holds 8 bits
         short = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
@@ -329,7 +334,7 @@ def test_sums_over_devices_in_a_narrow_type_are_close(level: str, dtype: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("word", "reductions"),
+    ("transform", "reductions"),
     [
         *((sc.shard(sc.dp("data", **LEVELS[level])), 1) for level in ("zero0", "zero1", "zero3")),
         (sc.shard(sc.dp("data", zero=2)), 4),
@@ -337,9 +342,9 @@ def test_sums_over_devices_in_a_narrow_type_are_close(level: str, dtype: Any) ->
     ],
     ids=repr,
 )
-def test_budget_counts_reductions_in_parts(word: sc.Transform, reductions: int) -> None:
-    mesh = mesh_of(replica=2, data=4) if "replica" in repr(word) else mesh_of(data=8)
-    step = compiled(word, mesh)
+def test_budget_counts_reductions_in_parts(transform: sc.Transform, reductions: int) -> None:
+    mesh = mesh_of(replica=2, data=4) if "replica" in repr(transform) else mesh_of(data=8)
+    step = compiled(transform, mesh)
     step.check(sc.Budget(gradient_reductions=reductions, donated=True))
     with pytest.raises(sc.BudgetError):
         step.check(sc.Budget(gradient_reductions=reductions - 1))
@@ -383,8 +388,8 @@ def test_layers_gathered_one_at_a_time_equal_the_reference(name: str) -> None:
         (mesh_of(data=8), ()),
         (mesh_of(data=4, model=2), (sc.tp({"layers/up": P(None, None, "model")}, default=P()),)),
     ):
-        word = sc.shard(sc.dp("data", zero=3, gather="layer"), *rules)
-        step = sc.compile(SGD @ sc.clip(1.0) @ sc.accumulate(2) @ word @ sc.grad(LOSSES[name]), mesh=mesh)
+        transform = sc.shard(sc.dp("data", zero=3, gather="layer"), *rules)
+        step = sc.compile(SGD @ sc.clip(1.0) @ sc.accumulate(2) @ transform @ sc.grad(LOSSES[name]), mesh=mesh)
         state = step.init(deep_params())
         # bfloat16 holds 8 bits, and XLA keeps more of them where it fuses.
         assert_equivalent(step, state, mlp_batch(64), tolerance=1e-4 if name != "bfloat16" else 5e-2)
@@ -393,8 +398,8 @@ def test_layers_gathered_one_at_a_time_equal_the_reference(name: str) -> None:
 def test_layers_gathered_one_at_a_time_cost_traffic_and_save_memory() -> None:
     found = {}
     for gather in ("step", "microbatch", "layer"):
-        word = sc.shard(sc.dp("data", zero=3, gather=gather))
-        pipeline = sc.update(optax.adam(1e-3)) @ sc.accumulate(4) @ word @ sc.grad(deep(jax.checkpoint))
+        transform = sc.shard(sc.dp("data", zero=3, gather=gather))
+        pipeline = sc.update(optax.adam(1e-3)) @ sc.accumulate(4) @ transform @ sc.grad(deep(jax.checkpoint))
         step = sc.compile(pipeline, mesh=mesh_of(data=8))
         made = step.lower(step.init(deep_params()), mlp_batch(256)).compile()
         found[gather] = made.memory().temporaries, traffic(made)

@@ -9,10 +9,10 @@ from typing import TypeAlias
 
 import jax
 
+from stepc._units import bytes_of, readable
 from stepc.errors import BudgetError, ConfigError, FieldTypeError, FieldValueError, did_you_mean
 from stepc.inspect.collectives import Collective, Collectives, collectives
 from stepc.inspect.memory import Memory, cost, memory
-from stepc.units import bytes_of, readable
 
 Size: TypeAlias = int | str
 _MOST_LINES = 5

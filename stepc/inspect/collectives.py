@@ -1,17 +1,17 @@
 """What a compiled program sends between devices, how often, and from which line of the source."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import jax
+import numpy as np
 
-from stepc.inspect.groups import axes_of, groups
+from stepc._units import readable
+from stepc.inspect.cost import flops_of
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape, parse, text_of
 from stepc.inspect.loops import Execution, executions
-from stepc.inspect.overlap import Between, between, continues
-from stepc.units import readable
 
 KINDS = (
     "all-gather",
@@ -22,6 +22,29 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+
+
+# These take no time of their own: they name parts of what is there, or wait.
+_FREE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple", "opt-barrier", "after-all")
+
+
+@dataclass(frozen=True)
+class Between:
+    """What is scheduled between a start and its done.
+
+    Attributes:
+      instructions: the names of the instructions that do work.
+      flops: of their matrix products and convolutions; None if a loop of unknown length is among them.
+    """
+
+    instructions: tuple[str, ...]
+    flops: int | None
+
+    def __str__(self) -> str:
+        if not self.instructions:
+            return "nothing"
+        many = f"{len(self.instructions)} instruction{'s' if len(self.instructions) > 1 else ''}"
+        return f"{many}, {'unknown' if self.flops is None else f'{self.flops:,}'} flops"
 
 
 @dataclass(frozen=True)
@@ -229,3 +252,136 @@ def _cells(row: Collective) -> tuple[str, ...]:
         "-" if row.between is None else str(row.between),
         row.source or "-",
     )
+
+
+_EXPLICIT = re.compile(r"replica_groups=\{(\s*\{[\d,\s{}]*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(([^{]*)\))?\s*\{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{([\d,\s{}]*)\}")
+_AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
+_AXIS_REFERENCE = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
+
+
+def groups(module: Module, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
+    """List the devices that exchange values, as positions in the program's device order.
+
+    Meaning: `replica_groups` in any of its spellings; a permute has one group per pair that it joins.
+    Why: XLA writes the same groups in four ways.
+
+    Args:
+      module: the program, which says how many devices there are; `replica_groups={}` means all of them.
+      instruction: a collective.
+    Errors: ValueError if `replica_groups` is spelled in a way that is not known here.
+    The numbers are read as partition numbers, which is what they are in every program of one replica.
+    Source: XLA, replica_group.cc and mesh_and_axis.cc, https://github.com/openxla/xla.
+    """
+    attributes = instruction.attributes
+    if pairs := _PAIRS.search(attributes):
+        return _listed(pairs[1])
+    if explicit := _EXPLICIT.search(attributes):
+        return _listed(explicit[1])
+    if iota := _IOTA.search(attributes):
+        return _rows(_iota(iota[2]).reshape(_sizes(iota[1])))
+    if mesh := _MESH.search(attributes):
+        return _mesh_groups(mesh[1], mesh[2], mesh[3])
+    if "replica_groups=" in attributes and not re.search(r"replica_groups=\{\s*\}", attributes):
+        raise ValueError(f"`{instruction.name}` has replica groups of an unknown form: {attributes[:200]}")
+    return (tuple(range(module.num_devices)),)
+
+
+def axes_of(grouped: tuple[tuple[int, ...], ...], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Name the mesh axes whose coordinate differs between two members of some group."""
+    largest = max((member for group in grouped for member in group), default=0)
+    if largest >= mesh.size:
+        raise ValueError(f"The program uses device {largest}; the mesh has {mesh.size} devices, from 0.")
+    # The numbers are positions in `mesh.devices.flat`, not device ids: on a mesh of reversed or permuted
+    # devices, jax 0.10.2 prints the same groups as on the mesh in order (tests/inspect/test_collectives.py).
+    varies = [False] * len(mesh.axis_names)
+    for group in grouped:
+        coordinates = np.unravel_index(np.asarray(group, dtype=np.int64), mesh.devices.shape)
+        varies = [old or np.unique(new).size > 1 for old, new in zip(varies, coordinates, strict=True)]
+    return tuple(name for name, varied in zip(mesh.axis_names, varies, strict=True) if varied)
+
+
+def _listed(text: str) -> tuple[tuple[int, ...], ...]:
+    """`{0,2},{1,3}`"""
+    return tuple(_sizes(group) for group in re.findall(r"\{([\d,\s]*)\}", text) if group.strip())
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: count up, shape so, transpose so, and lay flat."""
+    dims, _, order = text.partition("T")
+    counted = np.arange(np.prod(_sizes(dims))).reshape(_sizes(dims))
+    return counted.transpose(_sizes(order) if order else None).reshape(-1)
+
+
+def _mesh_groups(axes: str, device_ids: str | None, varied: str) -> tuple[tuple[int, ...], ...]:
+    """`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a','b':(1)2}`; the last is the major half of `b`."""
+    sizes = {name: int(size) for name, size in _AXIS.findall(axes)}
+    devices = np.arange(np.prod(list(sizes.values())))
+    if device_ids:
+        devices = _iota(device_ids) if device_ids.startswith("[") else np.asarray(_sizes(device_ids))
+    coordinates = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    kept = coordinates.copy()
+    for name, before, size in _AXIS_REFERENCE.findall(varied):
+        axis = list(sizes).index(name)
+        # `:(before)size` names a digit of the coordinate; the more significant ones take `before` values.
+        size = int(size or sizes[name])
+        stride = sizes[name] // (int(before or 1) * size)
+        kept[axis] -= coordinates[axis] // stride % size * stride
+    key = np.ravel_multi_index(tuple(kept), tuple(sizes.values()))
+    return _rows(devices[key == value] for value in np.unique(key))
+
+
+def _rows(table: Iterable[np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(member) for member in row) for row in table)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+def continues(instruction: Instruction) -> bool:
+    """Whether this is a later part of an asynchronous TPU fusion, whose start holds the same collective."""
+    if instruction.opcode != "fusion":
+        return False
+    names = " ".join([instruction.name, *(call.computation for call in instruction.calls)]).replace("_", "-")
+    return "async-collective" in names and "start" not in names
+
+
+def between(module: Module, computation: Computation, start: Instruction) -> Between | None:
+    """List what stands between a start and its done in the order of the text; None if no done is found.
+
+    Meaning: the instructions after `start` and before the last one that waits for it.
+    Why: a collective is hidden only by what is scheduled while it runs; a pair with nothing between hides nothing.
+
+    Args:
+      computation: where `start` stands. Its text is in the order of execution if the program is scheduled, as
+        compiled programs are.
+    Source: ours.
+    """
+    following = list(computation.instructions.values())
+    following = following[following.index(start) + 1 :]
+    waiting, end = {start.name}, None
+    for at, instruction in enumerate(following):
+        if not waiting & set(instruction.operands):
+            continue
+        if instruction.opcode.endswith(("-done", "-update")) or continues(instruction):
+            end = at
+        if (
+            instruction.opcode.endswith("-update")
+            or instruction.opcode == "get-tuple-element"
+            or continues(instruction)
+        ):
+            waiting.add(instruction.name)
+    if end is None:
+        return None
+    # The middle part of a TPU fusion is work itself: it computes while the collective runs.
+    work = [each for each in following[:end] if _works(each)]
+    counts = [flops_of(module, computation, each) for each in work]
+    known = [count for count in counts if count is not None]
+    return Between(tuple(each.name for each in work), sum(known) if len(known) == len(counts) else None)
+
+
+def _works(instruction: Instruction) -> bool:
+    return instruction.opcode not in _FREE and not instruction.opcode.endswith(("-start", "-done", "-update"))

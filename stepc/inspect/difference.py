@@ -7,10 +7,10 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax
 
+from stepc._units import readable
 from stepc.inspect.collectives import Collective, collectives
 from stepc.inspect.donation import aliases
 from stepc.inspect.memory import cost, memory
-from stepc.units import readable
 
 
 @runtime_checkable

@@ -46,7 +46,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Call:
+class CalledComputation:
     """A computation that an instruction runs, and in which role: `body`, `calls`, `to_apply`, ..."""
 
     role: str
@@ -63,7 +63,7 @@ class Instruction:
     operands: tuple[str, ...]
     literal: str
     attributes: str
-    calls: tuple[Call, ...]
+    calls: tuple[CalledComputation, ...]
     is_root: bool
 
     @property
@@ -232,10 +232,10 @@ def _operands(literal: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names if name.strip())
 
 
-def _calls(attributes: str) -> Iterator[Call]:
+def _calls(attributes: str) -> Iterator[CalledComputation]:
     for role, names in _CALLS.findall(attributes):
         for name in names.strip("{}").split(","):
-            yield Call(role, name.strip().removeprefix("%"))
+            yield CalledComputation(role, name.strip().removeprefix("%"))
 
 
 def _frames(lines: Iterable[str]) -> dict[int, str]:

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import jax
 
-from stepc.inspect.flops import flops, uncounted
+from stepc._units import readable
+from stepc.inspect.cost import flops, traffic, uncounted
 from stepc.inspect.hlo import parse, text_of
-from stepc.inspect.traffic import traffic
-from stepc.units import readable
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     """A part of the arguments or of the temporaries, and what it is for."""
 
     of: str
@@ -31,7 +30,7 @@ class Memory:
     aliased: int
     temporaries: int
     code: int
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MemoryPart, ...] = ()
 
     @property
     def total(self) -> int:

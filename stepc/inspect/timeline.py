@@ -8,16 +8,14 @@ from typing import TypeAlias
 import jax
 
 from stepc.inspect.collectives import Collective, collectives
-from stepc.inspect.devices import Device
-from stepc.inspect.flops import flops_of
+from stepc.inspect.cost import flops_of, moved_by
 from stepc.inspect.hlo import Computation, Instruction, Module, parse, text_of
 from stepc.inspect.loops import named, turns
-from stepc.inspect.roofline import wire_bytes
-from stepc.inspect.traffic import moved_by
+from stepc.inspect.roofline import Device, wire_bytes
 
 
 @dataclass(frozen=True)
-class Work:
+class ComputeSegment:
     """Instructions of one device, one after another, without an exchange among them."""
 
     flops: int
@@ -30,7 +28,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class CollectiveSegment:
     """One collective, `times` times; `beside` says that something is scheduled while it runs."""
 
     kind: str
@@ -46,11 +44,11 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Loop:
+class LoopSegment:
     """Segments that are run `times` times."""
 
     times: int
-    segments: tuple["Work | Exchange", ...]
+    segments: tuple["ComputeSegment | CollectiveSegment", ...]
     label: str
 
     def seconds(self, device: Device) -> float:
@@ -58,7 +56,7 @@ class Loop:
         return self.times * sum(segment.seconds(device) for segment in self.segments)
 
 
-Segment: TypeAlias = Work | Exchange | Loop
+Segment: TypeAlias = ComputeSegment | CollectiveSegment | LoopSegment
 
 
 def timeline(compiled: jax.stages.Compiled | str, mesh: jax.sharding.Mesh | None = None) -> tuple[Segment, ...] | None:
@@ -94,32 +92,38 @@ class _Reader:
     def top(self, computation: Computation, instruction: Instruction) -> list[Segment] | None:
         """The segments of an instruction of the entry: a loop with products or exchanges in it stays a loop."""
         flat = self.flat(computation, instruction)
-        plain = flat is None or not any(isinstance(one, Exchange) or one.flops for one in flat)
+        plain = flat is None or not any(isinstance(one, CollectiveSegment) or one.flops for one in flat)
         if instruction.opcode != "while" or plain:
             return None if flat is None else list(flat)
         body = next(call for call in instruction.calls if call.role == "body")
         inner, times = self.all_of(body.computation), turns(self.module, computation.name, instruction, body.role)
         if inner is None or times is None:
             return None
-        return [Loop(times, tuple(_joined_flat(inner)), named(instruction))]
+        return [LoopSegment(times, tuple(_joined_flat(inner)), named(instruction))]
 
-    def flat(self, computation: Computation, instruction: Instruction) -> list[Work | Exchange] | None:
+    def flat(
+        self, computation: Computation, instruction: Instruction
+    ) -> list[ComputeSegment | CollectiveSegment] | None:
         """The segments of an instruction and of all that it runs, loops multiplied out; None if one hides its turns."""
         if instruction.name in self.exchanges:
             return [_exchange(self.exchanges[instruction.name])]
         if instruction.opcode.endswith(("-done", "-update")):
             return []
-        found: list[Work | Exchange] = []
+        found: list[ComputeSegment | CollectiveSegment] = []
         for call in (call for call in instruction.calls if self._exchanges_in(call.computation)):
             inner, times = self.all_of(call.computation), turns(self.module, computation.name, instruction, call.role)
             if inner is None or times is None:
                 return None
             # What stands inside a fusion touches no memory on its own.
-            kept = [one for one in inner if isinstance(one, Exchange)] if instruction.opcode == "fusion" else inner
+            kept = (
+                [one for one in inner if isinstance(one, CollectiveSegment)]
+                if instruction.opcode == "fusion"
+                else inner
+            )
             found += [_repeated(segment, times) for segment in kept]
         return found or self._work(computation, instruction)
 
-    def all_of(self, name: str) -> list[Work | Exchange] | None:
+    def all_of(self, name: str) -> list[ComputeSegment | CollectiveSegment] | None:
         """The segments of a computation, one execution of it."""
         computation = self.module.computations[name]
         parts = [self.flat(computation, instruction) for instruction in computation.instructions.values()]
@@ -135,43 +139,47 @@ class _Reader:
             for each in self.module.computations[name].instructions.values()
         )
 
-    def _work(self, computation: Computation, instruction: Instruction) -> list[Work | Exchange] | None:
+    def _work(
+        self, computation: Computation, instruction: Instruction
+    ) -> list[ComputeSegment | CollectiveSegment] | None:
         flops = flops_of(self.module, computation, instruction)
         bytes_ = moved_by(self.module, computation, instruction)
         if flops is None or bytes_ is None:
             return None
-        return [Work(flops, bytes_, named(instruction))] if flops or bytes_ else []
+        return [ComputeSegment(flops, bytes_, named(instruction))] if flops or bytes_ else []
 
 
-def _exchange(row: Collective) -> Exchange:
+def _exchange(row: Collective) -> CollectiveSegment:
     beside = row.between is not None and bool(row.between.instructions)
-    return Exchange(row.kind, wire_bytes(row), 1, row.axes, beside, row.source)
+    return CollectiveSegment(row.kind, wire_bytes(row), 1, row.axes, beside, row.source)
 
 
-def _repeated(segment: Work | Exchange, times: int) -> Work | Exchange:
+def _repeated(segment: ComputeSegment | CollectiveSegment, times: int) -> ComputeSegment | CollectiveSegment:
     match segment:
-        case Work(flops, bytes_, label):
-            return Work(times * flops, times * bytes_, label)
-        case Exchange():
+        case ComputeSegment(flops, bytes_, label):
+            return ComputeSegment(times * flops, times * bytes_, label)
+        case CollectiveSegment():
             return replace(segment, times=times * segment.times)
 
 
-def _joined_flat(segments: Iterable[Work | Exchange]) -> Iterator[Work | Exchange]:
+def _joined_flat(
+    segments: Iterable[ComputeSegment | CollectiveSegment],
+) -> Iterator[ComputeSegment | CollectiveSegment]:
     """Work next to work is one piece, named after its heaviest part."""
-    for is_work, group in groupby(segments, key=lambda segment: isinstance(segment, Work)):
+    for is_work, group in groupby(segments, key=lambda segment: isinstance(segment, ComputeSegment)):
         if not is_work:
             yield from group
             continue
-        works = [one for one in group if isinstance(one, Work)]
+        works = [one for one in group if isinstance(one, ComputeSegment)]
         heaviest = max(works, key=lambda one: (one.flops, one.bytes))
-        yield Work(sum(one.flops for one in works), sum(one.bytes for one in works), heaviest.label)
+        yield ComputeSegment(sum(one.flops for one in works), sum(one.bytes for one in works), heaviest.label)
 
 
 def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
-    pending: list[Work | Exchange] = []
+    pending: list[ComputeSegment | CollectiveSegment] = []
     for segment in segments:
         match segment:
-            case Loop():
+            case LoopSegment():
                 yield from _joined_flat(pending)
                 yield segment
                 pending = []

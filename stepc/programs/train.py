@@ -13,13 +13,13 @@ import optax
 from jax.sharding import Mesh
 
 import stepc as sc
-from stepc.processes.alarm import ending_all
-from stepc.processes.start import is_launched
+from stepc._distributed.coordination import ending_all
+from stepc._distributed.start import is_launched
+from stepc._runner.loggers.console import Console
+from stepc._runner.loggers.files import JSONL
 from stepc.programs import curve, gpt, text
 from stepc.programs.folder import Folder, found
 from stepc.programs.job import Job
-from stepc.runner.console import Console
-from stepc.runner.jsonl import JSONL
 
 LOGS = 150  # how often a whole run is logged
 VALIDATIONS = 5  # how often it is judged, besides at its beginning

@@ -1,6 +1,6 @@
 """What is known of a compiled step, for eyes: text, a page, a fragment of one. It decides nothing."""
 
-from stepc.report.known import Known as Known
+from stepc.report.known import ProgramFacts as ProgramFacts
 from stepc.report.known import known as known
 from stepc.report.known import known_of_step as known_of_step
 from stepc.report.page import fragment as fragment

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from stepc.compiler.plan import Plan
+from stepc._compiler.plan import Plan
 from stepc.inspect.collectives import Collectives, collectives
-from stepc.inspect.devices import DEVICES, Device, device_of
 from stepc.inspect.donation import DonatedLeaf, donated_leaves
 from stepc.inspect.hlo import text_of
 from stepc.inspect.memory import Cost, Memory, cost, memory
-from stepc.inspect.roofline import Roofline, device_named, roofline
+from stepc.inspect.roofline import DEVICES, Device, Roofline, device_named, device_of, roofline
 from stepc.inspect.timeline import Segment, timeline
 
 # Where a program is for a device without a row in the table, such as a CPU.
@@ -19,7 +18,7 @@ _OTHERWISE = "tpu:v5e"
 
 
 @dataclass(frozen=True)
-class Known:
+class ProgramFacts:
     """What is known of a compiled program.
 
     Attributes:
@@ -48,7 +47,9 @@ class Known:
     hlo: str
 
 
-def known(compiled: jax.stages.Compiled, mesh: Mesh | None = None, *, title: str, device: str | None = None) -> Known:
+def known(
+    compiled: jax.stages.Compiled, mesh: Mesh | None = None, *, title: str, device: str | None = None
+) -> ProgramFacts:
     """Collect what is known of any compiled program, that need not have heard of stepc.
 
     Args:
@@ -69,7 +70,7 @@ def known_of_step(
     needs: Memory,
     donated: tuple[DonatedLeaf, ...],
     device: str | None,
-) -> Known:
+) -> ProgramFacts:
     """Collect what is known of a step that stepc compiled."""
     return _known(plan.pipeline, plan, compiled, mesh, needs, donated, device)
 
@@ -82,10 +83,10 @@ def _known(
     needs: Memory,
     donated: tuple[DonatedLeaf, ...],
     device: str | None,
-) -> Known:
+) -> ProgramFacts:
     rows, work, kind = collectives(compiled, mesh), cost(compiled), _kind(compiled, mesh)
     estimates = (roofline(work, needs, rows, name) for name in DEVICES)
-    return Known(
+    return ProgramFacts(
         title=title,
         plan=plan,
         mesh=() if mesh is None else tuple(mesh.shape.items()),

@@ -10,13 +10,13 @@ from typing import TypeAlias
 
 import jax
 
-from stepc.core.nodes import show
+from stepc._core.nodes import show
+from stepc._units import readable
 from stepc.inspect.collectives import Collective
 from stepc.inspect.roofline import Roofline, duration, wire_bytes
 from stepc.report import pictures
-from stepc.report.known import Known
+from stepc.report.known import ProgramFacts
 from stepc.report.text import donation
-from stepc.units import readable
 
 # So much of the compressed HLO goes into the page, as text of 4/3 that size: the page stays under a megabyte.
 _MOST_HLO_BYTES = 600_000
@@ -25,14 +25,14 @@ _MOST_HLO_BYTES = 600_000
 Cell: TypeAlias = tuple[str, str | int | float]
 
 
-def write(known: Known, path: str | Path) -> Path:
+def write(known: ProgramFacts, path: str | Path) -> Path:
     """Write the page of a program to a file, and return where."""
     place = Path(path)
     place.write_text(page(known), encoding="utf-8")
     return place
 
 
-def page(known: Known) -> str:
+def page(known: ProgramFacts) -> str:
     """The whole page, in one file: no network is asked for anything."""
     assets = files("stepc.report")
     style, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -46,7 +46,7 @@ def page(known: Known) -> str:
     )
 
 
-def fragment(known: Known) -> str:
+def fragment(known: ProgramFacts) -> str:
     """The pictures and the tables alone, for a notebook."""
     style = files("stepc.report").joinpath("page.css").read_text(encoding="utf-8")
     shown = ("The step", "One step, to scale", "Memory on one device", "Collectives")
@@ -56,7 +56,7 @@ def fragment(known: Known) -> str:
     return f'<div class="stepc"><style>{style}</style>{_cards(known)}{sections}</div>'
 
 
-def _head(known: Known) -> str:
+def _head(known: ProgramFacts) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in known.mesh) or "a single device, or a mesh that is not known"
     return (
         f'<header><p class="brand">stepc</p><h1><code>{escape(known.title)}</code></h1>'
@@ -65,7 +65,7 @@ def _head(known: Known) -> str:
     )
 
 
-def _cards(known: Known) -> str:
+def _cards(known: ProgramFacts) -> str:
     rows = known.collectives
     counts = [row.executions for row in rows]
     executed = "unknown" if None in counts else str(sum(count or 0 for count in counts))
@@ -98,7 +98,7 @@ def _flops(flops: int | None) -> str:
     return str(flops)
 
 
-def _sections(known: Known) -> Iterator[tuple[str, str]]:
+def _sections(known: ProgramFacts) -> Iterator[tuple[str, str]]:
     if known.plan is not None:
         yield "The step", _step(known)
     yield "One step, to scale", pictures.course(known.segments, known.device)
@@ -112,7 +112,7 @@ def _sections(known: Known) -> Iterator[tuple[str, str]]:
     yield "Donation", _donation(known)
 
 
-def _step(known: Known) -> str:
+def _step(known: ProgramFacts) -> str:
     plan = known.plan
     if plan is None:
         return ""
@@ -147,7 +147,7 @@ def _collective(row: Collective) -> tuple[Cell, ...]:
     )
 
 
-def _rooflines(known: Known) -> str:
+def _rooflines(known: ProgramFacts) -> str:
     if not known.rooflines:
         return '<p class="note">Unknown: a loop does not say how often it turns.</p>'
     head = (
@@ -180,7 +180,7 @@ def _roofline(one: Roofline) -> tuple[Cell, ...]:
     )
 
 
-def _laws(known: Known) -> str:
+def _laws(known: ProgramFacts) -> str:
     head = ("law", "formula", "before", "after", "reason", "holds for")
     laws = known.plan.laws if known.plan is not None else ()
     rows = (
@@ -190,7 +190,7 @@ def _laws(known: Known) -> str:
     return _table(head, (tuple((cell, cell) for cell in row) for row in rows), wraps=True)
 
 
-def _donation(known: Known) -> str:
+def _donation(known: ProgramFacts) -> str:
     told = (
         f'<p class="note">{escape(donation(known))}.</p>'
         if known.donated

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import assert_never
 
-from stepc.inspect.devices import Device
+from stepc._units import readable
 from stepc.inspect.memory import Memory
-from stepc.inspect.roofline import duration
-from stepc.inspect.timeline import Exchange, Loop, Segment, Work
-from stepc.units import readable
+from stepc.inspect.roofline import Device, duration
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment, Segment
 
 # A loop is drawn turn by turn as long as that many bars can be told apart.
 _MOST_BARS = 240
@@ -99,7 +98,7 @@ def _laid(segments: Sequence[Segment], device: Device) -> tuple[list[_Bar], list
     now = until = 0.0
     for segment in segments:
         match segment:
-            case Loop(times, inner, label):
+            case LoopSegment(times, inner, label):
                 start, begun = (now := max(now, until)), []
                 turn_by_turn = times * len(inner) <= _MOST_BARS
                 for turn in range(times if turn_by_turn else 1):
@@ -108,7 +107,7 @@ def _laid(segments: Sequence[Segment], device: Device) -> tuple[list[_Bar], list
                     begun.append(now)
                     now = max(_flat(each, device, now, now, bars, f", {told}"))
                 brackets.append(_Bracket(start, now - start, (*begun, now), f"{label} × {times}"))
-            case Work() | Exchange():
+            case ComputeSegment() | CollectiveSegment():
                 now, until = _flat([segment], device, now, until, bars, "")
             case _:
                 assert_never(segment)
@@ -117,17 +116,22 @@ def _laid(segments: Sequence[Segment], device: Device) -> tuple[list[_Bar], list
 
 
 def _flat(
-    segments: Sequence[Work | Exchange], device: Device, now: float, until: float, bars: list[_Bar], where: str
+    segments: Sequence[ComputeSegment | CollectiveSegment],
+    device: Device,
+    now: float,
+    until: float,
+    bars: list[_Bar],
+    where: str,
 ) -> tuple[float, float]:
     """Lay work and exchanges one after another: where the next begins, and until when an exchange runs beside it."""
     for segment in segments:
         seconds = segment.seconds(device)
         match segment:
-            case Work(flops, bytes_, label):
+            case ComputeSegment(flops, bytes_, label):
                 told = f"{label}: {flops:,} flops, {readable(bytes_)} moved, {duration(seconds)}{where}"
                 bars.append(_Bar("work", now, seconds, told))
                 now = max(now + seconds, until)
-            case Exchange(kind, wire, times, axes, beside, label):
+            case CollectiveSegment(kind, wire, times, axes, beside, label):
                 over = f" over {', '.join(axes)}" if axes else ""
                 each = f"{readable(round(wire))} sent each time, {duration(seconds)}"
                 bars.append(_Bar("exchange", now, seconds, f"{times} × {kind}{over}: {each}{where}; {label}"))
@@ -136,12 +140,12 @@ def _flat(
     return now, until
 
 
-def _whole(segment: Work | Exchange, times: int) -> Work | Exchange:
+def _whole(segment: ComputeSegment | CollectiveSegment, times: int) -> ComputeSegment | CollectiveSegment:
     match segment:
-        case Work(flops, bytes_, label):
-            return Work(times * flops, times * bytes_, label)
-        case Exchange(kind, wire, once, axes, beside, label):
-            return Exchange(kind, wire, times * once, axes, beside, label)
+        case ComputeSegment(flops, bytes_, label):
+            return ComputeSegment(times * flops, times * bytes_, label)
+        case CollectiveSegment(kind, wire, once, axes, beside, label):
+            return CollectiveSegment(kind, wire, times * once, axes, beside, label)
 
 
 def _rect(bar: _Bar, end: float) -> str:

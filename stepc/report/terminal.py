@@ -5,17 +5,17 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from stepc.core.nodes import show as written
+from stepc._core.nodes import show as written
+from stepc._units import readable
 from stepc.inspect.memory import Memory
 from stepc.inspect.roofline import duration
-from stepc.report.known import Known
+from stepc.report.known import ProgramFacts
 from stepc.report.text import donation
-from stepc.units import readable
 
 _COLOURS = {"arguments": "blue", "temporaries": "yellow"}
 
 
-def show(known: Known, terminal: Console | None = None) -> None:
+def show(known: ProgramFacts, terminal: Console | None = None) -> None:
     """Print all that is known.
 
     Args:
@@ -40,7 +40,7 @@ def _head(console: Console, title: str) -> None:
     console.print(Rule(Text(title, style="bold blue"), align="left", style="dim"))
 
 
-def _plan(console: Console, known: Known) -> None:
+def _plan(console: Console, known: ProgramFacts) -> None:
     plan = known.plan
     if plan is None:
         return
@@ -62,7 +62,7 @@ def _table(*titles: str) -> Table:
     return table
 
 
-def _collectives(known: Known) -> Table:
+def _collectives(known: ProgramFacts) -> Table:
     table = _table("kind", "size", "axes", "executions", "in loop", "meanwhile", "source")
     for row in known.collectives:
         table.add_row(
@@ -92,7 +92,7 @@ def _memory(needs: Memory, *, width: int) -> Table:
     return table
 
 
-def _rooflines(known: Known) -> Table:
+def _rooflines(known: ProgramFacts) -> Table:
     table = _table("device", "compute", "memory", "links", "overlapped", "exposed", "bound by", "its memory")
     for one in known.rooflines:
         share = f"{one.total_bytes / one.device.memory_bytes:.1%}"

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from stepc.report.known import Known
+from stepc.report.known import ProgramFacts
 
 
-def text(known: Known) -> str:
+def text(known: ProgramFacts) -> str:
     """Print all that is known: the plan, if there is one, and what the compiler made of it."""
     parts = [str(known.plan)] if known.plan is not None else [f"program {known.title}"]
     parts += ["\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in _sections(known)]
     return "\n\n".join(parts)
 
 
-def _sections(known: Known) -> Iterator[tuple[str, list[str]]]:
+def _sections(known: ProgramFacts) -> Iterator[tuple[str, list[str]]]:
     yield "as compiled: collectives", str(known.collectives).splitlines()
     yield "as compiled: memory on one device", str(known.memory).splitlines()
     yield "as compiled: work on one device", str(known.cost).splitlines()
@@ -21,13 +21,13 @@ def _sections(known: Known) -> Iterator[tuple[str, list[str]]]:
         yield "as compiled: donation", [donation(known)]
 
 
-def rooflines(known: Known) -> list[str]:
+def rooflines(known: ProgramFacts) -> list[str]:
     """One line a device."""
     unknown = ["unknown: a loop does not say how often it turns"]
     return [str(one).replace(": an estimate,", ":") for one in known.rooflines] or unknown
 
 
-def donation(known: Known) -> str:
+def donation(known: ProgramFacts) -> str:
     """One line: how many leaves are donated, and which of them no result takes."""
     asked = [leaf for leaf in known.donated if leaf.donated]
     lost = [leaf.path for leaf in asked if not leaf.aliased]

@@ -1,8 +1,8 @@
-"""What users get to test their own steps and words. `stepc.testing.strategies` needs hypothesis, so it is apart."""
+"""What users get to test their own steps and transforms. `stepc.testing.strategies` needs hypothesis, so it is apart."""
 
-from stepc.testing.budget import assert_within_budget as assert_within_budget
-from stepc.testing.equivalence import assert_equal_trees as assert_equal_trees
-from stepc.testing.equivalence import assert_equivalent as assert_equivalent
+from stepc.testing.assertions import assert_equal_trees as assert_equal_trees
+from stepc.testing.assertions import assert_equivalent as assert_equivalent
+from stepc.testing.assertions import assert_within_budget as assert_within_budget
 from stepc.testing.house import check_transform as check_transform
 from stepc.testing.probes import PROBES as PROBES
 from stepc.testing.probes import probe_batch as probe_batch

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from stepc.core.terms import Last, Max, Mean, Min, Sum, Sums
-from stepc.language.words.grad import Grad, grad
+from stepc._language.terms import Last, Max, Mean, Min, Sum, Sums
+from stepc._language.transforms.grad import Grad, grad
 
 Probe: TypeAlias = Callable[[Any, Any], Float[Array, ""]]  # Any, twice: the trees of `probe_params` and `probe_batch`
 Tree: TypeAlias = dict[str, Any]  # Any: arrays
@@ -81,14 +81,14 @@ def measuring(params: Tree, rows: Tree) -> tuple[Float[Array, ""], Tree]:
     return over_rows(params, rows), told
 
 
-def carrying(params: Tree, rows: Tree, carry: Tree) -> tuple[Float[Array, ""], Tree]:
+def carrying(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array, ""], Tree]:
     """A loss that depends on what the cells before it have seen."""
-    seen = {"seen": carry["seen"] + jnp.sum(rows["y"]), "cells": carry["cells"] + 1}
-    return over_rows(params, rows) + carry["seen"] * params["b"], seen
+    seen = {"seen": model_state["seen"] + jnp.sum(rows["y"]), "cells": model_state["cells"] + 1}
+    return over_rows(params, rows) + model_state["seen"] * params["b"], seen
 
 
 PROBES = MappingProxyType({"over_rows": over_rows, "sharing_a_cell": sharing_a_cell, "in_order": in_order})
-# With the words that they begin a pipeline with. Exact ones give the same bits in any order of summation; the others
+# With the transforms that they begin a pipeline with. Exact ones give the same bits in any order of summation; the others
 # divide by counts that are no powers of two, and XLA multiplies by the reciprocal where it likes.
 EXACT_SOURCES = MappingProxyType(
     {
@@ -96,7 +96,7 @@ EXACT_SOURCES = MappingProxyType(
         "drawing": grad(drawing, rng="example"),
         "drawing_a_cell": grad(drawing_a_cell, rng="microbatch"),
         "measuring": grad(measuring, has_aux=True),
-        "carrying": grad(carrying, carry=True),
+        "carrying": grad(carrying, model_state=True),
     }
 )
 SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "tokens": grad(tokens), "terms": grad(terms)})
@@ -107,9 +107,9 @@ def probe_params() -> dict[str, np.ndarray]:
     return {"w": np.array([2.0, -1.0, 1.0], np.float32), "b": np.array(1.0, np.float32)}
 
 
-def probe_carry(source: Grad) -> dict[str, np.ndarray] | None:
+def probe_model_state(source: Grad) -> dict[str, np.ndarray] | None:
     """What `carrying` carries at first; None for a loss that carries nothing."""
-    return {"seen": np.zeros((), np.float32), "cells": np.zeros((), np.int32)} if source.carry else None
+    return {"seen": np.zeros((), np.float32), "cells": np.zeros((), np.int32)} if source.model_state else None
 
 
 def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:

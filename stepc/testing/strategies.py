@@ -11,23 +11,23 @@ import optax
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from stepc.core.nodes import Lanes, Mean, Repeat, Time
-from stepc.language.pipeline import Pipeline, Transform, expanded
-from stepc.language.sharding import GATHERS, DataParallel, dp
-from stepc.language.words.accumulate import accumulate
-from stepc.language.words.cast import cast
-from stepc.language.words.clip import clip
-from stepc.language.words.ema import ema
-from stepc.language.words.grad import Grad, grad
-from stepc.language.words.loss_scale import loss_scale
-from stepc.language.words.noise import noise
-from stepc.language.words.remat import remat
-from stepc.language.words.repeat import repeat
-from stepc.language.words.rows import rows
-from stepc.language.words.scale import scale
-from stepc.language.words.shard import Shard, shard
-from stepc.language.words.skip_nonfinite import skip_nonfinite
-from stepc.language.words.update import update
+from stepc._core.nodes import InScan, MeanNode, RepeatNode, UnderVmap
+from stepc._language.pipeline import Pipeline, Transform, expand_transforms
+from stepc._language.sharding import GATHERS, DataParallel, dp
+from stepc._language.transforms.accumulate import accumulate
+from stepc._language.transforms.cast import cast
+from stepc._language.transforms.clip import clip
+from stepc._language.transforms.ema import ema
+from stepc._language.transforms.grad import Grad, grad
+from stepc._language.transforms.loss_scale import loss_scale
+from stepc._language.transforms.noise import noise
+from stepc._language.transforms.remat import remat
+from stepc._language.transforms.repeat import repeat
+from stepc._language.transforms.rows import rows
+from stepc._language.transforms.scale import scale
+from stepc._language.transforms.shard import Shard, shard
+from stepc._language.transforms.skip_nonfinite import skip_nonfinite
+from stepc._language.transforms.update import update
 from stepc.testing.probes import EXACT_SOURCES, SOURCES, Probe, probe_batch
 
 MOST_CELLS = 32  # a reference runs every cell on its own
@@ -47,17 +47,21 @@ def meshes(*, axes: tuple[str, ...] = ("data", "replica"), most_devices: int | N
 def sources(*, exact: bool = False) -> st.SearchStrategy[Grad]:
     """The gradients of the probe losses, plain, cast and rematerialised.
 
-    A narrow type rounds wherever it is summed, so what is drawn here casts to float32: the words, not the rounding.
+    A narrow type rounds wherever it is summed, so what is drawn here casts to float32: the transforms, not the rounding.
     """
     plain = st.sampled_from(list((EXACT_SOURCES if exact else SOURCES).values()))
-    wraps = [lambda word: word, lambda word: _inside(remat(), word), lambda word: _inside(cast(jnp.float32), word)]
-    wraps += [lambda word: _inside(cast(jnp.float32) @ remat("dots_saveable"), word)]
-    return st.builds(lambda wrap, word: wrap(word), st.sampled_from(wraps), plain)
+    wraps = [
+        lambda transform: transform,
+        lambda transform: _inside(remat(), transform),
+        lambda transform: _inside(cast(jnp.float32), transform),
+    ]
+    wraps += [lambda transform: _inside(cast(jnp.float32) @ remat("dots_saveable"), transform)]
+    return st.builds(lambda wrap, transform: wrap(transform), st.sampled_from(wraps), plain)
 
 
-def _inside(words: Transform | Pipeline, source: Grad) -> Grad:
+def _inside(transforms: Transform | Pipeline, source: Grad) -> Grad:
     loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
-    return grad(words @ loss, has_aux=source.has_aux, rng=source.rng, carry=source.carry)
+    return grad(transforms @ loss, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
 
 
 @st.composite
@@ -67,7 +71,7 @@ def pipelines(
     axes: Mapping[str, int],
     loss: Probe | None = None,
     exact: bool = False,
-    words: tuple[Transform, ...] = (),
+    transforms: tuple[Transform, ...] = (),
     longest: int = 5,
 ) -> Pipeline:
     """Well-typed pipelines over a mesh with these axes, with at most 32 cells.
@@ -75,28 +79,28 @@ def pipelines(
     Args:
       axes: the size of each mesh axis; each is named at most once.
       loss: the loss; None for any of the probes.
-      exact: only words whose results are exact on whole numbers, so that results compare bitwise.
-      words: words of your own, from gradient to gradient, to mix in.
-      longest: number of words between `update` and `grad` at most.
+      exact: only transforms whose results are exact on whole numbers, so that results compare bitwise.
+      transforms: transforms of your own, from gradient to gradient, to mix in.
+      longest: number of transforms between `update` and `grad` at most.
     """
-    chosen = draw(_gradient_words(axes, exact, words, longest))
+    chosen = draw(_gradient_transforms(axes, exact, transforms, longest))
     optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5)]
     pipeline = update(draw(st.sampled_from(optimizers)))
     outside: list[Transform] = draw(
         st.lists(st.sampled_from([skip_nonfinite(limit=3), ema(0.5)]), max_size=2, unique=True)
     )
-    for word in outside:
-        pipeline = word @ pipeline
+    for transform in outside:
+        pipeline = transform @ pipeline
     if draw(st.sampled_from([False, False, False, True])):
         pipeline = repeat(2) @ pipeline
-    for word in chosen:
-        pipeline = pipeline @ word
+    for transform in chosen:
+        pipeline = pipeline @ transform
     return pipeline @ (grad(loss) if loss is not None else draw(sources(exact=exact)))
 
 
 @st.composite
-def _gradient_words(
-    draw: st.DrawFn, axes: Mapping[str, int], exact: bool, words: tuple[Transform, ...], longest: int
+def _gradient_transforms(
+    draw: st.DrawFn, axes: Mapping[str, int], exact: bool, transforms: tuple[Transform, ...], longest: int
 ) -> list[Transform]:
     free, cells, divided, chosen = dict(axes), 1, False, []
     for _ in range(draw(st.integers(0, longest))):
@@ -111,12 +115,14 @@ def _gradient_words(
             *([st.just(rows())] if cells <= MOST_CELLS // 4 else []),
             *([] if exact else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
             st.sampled_from(sizes).map(lambda k: accumulate(k, dtype=jnp.float32)),
-            *([st.sampled_from(words)] if words else []),
+            *([st.sampled_from(transforms)] if transforms else []),
         ]
-        word = draw(st.one_of(options))
-        chosen.append(word)
-        cells *= num_parts(word, axes)
-        rules = [rule for rule in word.rules if isinstance(rule, DataParallel)] if isinstance(word, Shard) else []
+        transform = draw(st.one_of(options))
+        chosen.append(transform)
+        cells *= num_parts(transform, axes)
+        rules = (
+            [rule for rule in transform.rules if isinstance(rule, DataParallel)] if isinstance(transform, Shard) else []
+        )
         free = {axis: size for axis, size in free.items() if not any(axis in rule.axes for rule in rules)}
         divided = divided or any(rule.zero for rule in rules)
     return chosen
@@ -133,8 +139,8 @@ def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:
     """Whole-number batches for the probes, with as many rows as the pipeline can split."""
-    cells = prod(num_parts(word, axes) for word in pipeline.words)
-    times = [node.size for node in expanded(pipeline.words) if isinstance(node, Repeat)]
+    cells = prod(num_parts(transform, axes) for transform in pipeline.transforms)
+    times = [node.size for node in expand_transforms(pipeline.transforms) if isinstance(node, RepeatNode)]
     # Powers of two, so that a mean over the rows of a cell is exact.
     num_rows = st.sampled_from([1, 2, 4]).map(lambda each: each * cells)
 
@@ -147,7 +153,11 @@ def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy
     return st.builds(made, num_rows, st.integers(0, 2**16))
 
 
-def num_parts(word: Transform, axes: Mapping[str, int]) -> int:
-    """Into how many parts a word splits its rows; a word that takes single rows is counted as one."""
-    places = [node.place for node in word.expand() if isinstance(node, Mean) and not isinstance(node.place, Lanes)]
-    return prod(one.size if isinstance(one, Time) else prod(axes[axis] for axis in one.axes) for one in places)
+def num_parts(transform: Transform, axes: Mapping[str, int]) -> int:
+    """Into how many parts a transform splits its rows; a transform that takes single rows is counted as one."""
+    places = [
+        node.place
+        for node in transform.expand()
+        if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)
+    ]
+    return prod(one.size if isinstance(one, InScan) else prod(axes[axis] for axis in one.axes) for one in places)

@@ -22,7 +22,7 @@ from faults.plan import FaultPlan, batch_of, digest, fresh, step
 from faults.points import POINTS, act_at
 
 import stepc as sc
-from stepc.runner.jsonl import JSONL
+from stepc._runner.loggers.files import JSONL
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The table of results: `pytest tests/faults tests/processes --results` writes RESULTS.md from what passed."""
+"""The table of results: `pytest tests/faults tests/distributed --results` writes RESULTS.md from what passed."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# Faults, and the tests that inject them
 
-Written by `pytest tests/faults tests/processes --results` from the tests that passed; the numbers are those of the
+Written by `pytest tests/faults tests/distributed --results` from the tests that passed; the numbers are those of the
 catalogue of faults.
 A test marked `long` runs for minutes and is left out of `make test`.
 

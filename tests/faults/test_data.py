@@ -13,7 +13,7 @@ import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, iterate, step
 
 import stepc as sc
-from stepc.runner.feed import LEAVE_SECONDS
+from stepc._runner.data import LEAVE_SECONDS
 
 fault = pytest.mark.fault
 ALL = list(range(1, 9))

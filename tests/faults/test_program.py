@@ -19,9 +19,9 @@ from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, diges
 from faults.test_device import calling_back
 
 import stepc as sc
-from stepc.core.nodes import Map
-from stepc.language.kinds import Kind
-from stepc.runner.watchdog import EXIT_CODE
+from stepc._core.nodes import MapNode
+from stepc._language.kinds import Kind
+from stepc._runner.watchdog import EXIT_CODE
 
 fault = pytest.mark.fault
 PARAMS = {"w": np.zeros(3, np.float32)}
@@ -77,11 +77,11 @@ class Mine(sc.Transform):
     def __repr__(self) -> str:
         return "mine()"
 
-    def meaning(self, inner: Any) -> Any:
+    def reference(self, inner: Any) -> Any:
         raise AssertionError("only the reference asks for it")
 
-    def expand(self) -> tuple[Map, ...]:
-        return (Map(self.function, (), name="mine", written="mine()"),)
+    def expand(self) -> tuple[MapNode, ...]:
+        return (MapNode(self.function, (), name="mine", written="mine()"),)
 
 
 @fault("7", "a word of one's own that returns None, text, for a gradient", "BuildError; the state is alive")

@@ -7,7 +7,7 @@ from typing import Any
 from faults.results import RESULTS, row_of
 
 NUMBERS = {str(number) for number in range(1, 90)}
-ROOMS = ("faults", "processes")
+ROOMS = ("distributed", "faults")
 
 
 def rows_marked() -> list[str]:
@@ -29,7 +29,7 @@ def marked(value: Any) -> bool:
 
 def test_table_is_in_step_with_the_tests() -> None:
     found = [line for line in RESULTS.read_text().splitlines() if line.startswith("| ") and line[2].isdigit()]
-    how = "run pytest tests/faults tests/processes --results -m 'not long'"
+    how = "run pytest tests/faults tests/distributed --results -m 'not long'"
     assert sorted(found) == sorted(set(rows_marked())), how
 
 

@@ -87,7 +87,7 @@ def errors_of(folder: Path) -> str:
 
 def main() -> None:
     """Fork a job for each line; say its number, then how it ended."""
-    for name in ("orbax.checkpoint", "stepc.runner.vault"):
+    for name in ("orbax.checkpoint", "stepc._runner.checkpoint_store"):
         importlib.import_module(name)
     job = importlib.import_module("faults.job")
     for line in sys.stdin:

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
-from stepc.compiler.breakdown import accumulator_bytes
+from stepc._compiler.stages import accumulator_bytes
 
 S = jax.ShapeDtypeStruct
 IN, OUT = 64 * 128 * 4, 128 * 32 * 4

@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
+from stepc._units import bytes_of
 from stepc.inspect import Collective, Collectives, check
 from stepc.inspect.budget import Measure, reductions_of
 from stepc.inspect.hlo import Shape
 from stepc.testing import assert_within_budget
-from stepc.units import bytes_of
 
 ADAM = sc.update(optax.adam(1e-3))
 DATA = sc.shard(sc.dp("data"))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stepc.inspect.hlo import Call, Shape, parse, text_of
+from stepc.inspect.hlo import CalledComputation, Shape, parse, text_of
 from stepc.inspect.loops import Execution, executions
 
 ONCE = Execution(1, in_loop=False, conditional=False, asynchronous=False)
@@ -64,8 +64,8 @@ def loop(*, start: int = 0, limit: int = 8, step: int = 1, counter: str = "copie
         "direction=LT": f"direction={direction}",
     }
     text = TPU_LOOP
-    for word, value in numbers.items():
-        text = text.replace(word, str(value))
+    for transform, value in numbers.items():
+        text = text.replace(transform, str(value))
     return text
 
 
@@ -86,7 +86,7 @@ def test_parse_instruction_with_tiled_layout_and_index_comment_reads_all_parts()
 
 def test_parse_while_names_its_computations_by_role() -> None:
     line = parse(loop()).computations["main"].instructions["loop"]
-    assert line.calls == (Call("condition", "cond"), Call("body", "body"))
+    assert line.calls == (CalledComputation("condition", "cond"), CalledComputation("body", "body"))
 
 
 def test_parse_operands_with_their_types_keeps_only_names() -> None:

@@ -4,8 +4,7 @@ import pytest
 
 import stepc as sc
 from stepc.inspect import Collective, Cost, Memory, roofline
-from stepc.inspect.devices import Device
-from stepc.inspect.roofline import duration, wire_bytes
+from stepc.inspect.roofline import Device, duration, wire_bytes
 
 ROUND = Device("round", "", 1e12, 1000, 1e9, 1e6, "ours")
 

@@ -8,9 +8,8 @@ import pytest
 from by_hand import BYTES, DUMPS, LAYERS, K, compiled, mesh_of_rank
 
 from stepc.inspect import collectives, cost
-from stepc.inspect.devices import DEVICES, Device
-from stepc.inspect.roofline import wire_bytes
-from stepc.inspect.timeline import Exchange, Loop, Segment, Work, timeline
+from stepc.inspect.roofline import DEVICES, Device, wire_bytes
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment, Segment, timeline
 
 ROUND = Device("round", "", 10.0, 1, 1000.0, 4.0, "ours")
 
@@ -21,22 +20,22 @@ def shape(segments: tuple[Segment, ...] | None) -> str:
     names = []
     for segment in segments:
         match segment:
-            case Loop(_, inner):
+            case LoopSegment(_, inner):
                 names.append(f"loop({shape(inner)})")
-            case Work():
+            case ComputeSegment():
                 names.append("work")
-            case Exchange():
+            case CollectiveSegment():
                 names.append("exchange")
     return " ".join(names)
 
 
-def parts(segments: tuple[Segment, ...] | None) -> list[tuple[int, Work | Exchange]]:
+def parts(segments: tuple[Segment, ...] | None) -> list[tuple[int, ComputeSegment | CollectiveSegment]]:
     """Every part, and how often it runs."""
     assert segments is not None
-    found: list[tuple[int, Work | Exchange]] = []
+    found: list[tuple[int, ComputeSegment | CollectiveSegment]] = []
     for segment in segments:
         match segment:
-            case Loop(times, inner):
+            case LoopSegment(times, inner):
                 found += [(times * inside, part) for inside, part in parts(inner)]
             case _:
                 found.append((1, segment))
@@ -47,11 +46,11 @@ def parts(segments: tuple[Segment, ...] | None) -> list[tuple[int, Work | Exchan
 def test_timeline_adds_up_to_the_cost_and_the_collectives(path: Path) -> None:
     text = path.read_text()
     found, work, rows = parts(timeline(text)), cost(text), collectives(text)
-    assert sum(times * part.flops for times, part in found if isinstance(part, Work)) == work.flops
+    assert sum(times * part.flops for times, part in found if isinstance(part, ComputeSegment)) == work.flops
     assert work.bytes is not None
-    own = sum(times * part.bytes for times, part in found if isinstance(part, Work))
+    own = sum(times * part.bytes for times, part in found if isinstance(part, ComputeSegment))
     assert own <= work.bytes  # what a collective reads and writes in memory is no work
-    sent = sum(times * part.times * part.wire_bytes for times, part in found if isinstance(part, Exchange))
+    sent = sum(times * part.times * part.wire_bytes for times, part in found if isinstance(part, CollectiveSegment))
     assert sent == sum(wire_bytes(row) * (row.executions or 0) for row in rows)
 
 
@@ -73,26 +72,26 @@ def test_timeline_of_a_reduction_a_microbatch_has_it_in_the_loop() -> None:
     mesh = mesh_of_rank(1, jax.devices())
     segments = timeline(compiled("each", mesh), mesh)
     assert shape(segments) == "loop(work exchange work) work" or shape(segments) == "work loop(work exchange work) work"
-    (loop,) = [segment for segment in segments or () if isinstance(segment, Loop)]
+    (loop,) = [segment for segment in segments or () if isinstance(segment, LoopSegment)]
     assert (loop.times, loop.label) == (K, "while")
-    (exchange,) = [part for part in loop.segments if isinstance(part, Exchange)]
+    (exchange,) = [part for part in loop.segments if isinstance(part, CollectiveSegment)]
     assert (exchange.axes, exchange.wire_bytes) == (("data",), 2 * 7 / 8 * BYTES)
 
 
 def test_timeline_of_layers_multiplies_them_out_in_the_microbatch() -> None:
     (path,) = DUMPS.glob("gpu-layers-*")
-    (loop,) = [segment for segment in timeline(path.read_text()) or () if isinstance(segment, Loop)]
-    (exchange,) = [part for part in loop.segments if isinstance(part, Exchange)]
+    (loop,) = [segment for segment in timeline(path.read_text()) or () if isinstance(segment, LoopSegment)]
+    (exchange,) = [part for part in loop.segments if isinstance(part, CollectiveSegment)]
     assert (loop.times, exchange.times) == (K, LAYERS)
 
 
 def test_seconds_are_the_slower_of_arithmetic_and_memory() -> None:
-    work = Work(100, 1000, "")
+    work = ComputeSegment(100, 1000, "")
     assert work.seconds(ROUND) == 10.0
-    assert Work(1, 2000, "").seconds(ROUND) == 2.0
-    exchange = Exchange("all-reduce", 8.0, 3, (), False, "")
+    assert ComputeSegment(1, 2000, "").seconds(ROUND) == 2.0
+    exchange = CollectiveSegment("all-reduce", 8.0, 3, (), False, "")
     assert exchange.seconds(ROUND) == 6.0
-    assert Loop(4, (work, exchange), "").seconds(ROUND) == 64.0
+    assert LoopSegment(4, (work, exchange), "").seconds(ROUND) == 64.0
 
 
 def test_timeline_of_a_loop_of_unknown_length_is_none() -> None:

@@ -9,8 +9,8 @@ from by_hand import BYTES, DUMPS
 from jax import lax
 
 from stepc.inspect import cost
+from stepc.inspect.cost import traffic
 from stepc.inspect.hlo import parse
-from stepc.inspect.traffic import traffic
 
 S = jax.ShapeDtypeStruct
 

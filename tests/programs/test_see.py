@@ -7,9 +7,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from stepc.cli import _parser, main
-from stepc.programs.lessons import LESSONS
-from stepc.programs.target import compiled
+from stepc.cli import LESSONS, _parser, compiled, main
 from stepc.report import terminal
 
 MINE = """

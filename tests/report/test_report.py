@@ -15,9 +15,9 @@ from conftest import mesh_of
 
 import stepc as sc
 from stepc import report
-from stepc.inspect import Memory, Part
-from stepc.inspect.devices import Device
-from stepc.inspect.timeline import Exchange, Loop, Work
+from stepc.inspect import Memory, MemoryPart
+from stepc.inspect.roofline import Device
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment
 from stepc.report import pictures
 
 ADAM = sc.update(optax.adam(1e-3))
@@ -141,8 +141,10 @@ def bars(html: str) -> list[tuple[str, str, str]]:
 
 
 def test_course_is_drawn_to_scale() -> None:
-    loop = Loop(2, (Work(1, 0, "product"), Exchange("all-reduce", 1.0, 1, ("data",), False, "line")), "while")
-    html = pictures.course((loop, Work(4, 0, "update")), ROUND)
+    loop = LoopSegment(
+        2, (ComputeSegment(1, 0, "product"), CollectiveSegment("all-reduce", 1.0, 1, ("data",), False, "line")), "while"
+    )
+    html = pictures.course((loop, ComputeSegment(4, 0, "update")), ROUND)
     assert bars(html) == [
         ("work", "0.0000%", "12.5000%"),
         ("exchange", "12.5000%", "12.5000%"),
@@ -154,17 +156,17 @@ def test_course_is_drawn_to_scale() -> None:
 
 
 def test_course_lets_work_begin_beside_an_exchange() -> None:
-    html = pictures.course((Exchange("all-gather", 3.0, 1, (), True, ""), Work(4, 0, "")), ROUND)
+    html = pictures.course((CollectiveSegment("all-gather", 3.0, 1, (), True, ""), ComputeSegment(4, 0, "")), ROUND)
     assert bars(html) == [("exchange", "0.0000%", "75.0000%"), ("work", "0.0000%", "100.0000%")]
 
 
 def test_course_of_many_turns_is_drawn_as_one_bar() -> None:
-    html = pictures.course((Loop(1000, (Work(1, 0, ""),), "while"),), ROUND)
+    html = pictures.course((LoopSegment(1000, (ComputeSegment(1, 0, ""),), "while"),), ROUND)
     assert len(bars(html)) == 1 and "all 1000 turns together" in html
 
 
 def test_memory_is_drawn_by_its_parts() -> None:
-    parts = (Part("arguments", "parameters", 600), Part("temporaries", "activations and the rest", 400))
+    parts = (MemoryPart("arguments", "parameters", 600), MemoryPart("temporaries", "activations and the rest", 400))
     html = pictures.memory(Memory(600, 600, 600, 400, 0, parts))
     assert re.findall(r"flex-grow:(\d+)", html) == ["600", "400"]
     assert "60%" in html and "40%" in html

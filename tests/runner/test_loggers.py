@@ -20,8 +20,8 @@ import pytest
 from rich.console import Console as Terminal
 
 import stepc as sc
-from stepc.runner.console import Console
-from stepc.runner.jsonl import JSONL
+from stepc._runner.loggers.console import Console
+from stepc._runner.loggers.files import JSONL
 
 
 class Clock:

@@ -1,0 +1,1 @@
+"""The closed middle: a few nodes, what they mean, and the laws between them. It knows no transform."""

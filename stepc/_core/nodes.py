@@ -1,0 +1,265 @@
+"""The core language: what every pipeline becomes before anything is decided. It knows no transform, and no jax.
+
+A program is a tuple of nodes, outermost first, as a pipeline is read. Every node but the last maps what
+stands on its right; the last one computes a gradient from rows.
+
+    program  ::=  repeat? (guard | follow)* update? node* differentiate
+    node     ::=  mean[place] | scale(c) | map(f) | rescale
+    place    ::=  time k | space axes | lanes
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepc._core.sharding import ShardingRules
+
+# What the user wrote; kept for messages and plans, never compared.
+Written = str
+
+
+@dataclass(frozen=True)
+class InScan:
+    """Parts one after another: row `i` goes to part `i mod size`."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"scan {self.size}"
+
+
+@dataclass(frozen=True)
+class OverMesh:
+    """Parts side by side along mesh axes, the first one outermost: row `i` of `B` goes to part `i // (B / size)`.
+
+    The size belongs to a mesh, so it is None until the program is bound to one. The layout is for the compiler, which
+    takes it when it binds: a bound program has none.
+    """
+
+    axes: tuple[str, ...]
+    size: int | None = None
+    layout: ShardingRules = ShardingRules()
+
+    def __str__(self) -> str:
+        return " ".join(("mesh", *self.axes, *([str(self.size)] if self.size is not None else [])))
+
+
+@dataclass(frozen=True)
+class UnderVmap:
+    """Every row a part of its own, side by side on one device. Their number belongs to a batch."""
+
+    size: None = None
+
+    def __str__(self) -> str:
+        return "vmap"
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """A function of the loss, between it and its gradient: `function(loss, *arguments)` is a loss.
+
+    A module-level function and a tuple, not a closure: so two equal transforms expand to equal wraps.
+    """
+
+    function: Callable[..., Callable[..., Any]]  # Any: a loss takes the user's own trees
+    arguments: tuple[object, ...] = ()
+    written: Written = field(default="wrap", compare=False)
+
+
+@dataclass(frozen=True)
+class DifferentiateNode:
+    """The value and the gradient of a loss on the rows it is given.
+
+    Args:
+      loss: the user's own function.
+      wraps: what stands between the loss and its gradient, outermost first.
+      has_aux: whether it returns metrics beside its value.
+      rng: "example" for one key a row, "microbatch" for one key a cell, None for none.
+      model_state: whether it takes and returns model state.
+    """
+
+    loss: Callable[..., Any]  # Any: a loss takes the user's own trees
+    wraps: tuple[Wrap, ...] = ()
+    has_aux: bool = False
+    rng: str | None = None
+    model_state: bool = False
+    written: Written = field(default="grad", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The loss in its wraps."""
+        function = self.loss
+        for wrap in reversed(self.wraps):
+            function = wrap.function(function, *wrap.arguments)
+        return function
+
+
+@dataclass(frozen=True)
+class MeanNode:
+    """The mean over equal parts of the rows. Linear.
+
+    Args:
+      place: where the parts lie.
+      dtype: in which gradients are added up over time, by name; None for float32, or theirs if that is wider.
+    """
+
+    place: InScan | OverMesh | UnderVmap
+    dtype: str | None = None
+    written: Written = field(default="mean", compare=False)
+
+    def __str__(self) -> str:
+        return f"mean[{self.place}{', ' + self.dtype if self.dtype else ''}]"
+
+    @property
+    def size(self) -> int:
+        if self.place.size is None:
+            raise ValueError(f"{self} has no size yet: a mesh gives space its size, and a batch gives it to lanes")
+        return self.place.size
+
+
+@dataclass(frozen=True)
+class ScaleNode:
+    """Multiply the gradient by a constant. Linear. The loss is only reported, so it stays as it is."""
+
+    factor: float
+    written: Written = field(default="scale", compare=False)
+
+    def __str__(self) -> str:
+        return f"scale({self.factor})"
+
+
+@dataclass(frozen=True)
+class MapNode:
+    """A function of the gradient that is not linear: it needs the value, so every sum must be paid before it.
+
+    `function(grads, *arguments)` returns the new gradient and the metrics named in `adds`, all scalars. With `draws`
+    it is `function(grads, key, *arguments)`, the key from the seed, the step, the cell and the node's own name.
+    With `measure`, what it needs of the whole gradient stands apart from what it does to each number of it:
+    `measure(grads, *arguments)` returns a value and the metrics, and `function(grads, value, *arguments)` the gradient.
+    With `keeps_finite` the norm of what it gives is finite if and only if that of what it takes is.
+    A module-level function and a tuple, not a closure: so two equal transforms expand to equal nodes.
+    """
+
+    function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of scalars)
+    arguments: tuple[object, ...] = ()
+    adds: tuple[str, ...] = ()
+    draws: bool = False
+    keeps_finite: bool = False
+    measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of scalars)
+    name: str = "map"
+    written: Written = field(default="map", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+    def measured(self, grads: Any) -> tuple[Any, dict[str, Any]]:  # Any: trees of arrays, and scalars
+        """What it needs of the whole gradient, and the metrics; nothing without `measure`."""
+        return (None, {}) if self.measure is None else self.measure(grads, *self.arguments)
+
+    def applied(
+        self, grads: Any, value: Any, *key: Any
+    ) -> Any:  # Any: as above; what a transform returns is checked later
+        """The new gradient, of what was measured; and the metrics, if nothing was."""
+        if self.measure is None:
+            return self.function(grads, *key, *self.arguments)
+        return self.function(grads, value, *key, *self.arguments), {}
+
+
+@dataclass(frozen=True)
+class RescaleNode:
+    """The loss times a number that the state keeps, and the gradient divided by it: nothing but rounding changes.
+
+    `advance(slot, loss_is_finite, gradient_is_finite)` is the slot after a step; its first leaf is the number.
+    """
+
+    initial: Callable[..., Any]  # Any: (*arguments) -> the slot
+    advance: Callable[..., Any]  # Any: (slot, bool, bool, *arguments) -> the slot
+    arguments: tuple[object, ...] = ()
+    name: str = "loss_scale"
+    written: Written = field(default="rescale", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class UpdateNode:
+    """One step of an optimizer: the gradient becomes new parameters and a new optimizer state."""
+
+    optimizer: Any  # Any: an optax GradientTransformation; the core imports no library
+    written: Written = field(default="update", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class FollowNode:
+    """A slot of the state that follows the parameters: `initial(params)`, then `advance(slot, params, *arguments)`."""
+
+    initial: Callable[..., Any]  # Any: trees of the user
+    advance: Callable[..., Any]  # Any: trees of the user
+    arguments: tuple[object, ...] = ()
+    name: str = "follow"
+    written: Written = field(default="follow", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class GuardNode:
+    """A step whose loss or gradient is not finite did not happen: the state stays as it was, but for the count."""
+
+    limit: int | None
+    name: str = "skip_nonfinite"
+    written: Written = field(default="guard", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
+class RepeatNode:
+    """Whole steps one after another in one dispatch, over a leading axis of the batch."""
+
+    size: int
+    written: Written = field(default="repeat", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+Node = (
+    DifferentiateNode | MeanNode | ScaleNode | MapNode | RescaleNode | UpdateNode | FollowNode | GuardNode | RepeatNode
+)
+Program = tuple[Node, ...]
+
+
+def show(program: Program) -> str:
+    """The program as a formula, read as in mathematics: the rightmost acts first."""
+    return " . ".join(str(node) for node in program)
+
+
+def named(program: Program) -> dict[str, MapNode | RescaleNode | FollowNode | GuardNode]:
+    """The nodes that keep a slot of the state, or draw, by names that tell them apart: the second `ema` is `ema_2`."""
+    found: dict[str, MapNode | RescaleNode | FollowNode | GuardNode] = {}
+    for node in reversed(program):
+        match node:
+            case RescaleNode() | FollowNode() | GuardNode() | MapNode(draws=True):
+                found[unique_name(node.name, tuple(found))] = node
+            case _:
+                pass
+    return found
+
+
+def unique_name(name: str, taken: tuple[str, ...]) -> str:
+    """`name`, or with the first number from 2 on that makes it unlike those taken."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found

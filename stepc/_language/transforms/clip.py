@@ -1,0 +1,85 @@
+"""`clip`: bound the global norm of the gradient."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from stepc._core.nodes import MapNode
+from stepc._language.fields import finite_number
+from stepc._language.kinds import Grads, Kind, Metrics
+from stepc._language.pipeline import Transform
+from stepc._language.semantics import Fn, Gradient, Microbatch
+from stepc._language.state import State
+from stepc._language.terms import sum_arrays, sum_of_squares
+
+
+@dataclass(frozen=True, repr=False)
+class Clip(Transform):
+    """Scale the gradient to a global norm of at most `max_norm`."""
+
+    takes: ClassVar = Kind.GRADIENT
+    gives: ClassVar = Kind.GRADIENT
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        finite_number("clip", "max_norm", self.max_norm, positive=True)
+
+    def reference(self, inner: Fn) -> Fn:
+        def apply(state: State, cell: Microbatch) -> Gradient:
+            return inner.apply(state, cell).map(clip_to_norm, self.max_norm)
+
+        return Fn(inner.init, apply, inner.axes, inner.names)
+
+    def expand(self) -> tuple[MapNode, ...]:
+        return (
+            MapNode(
+                scaled, (self.max_norm,), adds=("grad_norm",), keeps_finite=True, measure=factor_of, written=repr(self)
+            ),
+        )
+
+
+def clip_to_norm(grads: Grads, max_norm: float) -> tuple[Grads, Metrics]:
+    """The gradient times min(1, max_norm / norm), and its norm before. A norm that is not finite makes it all NaN."""
+    factor, added = factor_of(grads, max_norm)
+    return scaled(grads, factor, max_norm), added
+
+
+def factor_of(grads: Grads, max_norm: float) -> tuple[jax.Array, Metrics]:
+    """What the gradient is multiplied by, and its norm before."""
+    norm = jnp.sqrt(sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)]))
+    # Infinity would make a factor of 0: an update of nothing, and nobody would see why.
+    factor = jnp.where(norm > max_norm, max_norm / jnp.where(jnp.isinf(norm), jnp.nan, norm), jnp.ones_like(norm))
+    return factor, {"grad_norm": norm}
+
+
+def scaled(grads: Grads, factor: jax.Array, _: float) -> Grads:
+    """The gradient times the factor."""
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+
+
+def clip(max_norm: float) -> Clip:
+    """Scale the gradient to a global norm of at most `max_norm`.
+
+    Meaning: g * min(1, max_norm / norm(g)), norm(g) the root of the sum of all squares of all leaves.
+    Why: one bad batch cannot throw the parameters far away.
+
+    Args:
+      max_norm: the largest norm that passes unchanged; a positive finite number.
+    Shapes: those of the gradient.
+    Units: of the gradient.
+    Type: gradient -> gradient; adds the metric `grad_norm`, the norm before clipping
+    Errors: FieldTypeError, FieldValueError for a bad `max_norm`; PipelineTypeError if the stage on its right gives
+      no gradient.
+    Not linear, so its place matters: `clip(c) @ accumulate(k)` clips the average once, `accumulate(k) @ clip(c)`
+    clips each microbatch, and to the right of `shard` each device's part. A gradient whose norm is not finite comes
+    out as NaN, every leaf.
+    Example:
+      >>> clip(1.0) @ accumulate(4) @ grad(loss)
+      clip(1.0) @ accumulate(4) @ grad(loss)
+
+    Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013,
+      https://arxiv.org/abs/1211.5063.
+    """
+    return Clip(max_norm)

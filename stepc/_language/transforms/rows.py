@@ -1,0 +1,52 @@
+"""`rows`: a mean over single rows, side by side."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from stepc._core.nodes import MeanNode, UnderVmap
+from stepc._language.kinds import Kind
+from stepc._language.pipeline import Transform
+from stepc._language.semantics import Fn, Gradient, Microbatch, mean_model_states, sum_gradients
+from stepc._language.state import State
+
+
+@dataclass(frozen=True, repr=False)
+class Rows(Transform):
+    """The mean over single rows."""
+
+    takes: ClassVar = Kind.GRADIENT
+    gives: ClassVar = Kind.GRADIENT
+
+    def reference(self, inner: Fn) -> Fn:
+        def apply(state: State, cell: Microbatch) -> Gradient:
+            singles = (cell.part(lambda leaf, j=j: leaf[j : j + 1]) for j in range(cell.num_rows))
+            parts = [inner.apply(state, one) for one in singles]
+            return replace(sum_gradients(parts), model_state=mean_model_states(parts))
+
+        return Fn(inner.init, apply, inner.axes, inner.names)
+
+    def expand(self) -> tuple[MeanNode, ...]:
+        return (MeanNode(UnderVmap(), written=repr(self)),)
+
+
+def rows() -> Rows:
+    """Average the gradient over single rows, side by side: what stands on its right sees one row at a time.
+
+    Meaning: mean(inner(params, rows[j:j + 1]) for j in range(number of rows)).
+    Why: per-example gradients, for transforms that are not linear: `rows() @ clip(c)` clips the gradient of every example,
+      which is what DP-SGD asks for: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c) @ grad(loss)`.
+
+    Shapes: what stands on its right sees batch leaves `[1, ...]`.
+    Units: the gradient is per example (a mean), not a sum.
+    Type: gradient -> gradient
+    Errors: PipelineTypeError if the stage on its right gives no gradient; ConfigError at `compile` if a transform on its
+      right splits the rows again.
+    The gradients of all rows of a microbatch exist at once: rows times the memory of the parameters. `accumulate` on
+    its left makes microbatches smaller.
+    Example:
+      >>> rows() @ clip(1.0) @ grad(loss)
+      rows() @ clip(1.0) @ grad(loss)
+
+    Source: Abadi et al., "Deep Learning with Differential Privacy", 2016, https://arxiv.org/abs/1607.00133; `jax.vmap`.
+    """
+    return Rows()

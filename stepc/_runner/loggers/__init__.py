@@ -1,0 +1,1 @@
+"""The loggers: a progress bar, files of lines, TensorBoard, a picture."""

@@ -1,1 +1,0 @@
-"""From a core program to one XLA program. Its passes never see a word."""

@@ -1,1 +1,0 @@
-"""The words, one file each. No word imports another."""

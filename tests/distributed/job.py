@@ -1,0 +1,289 @@
+"""One process of a job of several, for tests: `python -m distributed.job CASE FOLDER` under `STEPC_…`, as `stepc launch`
+sets them. It writes what it found to FOLDER/<process>.json."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from faults.plan import Remembering, digest
+from jax.experimental.multihost_utils import process_allgather
+
+import stepc as sc
+
+FEATURES, ROWS = 8, 16  # rows of the batch of all processes
+TRUTH = np.float32([1.0, -2.0, 0.5, 3.0, 0.0, 1.0, -1.0, 2.0])
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return ((batch["x"] @ params["w"] - batch["y"]) ** 2).mean()
+
+
+def global_batch(number: int) -> dict[str, np.ndarray]:
+    """Whole numbers: sums are exact, in whatever order they are made."""
+    x = np.random.default_rng(number).integers(-3, 4, size=(ROWS, FEATURES)).astype(np.float32)
+    return {"x": x, "y": x @ TRUTH}
+
+
+def local(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of this process."""
+    rows = ROWS // jax.process_count()
+    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    return {name: leaf[mine] for name, leaf in batch.items()}
+
+
+def compiled(optimizer: Any = None, *, words: Callable[[Any], Any] = lambda inner: inner, zero: int = 0) -> sc.Step:
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    gradient = sc.clip(10.0) @ sc.accumulate(2) @ sc.shard(sc.dp("data", zero=zero)) @ sc.grad(loss)
+    return sc.compile(words(sc.update(optimizer or optax.sgd(2.0**-6)) @ gradient), mesh=mesh)
+
+
+def fresh(step: sc.Step, **more: Any) -> sc.State:
+    return step.init({"w": np.zeros(FEATURES, np.float32)}, **{"seed": 7, **more})
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The class and the text of what is raised."""
+    try:
+        act()
+    except sc.StepcError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def three_steps(step: sc.Step, *, first: int = 0) -> tuple[sc.State, Any]:
+    state = fresh(step)
+    metrics: Any = {}
+    for number in range(first, first + 3):
+        state, metrics = step(state, local(global_batch(number)))
+    return state, metrics
+
+
+def gathered(state: sc.State) -> Any:
+    """The whole of every leaf on this process."""
+    bare = dataclasses.replace(state, rng=jax.random.key_data(state.rng))
+    return jax.tree.map(lambda leaf: process_allgather(leaf, tiled=True) if is_spread(leaf) else np.asarray(leaf), bare)
+
+
+def is_spread(leaf: jax.Array) -> bool:
+    return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
+def first_rows(batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    return {name: leaf[:number] for name, leaf in batch.items()}
+
+
+def by_hand(folder: Path) -> dict[str, Any]:
+    """Steps without a runner; and what is refused on all processes, which go on together after each refusal."""
+    me, step = jax.process_index(), compiled(optax.sign_sgd(0.25))  # exact, whatever the norm that `clip` takes
+    other, short = compiled(optax.sgd(0.5 + me)), local(global_batch(0))
+    state = fresh(step)
+    refused = {
+        "seed": refusal(lambda: fresh(step, seed=me)),
+        "params": refusal(lambda: step.init({"w": np.full(FEATURES, me, np.float32)})),
+        "program": refusal(lambda: other(fresh(other), short)),
+        "pipeline": refusal(lambda: fresh(compiled(words=sc.ema(0.5) if me else sc.ema(0.25)))),
+        "uneven": refusal(
+            lambda: step(state, {name: leaf[: len(leaf) - 2 * (me == 1)] for name, leaf in short.items()})
+        ),
+        "indivisible": refusal(lambda: step(state, first_rows(short, 1))),
+        "twice": refusal(sc.init_distributed),
+    }
+    state, metrics = three_steps(step)
+    adam, _ = three_steps(compiled(optax.adam(0.1)))
+    in_parts = {zero: three_steps(compiled(optax.sgd(2.0**-6, momentum=0.5), zero=zero))[0] for zero in range(4)}
+    return {
+        "zero": [gathered(state).params["w"].tolist() for state in in_parts.values()],
+        "lies": [str(state.opt_state[0].trace["w"].sharding.spec) for state in in_parts.values()],
+        "digest": digest(state),
+        "loss": float(metrics["loss"]),
+        "traces": step.traces,
+        "adam": np.asarray(adam.params["w"]).tolist(),
+        "refused": refused if jax.process_count() > 1 else {},
+    }
+
+
+class Rows:
+    """The rows of this process of batches 1 to 20, by an iterator that knows where it is, with one fault.
+
+    Args:
+      at: the batch that the fault befalls, on process `on`.
+      fault: see `befall`.
+    """
+
+    def __init__(self, folder: Path, *, fault: str = "", at: int = 0, on: int = 1) -> None:
+        self.folder, self.num = folder, 20
+        self.fault, self.at, self.is_due = fault, at, on == jax.process_index()
+        self.given = 0
+
+    def __iter__(self) -> "Rows":
+        return self
+
+    def __next__(self) -> Any:
+        number = self.given + 1
+        if number > (self.at if self.fault == "ends" and self.is_due else self.num):
+            raise StopIteration
+        self.given = number
+        batch = local(global_batch(number))
+        return self.befall(batch) if number == self.at and self.is_due else batch
+
+    def befall(self, batch: dict[str, np.ndarray]) -> Any:
+        if self.fault in ("kill", "stop", "hang"):
+            (self.folder / f"{jax.process_index()}.time").write_text(str(time.time()))
+        match self.fault:
+            case "read_once":
+                self.given, self.fault = self.given - 1, ""
+                raise OSError("the disk is slow")
+            case "read":
+                raise OSError("the disk is gone")
+            case "rows":
+                return first_rows(batch, len(batch["x"]) // 2)
+            case "nan":
+                batch["y"][0] = np.nan
+            case "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+            case "int":
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang":
+                time.sleep(1000)
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+
+
+class Failing:
+    """A logger, a hook and a step that fail, each where it is asked to."""
+
+    def __init__(self, where: str, at: int, on: int, zero: int) -> None:
+        self.where, self.at, self.is_due = where, at, on == jax.process_index()
+        self.num_calls = 0
+        # The sign makes every state a whole number of quarters: sums of any order are exact, after any number of steps.
+        self.step = compiled(
+            optax.sign_sgd(0.25), words=sc.skip_nonfinite(limit=3) if where == "guarded" else lambda inner: inner
+        )
+
+    def fail(self, where: str, number: int) -> None:
+        if where == self.where and self.is_due and number == self.at:
+            raise RuntimeError(f"the {where} does not like it")
+
+    def log(self, metrics: Any, step: int) -> None:
+        self.fail("logger", step)
+
+    def hook(self, number: int, metrics: Any, snapshot: Any) -> None:
+        self.fail("hook", number)
+        if self.where == "exit" and self.is_due and number == self.at:
+            sys.exit(3)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        self.num_calls += 1
+        self.fail("step", self.num_calls)
+        if self.where == "state" and self.is_due and self.num_calls == self.at:
+            state = corrupted(state)
+        return self.step(state, batch)
+
+
+def corrupted(state: sc.State) -> sc.State:
+    """One bit of one copy is another, as by a fault of memory: the arrays of this process alone."""
+    leaf = state.params["w"]
+    copies = [shard.data for shard in leaf.addressable_shards]
+    copies[0] = jax.device_put(np.asarray(copies[0]) + np.float32(2.0**-20), copies[0].device)
+    new = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, copies)
+    return dataclasses.replace(state, params={"w": new})
+
+
+def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **options: Any) -> Any:
+    """A run with a fault; how it ended, and the digest of the state on this process."""
+    failing, told = Failing(options.pop("where", ""), int(at), int(on), int(options.pop("zero", 0))), Remembering()
+    raises = options.pop("raises", "")
+    if fault == "full" and int(on) == jax.process_index():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(options.pop("bytes")), resource.RLIM_INFINITY))
+    options.pop("bytes", None)
+    if "differs" in options and jax.process_index() == 1:
+        options |= dict([options["differs"].split(":")])
+    options.pop("differs", None)
+    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items()}
+    rows = Rows(folder, fault=fault, at=int(at), on=int(on))
+    step = failing if failing.where in ("step", "state") else failing.step
+    hooks = [(1, failing.hook)] if failing.where in ("hook", "exit") else []
+    loggers = [told, failing] if failing.where == "logger" else [told]
+    found: dict[str, Any] = {}
+    try:
+        run = sc.run(
+            step, fresh(failing.step), rows, loggers=loggers, hooks=hooks, strict_loggers=True, log_every=1, **more
+        )
+        found |= {"ended": run.ended, "skipped": run.skipped}
+    except sc.StepcError as error:
+        run: Any = vars(error).get("run")
+        found |= {"error": f"{type(error).__name__}: {error}"}
+        if raises:
+            raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (folder / f"{jax.process_index()}.time").write_text(str(time.time()))
+    if run is not None and run.state is not None:
+        found |= {"digest": digest(gathered(run.state)), "step": int(run.state.step), "steps": run.steps}
+    return {**found, "told": told.told, "events": told.names(), "given": rows.given}
+
+
+READ: dict[str, Callable[[str, Path], Any]] = {
+    "on_error": lambda value, _: value,
+    "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
+    "steps": lambda value, _: int(value),
+    "compare_every": lambda value, _: int(value),
+    "watchdog_seconds": lambda value, _: float(value),
+    "prefetch": lambda value, _: int(value),
+}
+
+
+def nowhere(folder: Path) -> dict[str, Any]:
+    for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID"):
+        del os.environ[f"STEPC_{name}"]
+    return {"refused": refusal(sc.init_distributed)}
+
+
+def alone(folder: Path) -> dict[str, Any]:
+    return {"refused": refusal(lambda: sc.init_distributed("127.0.0.1:1", 2, 1, start_seconds=3))}
+
+
+def joined(folder: Path) -> dict[str, Any]:
+    """Where this process found itself, and a sum over all."""
+    step = compiled()
+    state, _ = step(fresh(step), local(global_batch(0)))
+    return {"process": jax.process_index(), "num": jax.process_count(), "digest": digest(state)}
+
+
+BEFORE = {"nowhere": nowhere, "alone": alone}
+CASES = {"by_hand": by_hand, "run": run, "joined": joined}
+
+if __name__ == "__main__":
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    told = dict(word.split("=", 1) for word in sys.argv[3:])
+    if case in BEFORE:
+        found = BEFORE[case](folder, **told)
+    else:
+        if "JAX_COORDINATOR_PORT" in os.environ:  # a job of SLURM or Open MPI: jax finds out
+            sc.init_distributed(listen_on="127.0.0.1", heartbeat_seconds=10, shutdown_seconds=10)
+        if "STEPC_COORDINATOR" in os.environ:
+            sc.init_distributed(heartbeat_seconds=10, shutdown_seconds=10)
+        found = CASES[case](folder, **told)
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(found))

@@ -1,0 +1,125 @@
+"""Starts real processes of one job on 127.0.0.1, and never leaves one behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+TESTS = Path(__file__).parent.parent
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+LIMIT_SECONDS = 90.0  # a test that takes longer has found a hang
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Job:
+    """The processes of a job, and what each of them wrote."""
+
+    def __init__(self, folder: Path, processes: "list[subprocess.Popen[str]]") -> None:
+        self.folder, self.processes = folder, processes
+        self.ended_at: dict[int, float] = {}
+
+    def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
+        """The exit codes, when all have ended. Errors: AssertionError if one hangs."""
+        until = time.monotonic() + seconds
+        while len(self.ended_at) < len(self.processes):
+            for number, one in enumerate(self.processes):
+                if one.poll() is not None:
+                    self.ended_at.setdefault(number, time.time())
+            said = [self.said(number) for number in range(len(self.processes))]
+            assert time.monotonic() < until, f"ended: {sorted(self.ended_at)}; {said}"
+            time.sleep(0.01)
+        return [one.returncode for one in self.processes]
+
+    def wait_for(self, process: int, seconds: float = LIMIT_SECONDS) -> None:
+        """Until one process has ended, whatever the others do. Errors: TimeoutExpired if it hangs."""
+        self.processes[process].wait(seconds)
+        self.ended_at[process] = time.time()
+
+    def said(self, process: int) -> str:
+        return (self.folder / f"{process}.out").read_text()
+
+    def seconds_after(self, process: int, *, other: int) -> float:
+        """How long after `run` ended on `process` the other one ended; both may still have had things to do."""
+        return self.ended_at[other] - float((self.folder / f"{process}.time").read_text())
+
+    def found(self, process: int) -> dict[str, Any]:
+        return json.loads((self.folder / f"{process}.json").read_text())
+
+
+def by_stepc(port: int, num: int, process: int) -> dict[str, str]:
+    """As `stepc launch` tells a process where it is."""
+    place = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(num), "PROCESS_ID": str(process)}
+    return {f"STEPC_{name}": value for name, value in place.items()}
+
+
+def by_slurm(port: int, num: int, process: int) -> dict[str, str]:
+    """As srun does; the port is jax's to choose, so it is told which is free here."""
+    place = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(num), "STEP_NUM_NODES": "1"}
+    place |= {"PROCID": str(process), "LOCALID": str(process)}
+    return {f"SLURM_{name}": value for name, value in place.items()} | _on_loopback(port)
+
+
+def by_open_mpi(port: int, num: int, process: int) -> dict[str, str]:
+    """As mpirun does."""
+    place = {"SIZE": str(num), "RANK": str(process), "LOCAL_RANK": str(process)}
+    mine = {f"OMPI_COMM_WORLD_{name}": value for name, value in place.items()}
+    return {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", **mine, **_on_loopback(port)}
+
+
+def _on_loopback(port: int) -> dict[str, str]:
+    return {"JAX_COORDINATOR_PORT": str(port), "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+
+
+Place: TypeAlias = Callable[[int, int, int], dict[str, str]]
+
+
+@contextmanager
+def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, **told: object) -> Iterator[Job]:
+    """A job of `distributed.job`; whatever is left of it in the end is killed."""
+    folder.mkdir(exist_ok=True)
+    port, job = free_port(), Job(folder, [])
+    words = [f"{name}={value}" for name, value in told.items()]
+    try:
+        for process in range(num):
+            here = {"XLA_FLAGS": TWO_DEVICES, **place(port, num, process)}
+            with (folder / f"{process}.out").open("w") as out:
+                job.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "distributed.job", case, str(folder), *words],
+                        cwd=TESTS,
+                        env={**os.environ, **here},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                    )  # fmt: skip
+                )
+        yield job
+    finally:
+        for one in job.processes:
+            if one.poll() is None:
+                one.kill()
+            one.wait()
+
+
+def alone(case: str, folder: Path, *, devices: int, **told: object) -> dict[str, Any]:
+    """The same in one process with so many devices."""
+    folder.mkdir(exist_ok=True)
+    words = [f"{name}={value}" for name, value in told.items()]
+    command = [sys.executable, "-m", "distributed.job", case, str(folder), *words]
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(
+        command, cwd=TESTS, env={**os.environ, **flags}, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "0.json").read_text())
