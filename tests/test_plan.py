@@ -74,8 +74,8 @@ def lowered(name: str) -> sc.Lowered:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_plan_prints_whole(name: str, golden: Callable[[str, str], None]) -> None:
-    golden(f"plans/{name}.txt", str(lowered(name).plan))
+def test_plan_prints_whole(name: str, golden: Callable[[str, str, str], None]) -> None:
+    golden("plans", name, str(lowered(name).plan))
 
 
 # Things that lie in parts are several collectives, a leaf each, and scalars besides: test_sharding.py counts bytes.
