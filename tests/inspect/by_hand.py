@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ DUMPS = Path(__file__).parent / "dumps"
 PODS = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100:1x8"}
 
 # kind, bytes, axes, executions, in a loop
-Facts = tuple[str, int, tuple[str, ...], int, bool]
+Facts: TypeAlias = tuple[str, int, tuple[str, ...], int, bool]
 
 
 def layer(weights: jax.Array, rows: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import stepc as sc
 from stepc._units import bytes_of
 from stepc.inspect import Collective, Collectives, check
-from stepc.inspect.budget import Measure, reductions_of
+from stepc.inspect.budget import Measurement, reductions_of
 from stepc.inspect.hlo import Shape
 from stepc.testing import assert_within_budget
 
@@ -127,14 +127,14 @@ def test_budget_copied_leaf_of_a_state_is_named() -> None:
         check(
             sc.Budget(donated=True),
             jax.jit(lambda x: x).lower(1.0).compile(),
-            known={"donated": Measure(1, ("opt_state/0/mu is copied",))},
+            known={"donated": Measurement(1, ("opt_state/0/mu is copied",))},
         )
 
 
 def test_compile_with_budget_runs_as_before_with_one_trace_and_one_compilation() -> None:
     counted: list[str] = []
 
-    def note(event: str, duration: float, **about: object) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             counted.append(event)
 

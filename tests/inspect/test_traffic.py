@@ -33,7 +33,9 @@ def grad_of_layers(w: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
 )
 def test_traffic_without_loops_is_what_xla_counts(f: Callable[..., object], shapes: list[tuple[int, ...]]) -> None:
     program = compiled(f, *shapes)
-    assert cost(program).bytes == program.cost_analysis()["bytes accessed"]
+    reported = program.cost_analysis()
+    assert reported is not None
+    assert cost(program).bytes == reported["bytes accessed"]
 
 
 @pytest.mark.parametrize("length", [1, 4, 32])

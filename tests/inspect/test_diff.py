@@ -53,7 +53,7 @@ def test_diff_of_a_donation_shows_the_memory_it_saves() -> None:
     assert {change.name: (change.before, change.after) for change in found.changes} == {
         "aliased": (0, 4000),
         "total": (12000, 8000),
-        "results that take the buffer of an argument": (0, 1),
+        "results that reuse the buffer of an argument": (0, 1),
     }
     assert "total    12.0 kB -> 8.0 kB  (-4.0 kB, -33.3%)" in str(found)
 
