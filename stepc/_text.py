@@ -1,4 +1,4 @@
-"""Sizes, times and tables as text. It imports nothing of stepc, so that errors can use it."""
+"""Sizes, times and tables as text, and how to split it. It imports nothing of stepc, so that errors can use it."""
 
 from collections.abc import Iterable, Sequence
 
@@ -24,3 +24,21 @@ def aligned_table(rows: Iterable[Sequence[str]]) -> list[str]:
     table = list(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Split a text at separators that are in no brackets and no quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for at, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif depth == 0 and text.startswith(separator, at):
+            parts.append(text[start:at])
+            start = at + len(separator)
+    return [*parts, text[start:]]

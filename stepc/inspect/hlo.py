@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 import jax
 
+from stepc._text import split_outside_brackets
+
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _STRING_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/')
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*\)\s*->.*)?\{$")
@@ -81,13 +83,7 @@ class Instruction:
     @property
     def scopes(self) -> tuple[str, ...]:
         """The parts of `op_name`. A `/` inside brackets does not separate: a transform's scope may name a path."""
-        parts, depth = [""], 0
-        for letter in self.op_name:
-            depth += (letter in "([{") - (letter in ")]}")
-            if letter == "/" and depth <= 0:
-                parts.append("")
-            else:
-                parts[-1] += letter
+        parts = split_outside_brackets(self.op_name, "/")
         return tuple(part.removeprefix(_TRANSFORM_SCOPE) for part in parts if part)
 
 
@@ -133,8 +129,8 @@ class Module:
             return op_name
         if not _STEPC_FILE.search(file):
             return f"{PurePath(file).name}:{line}" + (f" ({op_name})" if op_name else "")
-        informative = (part for part in instruction.scopes if part not in _STRUCTURE and not part.startswith("jit("))
-        return _transform_scope(op_name) or "/".join(informative) or op_name
+        origins = (_transform_scope(path) or _without_structure(path) for path in _merged_paths(op_name))
+        return ", ".join(dict.fromkeys(origin for origin in origins if origin)) or op_name
 
     def _location(self, attributes: str) -> tuple[str, str]:
         frame = re.search(r"\bstack_frame_id=(\d+)", attributes)
@@ -285,6 +281,20 @@ def _frames(lines: Iterable[str]) -> dict[int, tuple[str, str]]:
     return {key: locations[int(found[1])] for key, found in frames.items() if found and int(found[1]) in locations}
 
 
+def _merged_paths(op_name: str) -> list[str]:
+    """The paths of the operations that XLA merged into one: `f/a/psum` and `f/b/psum` of `f/(a/psum:b/psum)`."""
+    *outer, last = split_outside_brackets(op_name, "/")
+    if not last.startswith("(") or not last.endswith(")"):
+        return [op_name]
+    paths: list[str] = []
+    for part in split_outside_brackets(last[1:-1], ":"):
+        if paths and f"{paths[-1]}:".endswith(_TRANSFORM_SCOPE):  # this colon belongs to a scope
+            paths[-1] += f":{part}"
+        else:
+            paths.append(part)
+    return ["/".join((*outer, path)) for path in paths]
+
+
 def _transform_scope(op_name: str) -> str:
     """The innermost transform that an op_name names; it ends at a `/`, or at the bracket of a `jvp(...)` around it."""
     _, is_found, rest = op_name.rpartition(_TRANSFORM_SCOPE)
@@ -294,6 +304,12 @@ def _transform_scope(op_name: str) -> str:
         if depth < 0 or (depth == 0 and letter == "/"):
             return rest[:at]
     return rest if is_found else ""
+
+
+def _without_structure(path: str) -> str:
+    """What a path says about the computation: `microbatches/psum` of `jit(step)/microbatches/while/body/psum`."""
+    parts = split_outside_brackets(path, "/")
+    return "/".join(part for part in parts if part not in _STRUCTURE and not part.startswith("jit("))
 
 
 def _bits(dtype: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import assert_never
 
-from stepc._text import readable_bytes, readable_seconds
+from stepc._text import readable_bytes, readable_seconds, split_outside_brackets
 from stepc.inspect.memory import Memory
 from stepc.inspect.roofline import Device
 from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, FlatSegment, LoopSegment, Segment
@@ -15,28 +15,10 @@ from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, FlatSegmen
 def transforms(pipeline: str, separator: str) -> str:
     """The transforms of a pipeline as boxes, in the order in which they act."""
     boxes = [
-        f'<span class="transform {_role(transform)}">{escape(transform)}</span>'
-        for transform in reversed(_split(pipeline, separator))
+        f'<span class="transform {_role(transform.strip())}">{escape(transform.strip())}</span>'
+        for transform in reversed(split_outside_brackets(pipeline, separator))
     ]
     return f'<div class="pipeline">{"<span class=arrow>→</span>".join(boxes)}</div>'
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split at separators outside all brackets and quotes."""
-    parts, depth, quote, start = [], 0, "", 0
-    for at, letter in enumerate(text):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        elif letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif depth == 0 and text.startswith(separator, at):
-            parts.append(text[start:at])
-            start = at + len(separator)
-    return [part.strip() for part in (*parts, text[start:])]
 
 
 def _role(transform: str) -> str:
@@ -47,7 +29,7 @@ def _role(transform: str) -> str:
     return known.get(transform.partition("(")[0], "plain")
 
 
-# Up to so many bars, a loop is drawn iteration by iteration; more could not be told apart.
+# A loop with at most this many bars is drawn iteration by iteration; more would be too thin to see.
 _MAX_BARS = 240
 _LANES = {"compute": 18, "collective": 58}
 _BAR_HEIGHT, _BRACKET_Y = 30, 104

@@ -4,7 +4,7 @@ python tests/inspect/by_hand.py        # needs the extra `pods`, no device; writ
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -65,8 +65,8 @@ def kinds(weights: jax.Array, rows: jax.Array) -> jax.Array:
     part = lax.psum_scatter(total, "data", scatter_dimension=0, tiled=True)
     whole = jnp.tanh(lax.all_gather(part * 0.1, "data", tiled=True))
     size = lax.axis_size("model")
-    turned = lax.ppermute(whole, "model", [(i, (i + 1) % size) for i in range(size)])
-    return weights - lax.all_to_all(jnp.tanh(turned), "model", 0, 0, tiled=True)
+    rotated = lax.ppermute(whole, "model", [(i, (i + 1) % size) for i in range(size)])
+    return weights - lax.all_to_all(jnp.tanh(rotated), "model", 0, 0, tiled=True)
 
 
 def overlapped(weights: jax.Array, rows: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ STEPS = {
 }
 
 
-def mesh_of_rank(rank: int, devices: list[jax.Device]) -> Mesh:
+def mesh_of_rank(rank: int, devices: Sequence[object]) -> Mesh:
     return Mesh(np.array(devices[:8]).reshape(SIZES[rank]), AXES[rank])
 
 

@@ -67,7 +67,7 @@ def test_diff_of_texts_compares_what_texts_have(platform: str) -> None:
 
 
 def test_diff_of_an_unknown_number_says_so() -> None:
-    def turned(length: int | None) -> jax.stages.Compiled:
+    def looped(length: int | None) -> jax.stages.Compiled:
         if length is None:
             return (
                 jax.jit(lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w @ w, w))
@@ -76,4 +76,4 @@ def test_diff_of_an_unknown_number_says_so() -> None:
             )
         return jax.jit(lambda w: w @ w).lower(S((16, 16), jnp.float32)).compile()
 
-    assert "flops        8,192 -> unknown" in str(diff(turned(1), turned(None)))
+    assert "flops        8,192 -> unknown" in str(diff(looped(1), looped(None)))

@@ -1,4 +1,4 @@
-"""Steps written by hand, compiled for CPU, TPU and GPU: every collective is found, with its bytes, axes and turns."""
+"""Handwritten steps, compiled for CPU, TPU and GPU: every collective is found, with bytes, axes and executions."""
 
 from pathlib import Path
 

@@ -316,17 +316,21 @@ ENTRY e {
   ROOT a = f32[4] parameter(0), metadata={op_name="OP_NAME" stack_frame_id=FRAME}
 }
 """
+WRITTEN = 'shard(dp("data")) (a/train.py:41)'
 SCOPE = 'stepc:shard(dp(\\"data\\")) (a/train.py:41)'
 
 
 @pytest.mark.parametrize(
     ("frame", "op_name", "source"),
     [
-        (1, f"jit(step)/shard_map/while/body/closed_call/{SCOPE}/psum", 'shard(dp("data")) (a/train.py:41)'),
-        (1, f"jit(step)/transpose(jvp({SCOPE}))/psum", 'shard(dp("data")) (a/train.py:41)'),
-        (1, f"jit(step)/stepc:accumulate(4) (t.py:3)/while/body/{SCOPE}", 'shard(dp("data")) (a/train.py:41)'),
+        (1, f"jit(step)/shard_map/while/body/closed_call/{SCOPE}/psum", WRITTEN),
+        (1, f"jit(step)/transpose(jvp({SCOPE}))/psum", WRITTEN),
+        (1, f"jit(step)/stepc:accumulate(4) (t.py:3)/while/body/{SCOPE}", WRITTEN),
         (1, "jit(step)/shard_map/microbatches/while/body/closed_call/psum", "microbatches/psum"),
         (1, "jit(step)/while/body", "jit(step)/while/body"),
+        (1, "jit(step)/(shard_map/psum:reduce_sum:shard_map/psum)", "psum, reduce_sum"),
+        (1, f"jit(step)/{SCOPE}/(psum:reduce_sum)", WRITTEN),
+        (1, f"jit(step)/(while/{SCOPE}/psum:stepc:clip(1.0) (t.py:3)/psum)", f"{WRITTEN}, clip(1.0) (t.py:3)"),
         (2, "jit(step)/psum", "train.py:7 (jit(step)/psum)"),
         (3, "jit(step)/psum", "jit(step)/psum"),
     ],
@@ -338,7 +342,7 @@ def test_source_is_the_users_line_or_the_transform_but_no_file_of_stepc(frame: i
 
 def test_scopes_of_an_op_name_are_not_split_inside_brackets() -> None:
     module = parse(FRAMES.replace("FRAME", "1").replace("OP_NAME", f"jit(step)/{SCOPE}/while"))
-    assert module.computations["e"].root.scopes == ("jit(step)", 'shard(dp("data")) (a/train.py:41)', "while")
+    assert module.computations["e"].root.scopes == ("jit(step)", WRITTEN, "while")
 
 
 def test_text_of_text_is_itself() -> None:

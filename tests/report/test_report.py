@@ -111,12 +111,12 @@ def test_report_for_an_unknown_device_is_refused() -> None:
 
 def test_explain_prints_the_plan_and_what_became_of_it() -> None:
     program = compiled()
-    told = program.explain()
-    assert told.startswith(str(program.plan))
+    explained = program.explain()
+    assert explained.startswith(str(program.plan))
     for title in ("collectives", "memory on one device", "work on one device", "donation"):
-        assert f"as compiled: {title}\n" in told
-    assert "all 9 donated leaves are aliased" in told
-    assert "tpu:v5e: " in told and "estimated from device peaks" in told
+        assert f"as compiled: {title}\n" in explained
+    assert "all 9 donated leaves are aliased" in explained
+    assert "tpu:v5e: " in explained and "estimated from device peaks" in explained
 
 
 def test_notebook_shows_the_pictures_without_a_script() -> None:
