@@ -89,7 +89,7 @@ def _check_plugin(name: str, platform: str) -> None:
         "gpu": ("JAX's CUDA plugin", f"pip install jax-cuda13-pjrt=={version}"),
     }[platform]
     raise ConfigError(
-        f"{name} needs {needed}, which is not installed. Compiling for it needs no such device.",
+        f"{name} needs {needed}, which is not installed. The devices themselves are not needed.",
         suggestion=f"Install it with: {command}",
     )
 
