@@ -1,4 +1,7 @@
-"""Questions about a compiled program. It knows executables and HLO text, and nothing of pipelines."""
+"""Questions about a compiled program. It knows executables and HLO text, and nothing of pipelines.
+
+`DEVICES` is the table of devices, by name, that `roofline` estimates for.
+"""
 
 from stepc.inspect.budget import Budget, Measurement, check
 from stepc.inspect.collectives import Collective, Collectives, Overlap, collectives
@@ -11,7 +14,6 @@ from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegmen
 from stepc.inspect.topology import topology
 
 __all__ = [
-    "DEVICES",
     "Aliases",
     "Budget",
     "Change",
@@ -20,6 +22,7 @@ __all__ = [
     "Collectives",
     "ComputeSegment",
     "Cost",
+    "DEVICES",
     "Device",
     "Diff",
     "DonatedLeaf",

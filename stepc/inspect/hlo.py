@@ -126,7 +126,7 @@ class Module:
         file, line = self._location(instruction.attributes)
         op_name = instruction.op_name
         if not file:
-            return op_name
+            return _transform_scope(op_name) or op_name
         if not _STEPC_FILE.search(file):
             return f"{PurePath(file).name}:{line}" + (f" ({op_name})" if op_name else "")
         origins = (_transform_scope(path) or _without_structure(path) for path in _merged_paths(op_name))

@@ -76,7 +76,7 @@ def _cards(facts: ProgramFacts) -> str:
     cards = (
         ("collectives per step", executed, in_loops),
         ("collective bytes per step", sent, "bytes × executions"),
-        ("memory on one device", readable_bytes(facts.memory.total), f"{temporaries} of it temporaries"),
+        ("memory on one device", readable_bytes(facts.memory.total), f"including {temporaries} of temporaries"),
         ("matrix products", _flops(facts.cost.flops), "flops on one device"),
         ("step time, at least", time, f"estimated from the peaks of {facts.device.name}"),
     )
@@ -109,11 +109,11 @@ def _sections(facts: ProgramFacts) -> Iterator[tuple[str, str]]:
 
 def _step(plan: PlanFacts) -> str:
     count = len(plan.laws)
-    laws = f"after {count} law{'s' if count > 1 else ''}" if count else "no law applies"
+    laws = f", after {count} law{'s' if count > 1 else ''}" if count else "; no law applies"
     return (
         '<p class="note">the pipeline as written, in the order in which its transforms act</p>'
         f"{pictures.transforms(plan.pipeline, ' @ ')}"
-        f'<p class="note">the program as it runs: {laws}</p>{pictures.transforms(plan.normal, " . ")}'
+        f'<p class="note">the program as it runs{laws}</p>{pictures.transforms(plan.normal, " . ")}'
     )
 
 

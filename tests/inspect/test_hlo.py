@@ -333,6 +333,7 @@ SCOPE = 'stepc:shard(dp(\\"data\\")) (a/train.py:41)'
         (1, f"jit(step)/(while/{SCOPE}/psum:stepc:clip(1.0) (t.py:3)/psum)", f"{WRITTEN}, clip(1.0) (t.py:3)"),
         (2, "jit(step)/psum", "train.py:7 (jit(step)/psum)"),
         (3, "jit(step)/psum", "jit(step)/psum"),
+        (3, f"jit(step)/{SCOPE}/psum", WRITTEN),
     ],
 )
 def test_source_is_the_users_line_or_the_transform_but_no_file_of_stepc(frame: int, op_name: str, source: str) -> None:
