@@ -55,7 +55,7 @@ function update() {
     block.details.open = term ? hits.length > 0 && lines <= 400 : block.entry;
     render(block);
   }
-  found.textContent = term ? `${lines} line${lines === 1 ? "" : "s"}` : `${blocks.length} computations`;
+  found.textContent = term ? `${lines} line${lines === 1 ? "" : "s"}` : `${blocks.length} sections`;
 }
 
 async function unpack() {
