@@ -102,9 +102,9 @@ class Target:
         """All there is to know of it."""
         match self.compiled:
             case sc.Compiled():
-                return self.compiled.known(device)
+                return self.compiled.facts(device)
             case _:
-                return sc.report.known(self.compiled, self.mesh, title=self.title, device=device)
+                return sc.report.facts(self.compiled, self.mesh, title=self.title, device=device)
 
     def check(self, budget: sc.Budget) -> None:
         """Hold it to a budget."""
@@ -290,7 +290,7 @@ def check(target: Target, *, budget: Path) -> None:
     """Hold it to the budget, and print what was promised if all of it holds."""
     promised = sc.Budget.from_toml(budget)
     target.check(promised)
-    many = len(promised.promised)
+    many = len(promised.limits)
     print(f"{target.title}\n{'the promise holds' if many == 1 else f'all {many} promises hold'}: {promised!r}")
 
 

@@ -16,7 +16,8 @@ from stepc._language.pipeline import transform_name
 
 PACKAGE = Path(__file__).parent.parent / "stepc"
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "errors": (),
+    "errors": ("_text",),
+    "_text": (),
     "_jax": ("errors",),
     "_units": ("errors",),
     # The closed middle. It imports nothing but the standard library.
@@ -26,21 +27,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # The reference never sees the core.
     "_language.reference": ("_language", "errors"),
     # Questions about any compiled program: blind to pipelines.
-    "inspect": ("inspect", "_units", "errors"),
-    "report": ("_compiler.plan", "_core.nodes", "_units", "errors", "inspect", "report"),
+    "inspect": ("inspect", "_text", "_units", "errors"),
+    "report": ("_text", "errors", "inspect", "report"),
     # Several processes that train as one: what they share knows no step.
     "_distributed": ("_distributed", "_jax", "errors"),
     # The passes: they see core nodes and the user's trees, never a transform.
     "_compiler": (
         "_compiler", "_core", "_distributed", "_jax", "_language.kinds", "_language.semantics", "_language.state",
-        "_language.terms", "_units", "errors", "inspect",
+        "_language.terms", "_text", "_units", "errors", "inspect",
     ),
     # Where the surface meets the passes.
     "_compiler.autotune": ("_compiler", "_core", "_language", "_units", "errors", "inspect"),
     "_compiler.normalize": ("_compiler", "_core", "_language", "errors"),
     "_compiler.stages": ("_compiler", "_core", "inspect", "report"),
     "_compiler.step": ("_compiler", "_core", "_language", "errors", "inspect"),
-    "_runner": ("_distributed", "_language.kinds", "_language.padding", "_language.state", "_runner", "_units",
+    "_runner": ("_distributed", "_language.kinds", "_language.padding", "_language.state", "_runner", "_text", "_units",
         "errors", "inspect"),
     "testing": ("_compiler", "_core", "_language", "errors", "inspect", "testing"),
     "programs": ("", "_distributed", "_runner", "errors", "programs"),

@@ -11,7 +11,7 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from numpy import interp
 
-from stepc._units import readable
+from stepc._text import readable_bytes
 from stepc.inspect.memory import Memory
 
 _LOOPS = ("scan", "while")
@@ -138,7 +138,7 @@ class SearchResult:
         for one in sorted(self.tried, key=lambda one: one.parts):
             compiled = "-" if one.compiled is None else f"{one.compiled:,} B"
             chosen = ", chosen" if one.parts == self.chosen else ""
-            cells.append((str(one.parts), readable(one.estimated), compiled, f"{one.outcome}{chosen}"))
+            cells.append((str(one.parts), readable_bytes(one.estimated), compiled, f"{one.outcome}{chosen}"))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from stepc import inspect, report
 from stepc._compiler.plan import Plan, PlannedLeaf
-from stepc.inspect.budget import Measure, reductions_of
+from stepc._core.nodes import show
+from stepc.inspect.budget import Measurement, reductions_of
 from stepc.inspect.collectives import Collectives
 from stepc.inspect.donation import DonatedLeaf
 from stepc.inspect.hlo import Computation, Module, Shape, parse, text_of
@@ -103,7 +104,7 @@ def input_shardings(executable: jax.stages.Compiled, argument: int) -> list[jax.
 _REDUCED = ("params", "model_state")
 
 
-def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Collectives) -> Measure:
+def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Collectives) -> Measurement:
     """How often each element of the gradient is reduced, over whichever axis of the plan it is most often."""
     axes = tuple({axis: None for one in plan.collectives for axis in one.axes})
     sizes = [
@@ -115,7 +116,7 @@ def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Colle
     # Along each axis for itself: what is summed in parts is summed along one axis, and then along the others.
     along = [reductions_of(rows, axes=(axis,), elements=max(elements, 1)) for axis in axes]
     unknown = [one for one in along if one.value is None]
-    return max(unknown or along, key=lambda one: one.value or 0, default=Measure(0))
+    return max(unknown or along, key=lambda one: one.value or 0, default=Measurement(0))
 
 
 def _elements(leaf: PlannedLeaf, sharding: jax.sharding.Sharding, axes: tuple[str, ...]) -> int:
@@ -128,6 +129,25 @@ def _parts(sharding: jax.sharding.Sharding, axes: tuple[str, ...]) -> int:
         return 1
     named = [axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
     return prod(sharding.mesh.shape[axis] for axis in named if axis not in axes)
+
+
+def _plan_facts(plan: Plan) -> report.PlanFacts:
+    """What a report shows of a plan, as text."""
+    return report.PlanFacts(
+        pipeline=plan.pipeline,
+        normal=show(plan.normal),
+        laws=tuple(
+            report.LawFacts(
+                one.law.name, one.law.formula, one.law.reason, one.law.condition, show(one.before), show(one.after)
+            )
+            for one in plan.laws
+        ),
+        leaves=tuple(
+            report.LeafFacts(leaf.path, f"{leaf.dtype}{list(leaf.shape)}", leaf.bytes_, leaf.sharding)
+            for leaf in plan.leaves
+        ),
+        text=str(plan),
+    )
 
 
 @dataclass(frozen=True)
@@ -221,23 +241,31 @@ class Compiled:
         """
         lost = tuple(leaf.path for leaf in self.donated() if leaf.donated and not leaf.aliased)
         known = {
-            "donated": Measure(len(lost), tuple(f"{path} is copied" for path in lost)),
+            "donated": Measurement(len(lost), tuple(f"{path} is copied" for path in lost)),
             "gradient_reductions": gradient_reductions(self.plan, self.executable, self.collectives()),
-            **({} if traces is None else {"traces": Measure(traces)}),
+            **({} if traces is None else {"traces": Measurement(traces)}),
         }
         inspect.check(budget, self.executable, self.mesh, known=known)
 
-    def known(self, device: str | None = None) -> report.ProgramFacts:
-        """All there is to know of the step, as one value; times are drawn for `device`, such as "tpu:v5e"."""
-        return report.known_of_step(self.plan, self.executable, self.mesh, self.memory(), self.donated(), device)
+    def facts(self, device: str | None = None) -> report.ProgramFacts:
+        """Everything known about the step, as one value; times are at the peaks of `device`, such as "tpu:v5e"."""
+        return report.facts(
+            self.executable,
+            self.mesh,
+            title=self.plan.pipeline,
+            device=device,
+            plan=_plan_facts(self.plan),
+            memory=self.memory(),
+            donated=self.donated(),
+        )
 
     def explain(self, device: str | None = None) -> str:
         """The pipeline, the laws, the plan, collectives, memory, cost, donation, as text."""
-        return report.text(self.known(device))
+        return report.text(self.facts(device))
 
     def report(self, path: str | Path, device: str | None = None) -> Path:
         """Write all of it, with pictures and the HLO, as one page that needs no network."""
-        return report.write(self.known(device), path)
+        return report.write(self.facts(device), path)
 
     def _repr_html_(self) -> str:
-        return report.fragment(self.known())
+        return report.fragment(self.facts())

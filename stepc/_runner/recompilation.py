@@ -14,7 +14,7 @@ from stepc._language.kinds import Batch
 from stepc._language.state import leaves_by_path
 from stepc._runner.events import EventLog
 from stepc._runner.pending import LoweringStep
-from stepc._units import readable
+from stepc._text import readable_bytes
 from stepc.errors import BuildError
 from stepc.inspect.memory import memory
 
@@ -62,7 +62,9 @@ class RecompilationMonitor:
                 device = jax.tree.leaves(state)[0].addressable_shards[0].device
                 has = memory_of(device)
                 if has is not None and needs > has:
-                    raise MemoryError(f"it needs {readable(needs)} on one device, and {device} has {readable(has)}")
+                    raise MemoryError(
+                        f"it needs {readable_bytes(needs)} on one device, and {device} has {readable_bytes(has)}"
+                    )
             case _:
                 pass
         self.is_built = True

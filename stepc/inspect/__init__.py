@@ -1,21 +1,45 @@
-"""Questions about a compiled program; it knows nothing of pipelines, only executables and HLO text."""
+"""Questions about a compiled program. It knows executables and HLO text, and nothing of pipelines.
 
-from stepc.inspect.budget import Budget as Budget
-from stepc.inspect.budget import check as check
-from stepc.inspect.collectives import Collective as Collective
-from stepc.inspect.collectives import Collectives as Collectives
-from stepc.inspect.collectives import collectives as collectives
-from stepc.inspect.difference import Diff as Diff
-from stepc.inspect.difference import diff as diff
-from stepc.inspect.donation import Aliases as Aliases
-from stepc.inspect.donation import aliases as aliases
-from stepc.inspect.memory import Cost as Cost
-from stepc.inspect.memory import Memory as Memory
-from stepc.inspect.memory import MemoryPart as MemoryPart
-from stepc.inspect.memory import cost as cost
-from stepc.inspect.memory import memory as memory
-from stepc.inspect.roofline import DEVICES as DEVICES
-from stepc.inspect.roofline import Device as Device
-from stepc.inspect.roofline import Roofline as Roofline
-from stepc.inspect.roofline import roofline as roofline
-from stepc.inspect.topology import topology as topology
+`DEVICES` is the table of devices, by name, that `roofline` estimates for.
+"""
+
+from stepc.inspect.budget import Budget, Measurement, check
+from stepc.inspect.collectives import Collective, Collectives, Overlap, collectives
+from stepc.inspect.cost import Cost, cost
+from stepc.inspect.diff import Change, Diff, diff
+from stepc.inspect.donation import Aliases, DonatedLeaf, aliases, donated_leaves
+from stepc.inspect.memory import Memory, MemoryPart, memory
+from stepc.inspect.roofline import DEVICES, Device, Roofline, roofline
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment, timeline
+from stepc.inspect.topology import topology
+
+__all__ = [
+    "Aliases",
+    "Budget",
+    "Change",
+    "Collective",
+    "CollectiveSegment",
+    "Collectives",
+    "ComputeSegment",
+    "Cost",
+    "DEVICES",
+    "Device",
+    "Diff",
+    "DonatedLeaf",
+    "LoopSegment",
+    "Measurement",
+    "Memory",
+    "MemoryPart",
+    "Overlap",
+    "Roofline",
+    "aliases",
+    "check",
+    "collectives",
+    "cost",
+    "diff",
+    "donated_leaves",
+    "memory",
+    "roofline",
+    "timeline",
+    "topology",
+]

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, how often, and from which line of the source."""
+"""What a compiled program sends between devices, how often, and which line of the source asked for it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,10 +8,10 @@ from typing import overload
 import jax
 import numpy as np
 
-from stepc._units import readable
-from stepc.inspect.cost import flops_of
+from stepc._text import aligned_table, readable_bytes
+from stepc.inspect.cost import instruction_flops
 from stepc.inspect.hlo import Computation, Instruction, Module, Shape, parse, text_of
-from stepc.inspect.loops import Execution, executions
+from stepc.inspect.loops import ExecutionCount, executions
 
 KINDS = (
     "all-gather",
@@ -24,17 +24,13 @@ KINDS = (
 )
 
 
-# These take no time of their own: they name parts of what is there, or wait.
-_FREE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple", "opt-barrier", "after-all")
-
-
 @dataclass(frozen=True)
-class Between:
-    """What is scheduled between a start and its done.
+class Overlap:
+    """What is scheduled between the start of an asynchronous collective and its done.
 
     Attributes:
       instructions: the names of the instructions that do work.
-      flops: of their matrix products and convolutions; None if a loop of unknown length is among them.
+      flops: of their matrix products and convolutions; None if one is in a loop of unknown trip count.
     """
 
     instructions: tuple[str, ...]
@@ -43,30 +39,32 @@ class Between:
     def __str__(self) -> str:
         if not self.instructions:
             return "nothing"
-        many = f"{len(self.instructions)} instruction{'s' if len(self.instructions) > 1 else ''}"
-        return f"{many}, {'unknown' if self.flops is None else f'{self.flops:,}'} flops"
+        count = f"{len(self.instructions)} instruction{'s' if len(self.instructions) > 1 else ''}"
+        return f"{count}, {'unknown' if self.flops is None else f'{self.flops:,}'} flops"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange between devices, as it stands in the compiled program.
+    """One collective of the compiled program.
 
     Attributes:
       kind: HLO's name for it, without `-start`: "all-reduce", "reduce-scatter", "all-gather", ...
-      bytes: the full array of one execution on one device, without padding: all that an all-reduce,
-        reduce-scatter, all-to-all or permute is given; all that an all-gather returns. Of a
-        ragged-all-to-all, the whole input buffer. It is not the traffic on the wire.
+      bytes: the size of the full array of one execution on one device, without padding: the input of an all-reduce,
+        reduce-scatter, all-to-all or permute; the output of an all-gather; the whole input buffer of a
+        ragged-all-to-all. It is not the traffic on the wire.
       axes: the mesh axes along which the devices of a group differ; `()` if no mesh is known.
-      executions: how often it runs while the program runs once; None if a loop hides that.
-      in_loop: whether it stands in a loop, at any depth.
-      conditional: whether it stands in a branch; `executions` is then the most that can be.
+      executions: how often it runs while the program runs once, trip counts multiplied; None if a loop on the way has
+        no known trip count.
+      in_loop: whether it runs in a loop, at any depth.
+      conditional: whether it runs in a branch; `executions` is then an upper bound.
       asynchronous: whether the program starts it and waits for it later.
-      source: "file.py:123 (op_name)", or what the metadata knows of that.
+      source: "train.py:41 (op_name)", the user's own line; or the transform that asked for it, as written and with its
+        line; or what else the metadata has. Never a file of stepc.
       payload: the arrays that `bytes` adds up.
-      name: of the instruction, in HLO.
-      group_size: how many devices exchange with each other.
-      loops: the loops around it, the outermost first, with their turns: ("microbatches/while x4",).
-      between: of an asynchronous one, what is scheduled between its start and its done; None if that is not known.
+      name: the name of the instruction in HLO.
+      group_size: how many devices take part in one group.
+      loops: the loops around it with their trip counts, outermost first: ("microbatches/while x4",).
+      overlap: what is scheduled while an asynchronous one runs; None if that is unknown.
     """
 
     kind: str
@@ -81,7 +79,7 @@ class Collective:
     name: str = ""
     group_size: int = 1
     loops: tuple[str, ...] = ()
-    between: Between | None = None
+    overlap: Overlap | None = None
 
 
 @dataclass(frozen=True)
@@ -103,49 +101,47 @@ class Collectives(Sequence[Collective]):
     def __str__(self) -> str:
         if not self.rows:
             return "no collectives"
-        head = ("kind", "size", "axes", "executions", "in loop", "meanwhile", "source")
-        table = [head, *map(_cells, self.rows)]
-        if all(row.between is None for row in self.rows):
+        table = [("kind", "size", "axes", "executions", "in loop", "overlaps with", "source"), *map(_cells, self.rows)]
+        if all(row.overlap is None for row in self.rows):
             table = [(*cells[:5], cells[6]) for cells in table]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
-        return "\n".join(lines)
+        return "\n".join(aligned_table(table))
 
     @property
     def in_loops(self) -> "Collectives":
-        """Those that stand in a loop, at any depth."""
+        """Those that run in a loop, at any depth."""
         return Collectives(tuple(row for row in self.rows if row.in_loop))
 
     @property
     def executed_bytes(self) -> int:
         """The sum of bytes * executions. A branch counts as if it were always taken.
 
-        Errors: ValueError if some row has an unknown number of executions. A sum that left it out would
-        pass for a bound, which it is not.
+        Errors: ValueError if some row has an unknown number of executions: a sum without it would be no bound.
         """
-        unknown = [f"  {row.kind}  {readable(row.bytes)}  {row.source}" for row in self.rows if row.executions is None]
+        unknown = [
+            f"  {row.kind}  {readable_bytes(row.bytes)}  {row.source}" for row in self.rows if row.executions is None
+        ]
         if unknown:
             raise ValueError("\n".join(["It is unknown how often these collectives run:", "", *unknown]))
         return sum(row.bytes * row.executions for row in self.rows if row.executions is not None)
 
     def over(self, axis: str) -> "Collectives":
-        """Those that exchange values along this mesh axis, alone or with others."""
+        """Those that communicate along this mesh axis, alone or with others."""
         return Collectives(tuple(row for row in self.rows if axis in row.axes))
 
 
 def collectives(compiled: jax.stages.Compiled | str, mesh: jax.sharding.Mesh | None = None) -> Collectives:
     """List what a compiled program sends between devices.
 
-    Meaning: one row for each collective of the optimised HLO; a start and its done are one.
-    Why: whether a step reduces its gradient once or once a microbatch stands here, and only here.
+    Meaning: one row for each collective of the optimised HLO; a start and its done are one row.
+    Why: only the compiled program shows whether a step reduces its gradient once, or once a microbatch.
 
     Args:
       compiled: what `jax.jit(f).lower(...).compile()` returns, or its `as_text()`.
-      mesh: gives the axes their names. Without it, the mesh of the executable's own shardings is used, if
-        they share one; a text has none, and its rows have no axes.
+      mesh: names the axes. By default the mesh of the executable's own shardings, if they share one; the rows of a
+        text then have no axes.
     Units:  bytes on one device, for one execution.
-    Errors: ValueError if the backend prints no HLO, or if the mesh has another size than the program.
-    Rows that XLA could not trace to a line keep the name of the operation, or nothing.
+    Errors: ValueError if the backend prints no HLO, or if the size of the mesh is not that of the program.
+    A row that XLA cannot trace to a line has the name of the operation as its source, or nothing.
     Example:
       >>> print(collectives(jax.jit(lambda x: 2 * x).lower(1.0).compile()))
       no collectives
@@ -169,16 +165,88 @@ def collectives(compiled: jax.stages.Compiled | str, mesh: jax.sharding.Mesh | N
     return Collectives(tuple(rows))
 
 
+def groups(module: Module, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
+    """List the groups of devices that communicate, as positions in the program's device order.
+
+    Meaning: `replica_groups` in any of its notations; a permute has one group for each pair.
+    Why: XLA writes the same groups in four ways.
+
+    Args:
+      module: the program, which knows the number of devices; `replica_groups={}` means all of them.
+      instruction: a collective.
+    Errors: ValueError for an unknown notation of `replica_groups`.
+    The numbers are taken for partition numbers, as they are in every program with one replica.
+    Source: XLA, replica_group.cc and mesh_and_axis.cc, https://github.com/openxla/xla.
+    """
+    attributes = instruction.attributes
+    if pairs := _PAIRS.search(attributes):
+        return _listed(pairs[1])
+    if explicit := _EXPLICIT.search(attributes):
+        return _listed(explicit[1])
+    if iota := _IOTA.search(attributes):
+        return _rows(_iota(iota[2]).reshape(_sizes(iota[1])))
+    if mesh := _MESH.search(attributes):
+        return _mesh_groups(mesh[1], mesh[2], mesh[3])
+    if "replica_groups=" in attributes and not re.search(r"replica_groups=\{\s*\}", attributes):
+        raise ValueError(f"`{instruction.name}` has replica groups in an unknown notation: {attributes[:200]}")
+    return (tuple(range(module.num_devices)),)
+
+
+def axes_of(grouped: tuple[tuple[int, ...], ...], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """Name the mesh axes whose coordinate differs between two members of some group."""
+    largest = max((member for group in grouped for member in group), default=0)
+    if largest >= mesh.size:
+        raise ValueError(f"The program uses device {largest}; the mesh has {mesh.size} devices, numbered from 0.")
+    # The numbers are positions in `mesh.devices.flat`, not device ids: on a mesh of reversed or permuted devices,
+    # jax 0.10.2 prints the same groups as on the mesh in order (tests/inspect/test_collectives.py).
+    varies = [False] * len(mesh.axis_names)
+    for group in grouped:
+        coordinates = np.unravel_index(np.asarray(group, dtype=np.int64), mesh.devices.shape)
+        varies = [old or np.unique(new).size > 1 for old, new in zip(varies, coordinates, strict=True)]
+    return tuple(name for name, varied in zip(mesh.axis_names, varies, strict=True) if varied)
+
+
+def _own_mesh(compiled: jax.stages.Compiled, num_devices: int) -> jax.sharding.Mesh | None:
+    """The mesh of the executable's shardings, if there is exactly one."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    named = [sharding for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
+    meshes = {sharding.mesh for sharding in named if isinstance(sharding.mesh, jax.sharding.Mesh)}
+    meshes = {mesh for mesh in meshes if mesh.size == num_devices}
+    return meshes.pop() if len(meshes) == 1 else None
+
+
+def _asynchronous(module: Module) -> tuple[set[str], dict[str, tuple[Computation, Instruction]]]:
+    """The computations that only continue what a start began; and, for each that a start runs, where that start is."""
+    continued: set[str] = set()
+    starts: dict[str, tuple[Computation, Instruction]] = {}
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            called = [call.computation for call in instruction.calls]
+            if _continues(instruction):
+                continued.update(called)
+            elif instruction.opcode.endswith("-start") or "async-collective-start" in instruction.name:
+                starts.update((name, (computation, instruction)) for name in called)
+    return continued, starts
+
+
+def _continues(instruction: Instruction) -> bool:
+    """Whether this is a later part of an asynchronous TPU fusion, whose start contains the same collective."""
+    if instruction.opcode != "fusion":
+        return False
+    names = " ".join([instruction.name, *(call.computation for call in instruction.calls)]).replace("_", "-")
+    return "async-collective" in names and "start" not in names
+
+
 def _row(
     module: Module,
     computation: Computation,
     instruction: Instruction,
-    execution: Execution,
+    execution: ExecutionCount,
     mesh: jax.sharding.Mesh | None,
     start: tuple[Computation, Instruction] | None,
 ) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
-    # libtpu prints a reduce-scatter as a fusion of an all-reduce and a slice, and says so in the name.
+    # libtpu prints a reduce-scatter as a fusion of an all-reduce and a slice; only the fusion's name shows it.
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     # On a GPU, a start may still be synchronous.
@@ -200,56 +268,67 @@ def _row(
         name=instruction.name,
         group_size=max(map(len, grouped)),
         loops=execution.loops,
-        between=between(module, *(start or (computation, instruction))) if is_asynchronous else None,
+        overlap=_overlap(module, *(start or (computation, instruction))) if is_asynchronous else None,
     )
-
-
-def _asynchronous(module: Module) -> tuple[set[str], dict[str, tuple[Computation, Instruction]]]:
-    """The computations that only go on with what a start began, and of each that a start runs, that start."""
-    continued: set[str] = set()
-    starts: dict[str, tuple[Computation, Instruction]] = {}
-    for computation in module.computations.values():
-        for instruction in computation.instructions.values():
-            called = [call.computation for call in instruction.calls]
-            if continues(instruction):
-                continued.update(called)
-            elif instruction.opcode.endswith("-start") or "async-collective-start" in instruction.name:
-                starts.update((name, (computation, instruction)) for name in called)
-    return continued, starts
 
 
 def _payload(kind: str, computation: Computation, instruction: Instruction) -> tuple[Shape, ...]:
     """The arrays whose bytes count."""
-    given = [computation.instructions[name].shapes for name in instruction.operands]
-    leaves = tuple(leaf for shapes in given for leaf in shapes)
-    if kind == "ragged-all-to-all":  # the rest are the output buffer, the offsets and the sizes
-        return given[0]
+    operands = [computation.instructions[name].shapes for name in instruction.operands]
+    leaves = tuple(leaf for shapes in operands for leaf in shapes)
+    if kind == "ragged-all-to-all":  # the other operands are the output buffer, the offsets and the sizes
+        return operands[0]
     if kind != "all-gather":
         return leaves
     if instruction.opcode == kind:
         return instruction.shapes
-    # A start returns what it was given, then its results, then what the backend needs to wait for it.
+    # A start returns its operands, then its results, then what the backend needs to wait for it.
     return instruction.shapes[len(leaves) : 2 * len(leaves)]
 
 
-def _own_mesh(compiled: jax.stages.Compiled, num_devices: int) -> jax.sharding.Mesh | None:
-    """The mesh of the executable's shardings, if there is exactly one."""
-    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
-    named = [sharding for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
-    meshes = {sharding.mesh for sharding in named if isinstance(sharding.mesh, jax.sharding.Mesh)}
-    meshes = {mesh for mesh in meshes if mesh.size == num_devices}
-    return meshes.pop() if len(meshes) == 1 else None
+# These take no time: they name a part of a value, or wait.
+_FREE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple", "opt-barrier", "after-all")
+
+
+def _overlap(module: Module, computation: Computation, start: Instruction) -> Overlap | None:
+    """What is scheduled between `start` and the last instruction that waits for it; None if none does.
+
+    A collective is hidden only by what is scheduled while it runs. The text of a computation is in the order of
+    execution, because a compiled program is scheduled.
+    """
+    following = list(computation.instructions.values())
+    following = following[following.index(start) + 1 :]
+    waiting, end = {start.name}, None
+    for at, instruction in enumerate(following):
+        if not waiting & set(instruction.operands):
+            continue
+        continues = _continues(instruction)
+        if continues or instruction.opcode.endswith(("-done", "-update")):
+            end = at
+        if continues or instruction.opcode.endswith("-update") or instruction.opcode == "get-tuple-element":
+            waiting.add(instruction.name)
+    if end is None:
+        return None
+    # The middle part of a TPU fusion counts as work: it computes while the collective runs.
+    work = [
+        each
+        for each in following[:end]
+        if each.opcode not in _FREE and not each.opcode.endswith(("-start", "-done", "-update"))
+    ]
+    counts = [instruction_flops(module, computation, each) for each in work]
+    known = [count for count in counts if count is not None]
+    return Overlap(tuple(each.name for each in work), sum(known) if len(known) == len(counts) else None)
 
 
 def _cells(row: Collective) -> tuple[str, ...]:
     executed = "unknown" if row.executions is None else str(row.executions)
     return (
         f"{row.kind} (async)" if row.asynchronous else row.kind,
-        readable(row.bytes),
+        readable_bytes(row.bytes),
         ", ".join(row.axes) or "-",
         f"at most {executed}" if row.conditional and row.executions is not None else executed,
         (" > ".join(row.loops) or "yes") if row.in_loop else "no",
-        "-" if row.between is None else str(row.between),
+        "-" if row.overlap is None else str(row.overlap),
         row.source or "-",
     )
 
@@ -262,54 +341,13 @@ _AXIS = re.compile(r"'?([\w.\-]+)'?=(\d+)")
 _AXIS_REFERENCE = re.compile(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?")
 
 
-def groups(module: Module, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
-    """List the devices that exchange values, as positions in the program's device order.
-
-    Meaning: `replica_groups` in any of its spellings; a permute has one group per pair that it joins.
-    Why: XLA writes the same groups in four ways.
-
-    Args:
-      module: the program, which says how many devices there are; `replica_groups={}` means all of them.
-      instruction: a collective.
-    Errors: ValueError if `replica_groups` is spelled in a way that is not known here.
-    The numbers are read as partition numbers, which is what they are in every program of one replica.
-    Source: XLA, replica_group.cc and mesh_and_axis.cc, https://github.com/openxla/xla.
-    """
-    attributes = instruction.attributes
-    if pairs := _PAIRS.search(attributes):
-        return _listed(pairs[1])
-    if explicit := _EXPLICIT.search(attributes):
-        return _listed(explicit[1])
-    if iota := _IOTA.search(attributes):
-        return _rows(_iota(iota[2]).reshape(_sizes(iota[1])))
-    if mesh := _MESH.search(attributes):
-        return _mesh_groups(mesh[1], mesh[2], mesh[3])
-    if "replica_groups=" in attributes and not re.search(r"replica_groups=\{\s*\}", attributes):
-        raise ValueError(f"`{instruction.name}` has replica groups of an unknown form: {attributes[:200]}")
-    return (tuple(range(module.num_devices)),)
-
-
-def axes_of(grouped: tuple[tuple[int, ...], ...], mesh: jax.sharding.Mesh) -> tuple[str, ...]:
-    """Name the mesh axes whose coordinate differs between two members of some group."""
-    largest = max((member for group in grouped for member in group), default=0)
-    if largest >= mesh.size:
-        raise ValueError(f"The program uses device {largest}; the mesh has {mesh.size} devices, from 0.")
-    # The numbers are positions in `mesh.devices.flat`, not device ids: on a mesh of reversed or permuted
-    # devices, jax 0.10.2 prints the same groups as on the mesh in order (tests/inspect/test_collectives.py).
-    varies = [False] * len(mesh.axis_names)
-    for group in grouped:
-        coordinates = np.unravel_index(np.asarray(group, dtype=np.int64), mesh.devices.shape)
-        varies = [old or np.unique(new).size > 1 for old, new in zip(varies, coordinates, strict=True)]
-    return tuple(name for name, varied in zip(mesh.axis_names, varies, strict=True) if varied)
-
-
 def _listed(text: str) -> tuple[tuple[int, ...], ...]:
     """`{0,2},{1,3}`"""
     return tuple(_sizes(group) for group in re.findall(r"\{([\d,\s]*)\}", text) if group.strip())
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: count up, shape so, transpose so, and lay flat."""
+    """`[4,2]T(1,0)`: count up, reshape to [4,2], transpose by (1,0), flatten."""
     dims, _, order = text.partition("T")
     counted = np.arange(np.prod(_sizes(dims))).reshape(_sizes(dims))
     return counted.transpose(_sizes(order) if order else None).reshape(-1)
@@ -325,7 +363,7 @@ def _mesh_groups(axes: str, device_ids: str | None, varied: str) -> tuple[tuple[
     kept = coordinates.copy()
     for name, before, size in _AXIS_REFERENCE.findall(varied):
         axis = list(sizes).index(name)
-        # `:(before)size` names a digit of the coordinate; the more significant ones take `before` values.
+        # `:(before)size` names one digit of the coordinate; the more significant digits take `before` values.
         size = int(size or sizes[name])
         stride = sizes[name] // (int(before or 1) * size)
         kept[axis] -= coordinates[axis] // stride % size * stride
@@ -339,49 +377,3 @@ def _rows(table: Iterable[np.ndarray]) -> tuple[tuple[int, ...], ...]:
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text))
-
-
-def continues(instruction: Instruction) -> bool:
-    """Whether this is a later part of an asynchronous TPU fusion, whose start holds the same collective."""
-    if instruction.opcode != "fusion":
-        return False
-    names = " ".join([instruction.name, *(call.computation for call in instruction.calls)]).replace("_", "-")
-    return "async-collective" in names and "start" not in names
-
-
-def between(module: Module, computation: Computation, start: Instruction) -> Between | None:
-    """List what stands between a start and its done in the order of the text; None if no done is found.
-
-    Meaning: the instructions after `start` and before the last one that waits for it.
-    Why: a collective is hidden only by what is scheduled while it runs; a pair with nothing between hides nothing.
-
-    Args:
-      computation: where `start` stands. Its text is in the order of execution if the program is scheduled, as
-        compiled programs are.
-    Source: ours.
-    """
-    following = list(computation.instructions.values())
-    following = following[following.index(start) + 1 :]
-    waiting, end = {start.name}, None
-    for at, instruction in enumerate(following):
-        if not waiting & set(instruction.operands):
-            continue
-        if instruction.opcode.endswith(("-done", "-update")) or continues(instruction):
-            end = at
-        if (
-            instruction.opcode.endswith("-update")
-            or instruction.opcode == "get-tuple-element"
-            or continues(instruction)
-        ):
-            waiting.add(instruction.name)
-    if end is None:
-        return None
-    # The middle part of a TPU fusion is work itself: it computes while the collective runs.
-    work = [each for each in following[:end] if _works(each)]
-    counts = [flops_of(module, computation, each) for each in work]
-    known = [count for count in counts if count is not None]
-    return Between(tuple(each.name for each in work), sum(known) if len(known) == len(counts) else None)
-
-
-def _works(instruction: Instruction) -> bool:
-    return instruction.opcode not in _FREE and not instruction.opcode.endswith(("-start", "-done", "-update"))

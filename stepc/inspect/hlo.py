@@ -1,4 +1,4 @@
-"""Optimised HLO text as frozen values; it must not know which question is asked of them."""
+"""Optimised HLO text, parsed into frozen values. It must not know what is asked of them."""
 
 import math
 import re
@@ -8,6 +8,8 @@ from pathlib import PurePath
 from types import MappingProxyType
 
 import jax
+
+from stepc._text import split_outside_brackets
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _STRING_OR_COMMENT = re.compile(r'"(?:[^"\\]|\\.)*"|/\*.*?\*/')
@@ -21,13 +23,19 @@ _CALLS = re.compile(
     r"|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+# The internal packages of stepc. The path is matched, not where stepc is installed: a text may come from elsewhere.
+_STEPC_FILE = re.compile(r"(?:^|/)stepc/_\w+(?:/|\.py$)")
+# The compiler wraps what a transform asks for in a scope of this name: `stepc:shard(dp("data")) (train.py:41)`.
+_TRANSFORM_SCOPE = "stepc:"
+# These parts of an op_name say how a program is built, not what it computes.
+_STRUCTURE = frozenset({"body", "closed_call", "cond", "jvp()", "pjit", "shard_map", "transpose(jvp())", "while"})
 
 
 @dataclass(frozen=True)
 class Shape:
     """One array: its element type as HLO writes it, and its sizes.
 
-    `space` is where it lies: 0 is the main memory, 1 on a TPU the small fast one. It is no part of `==`.
+    `space` is its memory space: 0 is main memory; 1, on a TPU, is the small fast one. `==` ignores it.
     """
 
     dtype: str
@@ -41,13 +49,13 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """The size without padding or tiling; tokens and opaque values have none."""
+        """The size without padding or tiling; 0 for tokens and opaque values."""
         return math.ceil(self.elements * _bits(self.dtype) / 8)
 
 
 @dataclass(frozen=True)
 class CalledComputation:
-    """A computation that an instruction runs, and in which role: `body`, `calls`, `to_apply`, ..."""
+    """A computation that an instruction runs, and its role: `body`, `calls`, `to_apply`, ..."""
 
     role: str
     computation: str
@@ -55,7 +63,7 @@ class CalledComputation:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of HLO. `shapes` are the leaves of the result; `literal` stands between the brackets."""
+    """One line of HLO. `shapes` are the leaves of its result; `literal` is the text in its parentheses."""
 
     name: str
     opcode: str
@@ -68,9 +76,15 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of JAX names that led here, or the empty text."""
+        """The path of JAX names that led here; empty if the metadata has none."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1] if found else ""
+        return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The parts of `op_name`. A `/` inside brackets does not separate: a transform's scope may name a path."""
+        parts = split_outside_brackets(self.op_name, "/")
+        return tuple(part.removeprefix(_TRANSFORM_SCOPE) for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -82,65 +96,74 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """The instruction whose value is the value of the computation."""
+        """The instruction whose value is that of the computation."""
         listed = tuple(self.instructions.values())
         return next((instruction for instruction in listed if instruction.is_root), listed[-1])
 
 
 @dataclass(frozen=True)
 class Module:
-    """A whole program. `frames` maps a stack frame to its innermost `file.py:line`."""
+    """A program. `frames` maps a stack frame to the path and line of its innermost call."""
 
     header: str
     computations: Mapping[str, Computation]
     entry: str
-    frames: Mapping[int, str]
+    frames: Mapping[int, tuple[str, str]]
 
     @property
     def num_devices(self) -> int:
-        """How many devices run the program: partitions times replicas."""
+        """The number of devices that run the program: partitions times replicas."""
         partitions = re.search(r"\bnum_partitions=(\d+)", self.header)
         replicas = re.search(r"\breplica_count=(\d+)", self.header)
         return int(partitions[1] if partitions else 1) * int(replicas[1] if replicas else 1)
 
     def source(self, instruction: Instruction) -> str:
-        """Where the instruction came from, as `file.py:123 (op_name)`, or what is known of that."""
-        place = self._place(instruction.attributes)
-        op_name = instruction.op_name
-        return f"{place} ({op_name})" if place and op_name else place or op_name
+        """The line that asked for an instruction, `train.py:41 (op_name)`, or as much of it as the metadata has.
 
-    def _place(self, attributes: str) -> str:
+        Never a file of stepc. Where the innermost line is one, this is the transform that asked, as written and with
+        its own line, `shard(dp("data")) (train.py:41)`, or else the op_name without the names of loops and calls.
+        """
+        file, line = self._location(instruction.attributes)
+        op_name = instruction.op_name
+        if not file:
+            return _transform_scope(op_name) or op_name
+        if not _STEPC_FILE.search(file):
+            return f"{PurePath(file).name}:{line}" + (f" ({op_name})" if op_name else "")
+        origins = (_transform_scope(path) or _without_structure(path) for path in _merged_paths(op_name))
+        return ", ".join(dict.fromkeys(origin for origin in origins if origin)) or op_name
+
+    def _location(self, attributes: str) -> tuple[str, str]:
         frame = re.search(r"\bstack_frame_id=(\d+)", attributes)
         if frame and int(frame[1]) in self.frames:
             return self.frames[int(frame[1])]
-        file = re.search(r'\bsource_file="([^"]*)"', attributes)  # the form before stack frames
+        file = re.search(r'\bsource_file="([^"]*)"', attributes)  # what XLA wrote before it had stack frames
         line = re.search(r"\bsource_line=(\d+)", attributes)
-        return f"{PurePath(file[1]).name}:{line[1]}" if file and line else ""
+        return (file[1], line[1]) if file and line else ("", "")
 
 
 def text_of(compiled: jax.stages.Compiled | str) -> str:
-    """Return the optimised HLO text of an executable; a text is returned as it is."""
+    """Return the optimised HLO text of an executable; text is returned unchanged."""
     if isinstance(compiled, str):
         return compiled
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"The backend raised an error instead of printing HLO: {error}") from error
+        raise ValueError(f"The backend failed to print HLO: {error}") from error
     if text is None:
-        raise ValueError("The backend prints no HLO for this executable, so it cannot be read.")
+        raise ValueError("The backend prints no HLO for this executable.")
     return text
 
 
 def parse(text: str) -> Module:
     """Read optimised HLO text.
 
-    Meaning: the computations, instructions and source tables of the text, and nothing inferred.
+    Meaning: the computations, instructions and source tables of the text; nothing is inferred.
     Why: `as_text` is the only public view of an executable that names its instructions.
 
     Args:
       text: what `jax.stages.Compiled.as_text()` returns, on any backend.
-    Errors: ValueError if the text has no entry computation, or a line that is not an instruction.
-    Instructions that XLA hides in sugared asynchronous operations stay hidden.
+    Errors: ValueError if the text has no entry computation, or has a line that is not an instruction.
+    Instructions that XLA hides inside sugared asynchronous operations stay hidden.
     Source: the printer and grammar of XLA, xla/hlo/parser, https://github.com/openxla/xla.
     """
     lines = text.splitlines()
@@ -158,7 +181,7 @@ def parse(text: str) -> Module:
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, bool, list[str]]]:
-    """Cut the text into computations: the name, whether it is the entry, its lines."""
+    """Split the text into computations: the name, whether it is the entry, its lines."""
     opened: re.Match[str] | None = None
     body: list[str] = []
     for line in map(str.strip, lines):
@@ -172,7 +195,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[tuple[str, bool, list[str]]]:
 
 
 def _statements(lines: Iterable[str]) -> Iterator[str]:
-    """Join the lines of an instruction that the printer broke, and drop `/*index=5*/`."""
+    """Join the lines of instructions that the printer wrapped, and drop `/*index=5*/`."""
     pending = ""
     for line in lines:
         kept = _STRING_OR_COMMENT.sub(lambda found: found[0] if found[0][0] == '"' else "", line)
@@ -187,7 +210,7 @@ def _statements(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _instruction(statement: str) -> Instruction:
-    # Text in quotes may hold brackets; a mask of the same length keeps the positions.
+    # Quoted text may contain brackets; a mask of the same length keeps positions valid.
     bare = _STRING.sub(lambda found: '"' + "_" * (len(found[0]) - 2) + '"', statement)
     assigned = _ASSIGNMENT.match(bare)
     shape_start = assigned.end() if assigned else 0
@@ -216,7 +239,7 @@ def _closing(text: str, start: int) -> int:
         depth += 1 if found[0] == "(" else -1
         if depth == 0:
             return start + found.end()
-    raise ValueError(f"Brackets do not close in this HLO line: {text[:200]}")
+    raise ValueError(f"This HLO line has unbalanced brackets: {text[:200]}")
 
 
 def _shapes(text: str) -> Iterator[Shape]:
@@ -227,7 +250,7 @@ def _shapes(text: str) -> Iterator[Shape]:
 
 
 def _operands(literal: str) -> tuple[str, ...]:
-    # Names carry `%` wherever XLA also prints the operand's type, whose commas would mislead a split.
+    # XLA prints `%` before names whenever it prints operand types, whose commas would break a split.
     names = _NAME.findall(literal) if "%" in literal else literal.split(",")
     return tuple(name.strip() for name in names if name.strip())
 
@@ -238,7 +261,7 @@ def _calls(attributes: str) -> Iterator[CalledComputation]:
             yield CalledComputation(role, name.strip().removeprefix("%"))
 
 
-def _frames(lines: Iterable[str]) -> dict[int, str]:
+def _frames(lines: Iterable[str]) -> dict[int, tuple[str, str]]:
     """Resolve the tables after the header: a frame names a location, a location names a file."""
     tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
     table: dict[int, str] = {}
@@ -248,18 +271,49 @@ def _frames(lines: Iterable[str]) -> dict[int, str]:
             table = tables[line]
         elif number.isdigit():
             table[int(number)] = row
-    files = {key: PurePath(row.strip('"')).name for key, row in tables["FileNames"].items()}
-    places: dict[int, str] = {}
+    files = {key: row.strip('"') for key, row in tables["FileNames"].items()}
+    locations: dict[int, tuple[str, str]] = {}
     for key, row in tables["FileLocations"].items():
         found = re.search(r"file_name_id=(\d+).*?\bline=(\d+)", row)
         if found and int(found[1]) in files:
-            places[key] = f"{files[int(found[1])]}:{found[2]}"
+            locations[key] = files[int(found[1])], found[2]
     frames = {key: re.search(r"file_location_id=(\d+)", row) for key, row in tables["StackFrames"].items()}
-    return {key: places[int(found[1])] for key, found in frames.items() if found and int(found[1]) in places}
+    return {key: locations[int(found[1])] for key, found in frames.items() if found and int(found[1]) in locations}
+
+
+def _merged_paths(op_name: str) -> list[str]:
+    """The paths of the operations that XLA merged into one: `f/a/psum` and `f/b/psum` of `f/(a/psum:b/psum)`."""
+    *outer, last = split_outside_brackets(op_name, "/")
+    if not last.startswith("(") or not last.endswith(")"):
+        return [op_name]
+    paths: list[str] = []
+    for part in split_outside_brackets(last[1:-1], ":"):
+        if paths and f"{paths[-1]}:".endswith(_TRANSFORM_SCOPE):  # this colon belongs to a scope
+            paths[-1] += f":{part}"
+        else:
+            paths.append(part)
+    return ["/".join((*outer, path)) for path in paths]
+
+
+def _transform_scope(op_name: str) -> str:
+    """The innermost transform that an op_name names; it ends at a `/`, or at the bracket of a `jvp(...)` around it."""
+    _, is_found, rest = op_name.rpartition(_TRANSFORM_SCOPE)
+    depth = 0
+    for at, letter in enumerate(rest if is_found else ""):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth < 0 or (depth == 0 and letter == "/"):
+            return rest[:at]
+    return rest if is_found else ""
+
+
+def _without_structure(path: str) -> str:
+    """What a path says about the computation: `microbatches/psum` of `jit(step)/microbatches/while/body/psum`."""
+    parts = split_outside_brackets(path, "/")
+    return "/".join(part for part in parts if part not in _STRUCTURE and not part.startswith("jit("))
 
 
 def _bits(dtype: str) -> int:
-    """The width of an element: `f8e4m3fn` has 8 bits, a `pred` is stored in a byte."""
+    """The bits of one element: `f8e4m3fn` has 8; a `pred` takes a whole byte."""
     if dtype == "pred":
         return 8
     digits = re.match(r"[a-z]+(\d+)", dtype)

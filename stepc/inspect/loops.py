@@ -1,4 +1,4 @@
-"""How often each computation of a program runs; it must not know what the computations do."""
+"""How often each computation of a program runs. It must not know what the computations compute."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -7,19 +7,22 @@ from typing import TypeAlias
 
 from stepc.inspect.hlo import Computation, Instruction, Module
 
-# What one instruction takes by itself, of anything that adds up.
-Measure: TypeAlias = Callable[[Computation, Instruction], int]
+# What one instruction costs by itself, in anything that adds up: flops, bytes.
+InstructionCost: TypeAlias = Callable[[Computation, Instruction], int]
 
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 @dataclass(frozen=True)
-class Execution:
+class ExecutionCount:
     """How often a computation runs while the entry runs once.
 
-    `count` is None where it is unknown. If `conditional`, it is the most that can happen: a branch counts
-    as often as the conditional itself. `asynchronous` says that the computation is reached through a start.
-    `loops` are the loops around it, the outermost first, with their turns: "microbatches/while x4".
+    Attributes:
+      count: None if it is unknown. If `conditional`, an upper bound: a branch counts as often as its conditional.
+      in_loop: whether it runs in a loop, at any depth.
+      conditional: whether it runs in a branch.
+      asynchronous: whether a `-start` instruction runs it.
+      loops: the loops around it with their trip counts, outermost first: "microbatches/while x4".
     """
 
     count: int | None
@@ -29,54 +32,45 @@ class Execution:
     loops: tuple[str, ...] = field(default=(), compare=False)
 
 
-@dataclass(frozen=True)
-class _Site:
-    """A place in `caller` where `instruction` runs a computation."""
-
-    caller: str
-    instruction: Instruction
-    role: str
-
-
-def executions(module: Module) -> dict[str, Execution]:
+def executions(module: Module) -> dict[str, ExecutionCount]:
     """Count how often each computation runs in one execution of the entry.
 
-    Meaning: count(entry) = 1; count(c) = sum over the places that call c of count(caller) * trips(place).
+    Meaning: count(entry) = 1; count(c) = sum over the call sites of c of count(caller) * call_count(site).
     Why: HLO text shows a loop body once, however often it runs.
 
     Args:
       module: a program, as `stepc.inspect.hlo.parse` reads it.
-    Trip counts come from `known_trip_count`, or from a counter that starts at a constant, moves by a
-    constant, and is compared with a constant. Any other loop has count None, and so has all that it calls.
-    So has a reducer or comparator, which is applied to elements. What nothing calls has count 0.
+    Trip counts come from `known_trip_count`, or from a counter that starts at a constant, moves by a constant and is
+    compared with a constant. Any other loop has count None, and so has everything that it calls. A reducer or
+    comparator also has None: it runs once an element. A computation that nothing calls has count 0.
     Source: ours.
     """
-    sites: dict[str, list[_Site]] = {name: [] for name in module.computations}
+    sites: dict[str, list[_CallSite]] = {name: [] for name in module.computations}
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
-            # `-done` and `-update` may name the computation again that `-start` runs.
+            # `-done` and `-update` may name the computation that `-start` runs; it runs once.
             if instruction.opcode.endswith(("-done", "-update")):
                 continue
             # A computation that XLA did not print has nothing to count.
             for call in (call for call in instruction.calls if call.computation in sites):
-                sites[call.computation].append(_Site(computation.name, instruction, call.role))
-    known = {module.entry: Execution(1, in_loop=False, conditional=False, asynchronous=False)}
+                sites[call.computation].append(_CallSite(computation.name, instruction, call.role))
+    known = {module.entry: ExecutionCount(1, in_loop=False, conditional=False, asynchronous=False)}
     for name in module.computations:
         _count(module, name, sites, known)
     return known
 
 
-def over_program(module: Module, measure: Measure, *, apart: Collection[str] = ()) -> int | None:
-    """Add up a measure over all instructions, loops multiplied out; None if a loop around any of it hides its turns.
+def program_total(module: Module, cost: InstructionCost, *, excluded: Collection[str] = ()) -> int | None:
+    """Add up a cost over all instructions times their executions; None if a loop with a cost has no known trip count.
 
     Args:
-      apart: the names of computations that are left out.
+      excluded: the names of computations to leave out.
     """
     total, known = 0, executions(module)
     for computation in module.computations.values():
-        if computation.name in apart:
+        if computation.name in excluded:
             continue
-        once = sum(measure(computation, each) for each in computation.instructions.values())
+        once = sum(cost(computation, each) for each in computation.instructions.values())
         count = known[computation.name].count
         if once and count is None:
             return None
@@ -84,62 +78,36 @@ def over_program(module: Module, measure: Measure, *, apart: Collection[str] = (
     return total
 
 
-def over_instruction(
+def instruction_total(
     module: Module,
     computation: Computation,
     instruction: Instruction,
-    measure: Measure,
+    cost: InstructionCost,
     *,
-    runs: Callable[[Instruction], bool] = lambda _: True,
+    includes_calls: Callable[[Instruction], bool] = lambda _: True,
 ) -> int | None:
-    """Add up a measure over one instruction and all that it runs; None if it holds a loop that hides its turns.
+    """Add up a cost over one instruction and everything that it runs; None if that has a loop of unknown trip count.
 
     Args:
-      runs: whether the computations that an instruction names are to be counted.
+      includes_calls: whether the computations that an instruction names are counted.
     """
-    total = measure(computation, instruction)
-    calls = instruction.calls if runs(instruction) else ()
+    total = cost(computation, instruction)
+    calls = instruction.calls if includes_calls(instruction) else ()
     for call in (call for call in calls if call.computation in module.computations):
         inner = module.computations[call.computation]
-        parts = [over_instruction(module, inner, each, measure, runs=runs) for each in inner.instructions.values()]
-        times = turns(module, computation.name, instruction, call.role)
-        if None in parts or (times is None and any(parts)):
+        parts = [
+            instruction_total(module, inner, each, cost, includes_calls=includes_calls)
+            for each in inner.instructions.values()
+        ]
+        count = call_count(module, computation.name, instruction, call.role)
+        if None in parts or (count is None and any(parts)):
             return None
-        total += (times or 0) * sum(part or 0 for part in parts)
+        total += (count or 0) * sum(part or 0 for part in parts)
     return total
 
 
-def _count(module: Module, name: str, sites: Mapping[str, list[_Site]], known: dict[str, Execution]) -> Execution:
-    if name not in known:
-        parts = [_through(module, site, _count(module, site.caller, sites, known)) for site in sites[name]]
-        counts = [part.count for part in parts if part.count is not None]
-        known[name] = Execution(
-            count=sum(counts) if len(counts) == len(parts) else None,
-            in_loop=any(part.in_loop for part in parts),
-            conditional=any(part.conditional for part in parts),
-            asynchronous=any(part.asynchronous for part in parts),
-            loops=tuple(dict.fromkeys(loop for part in parts for loop in part.loops)),
-        )
-    return known[name]
-
-
-def _through(module: Module, site: _Site, caller: Execution) -> Execution:
-    """What a call makes of the execution of its caller."""
-    times = turns(module, site.caller, site.instruction, site.role)
-    # libtpu writes asynchronous collectives as fusions, and says so only in their names.
-    is_start = site.instruction.opcode.endswith("-start") or "async-collective-start" in site.instruction.name
-    loop = f"{named(site.instruction)} x{'?' if times is None else times}"
-    return Execution(
-        count=None if times is None or caller.count is None else times * caller.count,
-        in_loop=caller.in_loop or site.role in ("body", "condition"),
-        conditional=caller.conditional or site.role in _BRANCHES,
-        asynchronous=caller.asynchronous or is_start,
-        loops=(*caller.loops, loop) if site.role == "body" else caller.loops,
-    )
-
-
-def turns(module: Module, caller: str, instruction: Instruction, role: str) -> int | None:
-    """How often an instruction runs one of its computations; None if that is unknown."""
+def call_count(module: Module, caller: str, instruction: Instruction, role: str) -> int | None:
+    """How often one execution of an instruction runs its computation of this role; None if that is unknown."""
     match role:
         case "body":
             return trip_count(module, caller, instruction)
@@ -152,73 +120,109 @@ def turns(module: Module, caller: str, instruction: Instruction, role: str) -> i
             return 1
 
 
-def named(instruction: Instruction) -> str:
-    """The end of its path of JAX names, which holds the user's own scopes, or its name in HLO."""
-    path = [part for part in instruction.op_name.split("/") if not part.startswith("jit(") and part != "shard_map"]
-    return "/".join(path[-2:]) or instruction.name
-
-
-_MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A whole number: `offset`, plus the element `carried` of the tuple that the computation is given."""
-
-    carried: int | None
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """A computation, and what it is called with; `given` is None where it is given one unknown tuple."""
-
-    computation: str
-    given: tuple[_Linear | None, ...] | None = None
-
-
 def trip_count(module: Module, caller: str, loop: Instruction) -> int | None:
-    """Return how often the body of the `while` runs, or None if that cannot be read.
+    """Return how often the body of a `while` runs, or None if the text does not tell.
 
     Meaning: XLA's `known_trip_count`; else ceil((limit - start) / step) for `while i < limit: i += step`.
     Why: the TPU compiler writes no trip counts.
 
     Args:
-      caller: the name of the computation in which `loop` stands.
+      caller: the name of the computation that contains `loop`.
       loop: an instruction with a body and a condition.
-    Only a counter that starts, moves and ends at constants is read, and starts in `caller` itself. `!=` and
-    ends that depend on data are not.
+    Reads only counters that start, step and end at constants, and start in `caller` itself. Loops with `!=`, or
+    with an end that depends on data, give None.
     Source: ours.
     """
     written = re.search(r'known_trip_count\\?":\s*\{\s*\\?"n\\?":\s*\\?"(\d+)', loop.attributes)
     if written:
         return int(written[1])
     roles = {call.role: call.computation for call in loop.calls}
-    compared = _comparison(module, _Scope(roles["condition"]))
+    compared = _comparison(module, _Frame(roles["condition"]))
     if compared is None:
         return None
     left, direction, right = compared
-    turns = _counted(module, caller, loop, roles["body"], left, direction, right)
-    if turns is None:
-        turns = _counted(module, caller, loop, roles["body"], right, _MIRRORED[direction], left)
-    return turns
+    trips = _trips_of_counter(module, caller, loop, roles["body"], left, direction, right)
+    if trips is None:
+        trips = _trips_of_counter(module, caller, loop, roles["body"], right, _MIRRORED[direction], left)
+    return trips
 
 
-def _counted(
-    module: Module, caller: str, loop: Instruction, body: str, counter: _Linear, direction: str, end: _Linear
+def label(instruction: Instruction) -> str:
+    """The last two parts of its op_name, where a user's own scopes are, or its name in HLO."""
+    parts = [part for part in instruction.scopes if not part.startswith("jit(") and part != "shard_map"]
+    return "/".join(parts[-2:]) or instruction.name
+
+
+@dataclass(frozen=True)
+class _CallSite:
+    """Where `instruction`, in the computation `caller`, runs a computation."""
+
+    caller: str
+    instruction: Instruction
+    role: str
+
+
+def _count(
+    module: Module, name: str, sites: Mapping[str, list[_CallSite]], known: dict[str, ExecutionCount]
+) -> ExecutionCount:
+    if name not in known:
+        parts = [_count_of_site(module, site, _count(module, site.caller, sites, known)) for site in sites[name]]
+        counts = [part.count for part in parts if part.count is not None]
+        known[name] = ExecutionCount(
+            count=sum(counts) if len(counts) == len(parts) else None,
+            in_loop=any(part.in_loop for part in parts),
+            conditional=any(part.conditional for part in parts),
+            asynchronous=any(part.asynchronous for part in parts),
+            loops=tuple(dict.fromkeys(loop for part in parts for loop in part.loops)),
+        )
+    return known[name]
+
+
+def _count_of_site(module: Module, site: _CallSite, caller: ExecutionCount) -> ExecutionCount:
+    count = call_count(module, site.caller, site.instruction, site.role)
+    # libtpu writes asynchronous collectives as fusions; only their names show it.
+    is_start = site.instruction.opcode.endswith("-start") or "async-collective-start" in site.instruction.name
+    loop = f"{label(site.instruction)} x{'?' if count is None else count}"
+    return ExecutionCount(
+        count=None if count is None or caller.count is None else count * caller.count,
+        in_loop=caller.in_loop or site.role in ("body", "condition"),
+        conditional=caller.conditional or site.role in _BRANCHES,
+        asynchronous=caller.asynchronous or is_start,
+        loops=(*caller.loops, loop) if site.role == "body" else caller.loops,
+    )
+
+
+_MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """An integer: `offset`, plus element `carried` of the tuple that the computation receives if that is not None."""
+
+    carried: int | None
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A computation and its arguments; None for the one tuple that a loop's body or condition receives."""
+
+    computation: str
+    arguments: tuple[_Affine | None, ...] | None = None
+
+
+def _trips_of_counter(
+    module: Module, caller: str, loop: Instruction, body: str, counter: _Affine, direction: str, end: _Affine
 ) -> int | None:
-    """The turns of `while counter < end`, if `counter` moves by a constant and `end` stays."""
-    limit = _initial(module, caller, loop, body, end)
+    """The trip count of `while counter < end`, if `counter` moves by a constant and `end` does not move."""
+    limit = _invariant(module, caller, loop, body, end)
     if counter.carried is None or limit is None:
         return None
-    start = _element(module, _Scope(caller), loop.operands[0], counter.carried)
-    moved = _element(module, _Scope(body), module.computations[body].root.name, counter.carried)
-    if start is None or start.carried is not None or moved is None or moved.carried != counter.carried:
+    initial = _element(module, _Frame(caller), loop.operands[0], counter.carried)
+    moved = _element(module, _Frame(body), module.computations[body].root.name, counter.carried)
+    if initial is None or initial.carried is not None or moved is None or moved.carried != counter.carried:
         return None
-    return _turns(start.offset + counter.offset, direction, limit, moved.offset)
-
-
-def _turns(start: int, direction: str, limit: int, step: int) -> int | None:
+    start, step = initial.offset + counter.offset, moved.offset
     if direction in ("GT", "GE"):  # i > limit  ==  -i < -limit
         start, limit, step = -start, -limit, -step
     if direction in ("LE", "GE"):
@@ -226,87 +230,84 @@ def _turns(start: int, direction: str, limit: int, step: int) -> int | None:
     return max(0, -(-(limit - start) // step)) if step > 0 else None
 
 
-def _initial(module: Module, caller: str, loop: Instruction, body: str, value: _Linear) -> int | None:
-    """The number that `value` is in every turn, if it is one: a constant, or carried along unchanged."""
+def _invariant(module: Module, caller: str, loop: Instruction, body: str, value: _Affine) -> int | None:
+    """The number that `value` is in every iteration: a constant, or one that the loop carries unchanged."""
     if value.carried is None:
         return value.offset
-    start = _element(module, _Scope(caller), loop.operands[0], value.carried)
-    kept = _element(module, _Scope(body), module.computations[body].root.name, value.carried)
-    if start is None or start.carried is not None or kept != _Linear(value.carried, 0):
+    initial = _element(module, _Frame(caller), loop.operands[0], value.carried)
+    kept = _element(module, _Frame(body), module.computations[body].root.name, value.carried)
+    if initial is None or initial.carried is not None or kept != _Affine(value.carried, 0):
         return None
-    return start.offset + value.offset
+    return initial.offset + value.offset
 
 
-def _comparison(module: Module, scope: _Scope) -> tuple[_Linear, str, _Linear] | None:
-    """The root of a loop condition, through the fusions around it, as left, direction, right."""
-    root = module.computations[scope.computation].root
-    values = tuple(_value(module, scope, name) for name in root.operands)
+def _comparison(module: Module, frame: _Frame) -> tuple[_Affine, str, _Affine] | None:
+    """The root of a loop's condition, looked up through fusions, as left, direction, right."""
+    root = module.computations[frame.computation].root
+    values = tuple(_value(module, frame, name) for name in root.operands)
     if root.opcode in ("fusion", "call"):
-        return _comparison(module, _Scope(root.calls[0].computation, values))
+        return _comparison(module, _Frame(root.calls[0].computation, values))
     direction = re.search(r"\bdirection=(LT|GT|LE|GE)\b", root.attributes)
     if root.opcode != "compare" or direction is None or values[0] is None or values[1] is None:
         return None
     return values[0], direction[1], values[1]
 
 
-def _value(module: Module, scope: _Scope, name: str) -> _Linear | None:
-    """What a scalar instruction computes, where that is linear in one carried number."""
-    instruction = module.computations[scope.computation].instructions[name]
+def _value(module: Module, frame: _Frame, name: str) -> _Affine | None:
+    """What a scalar instruction computes, if that is affine in one carried number."""
+    instruction = module.computations[frame.computation].instructions[name]
     match instruction.opcode:
         case "constant":
-            return _Linear(None, int(instruction.literal)) if _is_whole(instruction.literal) else None
+            is_integer = re.fullmatch(r"-?\d+", instruction.literal) is not None
+            return _Affine(None, int(instruction.literal)) if is_integer else None
         case "parameter":
-            return scope.given[int(instruction.literal)] if scope.given is not None else None
+            return frame.arguments[int(instruction.literal)] if frame.arguments is not None else None
         case "get-tuple-element":
-            return _element(module, scope, instruction.operands[0], _index(instruction))
+            return _element(module, frame, instruction.operands[0], _index(instruction))
         case "copy" | "bitcast" | "convert" | "reshape":
-            return _value(module, scope, instruction.operands[0])
+            return _value(module, frame, instruction.operands[0])
         case "add" | "subtract":
-            left, right = (_value(module, scope, operand) for operand in instruction.operands)
+            left, right = (_value(module, frame, operand) for operand in instruction.operands)
             return _sum(left, right, sign=1 if instruction.opcode == "add" else -1)
         case "fusion" | "call":
-            inner = _inner(module, scope, instruction)
+            inner = _called(module, frame, instruction)
             return _value(module, inner, module.computations[inner.computation].root.name)
         case _:
             return None
 
 
-def _element(module: Module, scope: _Scope, name: str, index: int) -> _Linear | None:
-    """What stands at `index` of a tuple."""
-    instruction = module.computations[scope.computation].instructions[name]
+def _element(module: Module, frame: _Frame, name: str, index: int) -> _Affine | None:
+    """Element `index` of a tuple, if that is affine in one carried number."""
+    instruction = module.computations[frame.computation].instructions[name]
     match instruction.opcode:
         case "parameter":
-            return _Linear(index, 0) if scope.given is None else None
+            return _Affine(index, 0) if frame.arguments is None else None
         case "tuple":
-            return _value(module, scope, instruction.operands[index])
+            return _value(module, frame, instruction.operands[index])
         case "copy" | "optimization-barrier" | "opt-barrier":
-            return _element(module, scope, instruction.operands[0], index)
+            return _element(module, frame, instruction.operands[0], index)
         case "fusion":
-            inner = _inner(module, scope, instruction)
+            inner = _called(module, frame, instruction)
             return _element(module, inner, module.computations[inner.computation].root.name, index)
         case _:
             return None
 
 
-def _inner(module: Module, scope: _Scope, instruction: Instruction) -> _Scope:
-    given = tuple(_value(module, scope, operand) for operand in instruction.operands)
-    return _Scope(instruction.calls[0].computation, given)
+def _called(module: Module, frame: _Frame, instruction: Instruction) -> _Frame:
+    arguments = tuple(_value(module, frame, operand) for operand in instruction.operands)
+    return _Frame(instruction.calls[0].computation, arguments)
 
 
-def _sum(left: _Linear | None, right: _Linear | None, *, sign: int) -> _Linear | None:
-    """left + sign * right, if at most one carried number stands in it, and that with sign +1."""
+def _sum(left: _Affine | None, right: _Affine | None, *, sign: int) -> _Affine | None:
+    """left + sign * right, if that has at most one carried number, and with sign +1."""
     if left is None or right is None or (right.carried is not None and (left.carried is not None or sign < 0)):
         return None
     carried = left.carried if right.carried is None else right.carried
-    return _Linear(carried, left.offset + sign * right.offset)
+    return _Affine(carried, left.offset + sign * right.offset)
 
 
 def _index(instruction: Instruction) -> int:
     found = re.search(r"\bindex=(\d+)", instruction.attributes)
     if found is None:
-        raise ValueError(f"`{instruction.name}` takes an element of a tuple and does not say which.")
+        raise ValueError(f"`{instruction.name}` is a get-tuple-element without an index.")
     return int(found[1])
-
-
-def _is_whole(literal: str) -> bool:
-    return re.fullmatch(r"-?\d+", literal) is not None

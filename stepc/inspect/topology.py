@@ -1,4 +1,4 @@
-"""Meshes of devices that are not there, to compile for; it must not know what is compiled."""
+"""Meshes of devices that this machine does not have, to compile for. It must not know what is compiled."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ _PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda13", "jax_plugins.x
 
 @dataclass(frozen=True)
 class _GPU:
-    """What XLA must know of a GPU to compile for it; from the device descriptions in XLA's target_config/specs."""
+    """What XLA needs to know about a GPU to compile for it, from the specs in XLA's target_config/specs."""
 
     text: str
     compute_capability: int
@@ -43,18 +43,18 @@ _GPUS = MappingProxyType(
 
 
 def topology(name: str, **axes: int) -> Mesh:
-    """Make a mesh of devices that are not there, to compile for.
+    """Make a mesh of devices that this machine does not have, to compile for.
 
-    Meaning: what XLA's own compilers know of a pod, its devices laid out as a mesh with these axes.
-    Why: collectives, memory and aliases of a step on 4,096 chips, from a laptop, before the pod is paid for.
+    Meaning: the devices of a pod, as XLA's compilers describe them, arranged as a mesh with these axes.
+    Why: shows collectives, memory and aliases of a step on 4,096 chips from a laptop, before you pay for the pod.
 
     Args:
       name: "tpu:v5e:16x16" is the generation and the shape in chips; "gpu:h100:32x8" is 32 hosts of 8 GPUs.
-      axes: the size of each mesh axis, in order; by default all devices lie along one axis, `data`.
+      axes: the size of each mesh axis, in order; by default one axis, `data`, with all devices.
     Errors: ConfigError if the compiler for the platform is not installed, with the command that installs it; if the
-      platform has no such topology; if the sizes do not multiply to the number of devices.
-    Such a mesh compiles and runs nothing: give `init` and `lower` shapes, `jax.ShapeDtypeStruct`. Where no GPU is,
-    jax loads its CUDA plugin only under `jax.config.update("jax_platforms", "cpu")`.
+      platform has no such topology; if the product of the sizes is not the number of devices.
+    Nothing can run on such a mesh: pass shapes, `jax.ShapeDtypeStruct`, to `init` and `lower`. On a machine without a
+    GPU, JAX loads its CUDA plugin only after `jax.config.update("jax_platforms", "cpu")`.
     Example:
       >>> topology("tpu:v5e:16x16", data=64, model=4)  # doctest: +SKIP
       Mesh('data': 64, 'model': 4, axis_types=(Auto, Auto))
@@ -64,31 +64,32 @@ def topology(name: str, **axes: int) -> Mesh:
     read = _NAME.fullmatch(name)
     if read is None:
         facts = (("expected", '"tpu:v5e:16x16" or "gpu:h100:32x8": platform, generation, shape'), ("got", repr(name)))
-        raise ConfigError(f"{name!r} is not the name of a topology.", facts=facts)
+        raise ConfigError(f"Invalid topology name {name!r}.", facts=facts)
     platform, generation, shape = read.groups()
     _check_plugin(name, platform)
     devices = _tpus(name, generation, shape) if platform == "tpu" else _gpus(name, generation, shape)
     axes = axes or {"data": len(devices)}
     if prod(axes.values()) != len(devices):
-        product = " x ".join(f"{axis}={size}" for axis, size in axes.items())
-        raise ConfigError(f"{name} has {len(devices)} devices, and {product} is {prod(axes.values())}.")
+        product = " × ".join(f"{axis}={size}" for axis, size in axes.items())
+        total = f" = {prod(axes.values())}" if len(axes) > 1 else ""
+        raise ConfigError(f"{name} has {len(devices)} devices; the mesh asks for {product}{total}.")
     if platform == "tpu":
-        laid = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
-        return Mesh(laid, tuple(axes))
+        arranged = mesh_utils.create_device_mesh(tuple(axes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(arranged, tuple(axes))
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (jax.sharding.AxisType.Auto,) * len(axes), devices=devices)
 
 
 def _check_plugin(name: str, platform: str) -> None:
-    """Ask before jax does: it takes a missing plugin for a missing device."""
+    """Check before JAX does, which reports a missing plugin as a missing device."""
     if any(_is_importable(plugin) for plugin in _PLUGINS[platform]):
         return
     version = jax.__version__
     needed, command = {
         "tpu": ("libtpu, the compiler for TPUs", f"pip install 'jax[tpu]=={version}'"),
-        "gpu": ("the CUDA plugin of jax", f"pip install jax-cuda13-pjrt=={version}"),
+        "gpu": ("JAX's CUDA plugin", f"pip install jax-cuda13-pjrt=={version}"),
     }[platform]
     raise ConfigError(
-        f"{name} needs {needed}, which is not installed. No such device is needed, and none will be used.",
+        f"{name} needs {needed}, which is not installed. The devices themselves are not needed.",
         suggestion=f"Install it with: {command}",
     )
 
@@ -98,7 +99,7 @@ def _is_importable(module: str) -> bool:
     return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
-def _tpus(name: str, generation: str, shape: str) -> list[Any]:  # Any: devices of jaxlib, which has no public type
+def _tpus(name: str, generation: str, shape: str) -> list[Any]:  # Any: jaxlib has no public type for a device
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}")
     except jax.errors.JaxRuntimeError as error:
@@ -109,27 +110,25 @@ def _tpus(name: str, generation: str, shape: str) -> list[Any]:  # Any: devices 
 def _gpus(name: str, generation: str, shape: str) -> list[Any]:
     if generation not in _GPUS:
         facts = (("known", ", ".join(_GPUS)), ("got", generation))
-        raise ConfigError(f"{name}: this GPU is not described here.", facts=facts)
+        raise ConfigError(f"{name}: unknown GPU {generation!r}.", facts=facts)
     sizes = [int(size) for size in shape.split("x")]
     if len(sizes) > 2 or not all(sizes):
-        raise ConfigError(f"{name}: the shape of GPUs is hosts x GPUs a host, such as 32x8, or GPUs alone, such as 8.")
-    hosts, each = (1, *sizes) if len(sizes) == 1 else sizes
-    jax.devices("cpu")  # jax finds its plugins when it first looks for devices
-    described = _described(_GPUS[generation])
+        raise ConfigError(f"{name}: the shape must be hosts x GPUs per host, such as 32x8, or a number of GPUs.")
+    hosts, per_host = (1, *sizes) if len(sizes) == 1 else sizes
+    jax.devices("cpu")  # JAX discovers its plugins when it first looks for devices
+    config = _target_config(_GPUS[generation])
     try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x{hosts}x{each}")
-    except (
-        NotImplementedError
-    ) as error:  # the plugin refuses to load where it finds no CUDA, unless CUDA is not asked for
+        found = topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x{hosts}x{per_host}")
+    except NotImplementedError as error:  # without CUDA libraries the plugin loads only if JAX is not to use it
         raise ConfigError(
-            f"{name}: jax did not load its CUDA plugin, because it looked for a GPU and found no CUDA libraries.",
-            suggestion='Before anything looks for devices: jax.config.update("jax_platforms", "cpu")',
+            f"{name}: JAX did not load its CUDA plugin, because it looked for a GPU and found no CUDA libraries.",
+            suggestion='Call jax.config.update("jax_platforms", "cpu") before anything asks for devices.',
         ) from error
     return list(found.devices)
 
 
-def _described(gpu: _GPU) -> str:
-    """A GpuTargetConfigProto, as text."""
+def _target_config(gpu: _GPU) -> str:
+    """A GpuTargetConfigProto in text format."""
     numbers = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,

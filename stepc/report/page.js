@@ -1,20 +1,20 @@
 "use strict";
-// Tables sort by the column whose title is pressed: numbers as numbers, all else as text.
+// A click on a column title sorts the table by that column: as numbers if all are numbers, else as text.
 for (const table of document.querySelectorAll("table")) {
   const titles = [...table.tHead.rows[0].cells];
   titles.forEach((title, column) => title.addEventListener("click", () => {
-    const up = title.getAttribute("aria-sort") !== "ascending";
+    const ascending = title.getAttribute("aria-sort") !== "ascending";
     titles.forEach((other) => other.removeAttribute("aria-sort"));
-    title.setAttribute("aria-sort", up ? "ascending" : "descending");
+    title.setAttribute("aria-sort", ascending ? "ascending" : "descending");
     const key = (row) => row.cells[column].dataset.by;
     const numbers = [...table.tBodies[0].rows].every((row) => key(row) !== "" && !isNaN(key(row)));
     const order = (a, b) => (numbers ? key(a) - key(b) : key(a).localeCompare(key(b)));
-    const rows = [...table.tBodies[0].rows].sort((a, b) => (up ? order(a, b) : order(b, a)));
+    const rows = [...table.tBodies[0].rows].sort((a, b) => (ascending ? order(a, b) : order(b, a)));
     table.tBodies[0].append(...rows);
   }));
 }
 
-// The HLO is unpacked here, cut into computations, and each is written only when it is unfolded.
+// The HLO is unpacked here and split into computations; each is rendered only when it is expanded.
 const section = document.getElementById("hlo");
 const program = document.getElementById("program");
 const search = section.querySelector("input[type=search]");
@@ -27,14 +27,14 @@ const bare = (line) => line
   .replace(/, backend_config=(\{.*\}|"(?:[^"\\]|\\.)*")/, "")
   .replace(/, frontend_attributes=\{[^{}]*\}/, "");
 
-function write(block) {
+function render(block) {
   if (!block.details.open) return;
   const term = search.value.toLowerCase();
   const pre = block.details.querySelector("pre");
   pre.replaceChildren();
   for (const line of block.lines) {
     const text = metadata.checked ? line : bare(line);
-    if (term && !text.toLowerCase().includes(term)) continue; // what is searched for is all that is shown
+    if (term && !text.toLowerCase().includes(term)) continue; // a search shows matching lines only
     let start = 0;
     for (let at; term && (at = text.toLowerCase().indexOf(term, start)) >= 0; start = at + term.length) {
       const mark = document.createElement("mark");
@@ -45,7 +45,7 @@ function write(block) {
   }
 }
 
-function look() {
+function update() {
   const term = search.value.toLowerCase();
   let lines = 0;
   for (const block of blocks) {
@@ -53,9 +53,9 @@ function look() {
     lines += hits.length;
     block.details.hidden = term !== "" && hits.length === 0;
     block.details.open = term ? hits.length > 0 && lines <= 400 : block.entry;
-    write(block);
+    render(block);
   }
-  found.textContent = term ? `${lines} line${lines === 1 ? "" : "s"}` : `${blocks.length} parts`;
+  found.textContent = term ? `${lines} line${lines === 1 ? "" : "s"}` : `${blocks.length} sections`;
 }
 
 async function unpack() {
@@ -69,24 +69,24 @@ async function unpack() {
     if (line) lines.push(line);
   }
   const isEntry = (piece) => piece[0].startsWith("ENTRY");
-  const written = pieces.filter((piece) => piece.length);
-  blocks = [...written.filter(isEntry), ...written.filter((piece) => !isEntry(piece))].map((piece) => {
+  const filled = pieces.filter((piece) => piece.length);
+  blocks = [...filled.filter(isEntry), ...filled.filter((piece) => !isEntry(piece))].map((piece) => {
     const details = document.createElement("details");
     const summary = document.createElement("summary");
     const title = bare(piece[0]).replace(/\s*\{$/, "");
     summary.textContent = `${title.length > 160 ? title.slice(0, 160) + "…" : title}  (${piece.length} lines)`;
     details.append(summary, document.createElement("pre"));
     const block = { details, lines: piece, entry: isEntry(piece) };
-    details.addEventListener("toggle", () => write(block));
+    details.addEventListener("toggle", () => render(block));
     return block;
   });
   program.replaceChildren(...blocks.map((block) => block.details));
-  look();
+  update();
 }
 
-let waiting;
-search.addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(look, 150); });
-metadata.addEventListener("change", look);
+let pending;
+search.addEventListener("input", () => { clearTimeout(pending); pending = setTimeout(update, 150); });
+metadata.addEventListener("change", update);
 for (const button of section.querySelectorAll("[data-do]"))
   button.addEventListener("click", () => blocks.forEach((block) => { block.details.open = button.dataset.do === "open"; }));
 unpack();

@@ -1,38 +1,38 @@
-"""What is known of a program, as plain text."""
+"""The facts about a program as plain text."""
 
 from collections.abc import Iterator
 
-from stepc.report.known import ProgramFacts
+from stepc.report.facts import ProgramFacts
 
 
-def text(known: ProgramFacts) -> str:
-    """Print all that is known: the plan, if there is one, and what the compiler made of it."""
-    parts = [str(known.plan)] if known.plan is not None else [f"program {known.title}"]
-    parts += ["\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in _sections(known)]
+def text(facts: ProgramFacts) -> str:
+    """Print the plan, if there is one, and what became of it in the compiled program."""
+    parts = [facts.plan.text] if facts.plan is not None else [f"program {facts.title}"]
+    parts += ["\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in _sections(facts)]
     return "\n\n".join(parts)
 
 
-def _sections(known: ProgramFacts) -> Iterator[tuple[str, list[str]]]:
-    yield "as compiled: collectives", str(known.collectives).splitlines()
-    yield "as compiled: memory on one device", str(known.memory).splitlines()
-    yield "as compiled: work on one device", str(known.cost).splitlines()
-    yield "least time of one step, estimated from peaks", rooflines(known)
-    if known.donated:
-        yield "as compiled: donation", [donation(known)]
+def _sections(facts: ProgramFacts) -> Iterator[tuple[str, list[str]]]:
+    yield "as compiled: collectives", str(facts.collectives).splitlines()
+    yield "as compiled: memory on one device", str(facts.memory).splitlines()
+    yield "as compiled: work on one device", str(facts.cost).splitlines()
+    estimates = [str(one).replace(": estimated ", ": ") for one in facts.rooflines]
+    yield "least time of one step, estimated from device peaks", estimates or [UNKNOWN_TRIP_COUNT]
+    if facts.donated:
+        yield "as compiled: donation", [donation(facts)]
 
 
-def rooflines(known: ProgramFacts) -> list[str]:
-    """One line a device."""
-    unknown = ["unknown: a loop does not say how often it turns"]
-    return [str(one).replace(": an estimate,", ":") for one in known.rooflines] or unknown
+UNKNOWN_TRIP_COUNT = "unknown: a loop has no known trip count"
 
 
-def donation(known: ProgramFacts) -> str:
-    """One line: how many leaves are donated, and which of them no result takes."""
-    asked = [leaf for leaf in known.donated if leaf.donated]
-    lost = [leaf.path for leaf in asked if not leaf.aliased]
+def donation(facts: ProgramFacts) -> str:
+    """One line: how many leaves are donated, and which of them no result reuses."""
+    asked = [leaf for leaf in facts.donated if leaf.donated]
+    copied = [leaf.path for leaf in asked if not leaf.aliased]
+    if not facts.donated:
+        return "unknown: JAX dropped unused arguments, so leaves cannot be matched to buffers"
     if not asked:
-        return "nothing is donated: arguments and results lie beside each other"
-    if not lost:
-        return f"all {len(asked)} donated leaves are written over"
-    return f"{len(lost)} of {len(asked)} donated leaves are copied instead: {', '.join(lost)}"
+        return "nothing is donated: every result needs a buffer of its own"
+    if not copied:
+        return f"all {len(asked)} donated leaves are aliased"
+    return f"{len(copied)} of {len(asked)} donated leaves are copied instead of aliased: {', '.join(copied)}"

@@ -4,9 +4,10 @@ python tests/inspect/by_hand.py        # needs the extra `pods`, no device; writ
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ DUMPS = Path(__file__).parent / "dumps"
 PODS = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100:1x8"}
 
 # kind, bytes, axes, executions, in a loop
-Facts = tuple[str, int, tuple[str, ...], int, bool]
+Facts: TypeAlias = tuple[str, int, tuple[str, ...], int, bool]
 
 
 def layer(weights: jax.Array, rows: jax.Array) -> jax.Array:
@@ -64,8 +65,8 @@ def kinds(weights: jax.Array, rows: jax.Array) -> jax.Array:
     part = lax.psum_scatter(total, "data", scatter_dimension=0, tiled=True)
     whole = jnp.tanh(lax.all_gather(part * 0.1, "data", tiled=True))
     size = lax.axis_size("model")
-    turned = lax.ppermute(whole, "model", [(i, (i + 1) % size) for i in range(size)])
-    return weights - lax.all_to_all(jnp.tanh(turned), "model", 0, 0, tiled=True)
+    rotated = lax.ppermute(whole, "model", [(i, (i + 1) % size) for i in range(size)])
+    return weights - lax.all_to_all(jnp.tanh(rotated), "model", 0, 0, tiled=True)
 
 
 def overlapped(weights: jax.Array, rows: jax.Array) -> jax.Array:
@@ -102,7 +103,7 @@ STEPS = {
 }
 
 
-def mesh_of_rank(rank: int, devices: list[jax.Device]) -> Mesh:
+def mesh_of_rank(rank: int, devices: Sequence[object]) -> Mesh:
     return Mesh(np.array(devices[:8]).reshape(SIZES[rank]), AXES[rank])
 
 

@@ -22,8 +22,8 @@ def loss(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
 def parts_of(k: int, mesh: jax.sharding.Mesh, *axes: str | None) -> tuple[sc.inspect.Memory, dict[str, int]]:
     pipeline = sc.update(optax.adam(1e-3)) @ sc.accumulate(k) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
     step = sc.compile(pipeline, mesh=mesh)
-    lying = NamedSharding(mesh, P(*axes))
-    params = {"in": S((64, 128), jnp.float32, sharding=lying), "out": S((128, 32), jnp.float32)}
+    placed = NamedSharding(mesh, P(*axes))
+    params = {"in": S((64, 128), jnp.float32, sharding=placed), "out": S((128, 32), jnp.float32)}
     compiled = step.lower(step.init(params), {"x": S((256, 64), jnp.float32)}).compile()
     needs = compiled.memory()
     assert sum(part.bytes for part in needs.parts if part.of == "arguments") == needs.arguments
@@ -39,7 +39,7 @@ def test_parts_of_arguments_are_those_of_the_state_and_the_batch() -> None:
     assert parts["batch"] == 256 // 8 * 64 * 4
 
 
-def test_parts_of_leaves_split_over_a_model_axis_are_those_of_one_shard() -> None:
+def test_parts_of_leaves_sharded_over_a_model_axis_are_those_of_one_shard() -> None:
     _, parts = parts_of(4, mesh_of(data=4, model=2), None, "model")
     assert parts["parameters"] == IN // 2 + OUT
     assert parts["batch"] == 256 // 4 * 64 * 4

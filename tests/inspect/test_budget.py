@@ -1,4 +1,4 @@
-"""Budgets: what is measured, what is refused, and that a broken one costs nothing but an error."""
+"""Budgets: what is measured, what is refused, and that exceeding one costs nothing but an error."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import stepc as sc
 from stepc._units import bytes_of
 from stepc.inspect import Collective, Collectives, check
-from stepc.inspect.budget import Measure, reductions_of
+from stepc.inspect.budget import Measurement, reductions_of
 from stepc.inspect.hlo import Shape
 from stepc.testing import assert_within_budget
 
@@ -35,17 +35,17 @@ def compiled(pipeline: sc.Pipeline) -> sc.Compiled:
     return step.lower(step.init(probe_params()), probe_batch(64)).compile()
 
 
-def test_budget_that_is_kept_passes() -> None:
+def test_budget_that_holds_passes() -> None:
     compiled(OUTSIDE).check(DEMANDING)
 
 
-def test_budget_broken_in_the_loop_names_every_broken_promise_and_the_line() -> None:
+def test_budget_exceeded_in_the_loop_names_every_limit_and_what_is_responsible() -> None:
     with pytest.raises(sc.BudgetError) as raised:
         compiled(INSIDE).check(DEMANDING)
     assert raised.value.broken == ("gradient_reductions", "collectives", "collectives_in_loops")
     first = str(raised.value).splitlines()[3].split()
     assert first[:5] == ["gradient_reductions", "1", "4", "4", "x"]
-    assert "all-reduce of 20 B over data in a loop: lower.py:" in str(raised.value)
+    assert "all-reduce of 20 B over data in a loop: " in str(raised.value)
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
@@ -97,7 +97,7 @@ def test_reductions_of_known_rows(rows: list[Collective], expected: int | None) 
     assert reductions_of(Collectives(tuple(rows)), axes=("data",), elements=160).value == expected
 
 
-def test_check_holds_any_jitted_function() -> None:
+def test_check_takes_any_jitted_function() -> None:
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
 
     def body(x: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def test_check_holds_any_jitted_function() -> None:
         check(sc.Budget(collectives=5), program)
 
 
-def test_check_of_unknown_executions_is_broken() -> None:
+def test_check_of_unknown_executions_exceeds_the_limit() -> None:
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
 
     def until(x: jax.Array) -> jax.Array:
@@ -122,19 +122,19 @@ def test_check_of_unknown_executions_is_broken() -> None:
         check(sc.Budget(collectives=1000), program)
 
 
-def test_budget_copied_leaf_of_a_state_is_named() -> None:
+def test_budget_names_the_leaf_of_a_state_that_is_copied() -> None:
     with pytest.raises(sc.BudgetError, match=r"donated +every leaf +all but 1 +opt_state/0/mu is copied"):
         check(
             sc.Budget(donated=True),
             jax.jit(lambda x: x).lower(1.0).compile(),
-            known={"donated": Measure(1, ("opt_state/0/mu is copied",))},
+            known={"donated": Measurement(1, ("opt_state/0/mu is copied",))},
         )
 
 
 def test_compile_with_budget_runs_as_before_with_one_trace_and_one_compilation() -> None:
     counted: list[str] = []
 
-    def note(event: str, duration: float, **about: object) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             counted.append(event)
 
@@ -148,7 +148,7 @@ def test_compile_with_budget_runs_as_before_with_one_trace_and_one_compilation()
     assert (step.traces, len(counted), int(state.step)) == (1, 1, 3)
 
 
-def test_compile_with_broken_budget_leaves_the_state_alive() -> None:
+def test_compile_with_exceeded_budget_leaves_the_state_alive() -> None:
     step = sc.compile(INSIDE, mesh=mesh_of(data=8), budget=DEMANDING)
     state = step.init(probe_params())
     with pytest.raises(sc.BudgetError):
@@ -191,7 +191,7 @@ def test_assert_within_budget_passes_for_three_steps_of_one_trace() -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_assert_within_budget_broken_raises() -> None:
+def test_assert_within_budget_exceeded_raises() -> None:
     step = sc.compile(INSIDE, mesh=mesh_of(data=8))
     with pytest.raises(sc.BudgetError, match="gradient_reductions"):
         assert_within_budget(sc.Budget(gradient_reductions=1), step, step.init(probe_params()), probe_batch(64))

@@ -1,15 +1,20 @@
-"""Collectives of programs whose collectives are known, because they are written by hand."""
+"""Collectives of programs written by hand, whose collectives are known."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from catalogue import PROBES, probe_batch, probe_params
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import stepc as sc
 from stepc.inspect import Collective, Collectives, collectives
 
 AXES = {1: ("data",), 2: ("data", "model"), 3: ("data", "fsdp", "model")}
@@ -86,11 +91,11 @@ def scatter(x: jax.Array) -> jax.Array:
     return jnp.tile(lax.psum_scatter(x, "model", scatter_dimension=0, tiled=True), (2, 1))
 
 
-def turn(x: jax.Array) -> jax.Array:
+def rotate(x: jax.Array) -> jax.Array:
     return lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)])
 
 
-def exchange(x: jax.Array) -> jax.Array:
+def transpose(x: jax.Array) -> jax.Array:
     return lax.all_to_all(x, "data", 0, 0, tiled=True)
 
 
@@ -99,8 +104,8 @@ def exchange(x: jax.Array) -> jax.Array:
     [
         (gather, ("all-gather", 2 * BYTES, ("model",), 1, False)),
         (scatter, ("reduce-scatter", BYTES, ("model",), 1, False)),
-        (turn, ("collective-permute", BYTES, ("data",), 1, False)),
-        (exchange, ("all-to-all", BYTES, ("data",), 1, False)),
+        (rotate, ("collective-permute", BYTES, ("data",), 1, False)),
+        (transpose, ("all-to-all", BYTES, ("data",), 1, False)),
     ],
 )
 def test_collectives_of_each_kind_give_bytes_and_axes(
@@ -154,12 +159,30 @@ def test_collectives_source_names_the_line_of_the_call() -> None:
     assert row.source.endswith("psum)")
 
 
+@pytest.mark.parametrize(
+    "middle",
+    [
+        sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data")),
+        sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=1)),
+        sc.shard(sc.dp("data", zero=3)) @ sc.rows() @ sc.clip(1.0),
+    ],
+    ids=str,
+)
+def test_collectives_of_a_step_name_no_file_of_stepc(middle: sc.Pipeline) -> None:
+    mesh = mesh_of(1)
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ middle @ sc.grad(PROBES["over_rows"]), mesh=mesh)
+    sources = [row.source for row in step.lower(step.init(probe_params()), probe_batch(64)).compile().collectives()]
+    ours = {path.name for path in Path(sc.__file__).parent.rglob("*.py")}
+    assert sources and all(sources)
+    assert not ours & {name for source in sources for name in re.findall(r"([\w.]+\.py):", source)}
+
+
 def gspmd(w: jax.Array, xs: jax.Array) -> jax.Array:
     return lax.scan(lambda w, x: (w + jnp.sum(x @ w), None), w, xs)[0]
 
 
 @pytest.mark.parametrize("order", [None, [3, 1, 4, 0, 5, 7, 2, 6]])
-def test_collectives_of_gspmd_scan_run_each_turn_and_find_their_own_mesh(order: list[int] | None) -> None:
+def test_collectives_of_gspmd_scan_run_each_iteration_and_find_their_own_mesh(order: list[int] | None) -> None:
     mesh = mesh_of(3, order)
     placed = (NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P(None, ("data", "fsdp"))))
     shapes = (jax.ShapeDtypeStruct((8, 4), jnp.float32), jax.ShapeDtypeStruct((3, 16, 8), jnp.float32))
@@ -182,7 +205,7 @@ def test_collectives_with_mesh_of_another_size_raises() -> None:
 
 def test_collectives_are_an_immutable_sequence() -> None:
     mesh = mesh_of(2)
-    rows = collectives(compiled(lambda x: exchange(turn(x)), mesh), mesh)
+    rows = collectives(compiled(lambda x: transpose(rotate(x)), mesh), mesh)
     assert isinstance(rows[0], Collective)
     assert rows[1:] == Collectives(rows.rows[1:])
     assert [row.kind for row in rows] == ["collective-permute", "all-to-all"]

@@ -41,7 +41,7 @@ ALL = ((0, 1, 2, 3, 4, 5, 6, 7),)
         ("replica_groups=mesh['a'=4,'b'=2] {'a':(2)2}", ((0, 2), (1, 3), (4, 6), (5, 7)), ("data",)),
     ],
 )
-def test_groups_in_every_spelling_give_devices_and_axes(
+def test_groups_in_every_notation_give_devices_and_axes(
     written: str, expected: tuple[tuple[int, ...], ...], axes: tuple[str, ...]
 ) -> None:
     module = parse(GROUPS.replace("GROUPS", written))
@@ -50,9 +50,9 @@ def test_groups_in_every_spelling_give_devices_and_axes(
     assert axes_of(found, mesh()) == axes
 
 
-def test_groups_of_unknown_spelling_raise() -> None:
+def test_groups_of_unknown_notation_raise() -> None:
     module = parse(GROUPS.replace("GROUPS", "replica_groups=torus(2,4)"))
-    with pytest.raises(ValueError, match="unknown form"):
+    with pytest.raises(ValueError, match="unknown notation"):
         groups(module, module.computations["e"].root)
 
 

@@ -1,4 +1,4 @@
-"""Steps written by hand, compiled for CPU, TPU and GPU: every collective is found, with its bytes, axes and turns."""
+"""Handwritten steps, compiled for CPU, TPU and GPU: every collective is found, with bytes, axes and executions."""
 
 from pathlib import Path
 
@@ -50,17 +50,17 @@ def only(name: str) -> Collective:
 
 
 @pytest.mark.parametrize("platform", PODS)
-def test_collective_that_is_overlapped_names_what_runs_meanwhile(platform: str) -> None:
+def test_collective_that_is_asynchronous_names_what_overlaps_with_it(platform: str) -> None:
     row = only(f"{platform}-overlapped")
-    assert row.asynchronous and row.between is not None
-    assert row.between.flops in (2 * WIDTH**3, 2 * 2 * WIDTH**3)  # one of the two products, or both
+    assert row.asynchronous and row.overlap is not None
+    assert row.overlap.flops in (2 * WIDTH**3, 2 * 2 * WIDTH**3)  # one of the two products, or both
     assert "flops" in str(Collectives((row,)))
 
 
 def test_collective_on_a_gpu_may_run_beside_work_without_products() -> None:
     row = only("gpu-each")
-    assert row.asynchronous and row.between is not None
-    assert (len(row.between.instructions), row.between.flops) == (1, 0)
+    assert row.asynchronous and row.overlap is not None
+    assert (len(row.overlap.instructions), row.overlap.flops) == (1, 0)
 
 
 @pytest.mark.parametrize("platform", PODS)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from stepc.inspect.hlo import CalledComputation, Shape, parse, text_of
-from stepc.inspect.loops import Execution, executions
+from stepc.inspect.loops import ExecutionCount, executions
 
-ONCE = Execution(1, in_loop=False, conditional=False, asynchronous=False)
+ONCE = ExecutionCount(1, in_loop=False, conditional=False, asynchronous=False)
 
 # A TPU writes no trip counts: tiled layouts, a counter in a multi-output fusion, a fused comparison.
 TPU_LOOP = """HloModule jit_step, is_scheduled=true, num_partitions=4
@@ -64,8 +64,8 @@ def loop(*, start: int = 0, limit: int = 8, step: int = 1, counter: str = "copie
         "direction=LT": f"direction={direction}",
     }
     text = TPU_LOOP
-    for transform, value in numbers.items():
-        text = text.replace(transform, str(value))
+    for name, value in numbers.items():
+        text = text.replace(name, str(value))
     return text
 
 
@@ -217,7 +217,7 @@ def test_executions_of_loop_with_carried_limit_need_the_limit_to_stay() -> None:
 
 def test_executions_of_condition_are_one_more_than_of_body() -> None:
     known = executions(parse(loop()))
-    assert known["cond"] == Execution(9, in_loop=True, conditional=False, asynchronous=False)
+    assert known["cond"] == ExecutionCount(9, in_loop=True, conditional=False, asynchronous=False)
     assert known["compared"].count == 9
     assert known["main"] == ONCE
 
@@ -278,7 +278,7 @@ ENTRY e {
 }
 """
     known = executions(parse(text))
-    assert known["yes"] == known["no"] == Execution(1, in_loop=False, conditional=True, asynchronous=False)
+    assert known["yes"] == known["no"] == ExecutionCount(1, in_loop=False, conditional=True, asynchronous=False)
     assert known["unused"].count == 0
 
 
@@ -293,6 +293,57 @@ ENTRY e {
     module = parse(text)
     instructions = module.computations["e"].instructions
     assert [module.source(instructions[name]) for name in ("a", "b", "s")] == ["x", "", "m.py:7 (jit(f)/add)"]
+
+
+FRAMES = """HloModule framed
+
+FileNames
+1 "/home/me/site-packages/stepc/_compiler/lowering.py"
+2 "/home/me/stepc/train.py"
+
+FunctionNames
+1 "reduce"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=99 end_line=99 column=2 end_column=9}
+2 {file_name_id=2 function_name_id=1 line=7 end_line=7 column=2 end_column=9}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+
+ENTRY e {
+  ROOT a = f32[4] parameter(0), metadata={op_name="OP_NAME" stack_frame_id=FRAME}
+}
+"""
+WRITTEN = 'shard(dp("data")) (a/train.py:41)'
+SCOPE = 'stepc:shard(dp(\\"data\\")) (a/train.py:41)'
+
+
+@pytest.mark.parametrize(
+    ("frame", "op_name", "source"),
+    [
+        (1, f"jit(step)/shard_map/while/body/closed_call/{SCOPE}/psum", WRITTEN),
+        (1, f"jit(step)/transpose(jvp({SCOPE}))/psum", WRITTEN),
+        (1, f"jit(step)/stepc:accumulate(4) (t.py:3)/while/body/{SCOPE}", WRITTEN),
+        (1, "jit(step)/shard_map/microbatches/while/body/closed_call/psum", "microbatches/psum"),
+        (1, "jit(step)/while/body", "jit(step)/while/body"),
+        (1, "jit(step)/(shard_map/psum:reduce_sum:shard_map/psum)", "psum, reduce_sum"),
+        (1, f"jit(step)/{SCOPE}/(psum:reduce_sum)", WRITTEN),
+        (1, f"jit(step)/(while/{SCOPE}/psum:stepc:clip(1.0) (t.py:3)/psum)", f"{WRITTEN}, clip(1.0) (t.py:3)"),
+        (2, "jit(step)/psum", "train.py:7 (jit(step)/psum)"),
+        (3, "jit(step)/psum", "jit(step)/psum"),
+        (3, f"jit(step)/{SCOPE}/psum", WRITTEN),
+    ],
+)
+def test_source_is_the_users_line_or_the_transform_but_no_file_of_stepc(frame: int, op_name: str, source: str) -> None:
+    module = parse(FRAMES.replace("FRAME", str(frame)).replace("OP_NAME", op_name))
+    assert module.source(module.computations["e"].root) == source
+
+
+def test_scopes_of_an_op_name_are_not_split_inside_brackets() -> None:
+    module = parse(FRAMES.replace("FRAME", "1").replace("OP_NAME", f"jit(step)/{SCOPE}/while"))
+    assert module.computations["e"].root.scopes == ("jit(step)", WRITTEN, "while")
 
 
 def test_text_of_text_is_itself() -> None:

@@ -1,4 +1,4 @@
-"""The course of programs whose course is known."""
+"""The timeline of programs whose timeline is known."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ROUND = Device("round", "", 10.0, 1, 1000.0, 4.0, "ours")
 
 
 def shape(segments: tuple[Segment, ...] | None) -> str:
-    """`work`, `exchange`, `loop(...)` in a row."""
+    """`compute`, `collective`, `loop(...)` in a row."""
     assert segments is not None
     names = []
     for segment in segments:
@@ -23,9 +23,9 @@ def shape(segments: tuple[Segment, ...] | None) -> str:
             case LoopSegment(_, inner):
                 names.append(f"loop({shape(inner)})")
             case ComputeSegment():
-                names.append("work")
+                names.append("compute")
             case CollectiveSegment():
-                names.append("exchange")
+                names.append("collective")
     return " ".join(names)
 
 
@@ -35,8 +35,8 @@ def parts(segments: tuple[Segment, ...] | None) -> list[tuple[int, ComputeSegmen
     found: list[tuple[int, ComputeSegment | CollectiveSegment]] = []
     for segment in segments:
         match segment:
-            case LoopSegment(times, inner):
-                found += [(times * inside, part) for inside, part in parts(inner)]
+            case LoopSegment(trip_count, inner):
+                found += [(trip_count * inside, part) for inside, part in parts(inner)]
             case _:
                 found.append((1, segment))
     return found
@@ -49,8 +49,10 @@ def test_timeline_adds_up_to_the_cost_and_the_collectives(path: Path) -> None:
     assert sum(times * part.flops for times, part in found if isinstance(part, ComputeSegment)) == work.flops
     assert work.bytes is not None
     own = sum(times * part.bytes for times, part in found if isinstance(part, ComputeSegment))
-    assert own <= work.bytes  # what a collective reads and writes in memory is no work
-    sent = sum(times * part.times * part.wire_bytes for times, part in found if isinstance(part, CollectiveSegment))
+    assert own <= work.bytes  # what a collective reads and writes in memory is not compute
+    sent = sum(
+        times * part.executions * part.wire_bytes for times, part in found if isinstance(part, CollectiveSegment)
+    )
     assert sent == sum(wire_bytes(row) * (row.executions or 0) for row in rows)
 
 
@@ -58,12 +60,12 @@ def test_timeline_adds_up_to_the_cost_and_the_collectives(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("none", "work loop(work) work"),
-        ("once", "work loop(work) exchange work"),
-        ("overlapped", "work exchange work"),
+        ("none", "compute loop(compute) compute"),
+        ("once", "compute loop(compute) collective compute"),
+        ("overlapped", "compute collective compute"),
     ],
 )
-def test_timeline_of_known_steps_has_their_course(name: str, platform: str, expected: str) -> None:
+def test_timeline_of_known_steps_has_their_order(name: str, platform: str, expected: str) -> None:
     (path,) = DUMPS.glob(f"{platform}-{name}-*")
     assert shape(timeline(path.read_text())) == expected
 
@@ -71,27 +73,28 @@ def test_timeline_of_known_steps_has_their_course(name: str, platform: str, expe
 def test_timeline_of_a_reduction_a_microbatch_has_it_in_the_loop() -> None:
     mesh = mesh_of_rank(1, jax.devices())
     segments = timeline(compiled("each", mesh), mesh)
-    assert shape(segments) == "loop(work exchange work) work" or shape(segments) == "work loop(work exchange work) work"
+    loop_and_rest = "loop(compute collective compute) compute"
+    assert shape(segments) in (loop_and_rest, f"compute {loop_and_rest}")
     (loop,) = [segment for segment in segments or () if isinstance(segment, LoopSegment)]
-    assert (loop.times, loop.label) == (K, "while")
-    (exchange,) = [part for part in loop.segments if isinstance(part, CollectiveSegment)]
-    assert (exchange.axes, exchange.wire_bytes) == (("data",), 2 * 7 / 8 * BYTES)
+    assert (loop.trip_count, loop.label) == (K, "while")
+    (collective,) = [part for part in loop.segments if isinstance(part, CollectiveSegment)]
+    assert (collective.axes, collective.wire_bytes) == (("data",), 2 * 7 / 8 * BYTES)
 
 
 def test_timeline_of_layers_multiplies_them_out_in_the_microbatch() -> None:
     (path,) = DUMPS.glob("gpu-layers-*")
     (loop,) = [segment for segment in timeline(path.read_text()) or () if isinstance(segment, LoopSegment)]
-    (exchange,) = [part for part in loop.segments if isinstance(part, CollectiveSegment)]
-    assert (loop.times, exchange.times) == (K, LAYERS)
+    (collective,) = [part for part in loop.segments if isinstance(part, CollectiveSegment)]
+    assert (loop.trip_count, collective.executions) == (K, LAYERS)
 
 
 def test_seconds_are_the_slower_of_arithmetic_and_memory() -> None:
-    work = ComputeSegment(100, 1000, "")
-    assert work.seconds(ROUND) == 10.0
+    compute = ComputeSegment(100, 1000, "")
+    assert compute.seconds(ROUND) == 10.0
     assert ComputeSegment(1, 2000, "").seconds(ROUND) == 2.0
-    exchange = CollectiveSegment("all-reduce", 8.0, 3, (), False, "")
-    assert exchange.seconds(ROUND) == 6.0
-    assert LoopSegment(4, (work, exchange), "").seconds(ROUND) == 64.0
+    collective = CollectiveSegment("all-reduce", 8.0, 3, (), False, "")
+    assert collective.seconds(ROUND) == 6.0
+    assert LoopSegment(4, (compute, collective), "").seconds(ROUND) == 64.0
 
 
 def test_timeline_of_a_loop_of_unknown_length_is_none() -> None:
@@ -99,8 +102,8 @@ def test_timeline_of_a_loop_of_unknown_length_is_none() -> None:
     assert timeline(program.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile()) is None
 
 
-def test_timeline_of_a_loop_without_products_is_work() -> None:
+def test_timeline_of_a_loop_without_products_is_compute() -> None:
     program = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=9)[0])
     segments = timeline(program.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile())
-    assert shape(segments) == "work"
+    assert shape(segments) == "compute"
     assert segments is not None and segments[0].seconds(DEVICES["tpu:v5e"]) > 0

@@ -33,15 +33,17 @@ def grad_of_layers(w: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
 )
 def test_traffic_without_loops_is_what_xla_counts(f: Callable[..., object], shapes: list[tuple[int, ...]]) -> None:
     program = compiled(f, *shapes)
-    assert cost(program).bytes == program.cost_analysis()["bytes accessed"]
+    reported = program.cost_analysis()
+    assert reported is not None
+    assert cost(program).bytes == reported["bytes accessed"]
 
 
 @pytest.mark.parametrize("length", [1, 4, 32])
-def test_traffic_of_a_loop_grows_with_its_turns(length: int) -> None:
-    def turned(x: jax.Array) -> jax.Array:
+def test_traffic_of_a_loop_grows_with_its_trip_count(length: int) -> None:
+    def looped(x: jax.Array) -> jax.Array:
         return lax.scan(lambda c, _: (jnp.sin(c @ c), None), x, length=length)[0]
 
-    once, more = (traffic(parse(compiled(f, (64, 64)).as_text() or "")) for f in (lambda x: jnp.sin(x @ x), turned))
+    once, more = (traffic(parse(compiled(f, (64, 64)).as_text() or "")) for f in (lambda x: jnp.sin(x @ x), looped))
     assert once is not None and more is not None
     each = 64 * 64 * 4
     assert 4 * each <= once  # the product reads an array and writes one, the sine reads it and writes one
@@ -55,7 +57,7 @@ def test_traffic_of_a_slice_in_a_loop_is_that_of_the_slice() -> None:
 
     small, large = (cost(compiled(total, (n, 256))).bytes for n in (8, 64))
     assert small is not None and large is not None
-    assert large <= 9 * small  # eight times the turns, and not eight times the bytes in each
+    assert large <= 9 * small  # eight times the iterations, without more bytes in each
 
 
 def test_traffic_of_an_update_in_place_is_that_of_the_update() -> None:

@@ -77,7 +77,7 @@ def test_check_of_a_kept_budget_says_so(capsys: pytest.CaptureFixture[str]) -> N
 def test_check_of_a_broken_budget_exits_with_one_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "mine.py:inside", MESH, "--budget=budget.toml"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("stepc: BudgetError: 2 of 5 promises are broken.")
+    assert shown.startswith("stepc: BudgetError: 2 of 5 limits are exceeded.")
     assert "responsible" in shown
 
 
@@ -107,7 +107,7 @@ def test_diff_exits_with_one_if_something_changed(mine: Path, capsys: pytest.Cap
         (["explain", "mine.py:needs"], "`mine.py:needs` takes a, b; only `mesh` is known here."),
         (["explain", "mine.py:build", "--mesh=data"], "--mesh does not say which axes there are."),
         (["explain", "mine.py:build", "--mesh=data=16"], "The mesh has 16 devices, and there are 8."),
-        (["explain", "mine.py:build", MESH, "--device=tpu:v0"], "This device is not in the table."),
+        (["explain", "mine.py:build", MESH, "--device=tpu:v0"], "Unknown device 'tpu:v0'."),
         (["explain", "--jit=mine:train_step", MESH], "The program is for 1 device, and the mesh has 8."),
         (["explain", "--jit=mine:train_step", "--args=exmple"], "`mine` has no `exmple`"),
         (["explain", "mine.py:build", "--mesh=data=4,data=2"], "--mesh does not say which axes there are."),
@@ -185,4 +185,4 @@ def test_terminal_shows_laws_collectives_and_memory_bars(width: int) -> None:
     for landmark in ("defer-reduce", "collectives", "optimizer state", "█", "donation"):
         assert landmark in text
     assert max(map(len, text.splitlines())) <= width
-    assert "no value leaves its device" in shown_on(width)("pair")
+    assert "no collectives" in shown_on(width)("pair")

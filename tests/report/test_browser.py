@@ -19,7 +19,7 @@ BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 BROWSER = next(filter(None, BROWSERS), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser is installed: apt install chromium")
 
-# Written into a copy of the page: the page itself tells nobody anything.
+# Inserted into a copy of the page: the page itself reports nothing to anyone.
 PROBE = """<script>
 addEventListener("error", event => document.documentElement.setAttribute("data-error", event.message));
 addEventListener("load", () => setTimeout(() => {
@@ -44,30 +44,30 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(page: Path, *, width: int, dark: bool) -> dict[str, str]:
     """What the browser says of the page, by name."""
-    probed = page.with_name("probed.html")
-    probed.write_text(page.read_text(encoding="utf-8").replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
+    copy = page.with_name("probed.html")
+    copy.write_text(page.read_text(encoding="utf-8").replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
     done = subprocess.run(
         [
             str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},900",
-            "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
+            "--virtual-time-budget=3000", "--dump-dom", copy.as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return dict(re.findall(r'data-(\w+)="([^"]*)"', done.stdout.partition(">")[2].partition(">")[0]))
 
 
-def test_page_of_the_demo_opens_within_a_second_and_weighs_less_than_a_megabyte(page: Path) -> None:
+def test_page_of_the_demo_opens_within_a_second_and_is_smaller_than_a_megabyte(page: Path) -> None:
     assert page.stat().st_size < 1_000_000
-    # The best of three: a browser that starts on a busy machine waits for its turn.
+    # The best of three: on a busy machine a browser may start late.
     assert min(float(opened(page, width=1280, dark=False)["load"]) for _ in range(3)) < 1000
 
 
 @pytest.mark.parametrize("width", [1280, 500])
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_fits_the_window_follows_the_scheme_and_unfolds_its_program(page: Path, width: int, dark: bool) -> None:
-    told = opened(page, width=width, dark=dark)
-    assert "error" not in told
-    assert told["wider"] == "0", "nothing but tables and text scrolls sideways"
-    assert told["paper"] == ("rgb(22, 24, 28)" if dark else "rgb(251, 250, 248)")
-    assert int(told["parts"]) > 100, "the HLO is unpacked by the page's own script"
+    probed = opened(page, width=width, dark=dark)
+    assert "error" not in probed
+    assert probed["wider"] == "0", "only tables and text scroll sideways"
+    assert probed["paper"] == ("rgb(22, 24, 28)" if dark else "rgb(251, 250, 248)")
+    assert int(probed["parts"]) > 100, "the HLO is unpacked by the page's own script"

@@ -1,4 +1,4 @@
-"""The page and the text: what must stand in them, that they ask no network, and what they weigh."""
+"""The page and the text: what they contain, that they load nothing, and how large they are."""
 
 import base64
 import re
@@ -37,7 +37,7 @@ def compiled() -> sc.Compiled:
 
 
 class _Balance(HTMLParser):
-    """Every tag that opens closes, in order; what is loaded from elsewhere is kept."""
+    """Checks that tags close in order, and collects what a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,53 +70,53 @@ def test_report_is_one_page_that_loads_nothing_and_weighs_little(tmp_path: Path)
     assert "defer-reduce" in html and "microbatches/while × 4" in html
 
 
-def test_report_holds_the_whole_program() -> None:
+def test_report_contains_the_whole_program() -> None:
     program = compiled()
-    html = report.page(program.known())
+    html = report.page(program.facts())
     packed = re.search(r'id="packed">([^<]*)<', html)
     assert packed is not None
     assert zlib.decompress(base64.b64decode(packed[1])).decode() == program.hlo()
 
 
 def test_report_of_a_program_that_is_too_long_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["stepc.report.page"], "_MOST_HLO_BYTES", 2_000)
-    html = report.page(compiled().known())
+    monkeypatch.setattr(sys.modules["stepc.report.page"], "_MAX_HLO_BYTES", 2_000)
+    html = report.page(compiled().facts())
     assert re.search(r"The first [\d,]+ of [\d,]+ characters", html)
 
 
-def test_report_of_a_function_that_never_heard_of_stepc() -> None:
+def test_report_of_a_function_compiled_without_stepc() -> None:
     program = jax.jit(lambda w, x: w - x.T @ jnp.tanh(x @ w), donate_argnums=0)
     shapes = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((64, 16), jnp.float32)
-    known = report.known(program.lower(*shapes).compile(), title="<mine> & yours", device="gpu:h100")
-    html = checked(report.page(known))
+    facts = report.facts(program.lower(*shapes).compile(), title="<mine> & yours", device="gpu:h100")
+    html = checked(report.page(facts))
     assert "<h1><code>&lt;mine&gt; &amp; yours</code></h1>" in html
-    assert "No value leaves its device." in html and "<h2>Plan</h2>" not in html
+    assert "No collectives: nothing is sent between devices." in html and "<h2>Plan</h2>" not in html
     assert "gpu:h100" in html
-    assert "program <mine> & yours" in report.text(known)
+    assert "program <mine> & yours" in report.text(facts)
 
 
 def test_report_of_a_loop_of_unknown_length_says_so() -> None:
     program = jax.jit(lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w @ w, w))
-    known = report.known(program.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile(), title="until")
-    html = checked(report.page(known))
-    assert "does not say how often it turns" in html
-    assert "unknown" in report.text(known)
+    facts = report.facts(program.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile(), title="until")
+    html = checked(report.page(facts))
+    assert "no known trip count" in html
+    assert "unknown" in report.text(facts)
 
 
 def test_report_for_an_unknown_device_is_refused() -> None:
-    with pytest.raises(sc.ConfigError, match="not in the table"):
+    with pytest.raises(sc.ConfigError, match="Unknown device"):
         compiled().report("never.html", device="tpu:v0")
     assert not Path("never.html").exists()
 
 
-def test_explain_is_the_plan_and_what_became_of_it() -> None:
+def test_explain_prints_the_plan_and_what_became_of_it() -> None:
     program = compiled()
-    told = program.explain()
-    assert told.startswith(str(program.plan))
+    explained = program.explain()
+    assert explained.startswith(str(program.plan))
     for title in ("collectives", "memory on one device", "work on one device", "donation"):
-        assert f"as compiled: {title}\n" in told
-    assert "all 9 donated leaves are written over" in told
-    assert "tpu:v5e: " in told and "estimated from peaks" in told
+        assert f"as compiled: {title}\n" in explained
+    assert "all 9 donated leaves are aliased" in explained
+    assert "tpu:v5e: " in explained and "estimated from device peaks" in explained
 
 
 def test_notebook_shows_the_pictures_without_a_script() -> None:
@@ -125,44 +125,52 @@ def test_notebook_shows_the_pictures_without_a_script() -> None:
     assert "<script" not in html and "<svg" in html
 
 
-def test_words_are_drawn_in_the_order_in_which_they_act() -> None:
-    html = pictures.words('update(optax.chain(a, "x @ y")) @ accumulate(4) @ grad(loss)', " @ ")
-    shown = re.findall(r'class="word (\w+)">([^<]*)<', html)
-    assert [word for _, word in shown] == [
+def test_transforms_are_drawn_in_the_order_in_which_they_act() -> None:
+    html = pictures.transforms('update(optax.chain(a, "x @ y")) @ accumulate(4) @ grad(loss)', " @ ")
+    shown = re.findall(r'class="transform (\w+)">([^<]*)<', html)
+    assert [transform for _, transform in shown] == [
         "grad(loss)",
         "accumulate(4)",
         "update(optax.chain(a, &quot;x @ y&quot;))",
     ]
-    assert [role for role, _ in shown] == ["source", "time", "end"]
+    assert [role for role, _ in shown] == ["source", "scan", "end"]
+
+
+@pytest.mark.parametrize(
+    ("node", "role"),
+    [("mean[scan 4]", "scan"), ("mean[mesh data 8]", "mesh"), ("mean[vmap, float32]", "vmap"), ("scale(2)", "plain")],
+)
+def test_core_nodes_have_the_colour_of_where_their_mean_is(node: str, role: str) -> None:
+    assert f'class="transform {role}"' in pictures.transforms(f"update . {node} . grad", " . ")
 
 
 def bars(html: str) -> list[tuple[str, str, str]]:
     return re.findall(r'<rect class="(\w+)" x="([\d.]+%)" width="([\d.]+%)"', html)
 
 
-def test_course_is_drawn_to_scale() -> None:
+def test_timeline_is_drawn_to_scale() -> None:
     loop = LoopSegment(
         2, (ComputeSegment(1, 0, "product"), CollectiveSegment("all-reduce", 1.0, 1, ("data",), False, "line")), "while"
     )
-    html = pictures.course((loop, ComputeSegment(4, 0, "update")), ROUND)
+    html = pictures.timeline((loop, ComputeSegment(4, 0, "update")), ROUND)
     assert bars(html) == [
-        ("work", "0.0000%", "12.5000%"),
-        ("exchange", "12.5000%", "12.5000%"),
-        ("work", "25.0000%", "12.5000%"),
-        ("exchange", "37.5000%", "12.5000%"),
-        ("work", "50.0000%", "50.0000%"),
+        ("compute", "0.0000%", "12.5000%"),
+        ("collective", "12.5000%", "12.5000%"),
+        ("compute", "25.0000%", "12.5000%"),
+        ("collective", "37.5000%", "12.5000%"),
+        ("compute", "50.0000%", "50.0000%"),
     ]
-    assert "while × 2" in html and "turn 2 of 2" in html
+    assert "while × 2" in html and "iteration 2 of 2" in html
 
 
-def test_course_lets_work_begin_beside_an_exchange() -> None:
-    html = pictures.course((CollectiveSegment("all-gather", 3.0, 1, (), True, ""), ComputeSegment(4, 0, "")), ROUND)
-    assert bars(html) == [("exchange", "0.0000%", "75.0000%"), ("work", "0.0000%", "100.0000%")]
+def test_timeline_lets_work_begin_beside_a_collective() -> None:
+    html = pictures.timeline((CollectiveSegment("all-gather", 3.0, 1, (), True, ""), ComputeSegment(4, 0, "")), ROUND)
+    assert bars(html) == [("collective", "0.0000%", "75.0000%"), ("compute", "0.0000%", "100.0000%")]
 
 
-def test_course_of_many_turns_is_drawn_as_one_bar() -> None:
-    html = pictures.course((LoopSegment(1000, (ComputeSegment(1, 0, ""),), "while"),), ROUND)
-    assert len(bars(html)) == 1 and "all 1000 turns together" in html
+def test_timeline_of_many_iterations_is_drawn_as_one_bar() -> None:
+    html = pictures.timeline((LoopSegment(1000, (ComputeSegment(1, 0, ""),), "while"),), ROUND)
+    assert len(bars(html)) == 1 and "1000 iterations" in html
 
 
 def test_memory_is_drawn_by_its_parts() -> None:

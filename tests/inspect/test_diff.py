@@ -53,7 +53,7 @@ def test_diff_of_a_donation_shows_the_memory_it_saves() -> None:
     assert {change.name: (change.before, change.after) for change in found.changes} == {
         "aliased": (0, 4000),
         "total": (12000, 8000),
-        "results that take the buffer of an argument": (0, 1),
+        "results that reuse the buffer of an argument": (0, 1),
     }
     assert "total    12.0 kB -> 8.0 kB  (-4.0 kB, -33.3%)" in str(found)
 
@@ -67,7 +67,7 @@ def test_diff_of_texts_compares_what_texts_have(platform: str) -> None:
 
 
 def test_diff_of_an_unknown_number_says_so() -> None:
-    def turned(length: int | None) -> jax.stages.Compiled:
+    def looped(length: int | None) -> jax.stages.Compiled:
         if length is None:
             return (
                 jax.jit(lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w @ w, w))
@@ -76,4 +76,4 @@ def test_diff_of_an_unknown_number_says_so() -> None:
             )
         return jax.jit(lambda w: w @ w).lower(S((16, 16), jnp.float32)).compile()
 
-    assert "flops        8,192 -> unknown" in str(diff(turned(1), turned(None)))
+    assert "flops        8,192 -> unknown" in str(diff(looped(1), looped(None)))
