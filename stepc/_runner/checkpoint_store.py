@@ -61,13 +61,14 @@ class GroupCommit:
         failed = poll((int(text is not None),), tuple(range(self.board.num)))
         return self.board.read(self._failed, seconds=5) if failed.any() else None
 
-    def everyone(self, number: int, mine: str) -> list[str]:
-        """What each process has to say of a step, for process 0; the others get their own alone."""
-        here = f"{self.place}/save/{self._attempt}/{number}"
-        self.board.put(f"{here}/{self.board.me}", mine)
+    def everyone(self, number: int, mine: Any) -> Any:  # Any: what JSON can hold
+        """What each process has to say of a step, as {"each": [...]} if they differ; all that process 0 writes."""
+        here, text = f"{self.place}/save/{self._attempt}/{number}", json.dumps(mine)
+        self.board.put(f"{here}/{self.board.me}", text)
         if not self.is_first:
-            return [mine]
-        return [self.board.read(f"{here}/{process}", seconds=60) or mine for process in range(self.board.num)]
+            return mine
+        each = [self.board.read(f"{here}/{process}", seconds=60) or text for process in range(self.board.num)]
+        return mine if all(one == text for one in each) else {"each": [json.loads(one) for one in each]}
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
         """Wait until all are here; it is Orbax that calls this, from its own thread.
@@ -152,15 +153,18 @@ class CheckpointStore:
         with self._agreed(number):
             self._check_is_ours()
             self._set_aside(number, number)
+            position = encode_position(meta["position"], number)
+            last: DataFingerprint | None = None if self.commit is not None else meta["last"]
+            before = last and encode_position(last.before, number)
+        # Agreed on before anything that the processes do together: one that left would let the others wait for it.
         with self._agreed(number):
             # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
             leaves = bare_leaves(copy_state(state))
-            last: DataFingerprint | None = None if self.commit is not None else meta["last"]
             body = {
                 **meta,
                 "format": FORMAT,
-                "position": self._positions(meta["position"], number),
-                "last": last and {"before": encode_position(last.before, number), "crc32": last.crc32},
+                "position": position if self.commit is None else self.commit.everyone(number, position),
+                "last": last and {"before": before, "crc32": last.crc32},
                 "processes": jax.process_count(),
                 "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
                 "leaves": [[*row, digest(leaf)] for row, leaf in zip(rows_of(state), leaves, strict=True)],
@@ -256,13 +260,6 @@ class CheckpointStore:
                 self._writer.wait_until_finished()
             raise self._failure(OSError(told), number)
         raise error if isinstance(error, CheckpointError) else self._failure(error, number) from error
-
-    def _positions(self, position: Any, number: int) -> Any:  # Any: where the data stands
-        mine = encode_position(position, number)
-        if self.commit is None:
-            return mine
-        each = [json.loads(one) for one in self.commit.everyone(number, json.dumps(mine))]
-        return mine if all(one == mine for one in each) else {"each": each}
 
     def _check_is_ours(self) -> None:
         """Orbax makes a directory that is gone anew; nobody would hear that the checkpoints, and the lock, are lost."""

@@ -225,6 +225,16 @@ def test_save_that_fails_on_one_fails_on_all(on: int, tmp_path: Path) -> None:
     assert not [one for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()]
 
 
+@fault("81", "a position of the data that cannot be saved, on one process", "not committed; CheckpointError on both")
+@pytest.mark.parametrize("on", [0, 1])
+def test_save_that_one_cannot_begin_fails_on_all(on: int, tmp_path: Path) -> None:
+    job = done(tmp_path, fault="position", at=2, on=on, checkpoint=3)
+    mine, other = (job.found(process)["error"].partition("\n")[0] for process in (on, 1 - on))
+    assert mine.startswith("CheckpointError: ") and "`get_state()`" in mine
+    assert other.startswith(f"CheckpointError: Step 3 could not be saved: OSError: process {on}: CheckpointError: ")
+    assert not [one for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()]
+
+
 FAULTS: list[dict[str, str]] = [
     {"fault": "read"}, {"fault": "read_once", "on_error": "retry"}, {"fault": "read", "on_error": "skip"},
     {"fault": "rows"}, {"fault": "nan"}, {"fault": "nan", "on_error": "skip"}, {"fault": "term"}, {"fault": "int"},
