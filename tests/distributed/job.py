@@ -1,5 +1,7 @@
-"""One process of a job of several, for tests: `python -m distributed.job CASE FOLDER` under `STEPC_…`, as `stepc launch`
-sets them. It writes what it found to FOLDER/<process>.json."""
+"""One process of a job of several: `python -m distributed.job CASE FOLDER`, in the environment that `stepc launch` sets.
+
+It writes what it found to FOLDER/<process>.json.
+"""
 
 import dataclasses
 import json
@@ -155,6 +157,11 @@ class Rows:
             case "int":
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
+            case "read-only" | "read-only later":
+                while self.fault == "read-only later" and not (self.folder / "kept" / "3").is_dir():
+                    time.sleep(0.01)  # until the first checkpoint is committed
+                (self.folder / "kept").chmod(0o555)
+                os.setuid(65534)  # nothing is read-only to root
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":

@@ -67,8 +67,8 @@ def test_launch_of_nothing_is_a_message(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["launch", "-n", "2"]) == 2
     assert main(["launch", "-n", "2", "--", "no-such-command"]) == 2
     shown = capsys.readouterr().err
-    assert "ConfigError: There is nothing to launch." in shown
-    assert "ConfigError: There is no command `no-such-command`." in shown
+    assert "ConfigError: `stepc launch` needs a number of processes and a command." in shown
+    assert "ConfigError: Command not found: `no-such-command`." in shown
 
 
 def test_train_on_two_processes_has_the_losses_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Faults on one of several processes: 71 to 81. Real processes, real signals, real files."""
 
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,8 @@ def test_kill_of_process_0_ends_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "on", "text"),
     [
-        ("hang", 1, "Process 1 failed: it has been at 'data' for"),
-        ("stop", 1, "Process 1 failed: it was at"),
+        ("hang", 1, "Process 1 failed: it has been in phase 'data' for"),
+        ("stop", 1, "Process 1 failed: its heartbeat stopped in phase"),
         ("stop", 0, "Process 0 failed: it does not answer"),
     ],
 )
@@ -182,7 +183,7 @@ def test_state_that_differs_is_found(tmp_path: Path) -> None:
     job = done(tmp_path, where="state", compare_every=3)
     texts = [job.found(process)["error"] for process in (0, 1)]
     assert texts[0] == texts[1]
-    assert texts[0].startswith("PeerError: After step 9 the copies of the state differ between the processes.")
+    assert texts[0].startswith("PeerError: After step 9 the replicas of the state differ between processes.")
     assert "params/w  process 0: " in texts[0] and "; process 1: " in texts[0]
 
 
@@ -233,6 +234,21 @@ def test_save_that_one_cannot_begin_fails_on_all(on: int, tmp_path: Path) -> Non
     assert mine.startswith("CheckpointError: ") and "`get_state()`" in mine
     assert other.startswith(f"CheckpointError: Step 3 could not be saved: OSError: process {on}: CheckpointError: ")
     assert not [one for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()]
+
+
+@fault("81", "the directory becomes read-only to process 0, in a save and between two", "CheckpointError on both")
+@pytest.mark.parametrize("kind", ["read-only", "read-only later"])
+def test_directory_that_becomes_read_only_fails_on_all(kind: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "job"  # outside pytest's folders, which a user without rights cannot reach
+        folder.parent.chmod(0o777)
+        folder.mkdir()
+        folder.chmod(0o777)
+        job = done(folder, fault=kind, at=4, on=0, checkpoint=3)
+        mine, other = (job.found(process)["error"].partition("\n")[0] for process in (0, 1))
+        what = mine.partition(" could not be saved: ")[0]
+        assert what == "CheckpointError: Step 6" or kind == "read-only" and what == "CheckpointError: Step 3"
+        assert other.startswith(f"{what} could not be saved: OSError: process 0: ")
 
 
 FAULTS: list[dict[str, str]] = [

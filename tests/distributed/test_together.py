@@ -91,7 +91,7 @@ def test_rows_of_all_that_do_not_divide_are_refused(two: list[dict[str, Any]]) -
 
 
 def test_second_call_of_init_distributed_is_refused(two: list[dict[str, Any]]) -> None:
-    assert two[0]["refused"]["twice"].startswith("ConfigError: The processes have found each other already")
+    assert two[0]["refused"]["twice"].startswith("ConfigError: `init_distributed` was already called")
 
 
 def test_nothing_that_says_where_the_others_are_is_refused(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_place_in_a_job_of_others_is_found_out(place: Place, tmp_path: Path) -> 
 def test_others_that_do_not_come_are_told_of(tmp_path: Path) -> None:
     with started("alone", tmp_path, num=1) as job:
         assert job.wait() == [-6]  # jax ends it by SIGABRT
-        assert "the other processes did not come for 3 s" in _only(job)
+        assert "the other processes did not start within 3 s" in _only(job)
 
 
 def _only(job: Job) -> str:

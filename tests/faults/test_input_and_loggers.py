@@ -146,7 +146,7 @@ def test_nan_is_valid_json(tmp_path: Path) -> None:
 def test_full_log_changes_nothing(tmp_path: Path) -> None:
     full = sc.JSONL(tmp_path / "m.jsonl")
     full.close()
-    full._file = Path("/dev/full").open("w", buffering=1)
+    full._file.file = Path("/dev/full").open("w", buffering=1)
     run = run_with(full)
     assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
     assert run.logger_failures == {"JSONL": 3}
@@ -185,7 +185,7 @@ def test_closed_terminal_changes_nothing(is_bar: bool, caplog: pytest.LogCapture
     with contextlib.suppress(BrokenPipeError):
         gone.close()
     assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
-    assert caplog.text.count("nobody reads the terminal any more") == 1
+    assert caplog.text.count("the terminal is closed") == 1
 
 
 @fault("89", "names of metrics that change between steps", "event metrics_changed: which are gone, which are new")

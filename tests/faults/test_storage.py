@@ -100,13 +100,13 @@ def test_resume_into_another_state_is_refused(name: str, kept: Path) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@fault("16", "resume with another batch size", "DataError: this batch is not like those before the checkpoint")
+@fault("16", "resume with another batch size", "DataError: this batch is not that of the batches before the checkpoint")
 def test_resume_with_another_batch_size_is_refused(kept: Path) -> None:
     class Wider(type(FaultPlan())):
         def batch(self, number: int) -> Any:
             return batch_of(number, rows=8)
 
-    with pytest.raises(sc.DataError, match="not like those before the checkpoint"):
+    with pytest.raises(sc.DataError, match="not that of the batches before the checkpoint"):
         sc.run(step(), fresh(), Wider().batches(12), checkpoint=sc.Checkpoints(kept, every=3))
 
 
@@ -305,5 +305,5 @@ def test_checkpoint_of_a_newer_stepc_is_refused(kept: Path) -> None:
     stored = json.loads(path.read_text())
     body = json.dumps({**json.loads(stored["body"]), "format": 2})
     path.write_text(json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}))
-    with pytest.raises(sc.ResumeError, match="of a newer stepc"):
+    with pytest.raises(sc.ResumeError, match="by a newer stepc"):
         run_in(kept)
