@@ -25,6 +25,7 @@ from stepc.errors import (
     DeviceError,
     NonFiniteError,
     PeerError,
+    RejectedError,
     StepcError,
     StepError,
 )
@@ -248,7 +249,7 @@ class ProcessGroup:
     def raised(self, failure: StepError) -> StepcError:
         """On the process whose data failed its own error, on the others a PeerError; a device's failure stays alone."""
         cause = failure.__cause__
-        if isinstance(failure, DataError | NonFiniteError):
+        if isinstance(failure, DataError | NonFiniteError | RejectedError):
             self._shared = failure
             if isinstance(cause, PeerError):
                 self._shared = cause

@@ -221,7 +221,12 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     if "differs" in options and jax.process_index() == 1:
         options |= dict([options["differs"].split(":")])
     options.pop("differs", None)
-    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items()}
+    prefetch, on_error = int(options.pop("prefetch", 0)), STRICT[options.pop("on_error", "raise")]
+    watchdog = sc.Watchdog(
+        warn_seconds=float(options["warn_seconds"]) if "warn_seconds" in options else None,
+        compare_replicas_every=int(options["compare_every"]) if "compare_every" in options else None,
+    )
+    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items() if name in READ}
     rows = Rows(folder, fault=fault, at=int(at), on=int(on))
     step = failing if failing.where in ("step", "state") else failing.step
     hooks = [(1, failing.hook)] if failing.where in ("hook", "exit") else []
@@ -229,10 +234,18 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     found: dict[str, Any] = {}
     try:
         run = sc.run(
-            step, fresh(failing.step), rows, loggers=loggers, hooks=hooks, strict_loggers=True, log_every=1, **more
+            step,
+            fresh(failing.step),
+            sc.Data(rows, prefetch=prefetch),
+            loggers=loggers,
+            hooks=hooks,
+            log_every=1,
+            on_error=on_error,
+            watchdog=watchdog,
+            **more,
         )
         found |= {"ended": run.ended, "skipped": run.skipped}
-    except sc.StepcError as error:
+    except (sc.StepcError, sc.Interrupted, sc.Preempted) as error:
         run: Any = vars(error).get("run")
         found |= {"error": f"{type(error).__name__}: {error}"}
         if raises:
@@ -246,12 +259,14 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
 
 
 READ: dict[str, Callable[[str, Path], Any]] = {
-    "on_error": lambda value, _: value,
     "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
     "steps": lambda value, _: int(value),
-    "compare_every": lambda value, _: int(value),
-    "watchdog_seconds": lambda value, _: float(value),
-    "prefetch": lambda value, _: int(value),
+}
+# The policies by their names, with loggers that are to raise.
+STRICT = {
+    "raise": {"log": "raise"},
+    "skip": {"data": "skip", "nonfinite": "skip", "device": "skip", "log": "raise"},
+    "retry": {"data": "retry", "device": "retry", "log": "raise"},
 }
 
 

@@ -145,7 +145,7 @@ def test_kill_of_process_0_ends_all(tmp_path: Path) -> None:
     ],
 )
 def test_process_that_stands_still_is_named(kind: str, on: int, text: str, tmp_path: Path) -> None:
-    with started("run", tmp_path, fault=kind, on=on, watchdog_seconds=2) as job:
+    with started("run", tmp_path, fault=kind, on=on, warn_seconds=2) as job:
         job.wait_for(1 - on)
         assert job.processes[1 - on].returncode == 1, job.said(1 - on)
         who, what = text.split(" failed: ")
@@ -228,8 +228,8 @@ def test_save_that_fails_on_one_fails_on_all(on: int, tmp_path: Path) -> None:
 FAULTS: list[dict[str, str]] = [
     {"fault": "read"}, {"fault": "read_once", "on_error": "retry"}, {"fault": "read", "on_error": "skip"},
     {"fault": "rows"}, {"fault": "nan"}, {"fault": "nan", "on_error": "skip"}, {"fault": "term"}, {"fault": "int"},
-    {"fault": "kill"}, {"fault": "ends"}, {"fault": "hang", "watchdog_seconds": "2"},
-    {"fault": "stop", "watchdog_seconds": "2"}, {"where": "hook"}, {"where": "step"}, {"where": "logger"},
+    {"fault": "kill"}, {"fault": "ends"}, {"fault": "hang", "warn_seconds": "2"},
+    {"fault": "stop", "warn_seconds": "2"}, {"where": "hook"}, {"where": "step"}, {"where": "logger"},
     {"where": "exit"}, {"where": "state", "compare_every": "2"}, {"fault": "full", "bytes": "10"},
 ]  # fmt: skip
 GO_ON = ("skip", "retry")

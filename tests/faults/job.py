@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             checkpoint=sc.Checkpoints(options.folder / "kept", every=options.every, timeout_seconds=options.timeout),
             loggers=[lines, place],
             log_every=1,
-            window=0 if options.kill else 2,  # so that a point is reached at the step that it names
-            eval=(7, place.judge, [batch_of(1)]) if options.term == "eval" else None,
+            buffers=sc.Buffers(in_flight=0 if options.kill else 2),  # a point is reached at the step that it names
+            eval=sc.Eval(7, place.judge, [batch_of(1)]) if options.term == "eval" else None,
         )
     (options.folder / "digest").write_text(digest(run.state))
 

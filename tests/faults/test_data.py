@@ -20,7 +20,9 @@ ALL = list(range(1, 9))
 
 
 def run_on(data: Any, **options: Any) -> sc.Run:
-    return sc.run(step(), fresh(), data, **options)
+    """Options of `sc.Data` and of `sc.run`."""
+    of_data = {name: options.pop(name) for name in ("prefetch", "short_batches", "timeout_seconds") if name in options}
+    return sc.run(step(), fresh(), sc.Data(data, **of_data), **options)
 
 
 @fault("19", "OSError once at batch 4, policy raise", "DataError of step 4 from it; the state of step 3 is in `.run`")
@@ -180,7 +182,7 @@ def test_short_batch_can_be_filled_up(on_devices: bool) -> None:
     step = sc.compile(sc.update(optax.adam(0.05)) @ sc.grad(masked_loss))
     batches = [masked(1), masked(2), masked(3, rows=5)]
     given = jax.tree.map(jnp.asarray, batches) if on_devices else batches
-    run = sc.run(step, step.init({"w": np.zeros(3, np.float32)}), given, short_batches="pad")
+    run = sc.run(step, step.init({"w": np.zeros(3, np.float32)}), sc.Data(given, short_batches="pad"))
     assert (run.steps, step.traces) == (3, 1)
     short, is_real = sc.pad_batch(batches[2], 8)
     state = step.init({"w": np.zeros(3, np.float32)})
@@ -201,7 +203,7 @@ def test_filling_up_needs_a_mask_and_rows_on_the_first_axis() -> None:
     assert "no mask" in str(raised.value.__cause__)
     repeating = sc.compile(sc.repeat(2) @ sc.update(optax.sgd(0.1)) @ sc.grad(masked_loss))
     with pytest.raises(sc.ConfigError, match="short_batches"):
-        sc.run(repeating, fresh(), [masked(1)], short_batches="pad")
+        sc.run(repeating, fresh(), sc.Data([masked(1)], short_batches="pad"))
 
 
 @fault("28", "an int64 that int32 cannot hold, in a later batch", "DataError with the range; smaller ones are taken")
@@ -223,7 +225,7 @@ def test_buffer_that_is_used_again_changes_nothing(window: int, prefetch: int) -
                 buffer[name][:] = leaf
             yield buffer
 
-    run = run_on(one_buffer(), window=window, prefetch=prefetch)
+    run = run_on(one_buffer(), buffers=sc.Buffers(in_flight=window), prefetch=prefetch)
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 21))))
 
 
@@ -247,7 +249,9 @@ def test_data_without_a_position_is_told(tmp_path: Any) -> None:
 
 
 @fault(
-    "31", "data that hangs, with data_seconds=0.4", "DataError within a second, no policy goes on; the state is alive"
+    "31",
+    "data that hangs, with timeout_seconds=0.4",
+    "DataError within a second, no policy goes on; the state is alive",
 )
 def test_data_that_hangs_is_given_up() -> None:
     def hanging() -> Iterator[Any]:
@@ -258,7 +262,7 @@ def test_data_that_hangs_is_given_up() -> None:
     run_on([batch_of(1)])  # compiled
     with pytest.raises(sc.DataError, match=r"no batch came in 0.4 s") as raised:
         began = time.monotonic()
-        run_on(hanging(), prefetch=1, data_seconds=0.4, on_error={"data": sc.Retry(3)})
+        run_on(hanging(), prefetch=1, timeout_seconds=0.4, on_error={"data": sc.Retry(3)})
     assert 0.4 <= time.monotonic() - began < 0.4 + LEAVE_SECONDS + 1.0
     assert (raised.value.step, raised.value.state_ok) == (4, True)
     assert "the read goes on still" in raised.value.__notes__[0]
@@ -268,8 +272,8 @@ def test_data_that_hangs_is_given_up() -> None:
         if threading.active_count() > before:
             time.sleep(0.02)
     assert threading.active_count() <= before
-    with pytest.raises(sc.ConfigError, match="prefetch +expected 1 or more with data_seconds"):
-        run_on([batch_of(1)], data_seconds=1.0)
+    with pytest.raises(sc.ConfigError, match="prefetch +expected 1 or more with timeout_seconds"):
+        run_on([batch_of(1)], timeout_seconds=1.0)
 
 
 def test_prefetch_reads_while_a_step_runs() -> None:
@@ -287,7 +291,7 @@ def test_prefetch_reads_while_a_step_runs() -> None:
                 time.sleep(0.01)
         return step()(state, batch)
 
-    run = sc.run(slow, fresh(), noting(), prefetch=3)
+    run = sc.run(slow, fresh(), sc.Data(noting(), prefetch=3))
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 7))))
     assert len(read) == 6
     assert not [one for one in threading.enumerate() if one.name == "stepc-data"]

@@ -23,9 +23,9 @@ def run_with(faults: dict[int, str], num: int = 12, **options: Any) -> sc.Run:
 def test_nan_is_raised_by_its_own_step(window: int) -> None:
     logger = Remembering()
     with pytest.raises(sc.NonFiniteError) as raised:
-        run_with({4: "nan"}, window=window, loggers=[logger], log_every=1)
+        run_with({4: "nan"}, buffers=sc.Buffers(in_flight=window), loggers=[logger], log_every=1)
     error = raised.value
-    assert (error.step, error.phase, error.state_ok) == (4, "settle", False)
+    assert (error.step, error.phase, error.state_ok) == (4, "wait", False)
     assert re.search("loss +nan", str(error))
     assert re.search("microbatches +0 ", str(error))
     assert re.search("gradient +not finite in w", str(error))
@@ -50,8 +50,7 @@ def test_skip_nan_equals_a_run_without_the_batch(window: int, snapshot_every: in
     run = run_with(
         {4: "nan", 9: "nan"},
         on_error={"nonfinite": sc.Skip(limit=1)},
-        window=window,
-        snapshot_every=snapshot_every,
+        buffers=sc.Buffers(window, snapshot_every),
         loggers=[logger],
         log_every=1,
     )
@@ -79,7 +78,7 @@ def test_skip_more_than_its_ratio_raises() -> None:
 @fault("38", 'NaN at step 8, Rollback(data="skip") to a snapshot', "the batches since are dropped; bitwise so")
 @pytest.mark.parametrize("window", [0, 2])
 def test_rollback_skips_the_batches_since_the_snapshot(window: int) -> None:
-    run = run_with({8: "nan"}, on_error={"nonfinite": sc.Rollback()}, snapshot_every=3, window=window)
+    run = run_with({8: "nan"}, on_error={"nonfinite": sc.Rollback()}, buffers=sc.Buffers(window, snapshot_every=3))
     assert digest(run.state) == digest(by_a_plain_loop([1, 2, 3, 4, 5, 6, 9, 10, 11, 12]))
     assert (run.steps, run.rollbacks, run.failures) == (10, 1, {"nonfinite": 1})
 
@@ -87,7 +86,9 @@ def test_rollback_skips_the_batches_since_the_snapshot(window: int) -> None:
 @fault("38", "a fault after as many rollbacks as are allowed", "the fault is raised")
 def test_rollback_beyond_its_limit_raises() -> None:
     with pytest.raises(sc.NonFiniteError) as raised:
-        run_with({4: "nan", 8: "nan"}, on_error={"nonfinite": sc.Rollback(limit=1)}, snapshot_every=2)
+        run_with(
+            {4: "nan", 8: "nan"}, on_error={"nonfinite": sc.Rollback(limit=1)}, buffers=sc.Buffers(snapshot_every=2)
+        )
     assert "is used up" in raised.value.__notes__[0]
 
 

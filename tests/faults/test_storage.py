@@ -249,10 +249,9 @@ def test_rollback_to_a_checkpoint_replays_the_data(tmp_path: Path, prefetch: int
     run = sc.run(
         plan,
         fresh(),
-        plan.batches(12),
+        sc.Data(plan.batches(12), prefetch=prefetch),
         on_error={"device": sc.Rollback(1, data="replay")},
         checkpoint=sc.Checkpoints(tmp_path, every=3),
-        prefetch=prefetch,
     )
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 13))))
 

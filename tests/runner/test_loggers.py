@@ -267,7 +267,7 @@ def test_batches_that_are_read_ahead_are_put_on_the_devices_of_the_step() -> Non
             return step.put(batch)
 
     given = iter([np.arange(4, dtype=np.float32)] * 3)
-    run = sc.run(Watching(), step.init(jnp.float32(0.0)), given, prefetch=2)
+    run = sc.run(Watching(), step.init(jnp.float32(0.0)), sc.Data(given, prefetch=2))
     assert run.steps == 3
     assert seen.count("stepc-data") == 3
     assert [one.spec for one in seen if isinstance(one, jax.sharding.NamedSharding)] == [
@@ -283,8 +283,8 @@ def test_watchdog_writes_the_stacks_of_a_run_that_hangs(caplog: pytest.LogCaptur
 
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
     step(step.init(jnp.float32(0.0)), jnp.arange(4.0))  # to compile takes longer than the watchdog waits
-    sc.run(step, step.init(jnp.float32(0.0)), slow(), watchdog_seconds=0.3)
-    assert "no step was begun for" in caplog.text
+    sc.run(step, step.init(jnp.float32(0.0)), slow(), watchdog=sc.Watchdog(warn_seconds=0.3))
+    assert "no step has begun for" in caplog.text
     assert "in slow" in caplog.text  # the line that hangs
 
 
@@ -301,7 +301,7 @@ def test_evaluation_is_logged_beside_the_losses(tmp_path: Path) -> None:
         return {"gap": jnp.abs(state.params - batch).mean()}
 
     with sc.CSV(tmp_path / "m.csv") as table:
-        small_run(loggers=[table], log_every=4, eval=(4, judge, [jnp.zeros(4), jnp.ones(4)]))
+        small_run(loggers=[table], log_every=4, eval=sc.Eval(4, judge, [jnp.zeros(4), jnp.ones(4)]))
     rows = (tmp_path / "m.csv").read_text().splitlines()
     assert rows[0] == "step,loss,eval_gap"
     assert len(judged) == 4
@@ -310,7 +310,7 @@ def test_evaluation_is_logged_beside_the_losses(tmp_path: Path) -> None:
 def test_evaluation_by_a_step_leaves_the_state(tmp_path: Path) -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
     plain = small_run()
-    judged = small_run(eval=(2, step, [jnp.arange(4.0)] * 2))
+    judged = small_run(eval=sc.Eval(2, step, [jnp.arange(4.0)] * 2))
     assert float(judged.state.params) == float(plain.state.params)
 
 
@@ -329,15 +329,8 @@ def test_hook_gets_host_floats_and_a_copy() -> None:
 
 
 def test_profile_of_some_steps_is_written(tmp_path: Path) -> None:
-    small_run(profile=(3, 5, tmp_path))
+    small_run(profile=sc.Profile(3, 5, tmp_path))
     assert list(tmp_path.rglob("*.xplane.pb"))
-
-
-def test_compiled_programs_are_kept(tmp_path: Path) -> None:
-    before = jax.config.jax_compilation_cache_dir
-    small_run(compilation_cache=tmp_path)
-    assert list(tmp_path.glob("jit_stepc_step*"))
-    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_console_without_steps_or_tokens_tells_steps_and_events() -> None:
