@@ -33,12 +33,13 @@ so a loop that retries after errors still ends on Ctrl-C and on SIGTERM.
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 # Facts are rows of (label, value); they are printed aligned.
 Facts = Sequence[tuple[str, str]]
 
 
+@runtime_checkable
 class RunRecord(Protocol):
     """What an error or an exit keeps of the run that it ended: a `stepc.Run`."""
 

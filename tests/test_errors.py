@@ -124,6 +124,19 @@ def without(module: str, mistake: Callable[[], object]) -> None:
         mistake()
 
 
+class OneWay:
+    """Data that can be gone through once."""
+
+    def __repr__(self) -> str:
+        return "OneWay()"
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+
 def run_on(batch: Any) -> None:
     step = step_on()
     sc.run(step, step.init(probe_params()), [batch])
@@ -400,7 +413,7 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "data_types": (sc.FieldTypeError, lambda: sc.Data(5, prefetch=True, short_batches=None)),
     "watchdog": (sc.ConfigError, lambda: sc.Watchdog(-1, max_recompiles=-1, compare_replicas_every=0.5)),
     "watchdog_exit": (sc.ConfigError, lambda: sc.Watchdog(warn_seconds=60, exit_seconds=30)),
-    "eval": (sc.ConfigError, lambda: sc.Eval(0, "loss", iter([]))),
+    "eval": (sc.ConfigError, lambda: sc.Eval(0, "loss", OneWay())),
     "profile": (sc.ConfigError, lambda: sc.Profile(3, 2, None)),
     "buffers": (sc.ConfigError, lambda: sc.Buffers(-1, 0, donate_state="yes")),
     "run_exact_resume": (

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from stepc._runner.pending import copy_state, deleted_leaves
 from stepc.errors import StepError
 
 
+@runtime_checkable
 class Hook(Protocol):
     """A function that `run` calls every so many steps."""
 

@@ -16,6 +16,7 @@ from stepc._runner.events import floats_of
 from stepc.errors import BuildError, DeviceError, NonFiniteError, RejectedError, StepError
 
 
+@runtime_checkable
 class Runnable(Protocol):
     """What `run` runs: a compiled step, its reference, or any function of a state and a batch."""
 
@@ -24,6 +25,7 @@ class Runnable(Protocol):
         ...
 
 
+@runtime_checkable
 class StepDiagnostics(Protocol):
     """What a compiled step saw of numbers that are not finite, in arrays that are never donated."""
 

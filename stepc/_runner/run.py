@@ -241,16 +241,16 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     for name, kind, expected in values:
         faults.instance(name, arguments[name], (kind, type(None)), f"{expected} or None")
     if faults.iterable("loggers", arguments["loggers"], "a sequence of loggers"):
-        for logger in arguments["loggers"]:
-            faults.instance("loggers", logger, Logger, "objects with a method log(metrics, step)")
+        for index, logger in enumerate(arguments["loggers"]):
+            faults.instance(f"loggers[{index}]", logger, Logger, "an object with a method log(metrics, step)")
     faults.count("log_every", arguments["log_every"])
     if faults.iterable("hooks", hooks, "pairs (every, hook)"):
-        for hook in hooks:
+        for index, hook in enumerate(hooks):
             match hook:
-                case (int(), function) if callable(function):
-                    faults.count("hooks", hook[0])
+                case (every, function) if callable(function):
+                    faults.count(f"hooks[{index}]", every)
                 case _:
-                    faults.wrong_type("hooks", "pairs (every, hook)", hook)
+                    faults.wrong_type(f"hooks[{index}]", "a pair (every, hook)", hook)
     faults.callable_("reject_if", arguments["reject_if"], "a function of metrics, or None", optional=True)
     if (
         isinstance(data, Data)

@@ -201,7 +201,8 @@ class Trainer:
                 self.events.event("skipped", step, why="not finite; the state is unchanged")
             limit = self.step.skip_limit
             if limit is not None and all(step - back in skipped for back in range(limit)):
-                why = f", nor were the {limit - 1} before it: skip_nonfinite allows fewer than {limit} in a row"
+                before = "was the one" if limit == 2 else f"were the {limit - 1}"
+                why = f", nor {before} before it: skip_nonfinite allows fewer than {limit} in a row"
                 raise nonfinite_failure(pending, step, row, state_ok=True, why=why if limit > 1 else "")
         elif status is not None and not status.is_finite[row]:
             raise nonfinite_failure(pending, step, row, state_ok=False)

@@ -120,7 +120,7 @@ def test_static_field_that_changes_is_refused() -> None:
         calls.append(1)
         return {"w": state["w"], "count": optax.MaskedNode() if len(calls) % 2 else ()}, {"loss": jnp.float32(0)}
 
-    with pytest.raises(sc.BuildError, match="compiled again every step") as raised:
+    with pytest.raises(sc.BuildError, match="each step would be compiled again") as raised:
         sc.run(counting, {"w": jnp.zeros(3), "count": ()}, FaultPlan().batches(5))  # pyright: ignore
     assert (raised.value.step, len(calls)) == (1, 1)
     assert "MaskedNode" in str(raised.value)
@@ -233,6 +233,36 @@ def test_compilation_in_mid_run_is_told() -> None:
     assert int(raised.value.run.state.step) == 5
     again = compiled()
     assert sc.run(again, again.init(PARAMS), weak_from(5), watchdog=sc.Watchdog(max_recompiles=1)).steps == 8
+
+
+def test_run_of_a_fresh_step_traces_and_compiles_it_once() -> None:
+    calls: list[str] = []
+    compilations: list[str] = []
+
+    def counted(params: Any, batch: Any) -> jax.Array:
+        calls.append("loss")
+        return loss(params, batch)
+
+    def note(event: str, duration_secs: float, **about: str | int) -> None:
+        if event.endswith("backend_compile_duration") and "stepc_step" in str(about):
+            compilations.append(event)
+
+    def fresh_step() -> tuple[sc.Step, sc.State]:
+        calls.clear()
+        made = sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(counted))
+        return made, made.init(PARAMS)
+
+    made, state = fresh_step()
+    made.lower(state, batch_of(1))
+    in_lower = len(calls)
+    made, state = fresh_step()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        sc.run(made, state, FaultPlan().batches(5), loggers=[Remembering()])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    # `run` asks for the plan and the memory by `lower`; its own calls find that trace and that executable.
+    assert (len(calls), made.traces, len(compilations)) == (in_lower, 1, 1)
 
 
 @fault("50", "a step that cannot use a donated leaf", "event not_donated at step 1: leaf and bytes; none for ours")
