@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import DataFingerprint
-from stepc._runner.events import EventLog
+from stepc._runner.events import EventLog, is_due
 from stepc._runner.policies import FailureCounts
-from stepc.errors import CheckpointError, ConfigError
+from stepc.errors import CheckpointError
 
 if TYPE_CHECKING:  # `import stepc` must not need Orbax
     from stepc._runner.checkpoint_store import CheckpointStore
@@ -38,7 +39,7 @@ class Checkpoints:
         iterator made with another seed accepts its old position without a word.
       exact_resume: refuse data that has no position. Otherwise that is an event, and a resumed run begins with the
         first batch again.
-    Errors: ConfigError for invalid arguments. A run with checkpoints needs the extra "checkpoint".
+    Errors: FieldTypeError or ConfigError with all faults. A run with checkpoints needs the extra "checkpoint".
     For an exact resume the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
     Example:
       >>> Checkpoints("runs/first", every=100).keep
@@ -54,27 +55,15 @@ class Checkpoints:
     exact_resume: bool = False
 
     def __post_init__(self) -> None:
-        faults: list[tuple[str, str, object]] = []
-        if not isinstance(self.directory, str | Path):
-            faults.append(("directory", "a path", self.directory))
-        for name, value in (("every", self.every), ("keep", self.keep)):
-            if type(value) is not int or value < 1:
-                faults.append((name, "a positive integer", value))
-        if self.every_seconds is not None and not is_positive(self.every_seconds):
-            faults.append(("every_seconds", "a positive number or None", self.every_seconds))
-        if not is_positive(self.timeout_seconds):
-            faults.append(("timeout_seconds", "a positive number", self.timeout_seconds))
-        for name, value in (("check_data", self.check_data), ("exact_resume", self.exact_resume)):
-            if not isinstance(value, bool):
-                faults.append((name, "True or False", value))
-        if faults:
-            facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
-            raise ConfigError("Invalid arguments to `Checkpoints`.", facts=facts)
-
-
-def is_positive(value: object) -> bool:
-    """Whether a value is a positive number, such as a time to wait in seconds."""
-    return type(value) in (int, float) and value > 0  # pyright: ignore[reportOperatorIssue]  # a number, by then
+        faults = ArgumentFaults("Checkpoints")
+        faults.instance("directory", self.directory, (str, Path), "a path")
+        faults.count("every", self.every)
+        faults.count("keep", self.keep)
+        faults.seconds("every_seconds", self.every_seconds)
+        faults.number("timeout_seconds", self.timeout_seconds, "a positive number", lambda seconds: seconds > 0)
+        faults.instance("check_data", self.check_data, bool, "True or False")
+        faults.instance("exact_resume", self.exact_resume, bool, "True or False")
+        faults.refuse()
 
 
 @dataclass(frozen=True)
@@ -118,12 +107,12 @@ class CheckpointKeeper:
 
     def is_due(self, number: int, *, steps_per_call: int) -> bool:
         """Whether it is time to save, by steps or by seconds."""
-        if number <= self.saved:
-            return False
-        if number // self.wanted.every > (number - steps_per_call) // self.wanted.every:
-            return True
         seconds = self.wanted.every_seconds
-        return seconds is not None and self.clock() - self._saved_at >= seconds
+        return number > self.saved and (
+            is_due(self.wanted.every, number, steps_per_call)
+            or seconds is not None
+            and self.clock() - self._saved_at >= seconds
+        )
 
     def save(
         self,
@@ -143,8 +132,8 @@ class CheckpointKeeper:
         if is_slow and (waited := self.clock() - began) >= SLOW_SECONDS:
             self.events.event("slow_checkpoint", number, waited_seconds=f"{waited:.2f}")
         meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
-        self._guarded(number, lambda: self.store.save(number, state, meta))
-        self._in_flight = number
+        if self._guarded(number, lambda: self.store.save(number, state, meta)):
+            self._in_flight = number
         self._saved_at = self.clock()
 
     def poll(self) -> None:

@@ -27,6 +27,7 @@ from stepc.errors import (
     DeviceError,
     NonFiniteError,
     PeerError,
+    RejectedError,
     StepcError,
     StepError,
 )
@@ -156,12 +157,9 @@ class ProcessGroup:
         return True
 
     def raised(self, failure: StepError) -> StepcError:
-        """Failed data is a DataError on its own process and a PeerError on the others; a lost process is a PeerError.
-
-        A failure of this device alone stays what it is.
-        """
+        """A failure of data is a PeerError on the other processes, and a lost process is one; others stay what they are."""
         cause = failure.__cause__
-        if isinstance(failure, DataError | NonFiniteError):
+        if isinstance(failure, DataError | NonFiniteError | RejectedError):
             self._raised_by_all = cause if isinstance(cause, PeerError) else failure
             return self._raised_by_all
         if isinstance(failure, DeviceError | BuildError) and (peer := self._lost_process(failure)) is not None:

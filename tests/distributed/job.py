@@ -1,4 +1,4 @@
-"""One process of a job of several: `python -m distributed.job CASE FOLDER`, in the environment that `stepc launch` sets.
+"""One process of a job: `python -m distributed.job CASE FOLDER`, in the environment that `stepc launch` sets.
 
 It writes what it found to FOLDER/<process>.json.
 """
@@ -139,8 +139,6 @@ class Rows:
         return self.befall(batch) if number == self.at and self.is_due else batch
 
     def befall(self, batch: dict[str, np.ndarray]) -> Any:
-        if self.fault in ("kill", "stop", "hang"):
-            (self.folder / f"{jax.process_index()}.time").write_text(str(time.time()))
         match self.fault:
             case "read_once":
                 self.given, self.fault = self.given - 1, ""
@@ -210,6 +208,13 @@ class Failing:
         return self.step(state, batch)
 
 
+def seconds_to_warm_up(step: sc.Step) -> float:
+    """Compile all that a run compiles; how long that takes on the slower process, which measures the machine."""
+    began = time.monotonic()
+    sc.run(step, fresh(step), [local(global_batch(0))] * 2)
+    return float(process_allgather(np.float32(time.monotonic() - began)).max())
+
+
 def corrupted(state: sc.State) -> sc.State:
     """One bit of one copy is another, as by a fault of memory: the arrays of this process alone."""
     leaf = state.params["w"]
@@ -230,7 +235,14 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     if "differs" in options and jax.process_index() == 1:
         options |= dict([options["differs"].split(":")])
     options.pop("differs", None)
-    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items()}
+    prefetch, on_error = int(options.pop("prefetch", 0)), STRICT[options.pop("on_error", "raise")]
+    watchdog = sc.Watchdog(
+        warn_seconds=max(float(options["warn_seconds"]), seconds_to_warm_up(failing.step))
+        if "warn_seconds" in options
+        else None,
+        compare_replicas_every=int(options["compare_every"]) if "compare_every" in options else None,
+    )
+    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items() if name in READ}
     rows = Rows(folder, fault=fault, at=int(at), on=int(on))
     step = failing if failing.where in ("step", "state") else failing.step
     hooks = [(1, failing.hook)] if failing.where in ("hook", "exit") else []
@@ -238,29 +250,38 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     found: dict[str, Any] = {}
     try:
         run = sc.run(
-            step, fresh(failing.step), rows, loggers=loggers, hooks=hooks, strict_loggers=True, log_every=1, **more
+            step,
+            fresh(failing.step),
+            sc.Data(rows, prefetch=prefetch),
+            loggers=loggers,
+            hooks=hooks,
+            log_every=1,
+            on_error=on_error,
+            watchdog=watchdog,
+            **more,
         )
         found |= {"ended": run.ended, "skipped": run.skipped}
-    except sc.StepcError as error:
+    except (sc.StepcError, sc.Interrupted, sc.Preempted) as error:
         run: Any = vars(error).get("run")
         found |= {"error": f"{type(error).__name__}: {error}"}
         if raises:
             raise
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        (folder / f"{jax.process_index()}.time").write_text(str(time.time()))
     if run is not None and run.state is not None:
         found |= {"digest": digest(gathered(run.state)), "step": int(run.state.step), "steps": run.steps}
     return {**found, "told": told.told, "events": told.names(), "given": rows.given}
 
 
 READ: dict[str, Callable[[str, Path], Any]] = {
-    "on_error": lambda value, _: value,
     "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
     "steps": lambda value, _: int(value),
-    "compare_every": lambda value, _: int(value),
-    "watchdog_seconds": lambda value, _: float(value),
-    "prefetch": lambda value, _: int(value),
+}
+# The policies by their names, with loggers that are to raise.
+STRICT = {
+    "raise": {"log": "raise"},
+    "skip": {"data": "skip", "nonfinite": "skip", "device": "skip", "log": "raise"},
+    "retry": {"data": "retry", "device": "retry", "log": "raise"},
 }
 
 
@@ -281,6 +302,7 @@ def joined(folder: Path) -> dict[str, Any]:
     return {"process": jax.process_index(), "num": jax.process_count(), "digest": digest(state)}
 
 
+PATIENT = {"heartbeat_seconds": 60, "shutdown_seconds": 60}  # what ends a job is never jax, on a slow machine neither
 BEFORE = {"nowhere": nowhere, "alone": alone}
 CASES = {"by_hand": by_hand, "run": run, "joined": joined}
 
@@ -291,8 +313,8 @@ if __name__ == "__main__":
         found = BEFORE[case](folder, **told)
     else:
         if "JAX_COORDINATOR_PORT" in os.environ:  # a job of SLURM or Open MPI: jax finds out
-            sc.init_distributed(listen_on="127.0.0.1", heartbeat_seconds=10, shutdown_seconds=10)
+            sc.init_distributed(listen_on="127.0.0.1", **PATIENT)
         if "STEPC_COORDINATOR" in os.environ:
-            sc.init_distributed(heartbeat_seconds=10, shutdown_seconds=10)
+            sc.init_distributed(**PATIENT)
         found = CASES[case](folder, **told)
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(found))

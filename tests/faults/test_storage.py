@@ -151,6 +151,16 @@ def test_last_step_is_saved_once(tmp_path: Path) -> None:
     assert not (tmp_path / "kept" / "abandoned").exists()
 
 
+@fault("61", "a directory that is lost in a run, policy skip", "each save is a failure; none counts as a checkpoint")
+def test_save_that_is_skipped_is_not_a_checkpoint(tmp_path: Path) -> None:
+    logger, kept = Remembering(), tmp_path / "kept"
+    lose = (5, lambda *about: shutil.rmtree(kept) if kept.is_dir() else None)
+    run = run_in(kept, 12, loggers=[logger], on_error={"save": "skip"}, hooks=[lose])
+    assert [at for name, _, at in logger.events if name == "checkpoint"] == [3]
+    assert [at for name, _, at in logger.events if name == "failure"] == [6, 9, 12]
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 13))))
+
+
 @fault("18", "a second run in the same directory, while one is there", "CheckpointError that names the holder")
 def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
     def second(*about: Any) -> None:
@@ -249,10 +259,9 @@ def test_rollback_to_a_checkpoint_replays_the_data(tmp_path: Path, prefetch: int
     run = sc.run(
         plan,
         fresh(),
-        plan.batches(12),
+        sc.Data(plan.batches(12), prefetch=prefetch),
         on_error={"device": sc.Rollback(1, data="replay")},
         checkpoint=sc.Checkpoints(tmp_path, every=3),
-        prefetch=prefetch,
     )
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 13))))
 

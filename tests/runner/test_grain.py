@@ -45,10 +45,12 @@ MAKES = {"MapDataset": dataset, "DataLoader": loader}
 SAYS = {dataset: "not the data of the checkpoint", loader: "cannot return to its saved position: ValueError: Sampler"}
 
 
-def run_on(data: Any, folder: Path, **options: Any) -> sc.Run:
+def run_on(data: Any, folder: Path, *, prefetch: int = 0, **options: Any) -> sc.Run:
     keep = sc.Checkpoints(folder / "kept", every=3)
     with sc.JSONL(folder / "metrics.jsonl") as lines:
-        return sc.run(step(), fresh(), data, checkpoint=keep, loggers=[lines], log_every=1, **options)
+        return sc.run(
+            step(), fresh(), sc.Data(data, prefetch=prefetch), checkpoint=keep, loggers=[lines], log_every=1, **options
+        )
 
 
 def losses(folder: Path) -> list[str]:
