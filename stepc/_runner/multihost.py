@@ -157,7 +157,7 @@ class ProcessGroup:
         return True
 
     def raised(self, failure: StepError) -> StepcError:
-        """A failure of data is a PeerError on the other processes, and a lost process is one; others stay what they are."""
+        """Failed data is a PeerError on the other processes, and so is a lost process; the rest stays as it is."""
         cause = failure.__cause__
         if isinstance(failure, DataError | NonFiniteError | RejectedError):
             self._raised_by_all = cause if isinstance(cause, PeerError) else failure
