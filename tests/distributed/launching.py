@@ -1,4 +1,4 @@
-"""Starts real processes of one job on 127.0.0.1, and never leaves one behind."""
+"""Start the processes of a job on 127.0.0.1, and leave none behind."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class Job:
         return [one.returncode for one in self.processes]
 
     def wait_for(self, process: int, seconds: float = LIMIT_SECONDS) -> None:
-        """Until one process has ended, whatever the others do. Errors: TimeoutExpired if it hangs."""
+        """Wait until one process has ended, whatever the others do. Errors: TimeoutExpired if it hangs."""
         self.processes[process].wait(seconds)
 
     def said(self, process: int) -> str:
@@ -49,20 +49,20 @@ class Job:
 
 
 def by_stepc(port: int, num: int, process: int) -> dict[str, str]:
-    """As `stepc launch` tells a process where it is."""
+    """The environment that `stepc launch` sets."""
     place = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(num), "PROCESS_ID": str(process)}
     return {f"STEPC_{name}": value for name, value in place.items()}
 
 
 def by_slurm(port: int, num: int, process: int) -> dict[str, str]:
-    """As srun does; the port is jax's to choose, so it is told which is free here."""
+    """The environment that srun sets. jax would choose the port itself, so it is given a free one."""
     place = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(num), "STEP_NUM_NODES": "1"}
     place |= {"PROCID": str(process), "LOCALID": str(process)}
     return {f"SLURM_{name}": value for name, value in place.items()} | _on_loopback(port)
 
 
 def by_open_mpi(port: int, num: int, process: int) -> dict[str, str]:
-    """As mpirun does."""
+    """The environment that mpirun sets."""
     place = {"SIZE": str(num), "RANK": str(process), "LOCAL_RANK": str(process)}
     mine = {f"OMPI_COMM_WORLD_{name}": value for name, value in place.items()}
     return {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", **mine, **_on_loopback(port)}
@@ -77,7 +77,7 @@ Place: TypeAlias = Callable[[int, int, int], dict[str, str]]
 
 @contextmanager
 def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, **told: object) -> Iterator[Job]:
-    """A job of `distributed.job`; whatever is left of it in the end is killed."""
+    """A job of `distributed.job`; what is left of it at the end is killed."""
     folder.mkdir(exist_ok=True)
     port, job = free_port(), Job(folder, [])
     words = [f"{name}={value}" for name, value in told.items()]
@@ -104,7 +104,7 @@ def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, *
 
 
 def alone(case: str, folder: Path, *, devices: int, **told: object) -> dict[str, Any]:
-    """The same in one process with so many devices."""
+    """The same in one process, with as many devices."""
     folder.mkdir(exist_ok=True)
     words = [f"{name}={value}" for name, value in told.items()]
     command = [sys.executable, "-m", "distributed.job", case, str(folder), *words]

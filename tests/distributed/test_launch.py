@@ -1,4 +1,4 @@
-"""`stepc launch`: real processes of real commands, what they print, how they end; and `stepc train` under it."""
+"""`stepc launch`: real processes, what they print and how they end; and `stepc train` under it."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_launch_gives_each_process_its_place(capfd: pytest.CaptureFixture[str]) -> None:
+def test_launch_gives_each_process_its_index(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(3, python(HELLO)) == 0
     assert sorted(capfd.readouterr().out.splitlines()) == [f"[{n}] hello {n} of 3" for n in range(3)]
 
@@ -77,7 +77,7 @@ def test_launch_passes_ctrl_c_on_once_to_each() -> None:
     assert launched.returncode == 130
 
 
-def test_launch_of_nothing_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_of_an_invalid_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "-n", "0", "--", "stepc"]) == 2
     assert main(["launch", "-n", "2"]) == 2
     assert main(["launch", "-n", "2", "--", "no-such-command"]) == 2
@@ -90,7 +90,7 @@ def test_train_on_two_processes_has_the_losses_of_one(tmp_path: Path, capfd: pyt
     assert launch(2, ["stepc", "train", *SMALL, *TEXT, "--devices=2", f"--out={tmp_path / 'two'}"]) == 0
     shown = capfd.readouterr().out
     assert "[0] compile(" in shown or "[0] skip_nonfinite(" in shown
-    # What is shown, process 0 shows: the other has only what libraries write.
+    # Only process 0 prints; the other has only what libraries write.
     assert not [
         line for line in shown.splitlines() if line.startswith("[1] ") and "Gloo" not in line and line != "[1] "
     ]
@@ -101,7 +101,7 @@ def test_train_on_two_processes_has_the_losses_of_one(tmp_path: Path, capfd: pyt
 
 
 def test_mistake_of_one_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "loss.png").write_text("of another run")  # process 0 alone looks there
+    (tmp_path / "loss.png").write_text("of another run")  # only process 0 looks there
     assert launch(2, ["stepc", "train", *SMALL, *TEXT, f"--out={tmp_path}"]) == 1
     shown = capfd.readouterr().out
     assert "[0] stepc: ConfigError: " in shown and "holds no run of" in shown

@@ -1,4 +1,4 @@
-"""Bad data: 19 to 33."""
+"""Bad data: rows 19 to 33 of the catalogue of faults."""
 
 import threading
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def test_retry_reads_again_at_the_same_place(prefetch: int) -> None:
 
 
 class Forgetful:
-    """An iterator that loses a batch where it fails, as some loaders do."""
+    """An iterator that loses the batch on which it fails, as some loaders do."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -83,7 +83,7 @@ def test_read_that_fails_for_ever_is_bounded(policy: Any, prefetch: int) -> None
 
 @fault("21", "a generator that raises, under skip and retry", "DataError that says so, never a normal end")
 @pytest.mark.parametrize("policy", ["skip", sc.Retry(2, wait_seconds=0)])
-def test_dead_generator_is_no_end(policy: Any) -> None:
+def test_generator_that_raises_is_an_error(policy: Any) -> None:
     with pytest.raises(sc.DataError, match="A generator cannot continue after it raises") as raised:
         run_on(iterate(FaultPlan({4: "read"}).batches(8)), on_error={"data": policy})
     assert isinstance(raised.value.__cause__, OSError)
@@ -174,9 +174,9 @@ def masked(number: int, rows: int = 8) -> dict[str, np.ndarray]:
     return {**batch_of(number, rows=rows), "mask": np.ones(rows, np.float32)}
 
 
-@fault("26", 'a short last batch, short_batches="pad"', "as padded by hand, bitwise; one trace")
+@fault("26", 'a short last batch, short_batches="pad"', "bitwise as padded by hand; one trace")
 @pytest.mark.parametrize("on_devices", [False, True])
-def test_short_batch_can_be_filled_up(on_devices: bool) -> None:
+def test_short_batch_can_be_padded(on_devices: bool) -> None:
     step = sc.compile(sc.update(optax.adam(0.05)) @ sc.grad(masked_loss))
     batches = [masked(1), masked(2), masked(3, rows=5)]
     given = jax.tree.map(jnp.asarray, batches) if on_devices else batches
@@ -188,13 +188,13 @@ def test_short_batch_can_be_filled_up(on_devices: bool) -> None:
         state, metrics = step(state, batch)
     assert digest(run.state) == digest(state)
     assert run.metrics["loss"] == float(metrics["loss"])
-    # Of the five rows that are there, and of no other: the sums are taken in another order.
+    # The loss is that of the five real rows; without padding it is summed in another order.
     state, metrics = step(sc.run(step, step.init({"w": np.zeros(3, np.float32)}), batches[:2]).state, batches[2])
     assert abs(run.metrics["loss"] - float(metrics["loss"])) <= 1e-6 * run.metrics["loss"]
 
 
 @fault("26", 'short_batches="pad", batches without a mask; a step that repeats', "refused, with what to write")
-def test_filling_up_needs_a_mask_and_rows_on_the_first_axis() -> None:
+def test_padding_needs_a_mask_and_rows_on_the_first_axis() -> None:
     with pytest.raises(sc.DataError) as raised:
         run_on([batch_of(1)], short_batches="pad")
     assert isinstance(raised.value.__cause__, sc.BatchError)
@@ -205,17 +205,17 @@ def test_filling_up_needs_a_mask_and_rows_on_the_first_axis() -> None:
 
 
 @fault("28", "an int64 that int32 cannot hold, in a later batch", "DataError with the range; smaller ones are taken")
-def test_large_number_is_refused() -> None:
+def test_integer_that_jax_would_truncate_is_refused() -> None:
     fits = {**batch_of(1), "n": np.arange(4)}
     with pytest.raises(sc.DataError, match="from 0 to 1099511627776"):
         run_on([fits, {**fits, "n": np.array([0, 1, 2, 2**40])}])
     assert run_on([fits]).steps == 1
 
 
-@fault("30", "a loader that uses its buffer again", "bitwise as with new arrays, windows 0, 2 and 8")
+@fault("30", "a loader that reuses its buffer", "bitwise as with new arrays, windows 0, 2 and 8")
 @pytest.mark.parametrize("window", [0, 2, 8])
 @pytest.mark.parametrize("prefetch", [0, 4])
-def test_buffer_that_is_used_again_changes_nothing(window: int, prefetch: int) -> None:
+def test_loader_that_reuses_its_buffer_changes_nothing(window: int, prefetch: int) -> None:
     def one_buffer() -> Iterator[Any]:
         buffer = batch_of(1)
         for number in range(1, 21):
@@ -228,14 +228,14 @@ def test_buffer_that_is_used_again_changes_nothing(window: int, prefetch: int) -
 
 
 @fault("32", "a loader whose thread ends by an exception", "DataError, not a hang; no thread of ours is left")
-def test_loader_that_dies_in_its_thread_is_no_hang() -> None:
+def test_loader_that_raises_in_its_thread_does_not_hang() -> None:
     with pytest.raises(sc.DataError):
         run_on(iterate(FaultPlan({3: "read"}).batches(8)), prefetch=2)
     wait_until(lambda: "stepc-data" not in [one.name for one in threading.enumerate()])
 
 
 @fault("33", "data without get_state, with checkpoints", "works; event resume_not_exact; or ConfigError if asked for")
-def test_data_without_a_position_is_told(tmp_path: Any) -> None:
+def test_data_without_a_position_is_logged(tmp_path: Any) -> None:
     logger = Remembering()
     run = run_on([batch_of(1)], checkpoint=sc.Checkpoints(tmp_path, every=5), loggers=[logger])
     assert run.steps == 1

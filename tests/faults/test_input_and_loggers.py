@@ -1,4 +1,4 @@
-"""Bad input: 1 to 11. Loggers: 82 to 89."""
+"""Bad input: rows 1 to 11. Loggers: rows 82 to 89."""
 
 import contextlib
 import json
@@ -59,7 +59,7 @@ def test_state_is_checked_and_copied() -> None:
         sc.run(step(), state, [batch_of(1)])
 
 
-@fault("3", "the same buffer twice in the state, in the parameters", "copied apart: both are trained; told with bytes")
+@fault("3", "the same buffer twice in the state, in the parameters", "copied: both are trained; logged with bytes")
 def test_tied_leaves_are_copied_apart(caplog: pytest.LogCaptureFixture) -> None:
     tied, logger = jax.numpy.ones(3), Remembering()
 
@@ -111,7 +111,7 @@ def test_logger_that_fails_changes_nothing() -> None:
 
 
 @fault("83", "a logger that takes 0.6 s, twice", "event slow_logger once, with seconds; all its time in log_seconds")
-def test_slow_logger_is_told_of() -> None:
+def test_slow_logger_is_logged() -> None:
     class Slow(Remembering):
         def log(self, metrics: Any, step: int) -> None:
             time.sleep(0.6 if step in (3, 5) else 0)
@@ -129,7 +129,7 @@ def test_slow_logger_is_told_of() -> None:
 
 @fault("84", "a logger that raises KeyboardInterrupt or SystemExit", "it passes through")
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_exit_of_a_logger_passes_through(kind: Any) -> None:
+def test_exit_from_a_logger_passes_through(kind: Any) -> None:
     class Leaving(Remembering):
         def log(self, metrics: Any, step: int) -> None:
             raise kind
@@ -170,8 +170,8 @@ def test_error_that_cannot_be_logged_is_raised() -> None:
         sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), loggers=[Mute()])
 
 
-@fault("89", "a metric that is no scalar; no loss", "BuildError at step 1 that names them")
-def test_metrics_that_are_no_scalars_are_refused() -> None:
+@fault("89", "a metric that is not a scalar; no loss", "BuildError at step 1 that names them")
+def test_metrics_that_are_not_scalars_are_refused() -> None:
     def odd(state: Any, batch: Any) -> Any:
         return state, {"norms": batch["x"].sum(0)}
 
@@ -180,7 +180,7 @@ def test_metrics_that_are_no_scalars_are_refused() -> None:
     assert raised.value.step == 1
 
 
-@fault("87", "a terminal that is gone (EPIPE)", "results bitwise as without; told; it is quiet from then on")
+@fault("87", "a terminal that is gone (EPIPE)", "results bitwise as without; logged; it prints nothing from then on")
 @pytest.mark.parametrize("is_bar", [True, False])
 def test_closed_terminal_changes_nothing(is_bar: bool, caplog: pytest.LogCaptureFixture) -> None:
     reads, writes = os.pipe()
@@ -195,7 +195,7 @@ def test_closed_terminal_changes_nothing(is_bar: bool, caplog: pytest.LogCapture
 
 
 @fault("89", "names of metrics that change between steps", "event metrics_changed: which are gone, which are new")
-def test_metrics_that_change_their_names_are_told_of() -> None:
+def test_metrics_that_change_their_names_are_logged() -> None:
     def changing(state: Any, batch: Any) -> Any:
         state, metrics = step()(state, batch)
         return state, metrics if int(batch["n"][0]) != 3 else {"loss": metrics["loss"], "extra": metrics["loss"]}

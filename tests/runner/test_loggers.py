@@ -1,4 +1,4 @@
-"""The loggers: what they write, where, and what they leave behind."""
+"""The loggers: what they write, and what remains after a resume."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def test_console_paused_leaves_the_pause_out() -> None:
     assert "500 tokens/s  0:02:58 left" in written.getvalue()
 
 
-def test_console_no_terminal_prints_now_and_then() -> None:
+def test_console_no_terminal_prints_every_ten_seconds() -> None:
     clock = Clock()
     console, written = plain(clock)
     for step in range(1, 101):
@@ -152,7 +152,7 @@ def test_jsonl_metric_called_step_raises(tmp_path: Path) -> None:
         logger.log({"loss": 1.0, "step": 2.0}, 1)
 
 
-def test_loggers_in_a_run_are_told_the_same(tmp_path: Path) -> None:
+def test_loggers_of_a_run_get_the_same_steps(tmp_path: Path) -> None:
     def loss(params: dict[str, jnp.ndarray], batch: dict[str, jnp.ndarray]) -> jnp.ndarray:
         return jnp.square(params["w"] - batch["x"]).mean()
 
@@ -231,7 +231,7 @@ class Events(list[tuple[str, Mapping[str, str]]]):
         self.append((name, facts))
 
 
-def test_header_tells_versions_pipeline_mesh_and_plan_and_costs_no_trace() -> None:
+def test_start_event_names_versions_pipeline_mesh_and_plan_without_a_trace() -> None:
     events = Events()
     step = sc.compile(
         sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
@@ -248,7 +248,7 @@ def test_header_tells_versions_pipeline_mesh_and_plan_and_costs_no_trace() -> No
     assert step.traces == 1
 
 
-def test_batches_that_are_read_ahead_are_put_on_the_devices_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_read_ahead_are_placed_by_the_reading_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     step = sc.compile(
         sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
@@ -332,7 +332,7 @@ def test_profile_of_some_steps_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_console_without_steps_or_tokens_tells_steps_and_events() -> None:
+def test_console_without_steps_or_tokens_shows_steps_and_events() -> None:
     clock, written = Clock(), io.StringIO()
     console = sc.Console(terminal=Terminal(file=written, force_terminal=False, width=60), clock=clock)
     console.log({"loss": 2.0}, 1)
