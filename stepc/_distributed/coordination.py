@@ -59,10 +59,10 @@ class KeyValueStore:
     num: int
     _counts: Counter[str] = field(default_factory=Counter)
 
-    def put(self, key: str, text: str, *, again: bool = False) -> bool:
-        """Write a text; whether it was written. An existing one is kept, unless `again` overwrites it."""
+    def put(self, key: str, text: str, *, overwrite: bool = False) -> bool:
+        """Write a text; whether it was written. An existing one is kept, unless told to overwrite it."""
         try:
-            self.client.key_value_set(key, text, again)
+            self.client.key_value_set(key, text, overwrite)
         except jax.errors.JaxRuntimeError:  # the key exists, or the store is gone
             return False
         return True

@@ -24,16 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import process_allgather
 
-from stepc._language.state import leaves_by_path
+from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, with_key_type
 from stepc._runner.checkpoint import RestoredCheckpoint
-from stepc._runner.data import (
-    DataFingerprint,
-    decode_position,
-    encode_position,
-    is_key,
-    key_data,
-    leaf_crc32,
-)
+from stepc._runner.data import DataFingerprint, decode_position, encode_position
 from stepc._runner.multihost import GroupCommit
 from stepc._runner.pending import copy_state
 from stepc.errors import CheckpointError, ResumeError
@@ -271,7 +264,9 @@ class CheckpointStore:
             if (found := _saved_crc32(array)) != saved:
                 raise CheckpointError(f"the CRC-32 of {path} is {found:08x}, and {saved:08x} was saved")
         likes, structure = jax.tree.flatten(target)
-        return copy_state(structure.unflatten([_like(array, like) for array, like in zip(arrays, likes, strict=True)]))
+        return copy_state(
+            structure.unflatten([with_key_type(array, like) for array, like in zip(arrays, likes, strict=True)])
+        )
 
     def _failure(self, error: Exception, step: int) -> CheckpointError:
         exists = self.directory.is_dir()
@@ -332,17 +327,13 @@ def _check_fits(meta: Mapping[str, Any], target: Any) -> None:  # Any: a state
 def _described(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a state
     """Path, shape, dtype and, for typed keys, implementation of each leaf."""
     return [
-        (path, list(leaf.shape), str(leaf.dtype), f" {jax.random.key_impl(leaf)}" if is_key(leaf) else "")
+        (path, list(leaf.shape), str(leaf.dtype), f" {jax.random.key_impl(leaf)}" if is_typed_key(leaf) else "")
         for path, leaf in leaves_by_path(state)
     ]
 
 
 def _arrays(state: Any) -> list[jax.Array]:  # Any: a state
     return [key_data(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def _like(array: jax.Array, like: Any) -> jax.Array:  # Any: an array, or typed keys
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if is_key(like) else array
 
 
 def _names(leaves: list[jax.Array]) -> list[str]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from stepc._language.kinds import Batch
 from stepc._language.padding import pad_batch
-from stepc._language.state import leaves_by_path
+from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path
 from stepc.errors import BatchError, CheckpointError, DataError, ResumeError
 
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is over
@@ -414,7 +414,7 @@ def _not_numeric(batch: Batch) -> list[tuple[str, str]]:
         location, shape, dtype = _described(leaf)
         if location not in ("host", "device"):
             found.append((name, f"expected a numpy or jax array, got {type(leaf).__name__}"))
-        elif not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_ or is_key(leaf)):
+        elif not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_ or is_typed_key(leaf)):
             found.append((name, f"expected numbers, got {dtype}{list(shape)}"))
         elif shape[:1] == (0,):
             found.append((name, f"expected at least one row, got {dtype}{list(shape)}"))
@@ -544,18 +544,3 @@ def _batch_crc32(batch: Batch) -> int:
         array = np.asarray(key_data(leaf))
         found = leaf_crc32(array, zlib.crc32(f"{path} {array.dtype}{array.shape}".encode(), found))
     return found
-
-
-def leaf_crc32(leaf: Any, crc32: int = 0) -> int:  # Any: an array
-    """The CRC-32 of the bytes of an array, continued from another."""
-    return zlib.crc32(np.asarray(leaf).tobytes(), crc32)
-
-
-def is_key(leaf: Any) -> bool:  # Any: an array
-    """Whether an array holds typed keys."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def key_data(leaf: Any) -> Any:  # Any: an array
-    """The array itself; of typed keys, which numpy cannot read, their numbers."""
-    return jax.random.key_data(leaf) if is_key(leaf) else leaf

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepc._distributed.coordination import FailureBroadcast, FailureCause, KeyValueStore, listen, poll, poll_digest
-from stepc._language.state import leaves_by_path
-from stepc._runner.data import BatchSpec, DataItem, DataReader, EndOfData, Read, ReadFailure, key_data
+from stepc._language.state import key_data, leaves_by_path
+from stepc._runner.data import BatchSpec, DataItem, DataReader, EndOfData, Read, ReadFailure
 from stepc._runner.signals import SignalWatch
 from stepc.errors import (
     BatchError,
@@ -398,7 +398,7 @@ class Heartbeat:
         while True:
             self._num += 1
             record = HeartbeatRecord(self._num, self.step, self.phase, time.monotonic() - self._since)
-            self.store.put(f"{self.prefix}/{self.store.me}", json.dumps(record), again=True)
+            self.store.put(f"{self.prefix}/{self.store.me}", json.dumps(record), overwrite=True)
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
 
