@@ -44,6 +44,8 @@ from stepc._language.transforms.scale import scale as scale
 from stepc._language.transforms.shard import shard as shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from stepc._language.transforms.update import update as update
+from stepc._runner.callbacks import Eval as Eval
+from stepc._runner.callbacks import Profile as Profile
 from stepc._runner.checkpoint import Checkpoints as Checkpoints
 from stepc._runner.loggers.console import Console as Console
 from stepc._runner.loggers.files import CSV as CSV
@@ -54,8 +56,11 @@ from stepc._runner.policies import Raise as Raise
 from stepc._runner.policies import Retry as Retry
 from stepc._runner.policies import Rollback as Rollback
 from stepc._runner.policies import Skip as Skip
+from stepc._runner.run import Buffers as Buffers
+from stepc._runner.run import Data as Data
 from stepc._runner.run import run as run
 from stepc._runner.trainer import Run as Run
+from stepc._runner.watchdog import Watchdog as Watchdog
 from stepc.errors import BatchError as BatchError
 from stepc.errors import BudgetError as BudgetError
 from stepc.errors import BuildError as BuildError
@@ -72,6 +77,7 @@ from stepc.errors import NonFiniteError as NonFiniteError
 from stepc.errors import PeerError as PeerError
 from stepc.errors import PipelineTypeError as PipelineTypeError
 from stepc.errors import Preempted as Preempted
+from stepc.errors import RejectedError as RejectedError
 from stepc.errors import ResumeError as ResumeError
 from stepc.errors import ShardingError as ShardingError
 from stepc.errors import StepcError as StepcError

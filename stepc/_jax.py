@@ -1,4 +1,4 @@
-"""The names of jax that are not public, or that it may move: all that are used, each with what is done without it."""
+"""The private names of jax that stepc uses, all in this file, each with a fallback or a clear error if jax moves it."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,21 +8,21 @@ from stepc.errors import ConfigError
 
 try:
     from jax.interpreters.partial_eval import dce_jaxpr as dce_jaxpr
-except ImportError:  # moved: then every equation is taken to need all of its inputs
+except ImportError:  # fallback: assume that every equation needs all of its inputs
     dce_jaxpr = None
 try:
     from jax._src import distributed, xla_bridge
-except ImportError:  # moved: then this jax cannot train on many processes, and says so when it is asked to
+except ImportError:  # error: `membership` says that this jax cannot train on several processes
     distributed = xla_bridge = None
 try:
     from jaxlib._jax import make_gloo_tcp_collectives
-except ImportError:  # moved: then the processes of one machine cannot be kept to it
+except ImportError:  # error: `bind_cpu_collectives` says that this jax cannot choose an address
     make_gloo_tcp_collectives = None
 
 
 @runtime_checkable
 class Client(Protocol):
-    """The store of texts that all processes of a job see, kept by process 0. What fails raises JaxRuntimeError."""
+    """The key-value store that process 0 serves to all processes of a job. Whatever fails raises JaxRuntimeError."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
 
@@ -32,37 +32,37 @@ class Client(Protocol):
 
 
 def membership() -> tuple[Client, int, int] | None:
-    """The store, the number of this process and how many there are; None before the processes have found each other.
+    """The client, the index of this process and the number of processes; None before `init_distributed`.
 
     Errors: ConfigError if this jax keeps them elsewhere.
     """
     if distributed is None:
-        raise _moved("jax._src.distributed", "many processes")
+        raise _moved("jax._src.distributed", "several processes")
     state = distributed.global_state
     return None if state.client is None else (state.client, state.process_id, state.num_processes)
 
 
-def has_started() -> bool:
-    """Whether jax has looked for its devices already: then processes can no longer join. False if it cannot be told."""
+def backends_are_initialized() -> bool:
+    """Whether jax has listed its devices; processes can no longer join then. False if this jax cannot tell."""
     return xla_bridge is not None and xla_bridge.backends_are_initialized()
 
 
-def keep_on(host: str) -> None:
-    """Let the collectives of CPUs listen on this address alone. jax has no option for it: by default it asks DNS.
+def bind_cpu_collectives(host: str) -> None:
+    """Let the CPU collectives listen on this address alone. jax has no option for it: by default it resolves a name.
 
     Errors: ConfigError if this jax makes them elsewhere.
     """
     joined = membership()
     if joined is None or xla_bridge is None or make_gloo_tcp_collectives is None:
         raise _moved("jaxlib._jax.make_gloo_tcp_collectives", "an address to listen on")
-    client, make, gloo = joined[0], xla_bridge.make_cpu_client, make_gloo_tcp_collectives
+    client, make_client, make_gloo = joined[0], xla_bridge.make_cpu_client, make_gloo_tcp_collectives
     backend.register_backend_factory(
         "cpu",
-        lambda: make(collectives=gloo(distributed_client=client, hostname=host)),
+        lambda: make_client(collectives=make_gloo(distributed_client=client, hostname=host)),
         priority=0,
         fail_quietly=False,
     )
 
 
-def _moved(name: str, what: str) -> ConfigError:
-    return ConfigError(f"This jax has no `{name}`, which stepc needs for {what}; jax 0.10.2 has it.")
+def _moved(name: str, purpose: str) -> ConfigError:
+    return ConfigError(f"This jax has no `{name}`, which stepc needs for {purpose}; jax 0.10.2 has it.")

@@ -1,45 +1,65 @@
 """The errors that stepc raises, and the form of their messages.
 
-    StepcError                    has .suggestion; each class below is also the builtin that it resembles
-    ├── PipelineTypeError         TypeError          two neighbours of `@` do not meet
-    ├── FieldTypeError            TypeError          a transform was given a field of the wrong type
-    ├── FieldValueError           ValueError         a transform was given a field of the wrong value
-    ├── ConfigError               ValueError         compile, init or run was asked for something impossible
-    ├── LossError                 ValueError         a loss does not return what a loss returns
-    ├── BatchError                ValueError         a batch cannot be split as the pipeline asks
-    ├── ShardingError             ValueError         the pipeline and the mesh do not fit
-    ├── EquivalenceError          AssertionError     a compiled step and its reference differ
-    ├── BudgetError               AssertionError     a program does not keep what was promised of it
-    ├── StepError                 RuntimeError       a step failed while `run` was running it
-    │   ├── DataError                                the data failed
-    │   ├── BuildError                               the step could not be traced or compiled
-    │   ├── NonFiniteError                           a loss or a gradient is not finite
-    │   └── DeviceError                              the program failed while it ran
-    ├── CheckpointError           OSError            a checkpoint cannot be written, or the one asked for not read
-    ├── ResumeError               ValueError         what was saved does not fit what is to go on
-    ├── PeerError                 ConnectionError    another process of the same job failed, or is gone
-    ├── Interrupted               KeyboardInterrupt  Ctrl-C, at a step boundary, with a live state
-    └── Preempted                 SystemExit         SIGTERM, at a step boundary; exit code 143
+    Exception
+    └── StepcError                    `.suggestion`; each class below is also the builtin that it resembles
+        ├── PipelineTypeError         TypeError          two neighbours of `@` do not meet
+        ├── FieldTypeError            TypeError          a field or an argument has the wrong type
+        ├── FieldValueError           ValueError         a field of a transform has the wrong value
+        ├── ConfigError               ValueError         `compile`, `init` or `run` is asked for something impossible
+        ├── LossError                 ValueError         a loss does not return what a loss returns
+        ├── BatchError                ValueError         a batch cannot be split as the pipeline asks
+        ├── ShardingError             ValueError         the pipeline and the mesh do not fit
+        ├── EquivalenceError          AssertionError     a compiled step and its reference differ
+        ├── BudgetError               AssertionError     a program breaks its budget
+        ├── StepError                 RuntimeError       a step failed in `run`
+        │   ├── DataError                                the data failed
+        │   ├── BuildError                               the step could not be traced or compiled
+        │   ├── NonFiniteError                           the loss or the gradient is not finite
+        │   ├── RejectedError                            `reject_if` refused a step
+        │   └── DeviceError                              the program failed while it ran
+        ├── CheckpointError           OSError            a checkpoint cannot be written or read
+        ├── ResumeError               ValueError         a checkpoint does not fit the run that resumes from it
+        └── PeerError                 ConnectionError    another process of the job failed or is gone
 
-`StepcError` itself is a `BaseException`, so that `except Exception` takes what resembles an `Exception`
-and leaves `Interrupted` and `Preempted` alone, as Python does with its own.
+    KeyboardInterrupt
+    └── Interrupted                                      Ctrl-C, at a step boundary, with a live state
+
+    SystemExit
+    └── Preempted                                        SIGTERM, at a step boundary; exit code 143
+
+`Interrupted` and `Preempted` are exits, not errors: neither `except StepcError` nor `except Exception` catches them,
+so a loop that retries after errors still ends on Ctrl-C and on SIGTERM.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 # Facts are rows of (label, value); they are printed aligned.
 Facts = Sequence[tuple[str, str]]
 
 
-class StepcError(BaseException):
+@runtime_checkable
+class RunRecord(Protocol):
+    """What an error or an exit keeps of the run that it ended: a `stepc.Run`."""
+
+    state: Any  # Any: a state, whatever it is made of; None where it is lost
+    steps: int
+    ended: str
+    metrics: dict[str, float]
+    failures: dict[str, int]
+    skipped: int
+    rollbacks: int
+
+
+class StepcError(Exception):
     """The root of every error that stepc raises.
 
     Args:
-      what: what is wrong, in the user's transforms; one sentence.
-      where: the piece of the user's source it is about, with a caret if that helps.
+      what: what is wrong, in the user's words; one sentence.
+      where: the piece of the user's source that it is about, with a caret where that helps.
       facts: aligned rows, (label, value).
-      suggestion: what to write instead, only if it is certain.
+      suggestion: what to write instead, only where that is certain.
     """
 
     def __init__(self, what: str, *, where: str = "", facts: Facts = (), suggestion: str | None = None) -> None:
@@ -53,15 +73,15 @@ class PipelineTypeError(StepcError, TypeError):
 
 
 class FieldTypeError(StepcError, TypeError):
-    """A transform was given a field of the wrong type."""
+    """A field of a transform, or an argument of a function, has the wrong type."""
 
 
 class FieldValueError(StepcError, ValueError):
-    """A transform was given a field of the right type and the wrong value."""
+    """A field of a transform has the right type and the wrong value."""
 
 
 class ConfigError(StepcError, ValueError):
-    """`compile`, `init`, a step or `run` was asked for something that cannot be."""
+    """`compile`, `init`, a step or `run` is asked for something impossible."""
 
 
 class LossError(StepcError, ValueError):
@@ -73,7 +93,7 @@ class BatchError(StepcError, ValueError):
 
 
 class ShardingError(StepcError, ValueError):
-    """The pipeline names mesh axes that the mesh does not have, or names one twice."""
+    """The pipeline and the mesh do not fit: an axis is missing, named twice, or does not divide a size."""
 
 
 class EquivalenceError(StepcError, AssertionError):
@@ -81,7 +101,7 @@ class EquivalenceError(StepcError, AssertionError):
 
 
 class BudgetError(StepcError, AssertionError):
-    """A compiled program does not keep what was promised of it. `.broken` names the promises."""
+    """A compiled program breaks its budget. `.broken` names the limits that it breaks."""
 
     def __init__(self, what: str, *, where: str, broken: tuple[str, ...], suggestion: str | None = None) -> None:
         self.broken = broken
@@ -92,12 +112,14 @@ class StepError(StepcError, RuntimeError):
     """A step failed in `run`; the original exception, if there is one, is `__cause__`.
 
     Args:
-      phase: what the runner was doing: "data", "build", "dispatch", "settle", "bad", "eval", "hook" or "log".
+      phase: what `run` was doing: "data", "build", "dispatch", "wait", "reject_if", "compare", "eval", "hook" or "log".
       step: the number of the step that failed, counted from 1.
-      state_ok: whether the state is as it was before the step: a failure inside the program destroys the donated one.
+      state_ok: whether the state is as it was before the step. A failure inside the program destroys the donated state.
       facts: further rows for the message.
     `.run` is the `Run` so far; its state is the last good one that exists, or None.
     """
+
+    state_lost = "lost: it was donated to the failed step"
 
     def __init__(
         self,
@@ -112,12 +134,10 @@ class StepError(StepcError, RuntimeError):
         self.phase = phase
         self.step = step
         self.state_ok = state_ok
-        self.run: object = None
-        alive = "alive, as it was before the step" if state_ok else self.state_lost
-        rows = (("step", str(step)), ("phase", phase), ("state", alive), *facts)
+        self.run: RunRecord | None = None
+        state = "alive, unchanged by the failed step" if state_ok else self.state_lost
+        rows = (("step", str(step)), ("phase", phase), ("state", state), *facts)
         super().__init__(what, facts=rows, suggestion=suggestion)
-
-    state_lost = "lost: it was donated to the failed step"
 
 
 class DataError(StepError):
@@ -129,9 +149,15 @@ class BuildError(StepError):
 
 
 class NonFiniteError(StepError):
-    """A loss or a gradient is not finite, or `run`'s `bad` does not want what is."""
+    """The loss or the gradient of a step is not finite."""
 
-    state_lost = "holds what the step made of it"
+    state_lost = "overwritten by the failed step"
+
+
+class RejectedError(StepError):
+    """A step is finite, and the user's own `reject_if` refused it."""
+
+    state_lost = "overwritten by the rejected step"
 
 
 class DeviceError(StepError):
@@ -142,19 +168,19 @@ class CheckpointError(StepcError, OSError):
     """A checkpoint cannot be written, or the one that was asked for cannot be read.
 
     Args:
-      step: the step that is not saved, or not read; None before the first.
+      step: the step of that checkpoint; None before the first.
     """
 
     def __init__(self, what: str, *, step: int | None = None, facts: Facts = (), suggestion: str | None = None) -> None:
         self.phase = "save"
         self.step = step
         self.state_ok = True
-        self.run: object = None
+        self.run: RunRecord | None = None
         super().__init__(what, facts=facts, suggestion=suggestion)
 
 
 class ResumeError(StepcError, ValueError):
-    """What was saved does not fit what is to go on, or none of it can be read."""
+    """A checkpoint does not fit the run that resumes from it, or none can be read."""
 
     def __init__(self, what: str, *, facts: Facts = (), suggestion: str | None = None) -> None:
         self.phase = "restore"
@@ -163,13 +189,13 @@ class ResumeError(StepcError, ValueError):
 
 
 class PeerError(StepcError, ConnectionError):
-    """Another process of the same job failed, went away, or does not agree; the job cannot go on without it.
+    """Another process of the job failed, is gone or disagrees; the job cannot go on without it.
 
     Args:
-      process: its number, if it is known.
+      process: its number, if known.
       step: the step it was at, counted from 1.
       phase: what it was doing.
-    `.run` is the `Run` so far; its state is None where a failed collective took it.
+    `.run` is the `Run` so far; its state is None where a failed collective destroyed it.
     """
 
     def __init__(
@@ -186,7 +212,7 @@ class PeerError(StepcError, ConnectionError):
         self.step = step
         self.phase = phase
         self.state_ok = False
-        self.run: object = None
+        self.run: RunRecord | None = None
         rows = (
             ("process", "unknown" if process is None else str(process)),
             ("step", "unknown" if step is None else str(step)),
@@ -195,18 +221,18 @@ class PeerError(StepcError, ConnectionError):
         super().__init__(what, facts=(*rows, *facts), suggestion=suggestion)
 
 
-class Interrupted(StepcError, KeyboardInterrupt):
-    """Ctrl-C: the loop left at a step boundary. `.run` is the finished part, with a live state."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: `run` ended at a step boundary. `.run` is the finished part, with a live state."""
 
-    def __init__(self, what: str, *, run: object) -> None:
+    def __init__(self, what: str, *, run: RunRecord) -> None:
         self.run = run
         super().__init__(what)
 
 
-class Preempted(StepcError, SystemExit):
-    """SIGTERM: the loop left at a step boundary. `.run` is the finished part; the exit code is 143."""
+class Preempted(SystemExit):
+    """SIGTERM: `run` ended at a step boundary. `.run` is the finished part; the exit code is 143."""
 
-    def __init__(self, what: str, *, run: object) -> None:
+    def __init__(self, what: str, *, run: RunRecord) -> None:
         self.run = run
         super().__init__(what)
         self.code = 143  # 128 + SIGTERM, as a shell reports it
@@ -221,13 +247,13 @@ def faults_in_one(faults: Sequence[str], *, of: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is closest to `name`, as a question, if one is close."""
+    """A question that names the known name closest to `name`, if one is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"Did you mean {close[0]!r}?" if close else None
 
 
 def caret(code: str, marked: str, site: str) -> str:
-    """`code` with carets under its first `marked`, and the file and line at the end."""
+    """`code` with carets under the first `marked`, and the file and line at the end."""
     start = code.index(marked)
     under = " " * start + "^" * len(marked)
     return f"{code}\n{under.ljust(len(code))}    ({site})"

@@ -28,9 +28,11 @@ DOORS = (
     "stepc._language.reference",
     "stepc._language.sharding",
     "stepc._language.transforms",
+    "stepc._runner.callbacks",
     "stepc._runner.checkpoint",
     "stepc._runner.policies",
     "stepc._runner.run",
+    "stepc._runner.watchdog",
     "stepc.inspect.budget",
     "stepc.testing.house",
     # hypothesis types `draw` by a protocol that cannot be checked at run time

@@ -124,6 +124,19 @@ def without(module: str, mistake: Callable[[], object]) -> None:
         mistake()
 
 
+class OneWay:
+    """Data that can be gone through once."""
+
+    def __repr__(self) -> str:
+        return "OneWay()"
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+
 def run_on(batch: Any) -> None:
     step = step_on()
     sc.run(step, step.init(probe_params()), [batch])
@@ -385,25 +398,24 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: sc.run(None, None, [], steps=0, on_error="ignore", log_every=True),
     ),
-    "run_data": (sc.ConfigError, lambda: sc.run(step_on(), step_on().init(probe_params()), 5)),
+    "run_data": (sc.FieldTypeError, lambda: sc.run(step_on(), step_on().init(probe_params()), 5)),
     "run_policies": (
         sc.ConfigError,
         lambda: sc.run(
-            step_on(), None, [], window=-1, snapshot_every=0, prefetch=True, place=3, short_batches="stretch",
-            on_error={"disk": "raise", "data": sc.Rollback(), "device": "retyr"}, eval=(0, len, []),
-            hooks=[len], profile=(3, 2, "traces"), checkpoint="runs",
+            step_on(), None, [], on_error={"disk": "raise", "data": sc.Rollback(), "device": "retyr"},
+            eval=(1, len, []), hooks=[len, (0, len)], profile=(2, 3, "traces"), checkpoint="runs", reject_if="loss > 9",
+            watchdog=60, buffers=2, loggers=[print],
         ),
     ),
-    "run_waits": (
-        sc.ConfigError,
-        lambda: sc.run(
-            step_on(), step_on().init(probe_params()), [], watchdog_seconds=60, exit_seconds=30, data_seconds=-1.0
-        ),
-    ),
-    "run_data_seconds": (
-        sc.ConfigError,
-        lambda: sc.run(step_on(), step_on().init(probe_params()), [], data_seconds=60),
-    ),
+    "run_types": (sc.FieldTypeError, lambda: sc.run(step_on(), None, 5, steps=1.5, on_error=3, log_every=True)),
+    "data": (sc.ConfigError, lambda: sc.Data([], prefetch=-1, short_batches="stretch", timeout_seconds=-1.0, place=3)),
+    "data_timeout": (sc.ConfigError, lambda: sc.Data([], timeout_seconds=60)),
+    "data_types": (sc.FieldTypeError, lambda: sc.Data(5, prefetch=True, short_batches=None)),
+    "watchdog": (sc.ConfigError, lambda: sc.Watchdog(-1, max_recompiles=-1, compare_replicas_every=0.5)),
+    "watchdog_exit": (sc.ConfigError, lambda: sc.Watchdog(warn_seconds=60, exit_seconds=30)),
+    "eval": (sc.ConfigError, lambda: sc.Eval(0, "loss", OneWay())),
+    "profile": (sc.ConfigError, lambda: sc.Profile(3, 2, None)),
+    "buffers": (sc.ConfigError, lambda: sc.Buffers(-1, 0, donate_state="yes")),
     "run_exact_resume": (
         sc.ConfigError,
         lambda: sc.run(
@@ -586,5 +598,11 @@ def test_every_error_is_under_stepc_error_and_resembles_a_builtin() -> None:
     for kind in classes:
         builtins = [base for base in kind.__mro__ if base.__module__ == "builtins"]
         assert kind is sc.StepcError or set(builtins) - {Exception, BaseException, object}, kind
-    assert not issubclass(sc.StepcError, Exception)
-    assert not issubclass(sc.Interrupted, Exception)
+    assert issubclass(sc.StepcError, Exception)
+
+
+def test_exits_are_not_errors() -> None:
+    for exit_, builtin in ((sc.Interrupted, KeyboardInterrupt), (sc.Preempted, SystemExit)):
+        assert issubclass(exit_, builtin)
+        assert not issubclass(exit_, sc.StepcError)
+        assert not issubclass(exit_, Exception)

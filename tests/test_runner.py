@@ -101,8 +101,8 @@ def test_failing_logger_never_stops_training_and_is_reported(caplog: pytest.LogC
     assert run.steps == 5
     assert run.logger_failures == {"Failing": 3}
     assert [number for number, _ in logger.told] == [1, 2, 4, 5]
-    assert "the logger Failing failed at step 4: OSError: no space left" in caplog.text
-    assert "the logger Failing failed 3 times in a row: it is left alone" in caplog.text
+    assert "logger Failing failed at step 4: OSError: no space left" in caplog.text
+    assert "logger Failing failed 3 times in a row and is left alone" in caplog.text
 
 
 def test_bad_batch_is_logged_and_raised_with_its_number_and_a_live_state(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,12 @@
-"""A notice board that all processes of a job see: what one writes, the others read. It knows no arrays."""
+"""What the processes of a job tell each other: a key-value store, a poll of small integers, and the failure broadcast.
+
+It knows no arrays but those of the poll. `jax.experimental.multihost_utils` does not replace it, as fault tests show:
+`assert_equal` shows a process its own value and all values concatenated, without names (rows 76 and 77 ask for both
+sides, by path); `process_allgather` waits for the steps that an accelerator has in its queue, and lets gloo's
+ValueError through (73); `reached_preemption_sync_point` hears SIGTERM alone, and agrees on a later step in a thread of
+its own (78: SIGINT and SIGTERM, at the same step; 79: the end of data). `live_devices` waits, as a barrier without a
+timeout, for each process that is alive but stuck (75).
+"""
 
 import atexit
 import json
@@ -8,6 +16,7 @@ import re
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,162 +32,164 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepc._jax import Client, membership
 from stepc.errors import Facts, PeerError
 
-PATIENCE_SECONDS = 300.0  # how long the others may take to come to the same place: they load data, they compile
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # where an object lies in memory: no two processes agree on that
-SHOWN = 8  # how many differences a message lists
+WAIT_SECONDS = 300.0  # how long the others may take to arrive at the same place: they load data, they compile
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # the memory address of an object, which differs between processes
+MAX_SHOWN = 8  # differences listed in a message
+
+GRACE_SECONDS = 1.0  # how long the main thread has to notice a failure: it is between steps, or stuck in a collective
+LINGER_SECONDS = 1.4  # how long process 0, which serves the store, stays so that the others can read it
+LEAVE_SECONDS = 30.0  # how long a program may take to end once `run` has raised
+LISTEN_SECONDS = 86400.0  # the longest single wait for a failure; then the thread waits again
+ENDED = ""  # what a process that ends in order writes to its own key
+
+_LOG = logging.getLogger("stepc")
 
 
-@dataclass(frozen=True, eq=False)  # there is one in a process
+@dataclass(frozen=True, eq=False)  # one per process, compared by identity
 class KeyValueStore:
-    """The store of texts of a job.
+    """Short texts that all processes of a job can write and read.
 
     Args:
-      me: the number of this process.
-      num: how many there are.
+      me: the index of this process.
+      num: the number of processes.
     """
 
     client: Client
     me: int
     num: int
-    _asked: Counter[str] = field(default_factory=Counter)
+    _counts: Counter[str] = field(default_factory=Counter)
 
-    def put(self, key: str, text: str, *, again: bool = False) -> bool:
-        """Write; whether it was written. What is there stays, unless it is to be written `again`."""
+    def put(self, key: str, text: str, *, overwrite: bool = False) -> bool:
+        """Write a text; whether it was written. An existing one is kept, unless told to overwrite it."""
         try:
-            self.client.key_value_set(key, text, again)
-        except jax.errors.JaxRuntimeError:  # it exists, or the store is gone
+            self.client.key_value_set(key, text, overwrite)
+        except jax.errors.JaxRuntimeError:  # the key exists, or the store is gone
             return False
         return True
 
-    def read(self, key: str, *, seconds: float = PATIENCE_SECONDS) -> str | None:
-        """Wait for what another process writes; None if it does not, or the store is gone."""
+    def read(self, key: str, *, seconds: float = WAIT_SECONDS) -> str | None:
+        """Wait for a text; None if it does not come, or the store is gone."""
         try:
             return self.client.blocking_key_value_get(key, int(seconds * 1000))
         except jax.errors.JaxRuntimeError:
             return None
 
     def peek(self, key: str) -> str | None:
-        """What is written, if it is."""
+        """The text, if there is one by now."""
         try:
             return self.client.key_value_try_get(key)
         except jax.errors.JaxRuntimeError:
             return None
 
     def number(self, topic: str) -> int:
-        """How often this was asked for: all processes come to the same places in the same order."""
-        self._asked[topic] += 1
-        return self._asked[topic]
+        """How often this process has asked for this topic. All processes ask in the same order, so keys match."""
+        self._counts[topic] += 1
+        return self._counts[topic]
 
     def differences(self, topic: str, mine: Mapping[str, str], *, among: Sequence[int] | None = None) -> Facts:
-        """Rows of (name, text) for what is not the same on all processes; the same rows on each.
+        """Rows of (name, both values) for what differs between the processes; the same rows on each.
 
         Args:
-          topic: what is compared; all come here for the same topics in the same order.
-          among: the processes that come here; by default all.
-        Errors: PeerError if one does not come.
-        The first of them reads what each wrote and writes what differs: so each text is read once.
+          topic: what is compared; all processes compare the same topics in the same order.
+          among: the processes that take part; by default all.
+        Errors: PeerError if one does not take part in time.
+        The first process reads all values and writes the verdict, so that each value is read once.
         """
-        everyone = list(range(self.num) if among is None else among)
-        place = f"stepc/{topic}/{'-'.join(map(str, everyone))}/{self.number(f'{topic} {everyone}')}"
-        self.put(f"{place}/{self.me}", json.dumps({name: ADDRESS.sub("", text) for name, text in mine.items()}))
-        if self.me == everyone[0]:
-            told = {process: self.read(f"{place}/{process}") for process in everyone}
-            self.put(f"{place}/verdict", json.dumps(_verdict(told)))
-        verdict = self.read(f"{place}/verdict", seconds=PATIENCE_SECONDS * 2)
-        missing, rows = ([everyone[0]], []) if verdict is None else json.loads(verdict)
+        processes = list(range(self.num) if among is None else among)
+        prefix = f"stepc/{topic}/{'-'.join(map(str, processes))}/{self.number(f'{topic} {processes}')}"
+        self.put(f"{prefix}/{self.me}", json.dumps({name: ADDRESS.sub("", text) for name, text in mine.items()}))
+        if self.me == processes[0]:
+            texts = {process: self.read(f"{prefix}/{process}") for process in processes}
+            self.put(f"{prefix}/verdict", json.dumps(_verdict(texts)))
+        verdict = self.read(f"{prefix}/verdict", seconds=WAIT_SECONDS * 2)
+        missing, rows = ([processes[0]], []) if verdict is None else json.loads(verdict)
         if missing:
-            what = f"Process {missing[0]} did not come to compare its {topic} with the others."
+            what = f"Process {missing[0]} did not compare its {topic} with the others in time."
             raise PeerError(what, process=missing[0], phase="compare")
         return tuple((name, text) for name, text in rows)
 
 
-def _verdict(told: Mapping[int, str | None]) -> tuple[list[int], list[tuple[str, str]]]:
-    """Who did not come, and what differs."""
-    missing = [process for process, text in told.items() if text is None]
+def _verdict(texts: Mapping[int, str | None]) -> tuple[list[int], list[tuple[str, str]]]:
+    """The processes that wrote nothing, and what differs."""
+    missing = [process for process, text in texts.items() if text is None]
     if missing:
         return missing, []
-    each = {process: json.loads(text or "") for process, text in told.items()}
-    first, *others = each
+    values = {process: json.loads(text or "") for process, text in texts.items()}
+    first, *others = values
     rows = []
-    for name in dict.fromkeys(name for one in each.values() for name in one):
-        here = each[first].get(name, "nothing")
-        odd = next((process for process in others if each[process].get(name, "nothing") != here), None)
+    for name in dict.fromkeys(name for named in values.values() for name in named):
+        expected = values[first].get(name, "nothing")
+        odd = next((process for process in others if values[process].get(name, "nothing") != expected), None)
         if odd is not None:
-            rows.append((name, f"process {first}: {here}; process {odd}: {each[odd].get(name, 'nothing')}"))
-    left = [("and", f"{len(rows) - SHOWN} more")] if len(rows) > SHOWN else []
-    return [], rows[:SHOWN] + left
-
-
-@cache
-def _board(client: Client, me: int, num: int) -> KeyValueStore:
-    return KeyValueStore(client, me, num)
+            got = values[odd].get(name, "nothing")
+            rows.append((name, f"process {first}: {expected}; process {odd}: {got}"))
+    more = [("and", f"{len(rows) - MAX_SHOWN} more")] if len(rows) > MAX_SHOWN else []
+    return [], rows[:MAX_SHOWN] + more
 
 
 def key_value_store() -> KeyValueStore | None:
-    """The board of this job; None if it has one process."""
+    """The store of this job; None if the job has one process."""
     joined = membership()
-    return None if joined is None or joined[2] == 1 else _board(*joined)
+    return None if joined is None or joined[2] == 1 else _store(*joined)
 
 
-def poll(words: tuple[int, ...], among: tuple[int, ...]) -> np.ndarray:
-    """One row of int32 for each process, in the order of `among`; all of them must call this.
+@cache
+def _store(client: Client, me: int, num: int) -> KeyValueStore:
+    return KeyValueStore(client, me, num)
 
-    Why: what a host alone knows (its data has ended, a signal came) must be known to all before the next step: a
-      process that leaves a step out on its own lets the others wait for ever. On two processes of one machine it takes
-      0.3 ms.
+
+def poll(numbers: tuple[int, ...], among: tuple[int, ...]) -> np.ndarray:
+    """The numbers of every process: one row of int32 each, in the order of `among`. All of them must call this.
+
+    Why: what one host alone knows (its data has ended, a signal came) must be known to all before the next step,
+      since a process that leaves out a step on its own lets the others wait for ever. It takes 0.3 ms on two processes
+      of one machine.
     Errors: PeerError if one of them is gone.
-    It runs on CPU devices where there are any, so that it does not wait for the steps that an accelerator has to do.
+    It runs on CPU devices where there are any, so as not to wait for the steps that an accelerator has in its queue.
     """
-    gathered, mine, shape = _gatherer(among, len(words))
-    row = jax.device_put(np.asarray(words, np.int32)[None], mine)
+    gather, mine, shape = _gather(among, len(numbers))
+    row = jax.device_put(np.asarray(numbers, np.int32)[None], mine)
     try:
-        return np.asarray(gathered(row, shape))
-    except (ValueError, RuntimeError) as error:  # both are met: what gloo raises is a builtin ValueError
+        return np.asarray(gather(row, shape))
+    except (ValueError, RuntimeError) as error:  # gloo raises a builtin ValueError, jax a RuntimeError
         what = f"The processes could not agree: {type(error).__name__}: {error}".partition("\n")[0]
         raise PeerError(what, phase="agree") from error
 
 
+def poll_digest(text: str) -> int:
+    """A number to poll in place of a text: its CRC-32 without the last bit, so that it fits into int32."""
+    return zlib.crc32(text.encode()) >> 1
+
+
 @cache
-def _gatherer(
+def _gather(
     among: tuple[int, ...], length: int
 ) -> tuple[Callable[[jax.Array, tuple[int, int]], jax.Array], Any, tuple[int, int]]:  # Any: a device
-    devices = _devices()
-    firsts = [next(one for one in devices if one.process_index == process) for process in among]
+    try:
+        devices = jax.devices("cpu")
+    except RuntimeError:  # this jax was restricted to an accelerator
+        devices = jax.devices()
+    firsts = [next(device for device in devices if device.process_index == process) for process in among]
     mesh = Mesh(np.asarray(firsts), ("process",))
     rows = NamedSharding(mesh, PartitionSpec("process"))
-    spread = jax.jit(lambda one: one, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    replicate = jax.jit(lambda row: row, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def gathered(row: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        return spread(jax.make_array_from_single_device_arrays(shape, rows, [row]))
+    def gather(row: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        return replicate(jax.make_array_from_single_device_arrays(shape, rows, [row]))
 
-    mine = next(one for one in firsts if one.process_index == jax.process_index())
-    return gathered, mine, (len(among), length)
-
-
-def _devices() -> list[Any]:  # Any: devices; jax has no public type for them
-    try:
-        return jax.devices("cpu")
-    except RuntimeError:  # this jax was told to use an accelerator alone
-        return jax.devices()
-
-
-_LOG = logging.getLogger("stepc")
-GRACE_SECONDS = 1.0  # how long the main thread may take to notice: it is between steps, or stuck in a collective
-HEARD_SECONDS = 1.4  # how long process 0, which keeps the board, stays for the others to read it
-LEAVE_SECONDS = 30.0  # how long a program may take to end, once `run` has told it by an exception
-LISTEN_SECONDS = 86400.0  # then it listens anew
-OVER = ""  # written to its own key by a process that ends in order
+    mine = next(device for device in firsts if device.process_index == jax.process_index())
+    return gather, mine, (len(among), length)
 
 
 @dataclass(frozen=True)
 class FailureCause:
-    """Why the job ends: which process, at which step and in which phase, and the text of its error."""
+    """Why the job ends: which process failed, at which step and in which phase, and the text of its error."""
 
     process: int
     step: int | None
     phase: str
     text: str
-    by: int  # the process that says so
+    by: int  # the process that broadcasts it
 
     def error(self) -> PeerError:
         """What the other processes raise."""
@@ -188,104 +199,114 @@ class FailureCause:
 
 @dataclass
 class FailureBroadcast:
-    """Of one process: hears what the others say, and says what ends this one."""
+    """Lets one failure end all processes: broadcasts that of this process, and listens for those of the others."""
 
-    board: KeyValueStore
+    store: KeyValueStore
     cause: FailureCause | None = None
     exit_code: int | None = None
-    _rung_at: float = 0.0
-    _heard: threading.Event = field(default_factory=threading.Event)
-    _answered: threading.Event = field(default_factory=threading.Event)
-    _is_over: bool = False
+    _failed_at: float = 0.0
+    _received: threading.Event = field(default_factory=threading.Event)
+    _acknowledged: threading.Event = field(default_factory=threading.Event)
+    _has_ended: bool = False
     _thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._listen, name="stepc-alarm", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="stepc-failures", daemon=True)
         self._thread.start()
-        atexit.register(self._leave)
-        self._hook, sys.excepthook = sys.excepthook, self._uncaught
+        atexit.register(self._at_exit)
+        self._excepthook, sys.excepthook = sys.excepthook, self._uncaught
 
-    def ring(self, cause: FailureCause, *, exit_code: int = 1) -> None:
-        """End all processes: the first cause is the one that is told."""
-        self._answered.set()
+    def fail(self, cause: FailureCause, *, exit_code: int = 1) -> None:
+        """End all processes because this one has failed; only its first failure is broadcast."""
+        self._acknowledged.set()
         if self.exit_code is None:
-            self.exit_code, self._rung_at = exit_code, time.monotonic()
-            self.stop(cause)
+            self.exit_code, self._failed_at = exit_code, time.monotonic()
+            self.send(cause)
 
-    def stop(self, cause: FailureCause) -> None:
-        """End all processes, this one too, wherever its main thread is stuck."""
-        for process in range(self.board.num):
-            self.board.put(_key(process), json.dumps(cause.__dict__))
-
-    def heard(self, *, seconds: float = 0.0) -> FailureCause | None:
-        """What ended another process, if one did; waits for so long to hear it."""
-        if self._heard.wait(seconds) or self._heard.is_set():
-            return self.cause
-        return None
-
-    def _listen(self) -> None:
-        told = self._hear()
-        if told in (None, OVER) or self._is_over:
-            return
-        cause = FailureCause(**json.loads(told or ""))
-        if cause.by == self.board.me and self._answered.is_set():
-            return
-        self.cause, self._rung_at = cause, time.monotonic()
-        self._heard.set()
-        _LOG.error("process %d failed at step %s (%s): %s", cause.process, cause.step, cause.phase, cause.text)
-        if cause.by == self.board.me:  # its main thread is stuck, and process 0 keeps the board for the others
-            time.sleep(HEARD_SECONDS if self.board.me == 0 else 0.0)
-        elif self._answered.wait(GRACE_SECONDS):
-            time.sleep(LEAVE_SECONDS)
-        if not self._is_over:
-            self.end(cause)
-
-    def _hear(self) -> str | None:
-        """What is written for this process, however long that takes; None if the board is gone."""
-        while True:
-            began = time.monotonic()
-            told = self.board.read(_key(self.board.me), seconds=LISTEN_SECONDS)
-            if told is not None or time.monotonic() - began < LISTEN_SECONDS / 2:
-                return told
-
-    def end(self, cause: FailureCause) -> None:
-        """End this process alone, now."""
-        _end(f"stepc.errors.PeerError: {cause.error()}\n", self.exit_code or 1)
-
-    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        self._hook(kind, error, trace)
-        self.note(error, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
-
-    def note(self, error: BaseException, *, exit_code: int = 1) -> None:
-        """End all processes for an exception that no `run` has told of."""
+    def fail_uncaught(self, error: BaseException, *, exit_code: int = 1) -> None:
+        """End all processes because of an exception outside `run`."""
         if self.exit_code is None:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
-            self.ring(FailureCause(self.board.me, None, "outside of `run`", text, self.board.me), exit_code=exit_code)
+            cause = FailureCause(self.store.me, None, "outside of `run`", text, self.store.me)
+            self.fail(cause, exit_code=exit_code)
 
-    def _leave(self) -> None:
-        """At the end of the process. atexit calls this before jax's own clean-up, which waits for the others."""
+    def send(self, cause: FailureCause) -> None:
+        """End all processes, this one included, even if its main thread is stuck."""
+        for process in range(self.store.num):
+            self.store.put(_key(process), json.dumps(cause.__dict__))
+
+    def received(self, *, seconds: float = 0.0) -> FailureCause | None:
+        """What another process has failed of, if one did; waits this long for it."""
+        return self.cause if self._received.wait(seconds) else None
+
+    def end_now(self, cause: FailureCause) -> None:
+        """End this process alone, immediately."""
+        _end_process(f"stepc.errors.PeerError: {cause.error()}\n", self.exit_code or 1)
+
+    def _listen(self) -> None:
+        text = self._wait_for_failure()
+        if text in (None, ENDED) or self._has_ended:
+            return
+        cause = FailureCause(**json.loads(text or ""))
+        if cause.by == self.store.me and self._acknowledged.is_set():
+            return
+        self.cause, self._failed_at = cause, time.monotonic()
+        self._received.set()
+        _LOG.error("process %d failed at step %s (%s): %s", cause.process, cause.step, cause.phase, cause.text)
+        if cause.by == self.store.me:  # the main thread is stuck; process 0 serves the store, which the others need
+            time.sleep(LINGER_SECONDS if self.store.me == 0 else 0.0)
+        elif self._acknowledged.wait(GRACE_SECONDS):
+            time.sleep(LEAVE_SECONDS)
+        if not self._has_ended:
+            self.end_now(cause)
+
+    def _wait_for_failure(self) -> str | None:
+        """What is written for this process, however long that takes; None if the store is gone."""
+        while True:
+            began = time.monotonic()
+            text = self.store.read(_key(self.store.me), seconds=LISTEN_SECONDS)
+            if text is not None or time.monotonic() - began < LISTEN_SECONDS / 2:
+                return text
+
+    def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._excepthook(kind, error, trace)
+        self.fail_uncaught(error, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def _at_exit(self) -> None:
+        """Runs before jax's own clean-up, which waits for the other processes."""
         if self.exit_code is None:
-            self._is_over = True
-            self.board.put(_key(self.board.me), OVER)
+            self._has_ended = True
+            self.store.put(_key(self.store.me), ENDED)
             self._thread.join(GRACE_SECONDS)
             return
-        if self.board.me == 0:
-            time.sleep(max(0.0, self._rung_at + HEARD_SECONDS - time.monotonic()))
-        _end("", self.exit_code)
+        if self.store.me == 0:
+            time.sleep(max(0.0, self._failed_at + LINGER_SECONDS - time.monotonic()))
+        _end_process("", self.exit_code)
+
+
+def listen() -> FailureBroadcast | None:
+    """The failure broadcast of this process, which listens from now on; None if the job has one process."""
+    store = key_value_store()
+    return None if store is None else _broadcast(store)
+
+
+@cache
+def _broadcast(store: KeyValueStore) -> FailureBroadcast:
+    return FailureBroadcast(store)
 
 
 @contextmanager
 def ending_all() -> Iterator[None]:
-    """Let an error that leaves this end all processes, for a program that turns its errors into an exit code."""
+    """Let an exception in this block end all processes, for a program that turns exceptions into exit codes."""
     try:
         yield
-    except Exception as error:  # it is raised again
-        if (alarm := listen()) is not None:
-            alarm.note(error)
+    except Exception as error:  # raised again below
+        if (broadcast := listen()) is not None:
+            broadcast.fail_uncaught(error)
         raise
 
 
-def _end(last_words: str, code: int) -> None:
+def _end_process(last_words: str, code: int) -> None:
     sys.stderr.write(last_words)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -294,15 +315,4 @@ def _end(last_words: str, code: int) -> None:
 
 
 def _key(process: int) -> str:
-    return f"stepc/alarm/{process}"
-
-
-@cache
-def _alarm(found: KeyValueStore) -> FailureBroadcast:
-    return FailureBroadcast(found)
-
-
-def listen() -> FailureBroadcast | None:
-    """The alarm of this process, which hears from now on; None if the job has one process."""
-    found = key_value_store()
-    return None if found is None else _alarm(found)
+    return f"stepc/failure/{process}"

@@ -1,4 +1,4 @@
-"""How the processes of a job find each other."""
+"""How the processes of a job find each other: `init_distributed`."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from stepc._distributed.coordination import listen
 from stepc.errors import ConfigError
 
 _LOG = logging.getLogger("stepc")
-# What `stepc launch` tells each process that it starts.
+# The environment that `stepc launch` gives each process.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "STEPC_COORDINATOR", "STEPC_NUM_PROCESSES", "STEPC_PROCESS_ID"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -27,42 +27,62 @@ def init_distributed(
     shutdown_seconds: int = 30,
     start_seconds: int = 300,
 ) -> None:
-    """Join the other processes of the job, before anything else uses jax.
+    """Join the other processes of the job; call this before anything else uses jax.
 
-    Meaning: afterwards `jax.devices()` are those of all processes, and a mesh over them makes one program of all.
-    Why: a job of many hosts. In a job of `stepc launch`, SLURM, Open MPI, Kubernetes or Cloud TPU nothing need be
-      given: `jax.distributed.initialize` finds out.
+    Meaning: afterwards `jax.devices()` lists the devices of all processes, and a mesh may span them.
+    Why: to train on several hosts. Under `stepc launch`, SLURM, Open MPI, Kubernetes or Cloud TPU it needs no
+      arguments: `stepc launch` sets the environment, and `jax.distributed.initialize` detects the others.
 
     Args:
-      coordinator: "host:port" of process 0, where it listens for the others. On 127.0.0.1 all stays on this machine.
-      num_processes: how many there are; the same on each.
-      process_id: which this one is, counted from 0.
-      listen_on: the address of this machine to listen on; by default all, or 127.0.0.1 if the coordinator is there.
-      heartbeat_seconds: after how long a silent process counts as dead; jax ends all others then.
+      coordinator: "host:port" where process 0 listens for the others. With 127.0.0.1 all traffic stays on this machine.
+      num_processes: the number of processes; the same on each.
+      process_id: the index of this process, counted from 0.
+      listen_on: the address of this machine to listen on. By default all of its addresses, or 127.0.0.1 if the
+        coordinator is there.
+      heartbeat_seconds: a process that is silent for this long counts as dead; jax then ends all others.
       shutdown_seconds: how long a process that ends waits for the others to end.
-      start_seconds: how long it waits for the others to come.
-    Errors: ConfigError if it is called twice, after jax has looked for its devices, with numbers that cannot be, or
-      if nothing says where the others are. If the others do not come, or process 0 counts otherwise, jax ends the
-      process by SIGABRT; the log says so before.
-    From here on an exception that ends one process ends all, within two seconds and with its text on each. jax's own
-    wait for SIGTERM (`reached_preemption_sync_point`) is switched off: `run` takes SIGTERM itself, between steps, on
-    all processes at once; outside of `run` it ends the process, as it does without jax.
+      start_seconds: how long to wait for the others to start.
+    Errors: ConfigError for invalid arguments, for a second call, for a call after jax has listed its devices, and if
+      neither the arguments nor the environment say where the others are. If the others do not start in time, or
+      process 0 expects another number of them, jax ends the process by SIGABRT; the log says so just before.
+    From here on an exception that ends one process ends all of them within two seconds, and each shows its text.
+    jax's own handling of SIGTERM (`reached_preemption_sync_point`) is switched off: `run` handles SIGTERM between
+    steps, at the same step on all processes; outside `run`, SIGTERM ends the process as it does without jax.
     """
-    seconds = {"heartbeat_seconds": heartbeat_seconds, "shutdown_seconds": shutdown_seconds}
-    _check(coordinator, num_processes, process_id, {**seconds, "start_seconds": start_seconds})
+    seconds = {
+        "heartbeat_seconds": heartbeat_seconds,
+        "shutdown_seconds": shutdown_seconds,
+        "start_seconds": start_seconds,
+    }
+    _check_arguments(coordinator, num_processes, process_id, seconds)
     if jax.distributed.is_initialized():
-        raise ConfigError("The processes have found each other already: `init_distributed` is called once.")
-    if _jax.has_started():
+        raise ConfigError("`init_distributed` was already called: call it once per process.")
+    if _jax.backends_are_initialized():
         raise ConfigError(
-            "jax has looked for its devices already, those of this process alone.",
+            "jax has already listed its devices, those of this process alone.",
             suggestion="Call `init_distributed` before anything that computes or asks for devices.",
         )
-    if coordinator is None and COORDINATOR in os.environ:
-        coordinator, num_processes, process_id = _launched(os.environ)
+    if coordinator is None and is_launched():
+        coordinator = os.environ[COORDINATOR]
+        num_processes, process_id = int(os.environ[NUM_PROCESSES]), int(os.environ[PROCESS_ID])
     host, port = (None, None) if coordinator is None else coordinator.rsplit(":", 1)
     listen_on = listen_on or ("127.0.0.1" if host in LOOPBACK else None)
     jax.config.update("jax_enable_preemption_service", False)
-    waiting = _told_before_the_end(start_seconds, f"{coordinator}, process {process_id} of {num_processes}")
+    # jax gives up by SIGABRT, not by an exception: what may be wrong must be in the log before.
+    warning = threading.Timer(
+        start_seconds * 0.9,
+        _LOG.error,
+        (
+            "the other processes did not start within %d s (%s, process %s of %s): "
+            "either one was not started, or their process_id or num_processes do not match",
+            start_seconds,
+            coordinator,
+            process_id,
+            num_processes,
+        ),
+    )
+    warning.daemon = True
+    warning.start()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -73,22 +93,13 @@ def init_distributed(
             shutdown_timeout_seconds=shutdown_seconds,
             initialization_timeout=start_seconds,
         )
-    except (ValueError, RuntimeError) as error:  # jax: nothing was found out, or the others did not come
-        raise _refused(error, coordinator, num_processes, process_id) from error
+    except (ValueError, RuntimeError) as error:  # jax detected no cluster, or could not connect
+        raise _connection_error(error, coordinator, num_processes, process_id) from error
     finally:
-        waiting.cancel()
+        warning.cancel()
     if listen_on is not None:
-        _jax.keep_on(listen_on)
+        _jax.bind_cpu_collectives(listen_on)
     listen()
-
-
-def _told_before_the_end(seconds: int, where: str) -> threading.Timer:
-    """Says what may be wrong just before jax gives up: it does so by SIGABRT, and no exception comes."""
-    text = "the other processes did not come for %d s (%s): either one did not start, or their numbers do not fit"
-    timer = threading.Timer(seconds * 0.9, _LOG.error, (text, seconds, where))
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def is_launched() -> bool:
@@ -96,35 +107,31 @@ def is_launched() -> bool:
     return COORDINATOR in os.environ
 
 
-def _launched(told: Mapping[str, str]) -> tuple[str, int, int]:
-    return told[COORDINATOR], int(told[NUM_PROCESSES]), int(told[PROCESS_ID])
-
-
-def _check(coordinator: object, num: object, me: object, seconds: Mapping[str, object]) -> None:
+def _check_arguments(coordinator: object, num: object, index: object, seconds: Mapping[str, object]) -> None:
     faults: list[tuple[str, str, object]] = []
     if coordinator is not None and not (
         isinstance(coordinator, str) and coordinator.rpartition(":")[0] and coordinator.rpartition(":")[2].isdecimal()
     ):
         faults.append(("coordinator", 'a host and a port, such as "10.0.0.1:1234"', coordinator))
-    if num is not None and not _is_whole(num, 1):
+    if num is not None and not _is_int_from(1, num):
         faults.append(("num_processes", "a positive integer", num))
-    if me is not None and not _is_whole(me, 0):
-        faults.append(("process_id", "an integer from 0", me))
-    elif isinstance(num, int) and isinstance(me, int) and _is_whole(num, 1) and me >= num:
-        faults.append(("process_id", f"less than num_processes, which is {num}", me))
-    faults += [(name, "a positive integer", value) for name, value in seconds.items() if not _is_whole(value, 1)]
+    if index is not None and not _is_int_from(0, index):
+        faults.append(("process_id", "an integer from 0", index))
+    elif isinstance(num, int) and isinstance(index, int) and _is_int_from(1, num) and index >= num:
+        faults.append(("process_id", f"less than num_processes={num}", index))
+    faults += [(name, "a positive integer", value) for name, value in seconds.items() if not _is_int_from(1, value)]
     if faults:
         facts = [(name, f"expected {expected}, got {got!r}") for name, expected, got in faults]
-        raise ConfigError("The processes cannot find each other so.", facts=facts)
+        raise ConfigError("Invalid arguments to `init_distributed`.", facts=facts)
 
 
-def _is_whole(value: object, least: int) -> bool:
+def _is_int_from(least: int, value: object) -> bool:
     return type(value) is int and value >= least
 
 
-def _refused(error: Exception, coordinator: str | None, num: int | None, me: int | None) -> ConfigError:
-    given = {"coordinator": coordinator, "num_processes": num, "process_id": me}
-    facts = [(name, "to be found out" if value is None else str(value)) for name, value in given.items()]
+def _connection_error(error: Exception, coordinator: str | None, num: int | None, index: int | None) -> ConfigError:
+    given = {"coordinator": coordinator, "num_processes": num, "process_id": index}
+    facts = [(name, "not given" if value is None else str(value)) for name, value in given.items()]
     facts.append(("jax says", f"{type(error).__name__}: {error}".partition("\n")[0]))
     missing = [name for name, value in given.items() if value is None]
     remedy = f"Either give {', '.join(missing)}, or start the job by `stepc launch`, SLURM, Open MPI or Kubernetes."

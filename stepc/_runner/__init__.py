@@ -1,1 +1,1 @@
-"""The loop and what stands beside it: it knows a step as something to call."""
+"""`run` and what stands beside its loop: data, policies, checkpoints, loggers. It knows a step as something to call."""

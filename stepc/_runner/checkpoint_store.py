@@ -1,4 +1,9 @@
-"""What the processes of a run say to each other while they save: all of them commit a checkpoint, or none."""
+"""Checkpoints on disk, written by Orbax: committed or absent, checked by digests, on one process or by all together.
+
+Orbax's `AsyncCheckpointer` writes and commits. Its `CheckpointManager` would also delete old checkpoints and clean up,
+but it waits for the other processes in barriers that do not know of a failed save: with it
+`test_directory_that_becomes_read_only_fails_on_all` ends in an abort by gloo, where here all processes raise.
+"""
 
 import fcntl
 import json
@@ -15,85 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import process_allgather
 
-from stepc._distributed.coordination import FailureBroadcast, KeyValueStore, poll
-from stepc._runner.checkpoint import bare_leaves, check_fits, check_saveable, digest, names_of, rows_of, with_key_type
+from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, with_key_type
+from stepc._runner.checkpoint import RestoredCheckpoint
 from stepc._runner.data import DataFingerprint, decode_position, encode_position
+from stepc._runner.multihost import GroupCommit
 from stepc._runner.pending import copy_state
 from stepc.errors import CheckpointError, ResumeError
-
-LOOK_SECONDS = 0.02
-
-
-class GroupCommit:
-    """The saves of one run.
-
-    Args:
-      place: where on the board.
-    `is_busy` is whether a save is under way on any process, as of the last poll before a step.
-    """
-
-    def __init__(self, board: KeyValueStore, alarm: FailureBroadcast, place: str) -> None:
-        self.board, self.alarm, self.place = board, alarm, place
-        self.is_first = board.me == 0
-        self.is_busy = False
-        self.is_busy_here: Callable[[], bool] = lambda: False
-        self._attempt = 0
-
-    def begin(self) -> None:
-        """A save begins, on all processes."""
-        self._attempt += 1
-        self.is_busy = True
-
-    def fail(self, text: str) -> None:
-        """This process cannot save: no other is to wait for it."""
-        self.board.put(self._failed, f"process {self.board.me}: {text}")
-
-    def agree(self, text: str | None) -> str | None:
-        """Once all are at the same place: why it failed, on whichever process; None if it failed on none.
-
-        Args:
-          text: why it failed here.
-        """
-        if text is not None:
-            self.fail(text)
-        failed = poll((int(text is not None),), tuple(range(self.board.num)))
-        return self.board.read(self._failed, seconds=5) if failed.any() else None
-
-    def everyone(self, number: int, mine: str) -> list[str]:
-        """What each process has to say of a step, for process 0; the others get their own alone."""
-        here = f"{self.place}/save/{self._attempt}/{number}"
-        self.board.put(f"{here}/{self.board.me}", mine)
-        if not self.is_first:
-            return [mine]
-        return [self.board.read(f"{here}/{process}", seconds=60) or mine for process in range(self.board.num)]
-
-    def barrier(self, *, key: str, timeout_ms: int) -> None:
-        """Wait until all are here; it is Orbax that calls this, from its own thread.
-
-        Why: jax's own barrier waits its whole time for a process that has failed to write, or is gone.
-        Errors: OSError with what failed on another process; TimeoutError.
-        """
-        here, until = f"{self.place}/barrier/{self._attempt}/{key}", time.monotonic() + timeout_ms / 1000
-        self.board.put(f"{here}/{self.board.me}", "here")
-        missing = list(range(self.board.num)) if self.is_first else ["all"]
-        while missing:
-            missing = [one for one in missing if self.board.peek(f"{here}/{one}") is None]
-            if (text := self.board.peek(self._failed)) is not None:
-                raise OSError(text)
-            if (cause := self.alarm.heard()) is not None or self.alarm.exit_code is not None:
-                raise OSError("the run has ended" if cause is None else cause.text)
-            if missing and time.monotonic() > until:
-                raise TimeoutError(f"the processes {missing} did not write their part in time")
-            time.sleep(LOOK_SECONDS if missing else 0)
-        if self.is_first:
-            self.board.put(f"{here}/all", "here")
-
-    @property
-    def _failed(self) -> str:
-        return f"{self.place}/failed/{self._attempt}"
-
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -101,11 +37,11 @@ ABANDONED, DELETING, LOCK = "abandoned", ".deleting", "lock"
 
 
 class CheckpointStore:
-    """A directory of numbered checkpoints, each whole or not there.
+    """A directory of numbered checkpoints, each complete or absent.
 
-    Meaning: `<directory>/<step>/state` and `/meta`; the meta names every leaf with shape, dtype and CRC-32, and has a
-      CRC-32 of its own. What was left behind stands in `<directory>/abandoned/`.
-    Errors: CheckpointError if the directory cannot be used, is in use, or the state cannot be saved.
+    Meaning: `<directory>/<step>/state` holds the leaves and `/meta` the metadata: each leaf's path, shape, dtype and
+      CRC-32, and a CRC-32 of the metadata itself. Checkpoints that were set aside are in `<directory>/abandoned/`.
+    Errors: CheckpointError if the directory cannot be used or is in use, or if the state cannot be saved.
     """
 
     def __init__(
@@ -114,158 +50,158 @@ class CheckpointStore:
         self.directory = directory.absolute()
         self.keep, self.timeout_seconds = keep, timeout_seconds
         self.commit = commit
-        self._is_first = commit is None or commit.is_first  # the one that moves and deletes
-        check_saveable(state)
-        self._lock = self._locked()
-        for left in self.directory.iterdir() if self._is_first else ():  # what a killed process wrote or deleted
+        self._is_first = commit is None or commit.is_first  # the process that renames and deletes
+        _check_saveable(state)
+        self._lock = self._take_lock()
+        for left in self.directory.iterdir() if self._is_first else ():  # by a process killed in a save or a deletion
             if TEMPORARY in left.name or left.name.endswith(DELETING):
                 shutil.rmtree(left, ignore_errors=True)
-        # Directories are made in the call: where that fails in Orbax's own thread, others wait for it, without an end
-        # that Python could see, and the process hangs at its exit for 20 minutes.
+        # Directories are created in the call: where that fails in Orbax's own thread, its other threads wait for it in
+        # native code, and the process hangs at exit for 20 minutes.
         barrier = None if commit is None else commit.barrier
-        made_at_once = ocp.AsyncOptions(barrier_sync_fn=barrier, create_directories_asynchronously=False)
+        options = ocp.AsyncOptions(barrier_sync_fn=barrier, create_directories_asynchronously=False)
         items = ocp.CompositeCheckpointHandler(
-            "state", "meta", composite_options=ocp.CompositeOptions(async_options=made_at_once)
+            "state", "meta", composite_options=ocp.CompositeOptions(async_options=options)
         )
-        self._writer = ocp.AsyncCheckpointer(items, async_options=made_at_once)
+        self._writer = ocp.AsyncCheckpointer(items, async_options=options)
         self._begun = -1
         self._hangs = False
         if commit is not None:
             commit.is_busy_here = self._is_busy_here
 
-    def _locked(self) -> int | None:
-        """The lock, which process 0 takes for all; when this returns the directory is there."""
-        try:
-            lock, text = _locked(self.directory) if self._is_first else None, None
-        except CheckpointError as error:
-            if self.commit is not None:
-                self.commit.agree(str(error))
-            raise
-        if self.commit is not None and (text := self.commit.agree(None)) is not None:
-            raise CheckpointError(f"The directory of the checkpoints cannot be used: {text}")
-        return lock
-
-    def save(self, number: int, state: Any, meta: Mapping[str, Any]) -> None:  # Any: a state; what JSON can hold
-        """Begin to save; the state may be donated when this returns."""
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:  # Any: a state; see `CheckpointKeeper.save`
+        """Begin to save; the state may be donated when this returns. Errors: CheckpointError."""
         if self.commit is not None:
             self.commit.begin()
-        with self._agreed(number):
-            self._check_is_ours()
-            self._set_aside(number, number)
-        with self._agreed(number):
-            # A copy: to read the live state on the host would leave a view of it, and a donation then does nothing.
-            leaves = bare_leaves(copy_state(state))
+        with self._all_or_none(step):
+            self._check_directory()
+            self._set_aside(step, step)
+            position = encode_position(meta["position"], step)
             last: DataFingerprint | None = None if self.commit is not None else meta["last"]
+            before = last and encode_position(last.before, step)
+        # Whatever can fail on one process alone is above: below, the others would wait for it.
+        with self._all_or_none(step):
+            # Of a copy: reading the live state on the host would leave a view of it, and its donation would do nothing.
+            leaves = _arrays(copy_state(state))
             body = {
                 **meta,
                 "format": FORMAT,
-                "position": self._positions(meta["position"], number),
-                "last": last and {"before": encode_position(last.before, number), "crc32": last.crc32},
+                "position": position if self.commit is None else self.commit.gather(step, position),
+                "last": last and {"before": before, "crc32": last.crc32},
                 "processes": jax.process_count(),
                 "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
-                "leaves": [[*row, digest(leaf)] for row, leaf in zip(rows_of(state), leaves, strict=True)],
+                "leaves": [[*row, _saved_crc32(leaf)] for row, leaf in zip(_described(state), leaves, strict=True)],
             }
             text = json.dumps(body)
             args = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(dict(zip(names_of(leaves), leaves, strict=True))),
+                state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
                 meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
             )
-            self._in_time(lambda: self._writer.save(self.directory / str(number), args=args))
-        self._begun = number
-
-    def wait(self) -> None:
-        """Until the checkpoint that was begun is committed; then the oldest are deleted."""
-        with self._agreed(self._begun):
-            self._in_time(self._writer.wait_until_finished)
-            if not (self.directory / str(self._begun)).is_dir():
-                raise FileNotFoundError("it is not there after it was written")
-        for old in self.steps()[self.keep :] if self._is_first else ():
-            doomed = self.directory / f"{old}{DELETING}"
-            (self.directory / str(old)).rename(doomed)  # first, so that a half-deleted one is never taken for a whole
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._in_time(lambda: self._writer.save(self.directory / str(step), args=args))
+        self._begun = step
 
     def is_busy(self) -> bool:
-        """Whether a save is under way, on any process."""
+        """Whether a save is in flight, on any process."""
         return self._is_busy_here() if self.commit is None else self.commit.is_busy
 
-    def _is_busy_here(self) -> bool:
-        return self._begun >= 0 and not (self.directory / str(self._begun)).is_dir()
+    def wait(self) -> None:
+        """Wait until the save in flight is committed; then delete the oldest checkpoints. Errors: CheckpointError."""
+        with self._all_or_none(self._begun):
+            self._in_time(self._writer.wait_until_finished)
+            if not (self.directory / str(self._begun)).is_dir():
+                raise FileNotFoundError("it was written, and is not there")
+        for old in self.steps()[self.keep :] if self._is_first else ():
+            doomed = self.directory / f"{old}{DELETING}"
+            (self.directory / str(old)).rename(doomed)  # first, so that one that is half deleted has no number
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """The numbers that are there, newest first."""
-        return sorted((int(one.name) for one in self.directory.iterdir() if one.name.isdecimal()), reverse=True)
+        """The steps of all checkpoints, newest first."""
+        return sorted((int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()), reverse=True)
 
-    def restore(self, target: Any, tell: Callable[[str, int, str], None]) -> tuple[Any, Mapping[str, Any]] | None:
-        """The newest checkpoint that is whole, placed like `target`, and its meta; None if there is none at all."""
+    def restore(self, target: Any, tell: Callable[[str, int, str], None]) -> RestoredCheckpoint | None:
+        """The newest intact checkpoint, placed like `target` (a state); None if there is none at all.
+
+        Damaged ones are skipped and later ones set aside; `tell(event, step, why)` is called for each.
+        Errors: ResumeError if a checkpoint does not fit the target, or none of them is intact.
+        """
         faults: list[tuple[str, str]] = []
-        for number in self.steps():
+        for step in self.steps():
             try:
-                meta = self._meta(number)
-                check_fits(meta, target)
-                state = self._state(number, target, meta)
+                meta = self._read_meta(step)
+                _check_fits(meta, target)
+                state = self._read_state(step, target, meta)
             except ResumeError:
                 raise
             except Exception as error:  # damage shows as ValueError, KeyError, AttributeError, a bare Exception, …
                 why = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
-                faults.append((str(number), why))
-                tell("damaged_checkpoint", number, why)
+                faults.append((str(step), why))
+                tell("damaged_checkpoint", step, why)
                 continue
             for later in self.steps():
-                if later > number:
-                    self._set_aside(later, number)
-                    tell("abandoned_checkpoint", later, f"the run goes on from step {number}")
-            same = meta.get("processes", 1) == jax.process_count()  # else each has other rows, and another place
+                if later > step:
+                    self._set_aside(later, step)
+                    tell("abandoned_checkpoint", later, f"the run resumes from step {step}")
+            same = meta.get("processes", 1) == jax.process_count()  # else each has other rows, at another position
             if not same and "each" in meta["position"]:
-                tell("resume_not_exact", number, f"{meta['processes']} processes, each at another place of its data")
-            batch = meta["batch"] if same else {}
-            last = meta.get("last") and DataFingerprint(
-                decode_position(meta["last"]["before"], is_same=True), meta["last"]["crc32"]
-            )
+                tell("resume_not_exact", step, f"{meta['processes']} processes, each with its own position of the data")
+            last = None
+            if same and meta["last"]:
+                before = decode_position(meta["last"]["before"], is_same=True)
+                last = DataFingerprint(before, meta["last"]["crc32"])
             position = decode_position(meta["position"], is_same=same)
-            return state, {**meta, "batch": batch, "position": position, "last": last if same else None}
+            return RestoredCheckpoint(state, meta["step"], position, meta["batch"] if same else {}, last)
         if faults:
             raise ResumeError(
                 f"None of the checkpoints in {self.directory} can be read.",
                 facts=faults,
-                suggestion="To begin anew, name another directory, or move this one away.",
+                suggestion="To start afresh, name another directory or move this one away.",
             )
         return None
 
     def close(self) -> None:
-        """End the writer and give the directory free; while a save hangs it stays taken, until the process ends."""
+        """Close the writer and release the lock. While a save hangs, the lock stays until the process ends."""
         if self._hangs:
             return
-        with nullcontext() if self.commit is None else suppress(OSError):  # what a run that has ended left unsaved
+        with nullcontext() if self.commit is None else suppress(OSError):  # a save that the end of the run interrupts
             self._writer.close()
         if self._lock is not None:
             os.close(self._lock)
 
+    def _is_busy_here(self) -> bool:
+        return self._begun >= 0 and not (self.directory / str(self._begun)).is_dir()
+
+    def _take_lock(self) -> int | None:
+        """The lock, which process 0 takes for all; the directory exists when this returns."""
+        try:
+            lock = _locked(self.directory) if self._is_first else None
+        except CheckpointError as error:
+            if self.commit is not None:
+                self.commit.agree(str(error))
+            raise
+        if self.commit is not None and (failure := self.commit.agree(None)) is not None:
+            raise CheckpointError(f"The checkpoint directory cannot be used: {failure}")
+        return lock
+
     @contextmanager
-    def _agreed(self, number: int) -> Iterator[None]:
-        """What fails in here fails as a save; and on all processes, if it does on one."""
+    def _all_or_none(self, step: int) -> Iterator[None]:
+        """A failure in this block fails the save; if it fails on one process, it fails on all."""
         error, text = None, None
         try:
             yield
-        except Exception as raised:  # Orbax and its storage raise many classes, bare Exception among them
+        except Exception as raised:  # Orbax and its storage raise many classes, a bare Exception among them
             error, text = raised, f"{type(raised).__name__}: {raised}".partition("\n")[0]
-        told = text if self.commit is None else self.commit.agree(text)
-        if told is None:
+        failure = text if self.commit is None else self.commit.agree(text)
+        if failure is None:
             return
         if error is None:
-            with suppress(Exception):  # what it says, the other process has said
+            with suppress(Exception):  # it repeats what the other process has reported
                 self._writer.wait_until_finished()
-            raise self._failure(OSError(told), number)
-        raise error if isinstance(error, CheckpointError) else self._failure(error, number) from error
+            raise self._failure(OSError(failure), step)
+        raise error if isinstance(error, CheckpointError) else self._failure(error, step) from error
 
-    def _positions(self, position: Any, number: int) -> Any:  # Any: where the data stands
-        mine = encode_position(position, number)
-        if self.commit is None:
-            return mine
-        each = [json.loads(one) for one in self.commit.everyone(number, json.dumps(mine))]
-        return mine if all(one == mine for one in each) else {"each": each}
-
-    def _check_is_ours(self) -> None:
-        """Orbax makes a directory that is gone anew; nobody would hear that the checkpoints, and the lock, are lost."""
+    def _check_directory(self) -> None:
+        """Raise where Orbax would not, or too late: it recreates a lost directory, and with it goes the lock."""
         if self._lock is None:
             return
         try:
@@ -274,15 +210,26 @@ class CheckpointStore:
             is_ours = False
         if not is_ours:
             raise FileNotFoundError("the directory is not the one that the run began with: its lock is gone")
+        probe = self.directory / f"probe{TEMPORARY}"  # if Orbax's own mkdir fails, other processes wait for it
+        probe.mkdir()
+        probe.rmdir()
+
+    def _set_aside(self, step: int, instead: int) -> None:
+        path = self.directory / str(step)
+        if path.exists() and self._is_first:
+            folder = self.directory / ABANDONED
+            folder.mkdir(exist_ok=True)
+            names = (folder / f"{step}-for-{instead}-{attempt}" for attempt in count(1))
+            path.rename(next(name for name in names if not name.exists()))
 
     def _in_time(self, act: Callable[[], object]) -> None:
-        """Do it in a thread that may be left alone: what waits for a disk cannot be interrupted."""
+        """Act in a thread that can be abandoned: a wait for a disk cannot be interrupted. Errors: TimeoutError."""
         failures: list[Exception] = []
 
         def work() -> None:
             try:
                 act()
-            except Exception as error:  # it is raised again below
+            except Exception as error:  # raised again below
                 failures.append(error)
 
         thread = threading.Thread(target=work, name="stepc-save", daemon=True)
@@ -290,76 +237,112 @@ class CheckpointStore:
         thread.join(self.timeout_seconds)
         self._hangs = thread.is_alive()
         if self._hangs:
-            raise TimeoutError(f"it did not end within {self.timeout_seconds} s; its thread still waits for the disk")
+            raise TimeoutError(f"it did not finish in {self.timeout_seconds} s; its thread still waits for the disk")
         if failures:
             raise failures[0]
 
-    def _meta(self, number: int) -> Mapping[str, Any]:
-        stored = self._writer.restore(
-            self.directory / str(number), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        )["meta"]
+    def _read_meta(self, step: int) -> Mapping[str, Any]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        stored = self._writer.restore(self.directory / str(step), args=args)["meta"]
         if zlib.crc32(stored["body"].encode()) != stored["crc32"]:
-            raise CheckpointError("the digest of the meta is not the one that was written")
+            raise CheckpointError("the CRC-32 of the metadata is not the saved one")
         meta = json.loads(stored["body"])
         if meta["format"] > FORMAT:
             facts = (("this stepc reads", f"format {FORMAT}"), ("saved", f"format {meta['format']}"))
-            raise ResumeError(f"The checkpoint of step {number} is of a newer stepc.", facts=facts)
+            raise ResumeError(f"The checkpoint of step {step} was saved by a newer stepc.", facts=facts)
         return meta
 
-    def _state(self, number: int, target: Any, meta: Mapping[str, Any]) -> Any:  # Any: a state
-        bare = bare_leaves(target)
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in bare]
-        wanted = dict(zip(names_of(bare), shapes, strict=True))
-        restored = self._writer.restore(
-            self.directory / str(number),
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-            ),
-        )["state"]
-        leaves = [restored[name] for name in wanted]
-        for (path, _, _, _, written), leaf in zip(meta["leaves"], leaves, strict=True):
-            if (read := digest(leaf)) != written:
-                raise CheckpointError(f"the digest of {path} is {read}, and {written} was written")
-        old, structure = jax.tree.flatten(target)
+    def _read_state(self, step: int, target: Any, meta: Mapping[str, Any]) -> Any:  # Any: a state
+        arrays = _arrays(target)
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in arrays]
+        wanted = dict(zip(_names(arrays), shapes, strict=True))
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+        args = ocp.args.Composite(state=restore)
+        restored = self._writer.restore(self.directory / str(step), args=args)["state"]
+        arrays = [restored[name] for name in wanted]
+        for (path, _, _, _, saved), array in zip(meta["leaves"], arrays, strict=True):
+            if (found := _saved_crc32(array)) != saved:
+                raise CheckpointError(f"the CRC-32 of {path} is {found:08x}, and {saved:08x} was saved")
+        likes, structure = jax.tree.flatten(target)
         return copy_state(
-            jax.tree.unflatten(structure, [with_key_type(*pair) for pair in zip(leaves, old, strict=True)])
+            structure.unflatten([with_key_type(array, like) for array, like in zip(arrays, likes, strict=True)])
         )
 
-    def _set_aside(self, number: int, instead: int) -> None:
-        path = self.directory / str(number)
-        if path.exists() and self._is_first:
-            folder = self.directory / ABANDONED
-            folder.mkdir(exist_ok=True)
-            names = (folder / f"{number}-for-{instead}-{attempt}" for attempt in count(1))
-            path.rename(next(name for name in names if not name.exists()))
-
-    def _failure(self, error: Exception, number: int) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
+    def _failure(self, error: Exception, step: int) -> CheckpointError:
+        exists = self.directory.is_dir()
         facts = (
-            ("not saved", f"step {number}"),
+            ("not saved", f"step {step}"),
             ("directory", str(self.directory)),
-            ("free", f"{free:,} bytes"),
-            ("whole", ", ".join(map(str, self.steps())) or "none" if self.directory.is_dir() else "none"),
+            ("free", f"{shutil.disk_usage(self.directory).free if exists else 0:,} bytes"),
+            ("intact", ", ".join(map(str, self.steps() if exists else ())) or "none"),
         )
-        what = f"Step {number} could not be saved: {type(error).__name__}: {error}"
-        return CheckpointError(what.partition("\n")[0], step=number, facts=facts)
+        what = f"Step {step} could not be saved: {type(error).__name__}: {error}"
+        return CheckpointError(what.partition("\n")[0], step=step, facts=facts)
 
 
 def _locked(directory: Path) -> int:
-    """Make the directory and take its lock; the system gives it free when the process ends, however it ends."""
+    """Create the directory and take its lock, which the system releases however the process ends."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         facts = (("directory", str(directory)), ("reason", f"{error.strerror} (errno {error.errno})"))
-        raise CheckpointError("The directory of the checkpoints cannot be used.", facts=facts) from error
+        raise CheckpointError("The checkpoint directory cannot be used.", facts=facts) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 1000).decode(errors="replace")
         os.close(lock)
-        facts = (("directory", str(directory)), ("held by", holder))
-        raise CheckpointError("Another run saves in this directory.", facts=facts) from None
+        facts = (("directory", str(directory)), ("used by", holder))
+        raise CheckpointError("Another run is using this checkpoint directory.", facts=facts) from None
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())
     return lock
+
+
+def _check_saveable(state: Any) -> None:  # Any: a state
+    """Raise for a leaf that Orbax does not write. Errors: CheckpointError."""
+    faults = [
+        (path, f"expected at least one number, got {leaf.dtype}{list(leaf.shape)}")
+        for path, leaf in leaves_by_path(state)
+        if leaf.size == 0
+    ]
+    if faults:
+        raise CheckpointError("This state cannot be saved: Orbax does not write empty arrays.", facts=faults)
+
+
+def _check_fits(meta: Mapping[str, Any], target: Any) -> None:  # Any: a state
+    """Raise if a checkpoint is of another state. Errors: ResumeError with every leaf that differs."""
+    saved = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl, _ in meta["leaves"]}
+    wanted = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl in _described(target)}
+    facts = [
+        (path, f"saved {saved.get(path, 'nothing')}, the state has {wanted.get(path, 'nothing')}")
+        for path in [*wanted, *(path for path in saved if path not in wanted)]
+        if saved.get(path) != wanted.get(path)
+    ]
+    if facts:
+        raise ResumeError(f"The checkpoint of step {meta['step']} does not fit this state.", facts=facts)
+
+
+def _described(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a state
+    """Path, shape, dtype and, for typed keys, implementation of each leaf."""
+    return [
+        (path, list(leaf.shape), str(leaf.dtype), f" {jax.random.key_impl(leaf)}" if is_typed_key(leaf) else "")
+        for path, leaf in leaves_by_path(state)
+    ]
+
+
+def _arrays(state: Any) -> list[jax.Array]:  # Any: a state
+    return [key_data(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def _names(leaves: list[jax.Array]) -> list[str]:
+    return [f"leaf_{number:05}" for number in range(len(leaves))]
+
+
+def _saved_crc32(array: jax.Array) -> int:
+    """The CRC-32 of the whole array. One that is sharded over processes is gathered for it, one leaf at a time, so that
+    any number of processes can check it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return leaf_crc32(array)
+    return leaf_crc32(np.asarray(process_allgather(array, tiled=True)))

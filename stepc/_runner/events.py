@@ -1,11 +1,11 @@
-"""Tells the loggers what happened, and keeps them from harming the training. It must not know why anything happened."""
+"""The event log: what the loggers of a run hear, and when. It must not know how a step is made."""
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,26 +14,26 @@ from stepc.errors import StepError
 
 _LOG = logging.getLogger("stepc")
 FAILURES_IN_A_ROW = 3  # after so many a logger is left alone
-SLOW_SECONDS = 0.5  # a logger that takes longer is told of, once
+SLOW_SECONDS = 0.5  # a call of a logger that takes longer is an event, once for each logger
 
 
 @runtime_checkable
 class Logger(Protocol):
-    """Anything with `log`. It gets host floats of settled steps, never an array."""
+    """Anything with `log`. It gets host floats of finished steps, never an array."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take note of the metrics of one step; steps count from 1."""
+        """Take the metrics of one step; steps count from 1."""
 
 
 @runtime_checkable
-class TakesEvents(Protocol):
+class EventLogger(Protocol):
     """A logger that wants to hear of failures, skips, checkpoints and the like."""
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None: ...
 
 
 @runtime_checkable
-class Trims(Protocol):
+class TrimmingLogger(Protocol):
     """A logger that can forget what came after a step, when a run goes on from there."""
 
     def trim(self, step: int) -> None: ...
@@ -44,7 +44,7 @@ class EventLog:
     """The loggers of one run.
 
     Args:
-      every: the first step, every so many, and the last are told.
+      every: the metrics of the first step, of every `every`-th and of the last are logged.
       is_strict: whether a logger that fails stops the training.
     """
 
@@ -52,89 +52,88 @@ class EventLog:
     every: int
     is_strict: bool = False
     failures: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     _slow: set[int] = field(default_factory=set)
-    _in_a_row: Counter[int] = field(default_factory=Counter)
-    _told: int = 0
+    _failures_in_a_row: Counter[int] = field(default_factory=Counter)
+    _logged: int = 0
     _last: tuple[int, Metrics, int] | None = None
 
-    def settled(self, step: int, metrics: Metrics, *, row: int | None) -> None:
-        """Tell of a step, if it is one to be told. A step that is made again is told once.
+    def step_finished(self, step: int, metrics: Metrics, *, row: int) -> None:
+        """Log a finished step if it is one to be logged. A step that is made again is logged once.
 
         Args:
-          row: which of the steps in one call, if a call makes several.
+          row: which of the steps of its call.
         """
-        self._last = (step, metrics, -1 if row is None else row)
-        if step > self._told and (step == 1 or step % self.every == 0):
-            self.tell_last()
+        self._last = (step, metrics, row)
+        if step > self._logged and (step == 1 or step % self.every == 0):
+            self.log_last()
 
-    def tell_last(self) -> None:
-        """Tell of the last settled step, if that has not been done."""
-        if self._last is None or self._last[0] <= self._told:
+    def log_last(self) -> None:
+        """Log the last finished step, if that has not been done."""
+        if self._last is None or self._last[0] <= self._logged:
             return
-        self._told = self._last[0]
+        self._logged = self._last[0]
         if self.loggers:
-            self.tell(self.last_metrics(), self._told)
+            self.log(self.last_metrics(), self._logged)
 
     def last_metrics(self) -> dict[str, float]:
-        """Those of the last settled step, as floats."""
+        """The metrics of the last finished step, as floats."""
         if self._last is None:
             return {}
         _, metrics, row = self._last
         return floats_of(metrics, row)
 
-    def tell(self, metrics: Mapping[str, float], step: int) -> None:
-        """Give every logger these metrics."""
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Give these metrics to every logger."""
         for number, logger in enumerate(self.loggers):
             self._guarded(number, logger, step, lambda logger=logger: logger.log(dict(metrics), step))
 
     def event(self, name: str, step: int, *, level: int = logging.WARNING, **facts: object) -> None:
-        """Tell every logger that takes events, and Python's logger "stepc"."""
-        told = {key: str(value) for key, value in facts.items()}
-        _LOG.log(level, "%s at step %d%s", name, step, "".join(f"; {key}: {value}" for key, value in told.items()))
+        """Give an event to every logger that takes events, and to Python's logger "stepc"."""
+        texts = {key: str(value) for key, value in facts.items()}
+        _LOG.log(level, "%s at step %d%s", name, step, "".join(f"; {key}: {text}" for key, text in texts.items()))
         for number, logger in enumerate(self.loggers):
             match logger:
-                case TakesEvents():
-                    self._guarded(number, logger, step, lambda one=logger: one.event(name, told, step))
+                case EventLogger():
+                    self._guarded(number, logger, step, lambda logger=logger: logger.event(name, texts, step))
                 case _:
                     pass
 
     def trim(self, step: int) -> None:
-        """Let every logger that can forget what came after a step."""
-        self._told = min(self._told, step)
+        """Let the loggers forget what came after a step, those that can."""
+        self._logged = min(self._logged, step)
         self._last = None if self._last is not None and self._last[0] > step else self._last
         for number, logger in enumerate(self.loggers):
             match logger:
-                case Trims():
-                    self._guarded(number, logger, step, lambda one=logger: one.trim(step))
+                case TrimmingLogger():
+                    self._guarded(number, logger, step, lambda logger=logger: logger.trim(step))
                 case _:
                     pass
 
     def resume(self, step: int) -> None:
-        """Go on after a step that an earlier run has told of."""
-        self._told = step
+        """Go on after a step that an earlier run has logged."""
+        self._logged = step
         self.trim(step)
 
-    def _guarded(self, number: int, logger: Logger, step: int, tell: Any) -> None:  # Any: a call without arguments
-        if self._in_a_row[number] >= FAILURES_IN_A_ROW:
+    def _guarded(self, number: int, logger: Logger, step: int, act: Callable[[], None]) -> None:
+        if self._failures_in_a_row[number] >= FAILURES_IN_A_ROW:
             return
         name, began = type(logger).__name__, time.perf_counter()
         try:
-            tell()
-            self._in_a_row[number] = 0
-        except Exception as error:  # a logger never stops training, unless that is asked for
+            act()
+            self._failures_in_a_row[number] = 0
+        except Exception as error:  # a logger never stops training, unless `on_error` says that it does
             self.failures[name] += 1
-            self._in_a_row[number] += 1
-            what = f"the logger {name} failed at step {step}: {type(error).__name__}: {error}"
+            self._failures_in_a_row[number] += 1
+            what = f"logger {name} failed at step {step}: {type(error).__name__}: {error}"
             _LOG.warning("%s", what)
-            if self._in_a_row[number] == FAILURES_IN_A_ROW:
-                _LOG.warning("the logger %s failed %d times in a row: it is left alone", name, FAILURES_IN_A_ROW)
+            if self._failures_in_a_row[number] == FAILURES_IN_A_ROW:
+                _LOG.warning("logger %s failed %d times in a row and is left alone", name, FAILURES_IN_A_ROW)
             if self.is_strict:
-                what = f"{what[0].upper()}{what[1:]}"
-                raise StepError(what, phase="log", step=max(step, 1), state_ok=True) from error
+                raise StepError(f"L{what[1:]}", phase="log", step=max(step, 1), state_ok=True) from error
         finally:
             took = time.perf_counter() - began
-            self.seconds[name] += took  # pyright: ignore[reportArgumentType]  # a Counter of floats
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
         if took > SLOW_SECONDS and number not in self._slow:
             self._slow.add(number)
             self.event("slow_logger", step, logger=name, log_seconds=f"{took:.2f}")
@@ -143,3 +142,8 @@ class EventLog:
 def floats_of(metrics: Metrics, row: int) -> dict[str, float]:
     """The metrics of one of the steps of a call, on the host."""
     return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in metrics.items()}
+
+
+def is_due(every: int | None, step: int, steps_per_call: int) -> bool:
+    """Whether the call that ended with `step` made a step that is a multiple of `every`; None is never due."""
+    return every is not None and step // every > (step - steps_per_call) // every

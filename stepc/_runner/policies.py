@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeAlias, assert_never
 
-from stepc.errors import ConfigError
+from stepc._runner.arguments import ArgumentFaults
 
-RATIO_OVER = 100  # a ratio is taken over so many steps
+RATIO_OVER = 100  # `Skip.ratio` looks at so many of the last steps
+EXHAUSTED = "the policy is to raise"
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,16 @@ class Raise:
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave out what failed, with the state as it was before, and go on.
+    """Leave out what failed, restore the state from before it, and go on.
 
-    Meaning: the run ends with the state of a run without that batch, to the last bit.
+    Meaning: the run ends with the state of a run without that batch, bit for bit.
     Why: one bad record, or one bad batch, is rarely worth a night of training.
 
     Args:
-      limit: how many in a row; one more is raised.
-      ratio: how many of the last 100, as a part of them; None for any.
-    Errors: ConfigError for a limit that is not a positive integer, or a ratio that is not between 0 and 1.
-    A batch that the step failed on keeps its number; a batch that the data failed to give never had one.
+      limit: how many failures in a row are skipped; the next one is raised.
+      ratio: the largest part of the last 100 steps that may be skipped, between 0 and 1; None for any.
+    Errors: ConfigError for a value out of range, FieldTypeError for a wrong type.
+    A batch on which the step failed keeps its number; a batch that the data failed to give never had one.
     Example:
       >>> Skip(limit=2, ratio=0.05)
       Skip(limit=2, ratio=0.05)
@@ -44,19 +45,20 @@ class Skip:
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        _check_count("Skip", "limit", self.limit)
-        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio < 1):
-            raise _refusal("Skip", "ratio", "a number between 0 and 1, or None", self.ratio)
+        faults = ArgumentFaults("Skip")
+        faults.count("limit", self.limit)
+        faults.number("ratio", self.ratio, "a number between 0 and 1, or None", lambda one: 0 < one < 1, optional=True)
+        faults.refuse()
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Do again what failed: read at the same place, or make the same step from the same state.
+    """Do again what failed: read at the same place, or repeat the step from the same state.
 
     Args:
       times: how often for one failure; then it is raised.
-      wait_seconds: before the first time; twice as long before each further one.
-    Errors: ConfigError for times that are not a positive integer, or a wait that is not a number from 0.
+      wait_seconds: the wait before the first retry; it doubles with each further one.
+    Errors: ConfigError for a value out of range, FieldTypeError for a wrong type.
     Example:
       >>> Retry(times=2)
       Retry(times=2, wait_seconds=1.0)
@@ -66,9 +68,10 @@ class Retry:
     wait_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_count("Retry", "times", self.times)
-        if not (_is_number(self.wait_seconds) and 0 <= self.wait_seconds < math.inf):
-            raise _refusal("Retry", "wait_seconds", "a number from 0", self.wait_seconds)
+        faults = ArgumentFaults("Retry")
+        faults.count("times", self.times)
+        faults.number("wait_seconds", self.wait_seconds, "a non-negative number", lambda one: 0 <= one < math.inf)
+        faults.refuse()
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Rollback:
     Args:
       limit: how often in one run; then the failure is raised.
       data: "skip" goes on with the batch after the one that failed; "replay" gives the same batches again.
-    Errors: ConfigError for a limit that is not a positive integer, or data that is neither.
-    A replay that fails again at the same step with a number that is not finite is raised: it would fail for ever.
+    Errors: ConfigError for a value out of range, FieldTypeError for a wrong type.
+    A replay that is not finite at the same step again is raised: it would fail for ever.
     Example:
       >>> Rollback(limit=1)
       Rollback(limit=1, data='skip')
@@ -89,57 +92,69 @@ class Rollback:
     data: str = "skip"
 
     def __post_init__(self) -> None:
-        _check_count("Rollback", "limit", self.limit)
-        if self.data not in ("skip", "replay"):
-            raise _refusal("Rollback", "data", '"skip" or "replay"', self.data)
+        faults = ArgumentFaults("Rollback")
+        faults.count("limit", self.limit)
+        faults.choice("data", self.data, ("skip", "replay"))
+        faults.refuse()
 
 
 Policy: TypeAlias = Raise | Skip | Retry | Rollback
 BY_NAME: Mapping[str, Callable[[], Policy]] = {"raise": Raise, "skip": Skip, "retry": Retry, "rollback": Rollback}
-# What can be done about each kind of failure. A number that is not finite comes again when the step is made again, and
-# to go back does not mend a disk.
+# What can be done about each kind of failure. A step that is not finite would be so again if it were repeated; going
+# back does not repair a disk; a logger that fails is left alone unless it is to raise.
 ALLOWED: Mapping[str, tuple[type, ...]] = {
     "data": (Raise, Skip, Retry),
     "nonfinite": (Raise, Skip, Rollback),
     "device": (Raise, Skip, Retry, Rollback),
     "save": (Raise, Skip),
+    "log": (Raise,),
 }
-GENERAL = ("data", "nonfinite", "device")  # what a policy without a name governs
+GENERAL = ("data", "nonfinite", "device")  # the kinds that a policy without a name governs
 
 
 def policies_of(on_error: object) -> dict[str, Policy]:
-    """A policy for each kind of failure. A plain policy governs those it can do something about."""
+    """A policy for each kind of failure but "log". A policy without a name governs the kinds it can do something about.
+
+    "log" has one only where it is named: without it, a logger that fails does not stop the run.
+    """
     match on_error:
         case Mapping():
             named = {kind: _policy_of(wanted) for kind, wanted in on_error.items()}
-            return {kind: named.get(kind) or Raise() for kind in ALLOWED}
+            return {kind: named.get(kind) or Raise() for kind in ALLOWED if kind != "log" or kind in named}
         case _:
-            plain = _policy_of(on_error)
+            policy = _policy_of(on_error)
             return {
-                kind: plain if plain and kind in GENERAL and isinstance(plain, can) else Raise()
-                for kind, can in ALLOWED.items()
+                kind: policy if policy and kind in GENERAL and isinstance(policy, allowed) else Raise()
+                for kind, allowed in ALLOWED.items()
+                if kind != "log"
             }
 
 
-def faults_of(on_error: object) -> list[tuple[str, str]]:
-    """What is wrong with what was asked for, as rows of (argument, expected and got)."""
+def check_policies(on_error: object, faults: ArgumentFaults) -> None:
+    """Add what is wrong with `on_error` to the faults."""
     match on_error:
         case Mapping():
-            return [fault for kind, wanted in on_error.items() for fault in _faults(kind, wanted)]
+            for kind, wanted in on_error.items():
+                _check_policy(kind, wanted, faults)
+        case _ if _policy_of(on_error) is None:
+            _refuse_policy("on_error", on_error, faults)
         case _:
-            return [] if _policy_of(on_error) else [_fault("on_error", on_error)]
+            pass
 
 
-def _faults(kind: object, wanted: object) -> list[tuple[str, str]]:
+def _check_policy(kind: object, wanted: object, faults: ArgumentFaults) -> None:
     policy, name = _policy_of(wanted), f"on_error[{kind!r}]"
     if not isinstance(kind, str) or kind not in ALLOWED:
-        return [("on_error", f"expected the kinds {', '.join(map(repr, ALLOWED))}, got {kind!r}")]
-    if policy is None:
-        return [_fault(name, wanted)]
-    if not isinstance(policy, ALLOWED[kind]):
-        can = " or ".join(one.__name__ for one in ALLOWED[kind])
-        return [(name, f"expected {can}, got {policy!r}")]
-    return []
+        faults.wrong_value("on_error", f"the kinds {', '.join(map(repr, ALLOWED))}", kind)
+    elif policy is None:
+        _refuse_policy(name, wanted, faults)
+    elif not isinstance(policy, ALLOWED[kind]):
+        faults.wrong_value(name, " or ".join(allowed.__name__ for allowed in ALLOWED[kind]), policy)
+
+
+def _refuse_policy(name: str, got: object, faults: ArgumentFaults) -> None:
+    expected = f"{', '.join(map(repr, BY_NAME))}, or a policy such as sc.Skip(limit=3)"
+    (faults.wrong_value if isinstance(got, str) else faults.wrong_type)(name, expected, got)
 
 
 def _policy_of(asked: object) -> Policy | None:
@@ -152,13 +167,9 @@ def _policy_of(asked: object) -> Policy | None:
             return None
 
 
-def _fault(name: str, got: object) -> tuple[str, str]:
-    return name, f"expected {', '.join(map(repr, BY_NAME))}, or a policy such as sc.Skip(limit=3), got {got!r}"
-
-
 @dataclass
 class FailureCounts:
-    """How often what happened, and whether a policy allows one more."""
+    """How many failures there were, and whether the policies allow one more."""
 
     policies: Mapping[str, Policy]
     failures: Counter[str] = field(default_factory=Counter)
@@ -167,22 +178,22 @@ class FailureCounts:
     replayed: set[int] = field(default_factory=set)
     rollbacks: int = 0
 
-    def forget_skips_after(self, number: int) -> None:
-        """Of steps that are made again nothing was skipped yet."""
+    def forget_skips_after(self, step: int) -> None:
+        """The steps after `step` are made again, so none of them counts as skipped."""
         for kind in ("in the program", "nonfinite", "device"):
-            self.skipped[kind] = {step for step in self.skipped.get(kind, set()) if step <= number}
+            self.skipped[kind] = {one for one in self.skipped.get(kind, set()) if one <= step}
 
     def refusal(self, kind: str, place: int) -> str | None:
-        """Count a failure; why the policy does not go on, or None if it does.
+        """Count a failure. Why the policy does not go on, or None if it does.
 
         Args:
-          place: the number of the step, or for data how often a batch was asked for.
+          place: the number of the step; for data, the number of the read.
         """
         self.failures[kind] += 1
         policy = self.policies[kind]
         match policy:
             case Raise():
-                return "the policy is to raise"
+                return EXHAUSTED
             case Skip():
                 places = self.skipped.setdefault(kind, set())
                 places.add(place)
@@ -203,12 +214,12 @@ class FailureCounts:
 
     @property
     def num_skipped(self) -> int:
-        """How many steps and reads were left out; in-program skips among them."""
+        """How many steps and reads were left out, those that the program itself skipped included."""
         return sum(len(places) for places in self.skipped.values())
 
 
 def _excess(policy: Skip, places: Collection[int], place: int) -> str | None:
-    """Why one more skip is too many. `places` holds `place` already."""
+    """Why one more skip is too many. `places` contains `place` already."""
     in_a_row = next(back for back in count(1) if place - back not in places)
     if in_a_row > policy.limit:
         return f"{in_a_row} in a row are more than {policy} allows"
@@ -216,18 +227,3 @@ def _excess(policy: Skip, places: Collection[int], place: int) -> str | None:
     if policy.ratio is not None and recent > policy.ratio * RATIO_OVER:
         return f"{recent} of the last {RATIO_OVER} are more than {policy} allows"
     return None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_count(policy: str, field_name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _refusal(policy, field_name, "a positive integer", value)
-
-
-def _refusal(policy: str, field_name: str, expected: str, got: object) -> ConfigError:
-    return ConfigError(
-        f"`{policy}` cannot have this {field_name!r}.", facts=(("expected", expected), ("got", repr(got)))
-    )

@@ -1,10 +1,10 @@
-"""What becomes of a step's program: whether it is compiled again, keeps its buffers, returns what it takes."""
+"""The program of a step in a run: does it fit, does it use the donated buffers, is it compiled again?"""
 
 import logging
 import os
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,12 @@ import numpy as np
 from stepc._language.kinds import Batch
 from stepc._language.state import leaves_by_path
 from stepc._runner.events import EventLog
-from stepc._runner.pending import LoweringStep
+from stepc._runner.pending import AnyStep, PlainStep
 from stepc._text import readable_bytes
 from stepc.errors import BuildError
 from stepc.inspect.memory import memory
 
-
-@runtime_checkable
-class TracedStep(Protocol):
-    """A step that counts how often it was traced, and can say why it was the last time."""
-
-    traces: int
-    why_traced_again: str
+SHOWN = 5  # how many leaves an event lists
 
 
 @dataclass
@@ -32,100 +26,96 @@ class RecompilationMonitor:
     """The programs of one run.
 
     Args:
-      most: how many further compilations there may be after the first call; None for any.
+      max_recompiles: how often the step may be compiled again after its first call; None for any.
     """
 
-    step: object
-    scribe: EventLog
-    most: int | None
+    step: AnyStep
+    events: EventLog
+    max_recompiles: int | None
     is_built: bool = field(default=False, init=False)
-    _traced: TracedStep | None = field(init=False)
-    _first: int | None = None
-    _told: int = 0
-
-    def __post_init__(self) -> None:
-        self._traced = self.step if isinstance(self.step, TracedStep) else None
+    _first_traces: int | None = field(default=None, init=False)
+    _reported: int = field(default=0, init=False)
 
     def prepare(self, number: int, state: Any, batch: Batch) -> None:  # Any: a state
-        """Before the first call: tell the loggers what is compiled, compile it, refuse what one device cannot hold.
+        """Before the first call: log the plan, compile, and refuse a program that does not fit on a device.
 
-        The call does not compile it again. Errors: those of `lower`; MemoryError.
+        The call that follows neither traces nor compiles again: `lower` traces the program that the call runs, and JAX
+        keeps both the trace and the executable. Errors: those of `lower`; MemoryError.
         """
         if self.is_built:
             return
         match self.step:
-            case LoweringStep():
-                lowered = self.step.lower(state, batch)
-                if self.scribe.loggers:
-                    self.scribe.event("plan", number, level=logging.INFO, plan=str(lowered.plan))
-                needs = memory(lowered.compile().executable).total
-                device = jax.tree.leaves(state)[0].addressable_shards[0].device
-                has = memory_of(device)
-                if has is not None and needs > has:
-                    raise MemoryError(
-                        f"it needs {readable_bytes(needs)} on one device, and {device} has {readable_bytes(has)}"
-                    )
-            case _:
+            case PlainStep():
                 pass
+            case step:
+                lowered = step.lower(state, batch)
+                if self.events.loggers:
+                    self.events.event("plan", number, level=logging.INFO, plan=str(lowered.plan))
+                needed = memory(lowered.compile().executable).total
+                device = jax.tree.leaves(state)[0].addressable_shards[0].device
+                available = memory_of(device)
+                if available is not None and needed > available:
+                    what = f"the program needs {readable_bytes(needed)} on one device; {device} has {readable_bytes(available)}"
+                    raise MemoryError(what)
         self.is_built = True
 
-    def note_first(self, before: Any, after: Any) -> None:  # Any: states
-        """After the first call: tell of buffers that were not given up, refuse a state of another type.
+    def check_first(self, before: Any, after: Any) -> None:  # Any: states
+        """After the first call: log the buffers that were not donated, refuse a state of another type.
 
         Errors: BuildError.
         """
-        if faults := _changes(before, after):
-            what = "Step 1 returns a state of another type than it takes: it would be compiled again every step."
-            lost = any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(before))
-            raise BuildError(what, phase="build", step=1, state_ok=not lost, facts=faults)
+        if faults := _type_changes(before, after):
+            what = "Step 1 returns a state of another type than it takes, so each step would be compiled again."
+            is_deleted = any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(before))
+            raise BuildError(what, phase="build", step=1, state_ok=not is_deleted, facts=faults)
         kept = [(path, leaf) for path, leaf in leaves_by_path(before) if not leaf.is_deleted()]
         if kept:
+            leaves = ", ".join(path for path, _ in kept[:SHOWN])
+            leaves += f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else ""
             bytes_ = sum(leaf.nbytes for _, leaf in kept)
-            paths = _listed([path for path, _ in kept])
-            self.scribe.event("not_donated", 1, bytes=f"{bytes_:,}", leaves=paths, of=len(jax.tree.leaves(before)))
+            self.events.event("not_donated", 1, bytes=f"{bytes_:,}", leaves=leaves, of=len(jax.tree.leaves(before)))
 
-    def note(self, number: int) -> None:
-        """After a call: tell if it was traced and compiled again.
+    def check_traces(self, number: int) -> None:
+        """After a call: log whether it traced and compiled the step again.
 
-        Errors: BuildError if that was once too often. The step is made, and the state is the one after it.
+        Errors: BuildError beyond `max_recompiles`. The step is made, and the state is the one after it.
         """
-        if self._traced is None:
+        match self.step:
+            case PlainStep():
+                return
+            case step:
+                traces = step.traces
+        if self._first_traces is None:
+            self._first_traces = traces
+        recompiles = traces - self._first_traces
+        if recompiles == self._reported:
             return
-        if self._first is None:
-            self._first = self._traced.traces
-        again = self._traced.traces - self._first
-        if again == self._told:
-            return
-        self._told, why = again, self._traced.why_traced_again
-        self.scribe.event("compiled_again", number, times=again, why=why)
-        if self.most is not None and again > self.most:
-            what = f"Step {number} was compiled again, {again} times in this run, and {self.most} are allowed."
+        self._reported, why = recompiles, step.why_traced_again
+        self.events.event("recompiled", number, times=recompiles, why=why)
+        if self.max_recompiles is not None and recompiles > self.max_recompiles:
+            what = f"Step {number} was compiled again: {recompiles} times in this run, {self.max_recompiles} allowed."
             raise BuildError(what, phase="build", step=number, state_ok=True, facts=[("why", why)])
 
 
 def memory_of(device: Any) -> int | None:  # Any: a device of jax
-    """The bytes of memory that programs may use on a device; None where nothing tells."""
+    """The bytes of memory that programs may use on a device; None where that is not known."""
     stats = device.memory_stats() or {}
-    if device.platform == "cpu" and hasattr(os, "sysconf"):
+    if device.platform == "cpu" and sys.platform != "win32":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return stats.get("bytes_limit")
 
 
-def _changes(before: Any, after: Any) -> list[tuple[str, str]]:  # Any: states
+def _type_changes(before: Any, after: Any) -> list[tuple[str, str]]:  # Any: states
     old, new = jax.tree.structure(before), jax.tree.structure(after)
     if old != new:
         return [("tree in", str(old)), ("tree out", str(new))]
     pairs = zip(leaves_by_path(before), jax.tree.leaves(after), strict=True)
     return [
-        (path or "state", f"in {_form(leaf)}, out {_form(other)}")
+        (path or "state", f"in {_type_of(leaf)}, out {_type_of(other)}")
         for (path, leaf), other in pairs
-        if _form(leaf) != _form(other)
+        if _type_of(leaf) != _type_of(other)
     ]
 
 
-def _form(leaf: Any) -> str:  # Any: an array, or a number
+def _type_of(leaf: Any) -> str:  # Any: an array, or a number
     return f"{leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)}{list(np.shape(leaf))}"
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")

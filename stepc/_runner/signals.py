@@ -10,24 +10,24 @@ from typing import Any
 
 
 class LeaveLoop(BaseException):
-    """Raised by a handler while the user's own code waits for a batch: nothing is under way that could be lost.
+    """Raised by a handler while the user's own code waits for a batch: no work is in progress that could be lost.
 
-    A `BaseException`, so that code which catches every `Exception` does not stay in its wait.
+    A `BaseException`, so that an `except Exception` in the user's loader does not swallow it and wait on.
     """
 
 
 class SignalWatch:
-    """What came so far. `received` is the first signal; a second Ctrl-C acts at once, as without a handler."""
+    """The signals of one run. `received` is the first one; a second Ctrl-C acts at once, as without a handler."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.is_protected = False
-        self._before: dict[int, Any] = {}  # Any: what `signal` itself says of a handler
         self.is_reading = False
+        self._before: dict[int, Any] = {}  # Any: what `signal` says of a handler
         self._reading = BlockingRead(self)
 
     def is_over(self) -> bool:
-        """Whether the run is to end."""
+        """Whether a signal asked the run to end."""
         return self.received is not None
 
     def wait(self, seconds: float) -> None:
@@ -37,19 +37,19 @@ class SignalWatch:
             time.sleep(min(left, 0.05))
 
     def reading(self) -> "BlockingRead":
-        """While this is entered, a first signal leaves at once, by `Leave`."""
+        """A context in which the first signal raises `LeaveLoop` at once."""
         return self._reading
 
-    def enter(self) -> None:
-        """What `reading` does first."""
+    def start_reading(self) -> None:
+        """Enter that context."""
         if self.is_protected:
             self.is_reading = True
             if self.is_over():
                 self.is_reading = False
                 raise LeaveLoop
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: sets the flag, and gives a second Ctrl-C what it would have done."""
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler: it sets the flag; a second Ctrl-C does what it would do without us."""
         if self.received is not None and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.received = self.received or number
@@ -58,18 +58,18 @@ class SignalWatch:
             raise LeaveLoop
 
     def install(self) -> None:
-        """Take SIGINT and SIGTERM, if this is the main thread: Python delivers signals to no other."""
+        """Handle SIGINT and SIGTERM, if this is the main thread: Python delivers signals to no other."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             before = signal.getsignal(number)
-            if before is not None and before is not signal.SIG_IGN:  # None: set by something that is not Python
+            if before is not None and before is not signal.SIG_IGN:  # None: set by something other than Python
                 self._before[number] = before
-                signal.signal(number, self.note)
+                signal.signal(number, self.handle)
         self.is_protected = True
 
     def restore(self) -> None:
-        """Give the handlers back; a user's own handler of the signal that came is called, as it would have been."""
+        """Put the handlers back that were there before."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self.is_protected = False
@@ -82,13 +82,13 @@ class SignalWatch:
 
 
 class BlockingRead:
-    """Entered once a step, so it is one object, and no generator."""
+    """The context of `SignalWatch.reading`. It is entered once a step: one object is cheaper than a generator."""
 
     def __init__(self, signals: SignalWatch) -> None:
         self.signals = signals
 
     def __enter__(self) -> None:
-        self.signals.enter()
+        self.signals.start_reading()
 
     def __exit__(self, *_: object) -> None:
         self.signals.is_reading = False
@@ -96,7 +96,7 @@ class BlockingRead:
 
 @contextmanager
 def watched_signals() -> Iterator[SignalWatch]:
-    """Signals while this is entered; the handlers as before, however it is left."""
+    """Handle signals in this context; the handlers from before come back however it is left."""
     signals = SignalWatch()
     signals.install()
     try:

@@ -1,4 +1,4 @@
-"""Steps that were given to the devices and are not done: how to call a step, and how to wait for what it made."""
+"""The loop of one run: dispatch steps, wait for them, recover from failures, and end without losing the state."""
 
 import logging
 import signal
@@ -9,26 +9,18 @@ from typing import Any, assert_never
 
 import jax
 
-from stepc._runner.callbacks import Callbacks, is_due
+from stepc._runner.callbacks import Callbacks
 from stepc._runner.checkpoint import CheckpointKeeper
-from stepc._runner.data import (
-    DataItem,
-    DataReader,
-    EndOfData,
-    ReadFailure,
-    data_failure,
-    data_fingerprint,
-)
-from stepc._runner.events import EventLog
-from stepc._runner.events import Logger as Logger
+from stepc._runner.data import DataItem, DataReader, EndOfData, ReadFailure, data_failure, data_fingerprint
+from stepc._runner.events import EventLog, is_due
 from stepc._runner.multihost import Peers
 from stepc._runner.pending import (
-    Bad,
-    Call,
+    AnyStep,
     PendingStep,
+    RejectIf,
     Snapshot,
     StepStatus,
-    changes_of_names,
+    changed_names,
     check_metrics,
     check_verdict,
     copy_state,
@@ -37,10 +29,10 @@ from stepc._runner.pending import (
     step_failure,
     wait_for_step,
 )
-from stepc._runner.policies import FailureCounts, Raise, Retry, Rollback, Skip
+from stepc._runner.policies import EXHAUSTED, FailureCounts, Raise, Retry, Rollback, Skip
 from stepc._runner.recompilation import RecompilationMonitor
 from stepc._runner.signals import LeaveLoop, SignalWatch
-from stepc._runner.watchdog import StallWatcher, log_watchdog_firings
+from stepc._runner.watchdog import StallWatcher, log_stalls
 from stepc.errors import (
     CheckpointError,
     DataError,
@@ -49,12 +41,13 @@ from stepc.errors import (
     NonFiniteError,
     PeerError,
     Preempted,
+    RejectedError,
     ResumeError,
     StepError,
 )
 
-KINDS = {DataError: "data", NonFiniteError: "nonfinite", DeviceError: "device"}
-EXHAUSTED = "the policy is to raise"
+# Which policy governs a failure. A step that `reject_if` refuses is as bad as one that is not finite.
+KINDS = {DataError: "data", NonFiniteError: "nonfinite", RejectedError: "nonfinite", DeviceError: "device"}
 
 
 @dataclass
@@ -63,17 +56,17 @@ class Run:
 
     Args:
       state: the state after the last finished step; alive.
-      steps: the number of the last finished step, those of earlier runs on the same checkpoints among them.
+      steps: the number of the last finished step, counting those of earlier runs on the same checkpoints.
       ended: "steps", "data", "interrupted" or "preempted".
-      metrics: those of the last finished step, as floats.
-      failures: how many of each kind there were, also those that a policy went on from.
-      skipped: how many steps, and how many reads of the data, were left out.
+      metrics: the metrics of the last finished step, as floats.
+      failures: how many failures of each kind there were, counting those that a policy recovered from.
+      skipped: how many steps and reads of the data were left out.
       rollbacks: how often the run went back.
       logger_failures: how often each logger raised, by the name of its class.
       log_seconds: how long each logger took, by the name of its class.
     """
 
-    state: Any  # Any: a state, whatever it is made of; None in the `.run` of an error that left none
+    state: Any  # Any: a state, whatever it is made of; None in the `.run` of an error that destroyed it
     steps: int = 0
     ended: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -86,56 +79,57 @@ class Run:
 
 @dataclass
 class Trainer:
-    """What `run` puts together: each part has a file of its own, and this is where they meet."""
+    """One run: its parts, each from a file of its own, and where it stands."""
 
-    call: Call
+    step: AnyStep
     run: Run
-    feed: DataReader
-    ledger: FailureCounts
-    scribe: EventLog
+    reader: DataReader
+    counts: FailureCounts
+    events: EventLog
     signals: SignalWatch
-    agenda: Callbacks
-    keeper: CheckpointKeeper | None
-    watchdog: StallWatcher
+    callbacks: Callbacks
+    checkpoints: CheckpointKeeper | None
+    watcher: StallWatcher
     peers: Peers
+    monitor: RecompilationMonitor
+    reject_if: RejectIf | None
     steps: int | None
-    window: int
-    steps_per_call: int
-    skip_limit: int | None
-    bad: Bad | None
-    programs: RecompilationMonitor
-    snapshot_every: int | None
-    compare_every: int | None
-    number: int = 0
-    position: Any = None  # Any: where the data stands after the last settled step
-    last: DataItem | None = None  # what that step was given
-    flight: deque[PendingStep] = field(default_factory=deque)
-    anchor: Snapshot | None = None
-    last_checked: Any = None  # Any: the names of the metrics of the last call
+    max_in_flight: int
+    snapshot_every: int | None  # None if no policy needs a snapshot
+    compare_replicas_every: int | None
+    number: int = 0  # of the last dispatched step
+    position: Any = None  # Any: where the data stands after the last finished step
+    last_item: DataItem | None = None  # the batch of that step
+    in_flight: deque[PendingStep] = field(default_factory=deque)
+    snapshot: Snapshot | None = None
+    metric_names: Any = None  # Any: the keys of the metrics of the last call
+
+    def __post_init__(self) -> None:
+        self.steps_per_call = self.step.steps_per_call
 
     def loop(self) -> None:
-        """Until the steps are made, the data ends or a signal came: take a batch, make a step, settle an older one."""
-        self.drop_anchor()
+        """Take a batch, dispatch a step, wait for an older one; until the steps are made, the data ends or a signal."""
+        self.take_snapshot()
         while True:
             found: DataItem | ReadFailure | EndOfData = EndOfData()
             try:
                 self.peers.at("data", self.number)
                 if not self.is_over():
-                    found = self.feed.read()
-                found = self.peers.agreed(found, self.number, self.feed.source.spec, self.signals)
+                    found = self.reader.read()
+                found = self.peers.agreed(found, self.number, self.reader.source.spec, self.signals)
                 match found:
                     case EndOfData():
-                        self.settle(0)
+                        self.wait(0)
                         return
                     case ReadFailure():
-                        self.settle(0)
+                        self.wait(0)
                         raise data_failure(found, self.number + 1) from found.error
                     case DataItem():
                         self.dispatch(found)
-                        self.settle(self.window)
-                        self.between()
+                        self.wait(self.max_in_flight)
+                        self.between_steps()
             except LeaveLoop:
-                continue  # a signal, while a batch was waited for
+                continue  # a signal came while the data was read
             except StepError as failure:
                 self.recover(failure, found)
 
@@ -144,132 +138,132 @@ class Trainer:
         return self.signals.is_over() or (self.steps is not None and self.number >= self.steps)
 
     def dispatch(self, item: DataItem) -> None:
-        """Give a batch to the step. What fails here is this step's, once the older ones have settled."""
+        """Call the step on a batch. What the call raises is this step's own, once the older steps are waited for."""
         first = self.number + 1
-        self.watchdog.beat(self.number)
-        log_watchdog_firings(self.watchdog, self.scribe)
-        if self.anchor is not None:
-            self.anchor.kept.append(item)
+        self.watcher.beat(self.number)
+        log_stalls(self.watcher, self.events)
+        if self.snapshot is not None:
+            self.snapshot.items.append(item)
         if not item.is_hole:
             try:
-                self.programs.prepare(self.number, self.run.state, item.batch)
-                state, metrics, watch = self.call(self.run.state, item.batch)
+                self.monitor.prepare(self.number, self.run.state, item.batch)
+                state, metrics, diagnostics = self.step.watched(self.run.state, item.batch)
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
-                self.settle(0)
+                self.wait(0)
                 is_alive = not deleted_leaves(self.run.state)
-                is_device = self.programs.is_built and isinstance(error, jax.errors.JaxRuntimeError)
+                is_device = self.monitor.is_built and isinstance(error, jax.errors.JaxRuntimeError)
                 phase = "build" if is_alive and not is_device else "dispatch"
                 raise step_failure(error, phase, first, state_ok=is_alive) from error
-            if not isinstance(metrics, dict) or metrics.keys() != self.last_checked:
+            if not isinstance(metrics, dict) or metrics.keys() != self.metric_names:
                 check_metrics(metrics, step=first, num_steps=self.steps_per_call)
-                if self.last_checked is None:
-                    self.programs.note_first(self.run.state, state)
+                if self.metric_names is None:
+                    self.monitor.check_first(self.run.state, state)
                 else:
-                    self.scribe.event("metrics_changed", first, names=changes_of_names(self.last_checked, metrics))
-                self.last_checked = metrics.keys()
+                    self.events.event("metrics_changed", first, names=changed_names(self.metric_names, metrics))
+                self.metric_names = metrics.keys()
             self.run.state = state
-            self.flight.append(PendingStep(first, item, metrics, watch))
+            self.in_flight.append(PendingStep(first, item, metrics, diagnostics))
         self.number += self.steps_per_call
-        self.programs.note(first)
+        self.monitor.check_traces(first)
 
-    def settle(self, most: int) -> None:
-        """Wait for the oldest calls until at most `most` are in flight."""
-        while len(self.flight) > most:
-            flying = self.flight[0]
-            landed = wait_for_step(flying)
-            for row in range(self.steps_per_call if landed is not None or self.bad is not None else 0):
-                self.judge(flying, landed, row)
-            self.flight.popleft()
-            self.position, self.last = flying.item.after, flying.item
-            self.run.steps = flying.first + self.steps_per_call - 1
+    def wait(self, most: int) -> None:
+        """Wait for the oldest calls until at most `most` are in flight; judge and log their steps."""
+        while len(self.in_flight) > most:
+            pending = self.in_flight[0]
+            status = wait_for_step(pending)
+            if status is not None or self.reject_if is not None:
+                for row in range(self.steps_per_call):
+                    self.judge(pending, status, row)
+            self._finish_oldest()
             for row in range(self.steps_per_call):
-                self.scribe.settled(flying.first + row, flying.metrics, row=row)
+                self.events.step_finished(pending.first + row, pending.metrics, row=row)
 
     def drain(self) -> None:
-        """Wait for what is in flight and tell nobody, up to a step that is not finite and was not skipped."""
-        while self.flight:
-            landed = wait_for_step(flying := self.flight[0])
-            if landed is not None and not (landed.is_finite | landed.is_skipped).all():
+        """Wait for what is in flight without logging it, up to a step that is not finite and was not skipped."""
+        while self.in_flight:
+            status = wait_for_step(self.in_flight[0])
+            if status is not None and not (status.is_finite | status.is_skipped).all():
                 return
-            self.flight.popleft()
-            self.position, self.last = flying.item.after, flying.item
-            self.run.steps = flying.first + self.steps_per_call - 1
+            self._finish_oldest()
 
-    def judge(self, flying: PendingStep, landed: StepStatus | None, row: int) -> None:
-        """Refuse a step that is not finite; count one that left the state as it was."""
-        step = flying.first + row
-        skips = self.ledger.skipped.setdefault("in the program", set())
-        if landed is not None and landed.is_skipped[row]:
-            if step not in skips:
-                skips.add(step)
-                self.scribe.event("skipped", step, why="not finite; the state is as it was")
-            limit = self.skip_limit
-            if limit is not None and all(step - back in skips for back in range(limit)):
-                why = f", and so were the {limit - 1} before it: skip_nonfinite allows fewer than {limit} in a row"
-                raise nonfinite_failure(flying, step, row, state_ok=True, why=why if limit > 1 else "")
-        elif landed is not None and not landed.is_finite[row]:
-            raise nonfinite_failure(flying, step, row, state_ok=False)
-        elif self.bad is not None:
-            check_verdict(self.bad, flying.metrics, row=row, step=step)
+    def _finish_oldest(self) -> None:
+        pending = self.in_flight.popleft()
+        self.position, self.last_item = pending.item.after, pending.item
+        self.run.steps = pending.first + self.steps_per_call - 1
 
-    def between(self) -> None:
-        """Do what is due after this step, with everything settled."""
-        per = self.steps_per_call
+    def judge(self, pending: PendingStep, status: StepStatus | None, row: int) -> None:
+        """Refuse a step that is not finite or that the user rejects; count one that the program skipped."""
+        step = pending.first + row
+        if status is not None and status.is_skipped[row]:
+            skipped = self.counts.skipped.setdefault("in the program", set())
+            if step not in skipped:
+                skipped.add(step)
+                self.events.event("skipped", step, why="not finite; the state is unchanged")
+            limit = self.step.skip_limit
+            if limit is not None and all(step - back in skipped for back in range(limit)):
+                before = "was the one" if limit == 2 else f"were the {limit - 1}"
+                why = f", nor {before} before it: skip_nonfinite allows fewer than {limit} in a row"
+                raise nonfinite_failure(pending, step, row, state_ok=True, why=why if limit > 1 else "")
+        elif status is not None and not status.is_finite[row]:
+            raise nonfinite_failure(pending, step, row, state_ok=False)
+        elif self.reject_if is not None:
+            check_verdict(self.reject_if, pending.metrics, row=row, step=step)
+
+    def between_steps(self) -> None:
+        """Do what is due after this step, with nothing in flight."""
         self.peers.at("between steps", self.number)
-        saves = False
-        compares = is_due(self.compare_every, self.number, per)
-        copies = self.anchor is not None and self.number - self.anchor.number >= (self.snapshot_every or 1)
-        if self.keeper is not None:
-            self.keeper.poll()
-            saves = self.keeper.is_due(self.number, steps_per_call=per)
-        if saves or copies or compares or self.agenda.is_due(self.number, per):
-            self.settle(0)
-            if compares:
+        is_save = False
+        if self.checkpoints is not None:
+            self.checkpoints.poll()
+            is_save = self.checkpoints.is_due(self.number, steps_per_call=self.steps_per_call)
+        is_compare = is_due(self.compare_replicas_every, self.number, self.steps_per_call)
+        is_snapshot = self.snapshot is not None and self.number - self.snapshot.step >= (self.snapshot_every or 1)
+        if is_save or is_snapshot or is_compare or self.callbacks.is_due(self.number, self.steps_per_call):
+            self.wait(0)
+            if is_compare:
                 self.peers.compare(self.run.state, self.number)
-            if copies:
-                self.drop_anchor()
-            # Before the save: what a run goes on from, has been judged; a process that dies between would lose that.
-            self.agenda.act(self.number, per, self.run.state, self.scribe)
-            if saves:
+            if is_snapshot:
+                self.take_snapshot()
+            # Before the save: a run that resumes from it does not repeat them, so a process that dies between the two
+            # would lose them.
+            self.callbacks.act(self.number, self.steps_per_call, self.run.state, self.events)
+            if is_save:
                 self.save()
 
     def save(self) -> None:
-        """Begin a checkpoint of the settled state, if there is none of this step."""
-        spec = self.feed.source.spec
-        if self.keeper is not None and self.number > self.keeper.saved:
-            rows = {} if spec is None else spec.rows()
-            self.keeper.save(
+        """Begin a checkpoint of the finished state, if this step has none."""
+        if self.checkpoints is not None and self.number > self.checkpoints.saved:
+            spec = self.reader.source.spec
+            self.checkpoints.save(
                 self.number,
                 self.run.state,
                 self.position,
-                rows,
-                None if self.peers.are_many else data_fingerprint(self.last),
+                {} if spec is None else spec.rows(),
+                None if self.peers.are_many else data_fingerprint(self.last_item),
             )
 
     def recover(self, failure: StepError, found: DataItem | ReadFailure | EndOfData) -> None:
-        """Log a failure; then raise it, or bring back what the policy promised."""
+        """Log a failure; then raise it, or restore what the policy promised."""
         kind = KINDS.get(type(failure))
         place = failure.step
         if isinstance(found, ReadFailure) and kind == "data":
-            # To skip goes on to another read; to read again begins with as many batches given.
-            place = found.given if isinstance(self.ledger.policies[kind], Retry) else found.place
-        refusal = self.refusal(kind, failure, found, place)
+            # A skip goes on with another read; a retry reads again when as many batches were given.
+            place = found.given if isinstance(self.counts.policies[kind], Retry) else found.place
+        refusal = self._refusal(kind, failure, found, place)
         what = str(failure).partition("\n")[0]
-        policy = self.ledger.policies.get(kind or "", Raise())
-        self.scribe.event(
-            "failure", failure.step, level=logging.ERROR, what=what, phase=failure.phase, policy=policy
-        )  # fmt: skip
+        policy = self.counts.policies.get(kind or "", Raise())
+        level = logging.ERROR
+        self.events.event("failure", failure.step, level=level, what=what, phase=failure.phase, policy=policy)
         if refusal is not None or kind is None:
             if refusal not in (None, EXHAUSTED):
                 failure.add_note(f"stepc: {refusal}")
             raise self.peers.raised(failure)
         match policy:
             case Retry():
-                wait = float(policy.wait_seconds) * 2 ** (self.ledger.attempts[kind, place] - 1)
-                self.signals.wait(wait)
-                self.feed.retry(found) if kind == "data" else self.rewind(leave_out=None)
+                self.signals.wait(float(policy.wait_seconds) * 2 ** (self.counts.attempts[kind, place] - 1))
+                self.reader.retry(found) if kind == "data" else self.rewind(leave_out=None)
             case Skip():
-                self.feed.skip() if kind == "data" else self.rewind(leave_out=failure.step)
+                self.reader.skip() if kind == "data" else self.rewind(leave_out=failure.step)
             case Rollback():
                 self.roll_back(policy, failure.step)
             case Raise():
@@ -277,103 +271,115 @@ class Trainer:
             case _:
                 assert_never(policy)
 
-    def refusal(self, kind: str | None, failure: StepError, found: object, place: int) -> str | None:
+    def _refusal(self, kind: str | None, failure: StepError, found: object, place: int) -> str | None:
         """Why a failure is raised; None if the run goes on."""
         if kind is None:
-            self.ledger.failures[failure.phase] += 1
+            self.counts.failures[failure.phase] += 1
             return EXHAUSTED
-        why = self.ledger.refusal(kind, place)
-        policy = self.ledger.policies[kind]
+        why = self.counts.refusal(kind, place)
+        policy = self.counts.policies[kind]
         if why is None and kind == "device" and self.peers.are_many:
-            return "the other processes are at the same step, and cannot be brought back"
+            return "the other processes are at the same step and cannot be brought back"
         if why is None and isinstance(found, ReadFailure) and kind == "data":
             why = found.refusal(is_retry=isinstance(policy, Retry))
         if why is None and kind == "nonfinite" and failure.state_ok and isinstance(policy, Skip):
             return "skip_nonfinite has skipped as often as it may"
         return why
 
-    def drop_anchor(self) -> None:
-        """Copy the settled state, if a policy needs it, to come back to."""
+    def take_snapshot(self) -> None:
+        """Copy the finished state to come back to, if a policy needs that."""
         if self.snapshot_every is not None:
-            first = self.anchor is None
-            self.anchor = Snapshot(copy_state(self.run.state), self.number, self.position, self.steps_per_call)
-            if first:
-                self.scribe.event("snapshots", self.number, level=logging.INFO, price=self.anchor.price())
+            is_first = self.snapshot is None
+            self.snapshot = Snapshot(copy_state(self.run.state), self.number, self.position, self.steps_per_call)
+            if is_first:
+                self.events.event("snapshots", self.number, level=logging.INFO, cost=self.snapshot.cost())
 
     def rewind(self, *, leave_out: int | None) -> None:
-        """Go back to the anchor, and give again what was given since, but for the step `leave_out`."""
-        anchor = self._anchor()
-        self._give_again(anchor.replay(leave_out))
-        self._stand_at(anchor.state, anchor.number, anchor.after)
+        """Go back to the snapshot and give the batches since again, but for that of the step `leave_out`."""
+        snapshot = self._existing_snapshot()
+        self._give_again(snapshot.replay(leave_out))
+        self._restart_from(snapshot.state, snapshot.step, snapshot.position)
 
     def roll_back(self, policy: Rollback, failed_at: int) -> None:
-        """Return to the last checkpoint, or to the anchor, and go on as the policy says."""
-        anchor = self._anchor()
-        later = anchor.kept[anchor.place_of(failed_at) + 1 :]
-        restored = None if self.keeper is None else self.keeper.restore(anchor.state)
+        """Go back to the last checkpoint, or else to the snapshot, and go on as the policy says."""
+        snapshot = self._existing_snapshot()
+        later = snapshot.items_after(failed_at)
+        restored = None if self.checkpoints is None else self.checkpoints.restore(snapshot.state)
         if restored is None:
-            self._give_again(later if policy.data == "skip" else anchor.replay(None))
-            state, number, after = anchor.state, anchor.number, anchor.after
+            self._give_again(later if policy.data == "skip" else snapshot.replay(None))
+            state, number, position = snapshot.state, snapshot.step, snapshot.position
         else:
-            state, number, after = restored.state, restored.number, restored.position
+            state, number, position = restored.state, restored.number, restored.position
             if policy.data == "skip":
                 self._give_again(later)
             else:
-                self.feed.go_to(after)
-        self.scribe.trim(number)
-        self.scribe.event("rollback", failed_at, to=number, data=policy.data)
-        self.agenda.go_back(number)
-        self.ledger.forget_skips_after(number)
-        self._stand_at(state, number, after)
+                self.reader.go_to(position)
+        self.events.trim(number)
+        self.events.event("rollback", failed_at, to=number, data=policy.data)
+        self.callbacks.go_back(number)
+        self.counts.forget_skips_after(number)
+        self._restart_from(state, number, position)
 
-    def _anchor(self) -> Snapshot:
-        if self.anchor is None:
-            raise RuntimeError("a policy that goes on has an anchor")
-        return self.anchor
+    def _existing_snapshot(self) -> Snapshot:
+        if self.snapshot is None:
+            raise RuntimeError("a policy that goes on has a snapshot")
+        return self.snapshot
 
     def _give_again(self, items: Sequence[DataItem]) -> None:
         """Put these before what is read next."""
-        self.feed.again.extendleft(reversed(items))
+        self.reader.again.extendleft(reversed(items))
 
-    def _stand_at(self, state: Any, number: int, after: Any) -> None:  # Any: a state, and where the data stands
-        self.flight.clear()
-        self.run.state, self.number, self.position, self.last = copy_state(state), number, after, None
+    def _restart_from(self, state: Any, number: int, position: Any) -> None:  # Any: a state, and where the data stands
+        self.in_flight.clear()
+        self.run.state, self.number, self.position, self.last_item = copy_state(state), number, position, None
         self.run.steps = number
-        self.anchor = Snapshot(state, number, after, self.steps_per_call)
+        self.snapshot = Snapshot(state, number, position, self.steps_per_call)
 
 
-def end_reason(training: Trainer) -> str:
-    """By a signal, because the steps are made, or because the data ended."""
-    match training.signals.received:
+def end_reason(trainer: Trainer) -> str:
+    """Why the loop ended without an error: a signal, all steps made, or the end of the data."""
+    match trainer.signals.received:
         case signal.SIGINT:
             return "interrupted"
         case signal.SIGTERM:
             return "preempted"
         case _:
-            return "steps" if training.is_over() else "data"
+            return "steps" if trainer.is_over() else "data"
 
 
-def finish_after_error(training: Trainer, error: BaseException) -> None:
-    """Before an error goes on: save what lives, wait for what is being saved, and say on the error what else failed."""
-    run = training.run
+def finish_after_error(trainer: Trainer, error: BaseException) -> None:
+    """Before an error is raised: save a live state, wait for saves, and note on the error what else failed."""
+    run = trainer.run
     if isinstance(error, KeyboardInterrupt):
         return  # a second Ctrl-C: at once
     try:
         if not isinstance(error, StepError | CheckpointError):
-            training.settle(0)
+            trainer.wait(0)
         if isinstance(error, StepError) and error.state_ok:
-            training.drain()
-        is_good = not training.flight and not (isinstance(error, StepError) and not error.state_ok)
+            trainer.drain()
+        is_good = not trainer.in_flight and not (isinstance(error, StepError) and not error.state_ok)
         if not is_good or deleted_leaves(run.state):
-            kept: Any = None if training.anchor is None else copy_state(training.anchor.state)  # Any: a state, or none
-            run.state = kept
-            run.steps = run.steps if training.anchor is None else training.anchor.number
-        if training.keeper is not None:
-            if is_good and not isinstance(error, CheckpointError | ResumeError) and training.number > 0:
-                training.save()
-            training.keeper.finish()
+            snapshot = trainer.snapshot
+            run.state = None if snapshot is None else copy_state(snapshot.state)
+            run.steps = run.steps if snapshot is None else snapshot.step
+        if trainer.checkpoints is not None:
+            if is_good and not isinstance(error, CheckpointError | ResumeError) and trainer.number > 0:
+                trainer.save()
+            trainer.checkpoints.finish()
     except (StepError, CheckpointError) as second:
         error.add_note(f"stepc: and then: {type(second).__name__}: {str(second).partition(chr(10))[0]}")
+    _attach_run(error, run)
+
+
+def abandon_after_error(trainer: Trainer, error: BaseException) -> None:
+    """The same where the processes can do nothing together any more: no last checkpoint; what is in flight is lost."""
+    run = trainer.run
+    if trainer.in_flight or deleted_leaves(run.state):
+        run.state = None
+    _attach_run(error, run)
+
+
+def _attach_run(error: BaseException, run: Run) -> None:
     match error:
         case StepError() | CheckpointError() | PeerError():
             error.run = run
@@ -381,30 +387,19 @@ def finish_after_error(training: Trainer, error: BaseException) -> None:
             pass
 
 
-def abandon_after_error(training: Trainer, error: BaseException) -> None:
-    """The same, where nothing can be done together any more: no last checkpoint; a state in flight is lost."""
-    run = training.run
-    run.state = None if training.flight or deleted_leaves(run.state) else run.state
-    match error:
-        case StepError() | CheckpointError() | PeerError():
-            error.run = run
-        case _:
-            pass
-
-
-def fill_in_run(training: Trainer) -> None:
+def fill_in_run(trainer: Trainer) -> None:
     """Write what was counted into the run."""
-    run, ledger = training.run, training.ledger
-    run.failures = dict(ledger.failures)
-    run.skipped, run.rollbacks = ledger.num_skipped, ledger.rollbacks
-    run.logger_failures = dict(training.scribe.failures)
-    run.log_seconds = dict(training.scribe.seconds)
+    run, counts = trainer.run, trainer.counts
+    run.failures = dict(counts.failures)
+    run.skipped, run.rollbacks = counts.num_skipped, counts.rollbacks
+    run.logger_failures = dict(trainer.events.failures)
+    run.log_seconds = dict(trainer.events.seconds)
     if run.ended:
-        run.metrics = training.scribe.last_metrics()
+        run.metrics = trainer.events.last_metrics()
 
 
 def run_or_exit(run: Run, signals: SignalWatch) -> Run:
-    """The run, or the exception that its signal asks for; the handlers are those from before."""
+    """The run, or the exception that its signal asks for. The handlers from before are back by now."""
     what = f"after step {run.steps}; the state is alive in `.run.state`."
     match run.ended:
         case "interrupted":

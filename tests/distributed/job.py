@@ -1,5 +1,7 @@
-"""One process of a job of several, for tests: `python -m distributed.job CASE FOLDER` under `STEPC_…`, as `stepc launch`
-sets them. It writes what it found to FOLDER/<process>.json."""
+"""One process of a job: `python -m distributed.job CASE FOLDER`, in the environment that `stepc launch` sets.
+
+It writes what it found to FOLDER/<process>.json.
+"""
 
 import dataclasses
 import json
@@ -29,7 +31,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 
 def global_batch(number: int) -> dict[str, np.ndarray]:
-    """Whole numbers: sums are exact, in whatever order they are made."""
+    """Whole numbers, so that sums are exact in any order."""
     x = np.random.default_rng(number).integers(-3, 4, size=(ROWS, FEATURES)).astype(np.float32)
     return {"x": x, "y": x @ TRUTH}
 
@@ -69,12 +71,14 @@ def three_steps(step: sc.Step, *, first: int = 0) -> tuple[sc.State, Any]:
 
 
 def gathered(state: sc.State) -> Any:
-    """The whole of every leaf on this process."""
+    """Every leaf, gathered on this process."""
     bare = dataclasses.replace(state, rng=jax.random.key_data(state.rng))
-    return jax.tree.map(lambda leaf: process_allgather(leaf, tiled=True) if is_spread(leaf) else np.asarray(leaf), bare)
+    return jax.tree.map(
+        lambda leaf: process_allgather(leaf, tiled=True) if spans_processes(leaf) else np.asarray(leaf), bare
+    )
 
 
-def is_spread(leaf: jax.Array) -> bool:
+def spans_processes(leaf: jax.Array) -> bool:
     return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
@@ -83,8 +87,8 @@ def first_rows(batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarra
 
 
 def by_hand(folder: Path) -> dict[str, Any]:
-    """Steps without a runner; and what is refused on all processes, which go on together after each refusal."""
-    me, step = jax.process_index(), compiled(optax.sign_sgd(0.25))  # exact, whatever the norm that `clip` takes
+    """Steps without a runner, and errors that all processes raise together and then go on from."""
+    me, step = jax.process_index(), compiled(optax.sign_sgd(0.25))  # exact, whatever norm `clip` measures
     other, short = compiled(optax.sgd(0.5 + me)), local(global_batch(0))
     state = fresh(step)
     refused = {
@@ -113,11 +117,11 @@ def by_hand(folder: Path) -> dict[str, Any]:
 
 
 class Rows:
-    """The rows of this process of batches 1 to 20, by an iterator that knows where it is, with one fault.
+    """An iterator with a position over the local rows of batches 1 to 20, with one fault.
 
     Args:
-      at: the batch that the fault befalls, on process `on`.
-      fault: see `befall`.
+      at: the batch with the fault, on process `on`.
+      fault: see `inject`.
     """
 
     def __init__(self, folder: Path, *, fault: str = "", at: int = 0, on: int = 1) -> None:
@@ -134,11 +138,9 @@ class Rows:
             raise StopIteration
         self.given = number
         batch = local(global_batch(number))
-        return self.befall(batch) if number == self.at and self.is_due else batch
+        return self.inject(batch) if number == self.at and self.is_due else batch
 
-    def befall(self, batch: dict[str, np.ndarray]) -> Any:
-        if self.fault in ("kill", "stop", "hang"):
-            (self.folder / f"{jax.process_index()}.time").write_text(str(time.time()))
+    def inject(self, batch: dict[str, np.ndarray]) -> Any:
         match self.fault:
             case "read_once":
                 self.given, self.fault = self.given - 1, ""
@@ -155,6 +157,11 @@ class Rows:
             case "int":
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
+            case "read-only" | "read-only later":
+                while self.fault == "read-only later" and not (self.folder / "kept" / "3").is_dir():
+                    time.sleep(0.01)  # until the first checkpoint is committed
+                (self.folder / "kept").chmod(0o555)
+                os.setuid(65534)  # nothing is read-only to root
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
@@ -163,7 +170,9 @@ class Rows:
                 time.sleep(1000)
         return batch
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
+        if self.fault == "position" and self.is_due and self.given >= self.at:
+            return {"given": {self.given}}  # a set, which JSON cannot hold
         return {"given": self.given}
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -171,19 +180,19 @@ class Rows:
 
 
 class Failing:
-    """A logger, a hook and a step that fail, each where it is asked to."""
+    """A logger, a hook and a step, one of which fails at one step."""
 
     def __init__(self, where: str, at: int, on: int, zero: int) -> None:
         self.where, self.at, self.is_due = where, at, on == jax.process_index()
         self.num_calls = 0
-        # The sign makes every state a whole number of quarters: sums of any order are exact, after any number of steps.
+        # With the sign every state is a multiple of 1/4: sums are exact in any order, after any number of steps.
         self.step = compiled(
             optax.sign_sgd(0.25), words=sc.skip_nonfinite(limit=3) if where == "guarded" else lambda inner: inner
         )
 
     def fail(self, where: str, number: int) -> None:
         if where == self.where and self.is_due and number == self.at:
-            raise RuntimeError(f"the {where} does not like it")
+            raise RuntimeError(f"the {where} has failed")
 
     def log(self, metrics: Any, step: int) -> None:
         self.fail("logger", step)
@@ -201,8 +210,15 @@ class Failing:
         return self.step(state, batch)
 
 
+def seconds_to_warm_up(step: sc.Step) -> float:
+    """Compile all that a run compiles; how long that takes on the slower process, which measures the machine."""
+    began = time.monotonic()
+    sc.run(step, fresh(step), [local(global_batch(0))] * 2)
+    return float(process_allgather(np.float32(time.monotonic() - began)).max())
+
+
 def corrupted(state: sc.State) -> sc.State:
-    """One bit of one copy is another, as by a fault of memory: the arrays of this process alone."""
+    """A state with one number changed in one replica, as by a memory fault, on this process alone."""
     leaf = state.params["w"]
     copies = [shard.data for shard in leaf.addressable_shards]
     copies[0] = jax.device_put(np.asarray(copies[0]) + np.float32(2.0**-20), copies[0].device)
@@ -211,7 +227,7 @@ def corrupted(state: sc.State) -> sc.State:
 
 
 def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **options: Any) -> Any:
-    """A run with a fault; how it ended, and the digest of the state on this process."""
+    """A run with a fault: how it ended, and the digest of the state on this process."""
     failing, told = Failing(options.pop("where", ""), int(at), int(on), int(options.pop("zero", 0))), Remembering()
     raises = options.pop("raises", "")
     if fault == "full" and int(on) == jax.process_index():
@@ -221,7 +237,14 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     if "differs" in options and jax.process_index() == 1:
         options |= dict([options["differs"].split(":")])
     options.pop("differs", None)
-    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items()}
+    prefetch, on_error = int(options.pop("prefetch", 0)), STRICT[options.pop("on_error", "raise")]
+    watchdog = sc.Watchdog(
+        warn_seconds=max(float(options["warn_seconds"]), seconds_to_warm_up(failing.step))
+        if "warn_seconds" in options
+        else None,
+        compare_replicas_every=int(options["compare_every"]) if "compare_every" in options else None,
+    )
+    more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items() if name in READ}
     rows = Rows(folder, fault=fault, at=int(at), on=int(on))
     step = failing if failing.where in ("step", "state") else failing.step
     hooks = [(1, failing.hook)] if failing.where in ("hook", "exit") else []
@@ -229,29 +252,38 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     found: dict[str, Any] = {}
     try:
         run = sc.run(
-            step, fresh(failing.step), rows, loggers=loggers, hooks=hooks, strict_loggers=True, log_every=1, **more
+            step,
+            fresh(failing.step),
+            sc.Data(rows, prefetch=prefetch),
+            loggers=loggers,
+            hooks=hooks,
+            log_every=1,
+            on_error=on_error,
+            watchdog=watchdog,
+            **more,
         )
         found |= {"ended": run.ended, "skipped": run.skipped}
-    except sc.StepcError as error:
+    except (sc.StepcError, sc.Interrupted, sc.Preempted) as error:
         run: Any = vars(error).get("run")
         found |= {"error": f"{type(error).__name__}: {error}"}
         if raises:
             raise
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        (folder / f"{jax.process_index()}.time").write_text(str(time.time()))
     if run is not None and run.state is not None:
         found |= {"digest": digest(gathered(run.state)), "step": int(run.state.step), "steps": run.steps}
     return {**found, "told": told.told, "events": told.names(), "given": rows.given}
 
 
 READ: dict[str, Callable[[str, Path], Any]] = {
-    "on_error": lambda value, _: value,
     "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
     "steps": lambda value, _: int(value),
-    "compare_every": lambda value, _: int(value),
-    "watchdog_seconds": lambda value, _: float(value),
-    "prefetch": lambda value, _: int(value),
+}
+# The policies by their names, with loggers that are to raise.
+STRICT = {
+    "raise": {"log": "raise"},
+    "skip": {"data": "skip", "nonfinite": "skip", "device": "skip", "log": "raise"},
+    "retry": {"data": "retry", "device": "retry", "log": "raise"},
 }
 
 
@@ -266,12 +298,13 @@ def alone(folder: Path) -> dict[str, Any]:
 
 
 def joined(folder: Path) -> dict[str, Any]:
-    """Where this process found itself, and a sum over all."""
+    """The index of this process, and a step over all of them."""
     step = compiled()
     state, _ = step(fresh(step), local(global_batch(0)))
     return {"process": jax.process_index(), "num": jax.process_count(), "digest": digest(state)}
 
 
+PATIENT = {"heartbeat_seconds": 60, "shutdown_seconds": 60}  # so that jax ends no job on a slow machine
 BEFORE = {"nowhere": nowhere, "alone": alone}
 CASES = {"by_hand": by_hand, "run": run, "joined": joined}
 
@@ -281,9 +314,9 @@ if __name__ == "__main__":
     if case in BEFORE:
         found = BEFORE[case](folder, **told)
     else:
-        if "JAX_COORDINATOR_PORT" in os.environ:  # a job of SLURM or Open MPI: jax finds out
-            sc.init_distributed(listen_on="127.0.0.1", heartbeat_seconds=10, shutdown_seconds=10)
+        if "JAX_COORDINATOR_PORT" in os.environ:  # under SLURM or Open MPI, which jax detects
+            sc.init_distributed(listen_on="127.0.0.1", **PATIENT)
         if "STEPC_COORDINATOR" in os.environ:
-            sc.init_distributed(heartbeat_seconds=10, shutdown_seconds=10)
+            sc.init_distributed(**PATIENT)
         found = CASES[case](folder, **told)
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Starts real processes of one job on 127.0.0.1, and never leaves one behind."""
+"""Start the processes of a job on 127.0.0.1, and leave none behind."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 TESTS = Path(__file__).parent.parent
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-LIMIT_SECONDS = 90.0  # a test that takes longer has found a hang
+LIMIT_SECONDS = 300.0  # ten times what a test takes on an idle machine: one that takes longer hangs
 
 
 def free_port() -> int:
@@ -27,51 +27,42 @@ class Job:
 
     def __init__(self, folder: Path, processes: "list[subprocess.Popen[str]]") -> None:
         self.folder, self.processes = folder, processes
-        self.ended_at: dict[int, float] = {}
 
     def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
         """The exit codes, when all have ended. Errors: AssertionError if one hangs."""
         until = time.monotonic() + seconds
-        while len(self.ended_at) < len(self.processes):
-            for number, one in enumerate(self.processes):
-                if one.poll() is not None:
-                    self.ended_at.setdefault(number, time.time())
-            said = [self.said(number) for number in range(len(self.processes))]
-            assert time.monotonic() < until, f"ended: {sorted(self.ended_at)}; {said}"
+        while any(one.poll() is None for one in self.processes):
+            codes = [one.returncode for one in self.processes]
+            assert time.monotonic() < until, (codes, [self.said(number) for number in range(len(codes))])
             time.sleep(0.01)
         return [one.returncode for one in self.processes]
 
     def wait_for(self, process: int, seconds: float = LIMIT_SECONDS) -> None:
-        """Until one process has ended, whatever the others do. Errors: TimeoutExpired if it hangs."""
+        """Wait until one process has ended, whatever the others do. Errors: TimeoutExpired if it hangs."""
         self.processes[process].wait(seconds)
-        self.ended_at[process] = time.time()
 
     def said(self, process: int) -> str:
         return (self.folder / f"{process}.out").read_text()
-
-    def seconds_after(self, process: int, *, other: int) -> float:
-        """How long after `run` ended on `process` the other one ended; both may still have had things to do."""
-        return self.ended_at[other] - float((self.folder / f"{process}.time").read_text())
 
     def found(self, process: int) -> dict[str, Any]:
         return json.loads((self.folder / f"{process}.json").read_text())
 
 
 def by_stepc(port: int, num: int, process: int) -> dict[str, str]:
-    """As `stepc launch` tells a process where it is."""
+    """The environment that `stepc launch` sets."""
     place = {"COORDINATOR": f"127.0.0.1:{port}", "NUM_PROCESSES": str(num), "PROCESS_ID": str(process)}
     return {f"STEPC_{name}": value for name, value in place.items()}
 
 
 def by_slurm(port: int, num: int, process: int) -> dict[str, str]:
-    """As srun does; the port is jax's to choose, so it is told which is free here."""
+    """The environment that srun sets. jax would choose the port itself, so it is given a free one."""
     place = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": str(num), "STEP_NUM_NODES": "1"}
     place |= {"PROCID": str(process), "LOCALID": str(process)}
     return {f"SLURM_{name}": value for name, value in place.items()} | _on_loopback(port)
 
 
 def by_open_mpi(port: int, num: int, process: int) -> dict[str, str]:
-    """As mpirun does."""
+    """The environment that mpirun sets."""
     place = {"SIZE": str(num), "RANK": str(process), "LOCAL_RANK": str(process)}
     mine = {f"OMPI_COMM_WORLD_{name}": value for name, value in place.items()}
     return {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", **mine, **_on_loopback(port)}
@@ -86,7 +77,7 @@ Place: TypeAlias = Callable[[int, int, int], dict[str, str]]
 
 @contextmanager
 def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, **told: object) -> Iterator[Job]:
-    """A job of `distributed.job`; whatever is left of it in the end is killed."""
+    """A job of `distributed.job`; what is left of it at the end is killed."""
     folder.mkdir(exist_ok=True)
     port, job = free_port(), Job(folder, [])
     words = [f"{name}={value}" for name, value in told.items()]
@@ -113,7 +104,7 @@ def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, *
 
 
 def alone(case: str, folder: Path, *, devices: int, **told: object) -> dict[str, Any]:
-    """The same in one process with so many devices."""
+    """The same in one process, with as many devices."""
     folder.mkdir(exist_ok=True)
     words = [f"{name}={value}" for name, value in told.items()]
     command = [sys.executable, "-m", "distributed.job", case, str(folder), *words]

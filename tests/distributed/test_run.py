@@ -1,6 +1,7 @@
-"""Faults on one of several processes: 71 to 81. Real processes, real signals, real files."""
+"""Faults on one of several processes: rows 71 to 81. Real processes, real signals, real files."""
 
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ import pytest
 from distributed.launching import Job, alone, started
 
 fault = pytest.mark.fault
-HEARTBEAT_SECONDS = 10.0
-SLACK_SECONDS = 1.0  # what a busy machine takes to start a thread, and to end a process
 
 
 def done(folder: Path, *, num: int = 2, codes: tuple[int, ...] = (0, 0), **told: object) -> Job:
@@ -35,14 +34,14 @@ def test_run_on_two_processes_equals_one(whole: dict[str, Any], tmp_path: Path) 
     job = done(tmp_path, prefetch=2, compare_every=5)
     both = [job.found(process) for process in (0, 1)]
     assert [(one["ended"], one["steps"], one["digest"]) for one in both] == [("data", 20, whole["digest"])] * 2
-    # Process 0 tells the loggers; the others have none. A loss is a sum of many rows, in another order.
+    # Only process 0 has loggers. A loss is a sum over many rows, in another order.
     assert [step for step, _ in both[0]["told"]] == list(range(1, 21)) and both[1]["told"] == []
     for (_, mine), (_, theirs) in zip(both[0]["told"], whole["told"], strict=True):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("num", [1, 2, 4])
-def test_checkpoint_of_two_processes_goes_on_on_others(
+def test_checkpoint_of_two_processes_resumes_on_another_number(
     halfway: Job, whole: dict[str, Any], num: int, tmp_path: Path
 ) -> None:
     (tmp_path / "kept").mkdir()
@@ -57,12 +56,12 @@ def test_checkpoint_of_two_processes_goes_on_on_others(
     assert {one["digest"] for one in found} == {whole["digest"]}
 
 
-def test_state_in_parts_is_read_by_another_number_of_processes(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_sharded_state_is_restored_by_another_number_of_processes(whole: dict[str, Any], tmp_path: Path) -> None:
     both = done(tmp_path, checkpoint=5, steps=10, zero=3)
     assert both.found(0)["step"] == 10
     job = done(tmp_path, num=4, codes=(0,) * 4, checkpoint=5, zero=3)
     assert "resumed" in job.found(0)["events"]
-    one = alone("run", tmp_path, devices=4, checkpoint=5, zero=1)  # reads the last one, and has nothing to do
+    one = alone("run", tmp_path, devices=4, checkpoint=5, zero=1)  # restores, and is done
     assert {job.found(process)["digest"] for process in range(4)} == {one["digest"], whole["digest"]}
 
 
@@ -72,15 +71,15 @@ def copy_tree(source: Path, target: Path) -> None:
         there.mkdir(exist_ok=True) if one.is_dir() else there.write_bytes(one.read_bytes())
 
 
-@fault("71", "one raises in data, hook, step, logger", "PeerError on the other in 2 s: process, step, text; exit 1")
+@fault("71", "one raises in data, hook, step, logger", "PeerError on the other: process, step, text; exit 1")
 @pytest.mark.parametrize(
     ("told", "on", "own", "text"),
     [
         ({"fault": "read"}, 1, "DataError", "OSError: the disk is gone"),
-        ({"where": "hook"}, 1, "StepError", "RuntimeError: the hook does not like it"),
-        ({"where": "hook"}, 0, "StepError", "RuntimeError: the hook does not like it"),
-        ({"where": "step"}, 1, "BuildError", "RuntimeError: the step does not like it"),
-        ({"where": "logger"}, 0, "StepError", "RuntimeError: the logger does not like it"),
+        ({"where": "hook"}, 1, "StepError", "RuntimeError: the hook has failed"),
+        ({"where": "hook"}, 0, "StepError", "RuntimeError: the hook has failed"),
+        ({"where": "step"}, 1, "BuildError", "RuntimeError: the step has failed"),
+        ({"where": "logger"}, 0, "StepError", "RuntimeError: the logger has failed"),
     ],
 )
 def test_error_on_one_ends_all(told: dict[str, str], on: int, own: str, text: str, tmp_path: Path) -> None:
@@ -89,7 +88,6 @@ def test_error_on_one_ends_all(told: dict[str, str], on: int, own: str, text: st
     assert f"stepc.errors.{own}: " in mine and text in mine
     assert f"stepc.errors.PeerError: Process {on} failed: " in other and text in other
     assert f"process  {on}\n  step     7\n" in other
-    assert job.seconds_after(on, other=1 - on) < 2 + SLACK_SECONDS
 
 
 @fault("71", "SystemExit(3) from a hook of one", "its own exit code; PeerError and exit 1 on the other")
@@ -108,7 +106,7 @@ def test_bad_batch_on_one_is_skipped_by_all(tmp_path: Path) -> None:
 
 
 @fault("72", "a read that fails on one process, policy retry", "it reads again; the others keep their rows")
-def test_bad_batch_on_one_is_read_again(whole: dict[str, Any], tmp_path: Path) -> None:
+def test_failed_read_on_one_is_retried(whole: dict[str, Any], tmp_path: Path) -> None:
     job = done(tmp_path, fault="read_once", on_error="retry")
     assert [job.found(process)["digest"] for process in (0, 1)] == [whole["digest"]] * 2
 
@@ -120,46 +118,43 @@ def test_kill_of_one_ends_all_and_leaves_a_checkpoint(at: int, whole: dict[str, 
         other, killed = job.wait()
     assert killed == -9 and other == 1, job.said(0)
     assert "stepc.errors.PeerError: Process 1 is gone" in job.said(0)
-    assert job.seconds_after(1, other=0) < HEARTBEAT_SECONDS + 2
     found = alone("run", tmp_path, devices=4, checkpoint=5)
     assert (found["step"], found["digest"]) == (20, whole["digest"])
-    if at == 12:  # at 6 the first checkpoint may have been committed, or not: never by half
+    if at == 12:  # at 6 the first checkpoint is either committed or absent
         assert "resumed" in found["events"]
 
 
-@fault("74", "kill -9 of process 0", "jax ends the other in 2 s, exit code not 0")
+@fault("74", "kill -9 of process 0", "jax ends the other; its exit code is not 0")
 def test_kill_of_process_0_ends_all(tmp_path: Path) -> None:
     with started("run", tmp_path, fault="kill", on=0) as job:
         killed, other = job.wait()
     assert killed == -9 and other != 0
-    assert job.seconds_after(0, other=1) < 2 + SLACK_SECONDS
 
 
 @fault("75", "a loader that hangs; SIGSTOP of process 1, of process 0", "the watchdog names it, and ends all")
 @pytest.mark.parametrize(
     ("kind", "on", "text"),
     [
-        ("hang", 1, "Process 1 failed: it has been at 'data' for"),
-        ("stop", 1, "Process 1 failed: it was at"),
+        ("hang", 1, "Process 1 failed: it has been in phase 'data' for"),
+        ("stop", 1, "Process 1 failed: its heartbeat stopped in phase"),
         ("stop", 0, "Process 0 failed: it does not answer"),
     ],
 )
-def test_process_that_stands_still_is_named(kind: str, on: int, text: str, tmp_path: Path) -> None:
-    with started("run", tmp_path, fault=kind, on=on, watchdog_seconds=2) as job:
+def test_process_that_hangs_is_named(kind: str, on: int, text: str, tmp_path: Path) -> None:
+    with started("run", tmp_path, fault=kind, on=on, warn_seconds=2) as job:
         job.wait_for(1 - on)
         assert job.processes[1 - on].returncode == 1, job.said(1 - on)
         who, what = text.split(" failed: ")
         lines = [line for line in job.said(1 - on).splitlines() if "stepc.errors.PeerError: " in line]
-        # Its main thread may notice, and `run` raises; or that is stuck, and the alarm ends the process.
+        # Either `run` raises, or its main thread is stuck and the failure broadcast ends the process.
         told = lines[0] if lines else job.found(1 - on)["error"]
-        # Its own watchdog may come first, and names its step as well.
+        # Its own watchdog may be first, and then adds the step.
         assert f"PeerError: {who} failed" in told and what in told, told
-        assert job.seconds_after(on, other=1 - on) < 2 + 2 + SLACK_SECONDS + 1.4  # process 0 stays, to be heard
 
 
 @fault("76", "another number of steps, another policy on one process", "ConfigError on both, with both sides")
 @pytest.mark.parametrize("differs", ["steps:19", "on_error:skip"])
-def test_run_that_is_asked_for_differently_is_refused(differs: str, tmp_path: Path) -> None:
+def test_arguments_that_differ_between_processes_are_refused(differs: str, tmp_path: Path) -> None:
     job = done(tmp_path, steps=18, differs=differs)
     texts = [job.found(process)["error"] for process in (0, 1)]
     assert texts[0] == texts[1]
@@ -169,20 +164,20 @@ def test_run_that_is_asked_for_differently_is_refused(differs: str, tmp_path: Pa
 
 
 @fault("76", "another number of rows on one process, in the first batch", "DataError on both before a step, both sides")
-def test_rows_that_do_not_fit_are_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_signatures_that_differ_are_refused_before_the_first_step(tmp_path: Path) -> None:
     job = done(tmp_path, fault="rows", at=1)
     for process in (0, 1):
         assert "process 0: host float32[8, 8]; process 1: host float32[4, 8]" in job.found(process)["error"]
 
 
 @fault(
-    "77", "one number of one copy of the state is another", "PeerError on both when they next compare, with the leaf"
+    "77", "one number differs in one replica of the state", "PeerError on both at the next comparison, with the leaf"
 )
 def test_state_that_differs_is_found(tmp_path: Path) -> None:
     job = done(tmp_path, where="state", compare_every=3)
     texts = [job.found(process)["error"] for process in (0, 1)]
     assert texts[0] == texts[1]
-    assert texts[0].startswith("PeerError: After step 9 the copies of the state differ between the processes.")
+    assert texts[0].startswith("PeerError: After step 9 the replicas of the state differ between processes.")
     assert "params/w  process 0: " in texts[0] and "; process 1: " in texts[0]
 
 
@@ -204,7 +199,7 @@ def test_end_of_data_on_one_ends_all(tmp_path: Path) -> None:
 
 
 @fault("80", "NaN in the rows of one process", "raise, skip, skip_nonfinite: the same on both")
-def test_nan_on_one_is_met_by_all(tmp_path: Path) -> None:
+def test_nan_on_one_is_handled_by_all(tmp_path: Path) -> None:
     job = done(tmp_path / "raised", fault="nan")
     assert all(job.found(process)["error"].startswith("NonFiniteError: Step 7 is not") for process in (0, 1))
     for more in ({"on_error": "skip"}, {"where": "guarded"}):
@@ -220,16 +215,41 @@ def test_save_that_fails_on_one_fails_on_all(on: int, tmp_path: Path) -> None:
     job = done(tmp_path, fault="full", bytes=10, on=on, checkpoint=3)
     what = "CheckpointError: Step 3 could not be saved: "
     mine, other = (job.found(process)["error"].partition("\n")[0] for process in (on, 1 - on))
-    assert mine.startswith(what)  # Orbax raises what fails first, an OSError or a ValueError with the text of one
+    assert mine.startswith(what)  # Orbax raises an OSError, or a ValueError with the text of one
     assert other == f"{what}OSError: process {on}: {mine.removeprefix(what)}"
     assert not [one for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()]
+
+
+@fault("81", "a position of the data that cannot be saved, on one process", "not committed; CheckpointError on both")
+@pytest.mark.parametrize("on", [0, 1])
+def test_save_that_one_cannot_begin_fails_on_all(on: int, tmp_path: Path) -> None:
+    job = done(tmp_path, fault="position", at=2, on=on, checkpoint=3)
+    mine, other = (job.found(process)["error"].partition("\n")[0] for process in (on, 1 - on))
+    assert mine.startswith("CheckpointError: ") and "`get_state()`" in mine
+    assert other.startswith(f"CheckpointError: Step 3 could not be saved: OSError: process {on}: CheckpointError: ")
+    assert not [one for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()]
+
+
+@fault("81", "the directory becomes read-only to process 0, in a save and between two", "CheckpointError on both")
+@pytest.mark.parametrize("kind", ["read-only", "read-only later"])
+def test_directory_that_becomes_read_only_fails_on_all(kind: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "job"  # outside pytest's folders, which a user without rights cannot reach
+        folder.parent.chmod(0o777)
+        folder.mkdir()
+        folder.chmod(0o777)
+        job = done(folder, fault=kind, at=4, on=0, checkpoint=3)
+        mine, other = (job.found(process)["error"].partition("\n")[0] for process in (0, 1))
+        what = mine.partition(" could not be saved: ")[0]
+        assert what == "CheckpointError: Step 6" or kind == "read-only" and what == "CheckpointError: Step 3"
+        assert other.startswith(f"{what} could not be saved: OSError: process 0: ")
 
 
 FAULTS: list[dict[str, str]] = [
     {"fault": "read"}, {"fault": "read_once", "on_error": "retry"}, {"fault": "read", "on_error": "skip"},
     {"fault": "rows"}, {"fault": "nan"}, {"fault": "nan", "on_error": "skip"}, {"fault": "term"}, {"fault": "int"},
-    {"fault": "kill"}, {"fault": "ends"}, {"fault": "hang", "watchdog_seconds": "2"},
-    {"fault": "stop", "watchdog_seconds": "2"}, {"where": "hook"}, {"where": "step"}, {"where": "logger"},
+    {"fault": "kill"}, {"fault": "ends"}, {"fault": "hang", "warn_seconds": "2"},
+    {"fault": "stop", "warn_seconds": "2"}, {"where": "hook"}, {"where": "step"}, {"where": "logger"},
     {"where": "exit"}, {"where": "state", "compare_every": "2"}, {"fault": "full", "bytes": "10"},
 ]  # fmt: skip
 GO_ON = ("skip", "retry")
@@ -249,7 +269,7 @@ def random_faults(folder: Path, num: int, *, seed: int) -> None:
             told["checkpoint"] = str(draw.randint(2, 6))
         with started("run", folder / str(trial), **told) as job:
             if told.get("fault") == "stop":
-                job.wait_for(1 - int(told["on"]))  # the other one stands still until it is killed
+                job.wait_for(1 - int(told["on"]))  # the other one is stopped until it is killed
                 continue
             codes = job.wait()
             both = [job.found(process) for process in (0, 1) if (job.folder / f"{process}.json").exists()]

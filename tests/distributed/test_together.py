@@ -1,11 +1,11 @@
-"""Several processes make the steps that one makes, and refuse together what they do not agree on."""
+"""Several processes make the same steps as one, and together refuse what they do not agree on."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from distributed.launching import Job, Place, alone, by_open_mpi, by_slurm, started
+from distributed.launching import Place, alone, by_open_mpi, by_slurm, started
 
 fault = pytest.mark.fault
 
@@ -29,13 +29,13 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_equal_one_bitwise(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
     assert [found["digest"] for found in two] == [one["digest"]] * 2
     assert two[0]["adam"] == two[1]["adam"]
-    np.testing.assert_allclose(two[0]["adam"], one["adam"], rtol=0, atol=1e-6)  # a mean of squares is rounded
+    np.testing.assert_allclose(two[0]["adam"], one["adam"], rtol=0, atol=1e-6)  # Adam rounds a mean of squares
     assert [found["traces"] for found in two] == [1, 1]
 
 
 def test_every_level_of_zero_on_two_processes_equals_one(two: list[dict[str, Any]], one: dict[str, Any]) -> None:
     assert two[0]["zero"] == two[1]["zero"]
-    for level in range(4):  # the norm that `clip` takes is a sum in another order
+    for level in range(4):  # `clip` sums its norm in another order
         np.testing.assert_allclose(two[0]["zero"][level], one["zero"][0], rtol=0, atol=1e-6)
     assert two[0]["lies"] == one["lies"] == ["P()"] + ["P('data',)"] * 3
 
@@ -46,7 +46,7 @@ def test_four_processes_equal_one(tmp_path: Path) -> None:
     assert len({found["digest"] for found in four}) == 1
     assert len({str(found["adam"]) for found in four}) == 1
     np.testing.assert_allclose(four[0]["zero"], one["zero"], rtol=0, atol=1e-6)
-    # Four processes add up in another order than one process does.
+    # Four processes sum in another order than one.
     np.testing.assert_allclose(four[0]["adam"], one["adam"], rtol=0, atol=1e-6)
     assert "process 0: " in four[0]["refused"]["seed"] and "process 1: " in four[0]["refused"]["seed"]
 
@@ -83,7 +83,7 @@ def test_uneven_rows_are_refused_on_both(two: list[dict[str, Any]]) -> None:
     assert "x  process 0: float32[8, 8]; process 1: float32[6, 8]" in texts[0]
 
 
-def test_rows_of_all_that_do_not_divide_are_refused(two: list[dict[str, Any]]) -> None:
+def test_global_batch_that_does_not_divide_is_refused(two: list[dict[str, Any]]) -> None:
     for found in two:
         assert (
             "2 rows do not divide by 8 = 2 (`accumulate(2)`) × 4 (mesh axis 'data')" in found["refused"]["indivisible"]
@@ -91,17 +91,17 @@ def test_rows_of_all_that_do_not_divide_are_refused(two: list[dict[str, Any]]) -
 
 
 def test_second_call_of_init_distributed_is_refused(two: list[dict[str, Any]]) -> None:
-    assert two[0]["refused"]["twice"].startswith("ConfigError: The processes have found each other already")
+    assert two[0]["refused"]["twice"].startswith("ConfigError: `init_distributed` was already called")
 
 
-def test_nothing_that_says_where_the_others_are_is_refused(tmp_path: Path) -> None:
+def test_init_distributed_without_any_address_is_refused(tmp_path: Path) -> None:
     with started("nowhere", tmp_path, num=1) as job:
         assert job.wait() == [0], job.said(0)
         assert "coordinator_address should be defined" in job.found(0)["refused"]
 
 
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
-def test_place_in_a_job_of_others_is_found_out(place: Place, tmp_path: Path) -> None:
+def test_processes_of_slurm_and_open_mpi_find_each_other(place: Place, tmp_path: Path) -> None:
     with started("joined", tmp_path, place=place) as job:
         assert job.wait() == [0, 0], [job.said(0), job.said(1)]
         found = [job.found(process) for process in (0, 1)]
@@ -109,11 +109,7 @@ def test_place_in_a_job_of_others_is_found_out(place: Place, tmp_path: Path) -> 
     assert found[0]["digest"] == found[1]["digest"]
 
 
-def test_others_that_do_not_come_are_told_of(tmp_path: Path) -> None:
+def test_missing_processes_are_logged_before_jax_aborts(tmp_path: Path) -> None:
     with started("alone", tmp_path, num=1) as job:
         assert job.wait() == [-6]  # jax ends it by SIGABRT
-        assert "the other processes did not come for 3 s" in _only(job)
-
-
-def _only(job: Job) -> str:
-    return job.said(0)
+        assert "the other processes did not start within 3 s" in job.said(0)

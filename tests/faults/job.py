@@ -1,4 +1,4 @@
-"""A training job in a process of its own, for tests that end it: by signals, by kill -9, by a full disk.
+"""A training job in a process of its own, for tests that end it by signals, kill -9 or a full disk.
 
 `python -m faults.job FOLDER` trains with checkpoints in FOLDER/kept and a log in FOLDER/metrics.jsonl, and writes the
 digest of the final state to FOLDER/digest.
@@ -32,46 +32,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--term", help="where SIGTERM comes")
     parser.add_argument("--kill", choices=POINTS, help="where the process ends by kill -9")
-    parser.add_argument("--hang", choices=POINTS, help="where the disk does not answer for four seconds")
-    parser.add_argument("--lose", choices=("removed", "file", "read-only"), help="what becomes of the checkpoints")
+    parser.add_argument("--hang", choices=POINTS, help="where the disk does not answer until the run has ended")
+    parser.add_argument(
+        "--lose", choices=("removed", "file", "read-only"), help="what happens to the checkpoint directory"
+    )
     parser.add_argument("--timeout", type=float, default=60.0, help="how long a save may take")
-    parser.add_argument("--fsize", type=int, help="the most bytes of a file, as a full disk has it")
+    parser.add_argument("--fsize", type=int, help="the largest size of a file, which stands for a full disk")
     options = parser.parse_args(arguments)
+    has_ended = threading.Event()
     if options.kill:
         act_at(options.kill, lambda: end(options))
     if options.hang:
-        act_at(options.hang, lambda: time.sleep(4))
+        act_at(options.hang, lambda: has_ended.wait(100))
     if options.fsize:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.fsize, options.fsize))
-    place = Place(options.folder, options.term or "", options.lose or "")
+    termination = SelfTermination(options.folder, options.term or "", options.lose or "")
     if options.lose == "read-only" and os.getuid() == 0:
         os.setuid(65534)  # nothing is read-only to root
     plan = FaultPlan()
     batches: Any = plan.batches(options.steps)
     if options.term == "data":
-        batches = place.waiting(batches)
-    began = time.monotonic()
+        batches = termination.waiting(batches)
     with JSONL(options.folder / "metrics.jsonl") as lines, ExitStack() as at_the_end:
-        at_the_end.callback(lambda: (options.folder / "seconds").write_text(f"{time.monotonic() - began}"))
+        at_the_end.callback(has_ended.set)
         at_the_end.callback(lambda: (options.folder / "left").write_text(f"{time.time()}"))
         run = sc.run(
-            place.step if options.term else step(),
+            termination.step if options.term else step(),
             fresh(),
             batches,
             steps=options.steps,
             on_error={"device": sc.Retry(1)},
             checkpoint=sc.Checkpoints(options.folder / "kept", every=options.every, timeout_seconds=options.timeout),
-            loggers=[lines, place],
+            loggers=[lines, termination],
             log_every=1,
-            window=0 if options.kill else 2,  # so that a point is reached at the step that it names
-            eval=(7, place.judge, [batch_of(1)]) if options.term == "eval" else None,
+            buffers=sc.Buffers(in_flight=0 if options.kill else 2),  # a point is reached at the step that it names
+            eval=sc.Eval(7, termination.judge, [batch_of(1)]) if options.term == "eval" else None,
         )
     (options.folder / "digest").write_text(digest(run.state))
 
 
 def end(options: argparse.Namespace) -> None:
-    """kill -9; in a line of the log with the half of it written that the disk has by then."""
+    """kill -9; "in a line of the log" first writes half a line, as a dying process may."""
     if options.kill == "in a line of the log":
         with (options.folder / "metrics.jsonl").open("a") as lines:
             lines.write('{"step": 45, "lo')
@@ -89,8 +91,8 @@ def lost(folder: Path, how: str) -> None:
             folder.write_text("a file where the directory was")
 
 
-class Place:
-    """Sends SIGTERM to its own process at one place, twice where that may matter."""
+class SelfTermination:
+    """Sends SIGTERM to its own process at one place in the run, and during a save twice."""
 
     def __init__(self, folder: Path, where: str, lose: str = "") -> None:
         self.folder, self.where, self.lose, self.is_sent = folder, where, lose, False

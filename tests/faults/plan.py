@@ -1,8 +1,9 @@
 """What goes wrong, and when: a `FaultPlan` wraps real data and a real step. The faults themselves are real ones."""
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -157,6 +158,14 @@ def digest(state: Any) -> str:
         array = np.asarray(bare)
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
     return found.hexdigest()
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for a condition. Errors: AssertionError if it does not come, however slow the machine is."""
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 class Remembering:

@@ -1,4 +1,4 @@
-"""Bad input: 1 to 11. Loggers: 82 to 89."""
+"""Bad input: rows 1 to 11. Loggers: rows 82 to 89."""
 
 import contextlib
 import json
@@ -47,19 +47,19 @@ def test_arguments_that_cannot_be_are_refused(tmp_path: Path) -> None:
 
 @fault("2", "a state with text in it", "ConfigError with the path")
 @fault("4", "a state that was donated", "ConfigError with the path")
-@fault("5", "the caller's state is used after the run", "no error: it was copied; donate_input=True takes it")
+@fault("5", "the caller's state is used after the run", "no error: it was copied; Buffers(donate_state=True) takes it")
 def test_state_is_checked_and_copied() -> None:
     with pytest.raises(sc.ConfigError, match="b  expected a jax array, got str"):
         sc.run(step(), {"b": "text"}, [batch_of(1)])  # pyright: ignore
     state = fresh()
     sc.run(step(), state, [batch_of(1)])
     assert digest(state) == digest(fresh())
-    sc.run(step(), state, [batch_of(1)], donate_input=True)
+    sc.run(step(), state, [batch_of(1)], buffers=sc.Buffers(donate_state=True))
     with pytest.raises(sc.ConfigError, match="deleted"):
         sc.run(step(), state, [batch_of(1)])
 
 
-@fault("3", "the same buffer twice in the state, in the parameters", "copied apart: both are trained; told with bytes")
+@fault("3", "the same buffer twice in the state, in the parameters", "copied: both are trained; logged with bytes")
 def test_tied_leaves_are_copied_apart(caplog: pytest.LogCaptureFixture) -> None:
     tied, logger = jax.numpy.ones(3), Remembering()
 
@@ -90,7 +90,11 @@ class Failing(Remembering):
         super().log(metrics, step)
 
 
-@fault("82", "a logger that raises once, always; strict", "bitwise as without; left alone after three; StepError")
+@fault(
+    "82",
+    "a logger that raises once, always; on_error={'log': 'raise'}",
+    "bitwise as without; left alone after three; StepError",
+)
 @fault("85", "a logger that keeps what it gets", "it got floats")
 def test_logger_that_fails_changes_nothing() -> None:
     once, always = Failing(4), Failing(*PLAIN)
@@ -100,14 +104,14 @@ def test_logger_that_fails_changes_nothing() -> None:
     assert [number for number, _ in once.told] == [1, 2, 3, 5, 6, 7, 8, 9]
     assert all(type(value) is float for _, metrics in once.told for value in metrics.values())
     with pytest.raises(sc.StepError) as raised:
-        run_with(Failing(4), strict_loggers=True)
+        run_with(Failing(4), on_error={"log": "raise"})
     assert (raised.value.phase, raised.value.step, raised.value.state_ok) == ("log", 4, True)
     made = raised.value.run.steps  # the steps that were in flight are waited for, and not lost
     assert digest(raised.value.run.state) == digest(by_a_plain_loop(list(range(1, made + 1))))
 
 
 @fault("83", "a logger that takes 0.6 s, twice", "event slow_logger once, with seconds; all its time in log_seconds")
-def test_slow_logger_is_told_of() -> None:
+def test_slow_logger_is_logged() -> None:
     class Slow(Remembering):
         def log(self, metrics: Any, step: int) -> None:
             time.sleep(0.6 if step in (3, 5) else 0)
@@ -115,15 +119,17 @@ def test_slow_logger_is_told_of() -> None:
     other = Remembering()
     run = run_with(Slow(), other)
     assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
-    ((facts, at),) = [(facts, at) for name, facts, at in other.events if name == "slow_logger"]
-    assert (facts["logger"], at) == ("Slow", 3)
+    ((facts, at),) = [
+        (facts, at) for name, facts, at in other.events if name == "slow_logger" and facts["logger"] == "Slow"
+    ]
+    assert at == 3
     assert float(facts["log_seconds"]) >= 0.6
-    assert run.log_seconds["Slow"] >= 1.2 > run.log_seconds["Remembering"]
+    assert run.log_seconds["Slow"] >= 1.2
 
 
 @fault("84", "a logger that raises KeyboardInterrupt or SystemExit", "it passes through")
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_exit_of_a_logger_passes_through(kind: Any) -> None:
+def test_exit_from_a_logger_passes_through(kind: Any) -> None:
     class Leaving(Remembering):
         def log(self, metrics: Any, step: int) -> None:
             raise kind
@@ -146,7 +152,7 @@ def test_nan_is_valid_json(tmp_path: Path) -> None:
 def test_full_log_changes_nothing(tmp_path: Path) -> None:
     full = sc.JSONL(tmp_path / "m.jsonl")
     full.close()
-    full._file = Path("/dev/full").open("w", buffering=1)
+    full._file.file = Path("/dev/full").open("w", buffering=1)
     run = run_with(full)
     assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
     assert run.logger_failures == {"JSONL": 3}
@@ -164,8 +170,8 @@ def test_error_that_cannot_be_logged_is_raised() -> None:
         sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), loggers=[Mute()])
 
 
-@fault("89", "a metric that is no scalar; no loss", "BuildError at step 1 that names them")
-def test_metrics_that_are_no_scalars_are_refused() -> None:
+@fault("89", "a metric that is not a scalar; no loss", "BuildError at step 1 that names them")
+def test_metrics_that_are_not_scalars_are_refused() -> None:
     def odd(state: Any, batch: Any) -> Any:
         return state, {"norms": batch["x"].sum(0)}
 
@@ -174,7 +180,7 @@ def test_metrics_that_are_no_scalars_are_refused() -> None:
     assert raised.value.step == 1
 
 
-@fault("87", "a terminal that is gone (EPIPE)", "results bitwise as without; told; it is quiet from then on")
+@fault("87", "a terminal that is gone (EPIPE)", "results bitwise as without; logged; it prints nothing from then on")
 @pytest.mark.parametrize("is_bar", [True, False])
 def test_closed_terminal_changes_nothing(is_bar: bool, caplog: pytest.LogCaptureFixture) -> None:
     reads, writes = os.pipe()
@@ -185,11 +191,11 @@ def test_closed_terminal_changes_nothing(is_bar: bool, caplog: pytest.LogCapture
     with contextlib.suppress(BrokenPipeError):
         gone.close()
     assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
-    assert caplog.text.count("nobody reads the terminal any more") == 1
+    assert caplog.text.count("the terminal is closed") == 1
 
 
 @fault("89", "names of metrics that change between steps", "event metrics_changed: which are gone, which are new")
-def test_metrics_that_change_their_names_are_told_of() -> None:
+def test_metrics_that_change_their_names_are_logged() -> None:
     def changing(state: Any, batch: Any) -> Any:
         state, metrics = step()(state, batch)
         return state, metrics if int(batch["n"][0]) != 3 else {"loss": metrics["loss"], "extra": metrics["loss"]}

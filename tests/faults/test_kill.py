@@ -1,4 +1,4 @@
-"""kill -9 and what the next start makes of it: 57, 58."""
+"""kill -9, and the resume after it: rows 57 and 58."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def losses_in(folder: Path) -> list[tuple[int, float]]:
 
 
 def killed_and_resumed(zygote: Zygote, folder: Path, times: int, *, seed: int) -> list[int]:
-    """Kill the job at random moments, begin it again each time, at last let it end; how far it was, each time."""
+    """Kill the job at random moments, restart it each time, and at last let it finish. The step of each kill."""
     draw, steps = random.Random(seed), list[int]()
     while len(steps) < times:
         log = folder / "metrics.jsonl"
@@ -34,7 +34,7 @@ def killed_and_resumed(zygote: Zygote, folder: Path, times: int, *, seed: int) -
         job = start(zygote, folder)
         if draw.random() < 1 / 3:  # while it starts, or reads a checkpoint
             time.sleep(draw.uniform(0.0, 1.0))
-        else:  # on its way, which takes as long as the machine has time for
+        else:  # in training, however slow the machine is
             until, at = time.monotonic() + 60, draw.randrange(STEPS)
             while not job.has_ended() and time.monotonic() < until:
                 if len(found := steps_of_lives(log)) > lives and found[-1] >= at:
@@ -45,7 +45,7 @@ def killed_and_resumed(zygote: Zygote, folder: Path, times: int, *, seed: int) -
         steps.append(steps_of_lives(log)[-1] if len(steps_of_lives(log)) > lives else 0)
         (folder / "digest").unlink(missing_ok=True)
         kept = [one for one in (folder / "kept").glob("*") if one.name.isdecimal()]
-        if any(int(one.name) > 100 for one in kept):  # near its end: put it back on the way there
+        if any(int(one.name) > 100 for one in kept):  # near its end: set it back
             for one in kept:
                 if int(one.name) > 50:
                     one.rename(folder / "kept" / f"{one.name}.deleting")
@@ -54,7 +54,7 @@ def killed_and_resumed(zygote: Zygote, folder: Path, times: int, *, seed: int) -
 
 
 def steps_of_lives(log: Path) -> list[int]:
-    """The last step of each run that has begun; half a line at the end is none."""
+    """The last logged step of each start. An incomplete last line does not count."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     lives = list[int]()
     for line in (json.loads(line) for line in lines if line.endswith("\n")):
@@ -73,7 +73,7 @@ def assert_exact(folder: Path, losses: list[tuple[int, float]]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
-    """The losses of a run that nothing ended."""
+    """The losses of a run that is not killed."""
     folder = tmp_path_factory.mktemp("whole")
     assert start(zygote, folder).wait() == 0, errors_of(folder)
     return losses_in(folder)
@@ -85,7 +85,7 @@ def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[tupl
 def test_kill_at_random_moments_resumes_exactly(seed: int, zygote: Zygote, tmp_path: Path, whole: list) -> None:
     steps = killed_and_resumed(zygote, tmp_path, 12 + seed % 2, seed=seed)
     assert_exact(tmp_path, whole)
-    assert len(set(steps)) > 3, steps  # it was killed all along its way
+    assert len(set(steps)) > 3, steps  # the kills are spread over the run
 
 
 @fault("57", f"kill -9 at points: {', '.join(POINTS)}", "final state and all 120 losses bitwise as without")

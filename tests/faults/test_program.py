@@ -68,7 +68,7 @@ def a_text(grads: Any) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Mine(sc.Transform):
-    """A word of the user's own."""
+    """A transform of the user's own."""
 
     takes: ClassVar = Kind.GRADIENT
     gives: ClassVar = Kind.GRADIENT
@@ -84,9 +84,9 @@ class Mine(sc.Transform):
         return (MapNode(self.function, (), name="mine", written="mine()"),)
 
 
-@fault("7", "a word of one's own that returns None, text, for a gradient", "BuildError; the state is alive")
+@fault("7", "a transform of one's own that returns None, text, for a gradient", "BuildError; the state is alive")
 @pytest.mark.parametrize("function", [no_gradient, a_text])
-def test_word_that_returns_no_gradient_is_refused(function: Any) -> None:
+def test_transform_that_returns_no_gradient_is_refused(function: Any) -> None:
     odd = sc.compile(sc.update(optax.sgd(0.1)) @ Mine(function) @ sc.grad(loss))
     with pytest.raises(sc.BuildError) as raised:
         sc.run(odd, odd.init(PARAMS), FaultPlan().batches(3))
@@ -96,9 +96,11 @@ def test_word_that_returns_no_gradient_is_refused(function: Any) -> None:
 
 
 @fault(
-    "8", "two loss scales; a word of steps on the right of update; clip on the left", "ConfigError, PipelineTypeError"
+    "8",
+    "two loss scales; a transform of steps on the right of update; clip on the left",
+    "ConfigError, PipelineTypeError",
 )
-def test_words_that_do_not_fit_are_refused() -> None:
+def test_transforms_that_do_not_fit_are_refused() -> None:
     tail = sc.update(optax.sgd(0.1))
     with pytest.raises(sc.ConfigError, match="loss_scale"):
         sc.compile(tail @ sc.loss_scale() @ sc.loss_scale() @ sc.grad(loss))
@@ -118,7 +120,7 @@ def test_static_field_that_changes_is_refused() -> None:
         calls.append(1)
         return {"w": state["w"], "count": optax.MaskedNode() if len(calls) % 2 else ()}, {"loss": jnp.float32(0)}
 
-    with pytest.raises(sc.BuildError, match="compiled again every step") as raised:
+    with pytest.raises(sc.BuildError, match="each step would be compiled again") as raised:
         sc.run(counting, {"w": jnp.zeros(3), "count": ()}, FaultPlan().batches(5))  # pyright: ignore
     assert (raised.value.step, len(calls)) == (1, 1)
     assert "MaskedNode" in str(raised.value)
@@ -147,9 +149,9 @@ def test_nan_in_the_batch_is_told_from_nan_of_the_step() -> None:
     with pytest.raises(sc.NonFiniteError, match="batch +every number is finite") as raised:
         sc.run(plan, fresh(), plan.batches(5))
     assert raised.value.step == 3
-    placed = partial(jax.tree.map, jnp.asarray)
+    on_devices = partial(jax.tree.map, jnp.asarray)
     with pytest.raises(sc.NonFiniteError, match="batch +1 of 4 numbers are not finite in y"):
-        sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), place=placed)
+        sc.run(step(), fresh(), sc.Data(FaultPlan({3: "nan"}).batches(5), place=on_devices))
 
 
 def leaping(metrics: Mapping[str, float]) -> str | None:
@@ -162,12 +164,14 @@ def with_a_leap(at: int) -> list[Any]:
     return batches
 
 
-@fault("40", "a loss that leaps, and `bad` that says so; policy raise", "NonFiniteError of that step, in its words")
+@fault(
+    "40", "a loss that leaps, and `reject_if` that says so; policy raise", "RejectedError of that step, in its words"
+)
 @fault("40", "the same, policies skip and rollback", "bitwise without the batch; without those since the snapshot")
 @pytest.mark.parametrize("window", [0, 2])
 def test_loss_that_leaps_is_governed_as_nan_is(window: int) -> None:
-    run = partial(sc.run, step(), bad=leaping, window=window, snapshot_every=3)
-    with pytest.raises(sc.NonFiniteError, match="Step 5 is bad: the loss .* is more than 1000") as raised:
+    run = partial(sc.run, step(), reject_if=leaping, buffers=sc.Buffers(window, snapshot_every=3))
+    with pytest.raises(sc.RejectedError, match="Step 5 is rejected: the loss .* is more than 1000") as raised:
         run(fresh(), with_a_leap(5))
     assert raised.value.step == 5
     skipped = run(fresh(), with_a_leap(5), on_error="skip")
@@ -176,15 +180,15 @@ def test_loss_that_leaps_is_governed_as_nan_is(window: int) -> None:
     assert digest(back.state) == digest(by_a_plain_loop([1, 2, 3, 6, 7, 8]))
 
 
-@fault("40", "`bad` itself raises", "StepError of phase bad; the state is alive, that of the last step")
+@fault("40", "`reject_if` itself raises", "StepError of phase reject_if; the state is alive, that of the last step")
 def test_judgement_that_fails_leaves_the_state() -> None:
     def fails(metrics: Mapping[str, float]) -> str | None:
         return None if metrics["loss"] else str(1 / 0)
 
     plan = FaultPlan()
     with pytest.raises(sc.StepError, match="ZeroDivisionError") as raised:
-        sc.run(lambda state, batch: (state, {"loss": jnp.float32(0)}), fresh(), plan.batches(4), bad=fails)
-    assert raised.value.phase == "bad"
+        sc.run(lambda state, batch: (state, {"loss": jnp.float32(0)}), fresh(), plan.batches(4), reject_if=fails)
+    assert raised.value.phase == "reject_if"
     assert alive(raised.value.run.state)
 
 
@@ -213,22 +217,52 @@ def compiled() -> sc.Step:
     return sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(loss))
 
 
-@fault("49", "a leaf of weak type from step 5 on", "event compiled_again with before and after; one such compilation")
+@fault("49", "a leaf of weak type from step 5 on", "event recompiled with before and after; one such compilation")
 @fault("49", "the same with max_recompiles=0", "BuildError at step 5; the state after that step is alive")
 def test_compilation_in_mid_run_is_told() -> None:
     again, logger = compiled(), Remembering()
     sc.run(again, again.init(PARAMS), weak_from(5), loggers=[logger])
-    ((_, facts, at),) = [one for one in logger.events if one[0] == "compiled_again"]
+    ((_, facts, at),) = [one for one in logger.events if one[0] == "recompiled"]
     assert at == 5
     assert "y float32[4], and is" in facts["why"].replace(", n int32[4]", "").replace("n int32[4], ", "")
     assert "y float32[4] of weak type" in facts["why"]
     again = compiled()
     with pytest.raises(sc.BuildError, match="of weak type") as raised:
-        sc.run(again, again.init(PARAMS), weak_from(5), max_recompiles=0)
+        sc.run(again, again.init(PARAMS), weak_from(5), watchdog=sc.Watchdog(max_recompiles=0))
     assert (raised.value.step, raised.value.state_ok) == (5, True)
     assert int(raised.value.run.state.step) == 5
     again = compiled()
-    assert sc.run(again, again.init(PARAMS), weak_from(5), max_recompiles=1).steps == 8
+    assert sc.run(again, again.init(PARAMS), weak_from(5), watchdog=sc.Watchdog(max_recompiles=1)).steps == 8
+
+
+def test_run_of_a_fresh_step_traces_and_compiles_it_once() -> None:
+    calls: list[str] = []
+    compilations: list[str] = []
+
+    def counted(params: Any, batch: Any) -> jax.Array:
+        calls.append("loss")
+        return loss(params, batch)
+
+    def note(event: str, duration_secs: float, **about: str | int) -> None:
+        if event.endswith("backend_compile_duration") and "stepc_step" in str(about):
+            compilations.append(event)
+
+    def fresh_step() -> tuple[sc.Step, sc.State]:
+        calls.clear()
+        made = sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(counted))
+        return made, made.init(PARAMS)
+
+    made, state = fresh_step()
+    made.lower(state, batch_of(1))
+    in_lower = len(calls)
+    made, state = fresh_step()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        sc.run(made, state, FaultPlan().batches(5), loggers=[Remembering()])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    # `run` asks for the plan and the memory by `lower`; its own calls find that trace and that executable.
+    assert (len(calls), made.traces, len(compilations)) == (in_lower, 1, 1)
 
 
 @fault("50", "a step that cannot use a donated leaf", "event not_donated at step 1: leaf and bytes; none for ours")
@@ -257,14 +291,14 @@ def test_step_that_hangs_is_told_with_stacks(at: int, caplog: pytest.LogCaptureF
     def sleeps(number: int) -> None:
         if number == at:
             time.sleep(1.2)
-            seen.append([record.getMessage() for record in caplog.records if "no step was begun" in record.message])
+            seen.append([record.getMessage() for record in caplog.records if "no step has begun" in record.message])
 
     seen: list[list[str]] = []
     calling, logger = calling_back(sleeps), Remembering()
     state = calling.init(PARAMS)
     sc.run(calling, state, FaultPlan().batches(1))  # compiled
     with caplog.at_level(logging.WARNING):
-        sc.run(calling, state, FaultPlan().batches(5), loggers=[logger], watchdog_seconds=0.4)
+        sc.run(calling, state, FaultPlan().batches(5), loggers=[logger], watchdog=sc.Watchdog(warn_seconds=0.4))
     assert "in sleeps" in seen[0][0]  # it was told while it hung
     ((_, facts, step),) = [one for one in logger.events if one[0] == "hung"]
     assert "in sleeps" in facts["stacks"]
@@ -282,7 +316,9 @@ def test_data_that_hangs_is_told_with_stacks(prefetch: int) -> None:
 
     logger = Remembering()
     sc.run(step(), fresh(), [batch_of(1)])  # compiled
-    run = sc.run(step(), fresh(), reading_slowly(), loggers=[logger], watchdog_seconds=0.4, prefetch=prefetch)
+    run = sc.run(
+        step(), fresh(), sc.Data(reading_slowly(), prefetch=prefetch), loggers=[logger], watchdog=sc.Watchdog(0.4)
+    )
     ((_, facts, at),) = [one for one in logger.events if one[0] == "hung"]
     assert "in reading_slowly" in facts["stacks"]
     assert (run.steps, at) == (5, 2)
@@ -300,7 +336,7 @@ def hangs(state, batch):
 
 folder = pathlib.Path(sys.argv[1])
 keep = sc.Checkpoints(folder, every=5)
-sc.run(hangs, fresh(), FaultPlan().batches(20), checkpoint=keep, watchdog_seconds=0.5, exit_seconds=2.0)
+sc.run(hangs, fresh(), FaultPlan().batches(20), checkpoint=keep, watchdog=sc.Watchdog(0.5, exit_seconds=2.0))
 """
 
 
@@ -312,10 +348,10 @@ def test_step_that_hangs_ends_the_process_if_that_was_asked_for(tmp_path: Path) 
     done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=55)
     assert done.returncode == EXIT_CODE == 75, done.stderr
     assert "in hangs" in done.stderr
-    assert "after step 12: the process ends" in done.stderr
+    assert "since step 12: the process ends" in done.stderr
     logger, keep = Remembering(), sc.Checkpoints(tmp_path, every=5)
     run = sc.run(step(), fresh(), FaultPlan().batches(20), checkpoint=keep, loggers=[logger])
     assert "resumed" in logger.names()
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 21))))
-    with pytest.raises(sc.ConfigError, match="exit_seconds.*more than watchdog_seconds"):
-        sc.run(step(), fresh(), FaultPlan().batches(1), watchdog_seconds=2.0, exit_seconds=1.0)
+    with pytest.raises(sc.ConfigError, match="exit_seconds.*more than warn_seconds"):
+        sc.Watchdog(warn_seconds=2.0, exit_seconds=1.0)

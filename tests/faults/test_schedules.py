@@ -119,7 +119,7 @@ def agrees(faults: dict[int, str], policies: dict[str, object], window: int, eve
     expected, raised = Model(faults, policies, every).run()
     plan = FaultPlan(faults)
     try:
-        run = sc.run(plan, fresh(), plan.batches(NUM), on_error=policies, window=window, snapshot_every=every)  # pyright: ignore
+        run = sc.run(plan, fresh(), plan.batches(NUM), on_error=policies, buffers=sc.Buffers(window, every))  # pyright: ignore
         got = None
     except sc.StepError as error:
         got = {"DataError": "data", "NonFiniteError": "nonfinite", "DeviceError": "device"}[type(error).__name__]

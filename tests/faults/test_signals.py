@@ -60,7 +60,7 @@ def interrupted_at_random(times: int) -> None:
         with pytest.raises(KeyboardInterrupt) as raised:
             timer = send_after(draw.uniform(0.0005, 0.02))  # in here: it may come before the timer has begun
             while True:
-                sc.run(step(), state, endless(), steps=10_000, on_error="retry", snapshot_every=3)
+                sc.run(step(), state, endless(), steps=10_000, on_error="retry", buffers=sc.Buffers(snapshot_every=3))
         if timer is not None:
             timer.join()
         match raised.value:
@@ -109,7 +109,7 @@ def test_wait_for_data_is_left_at_once(prefetch: int) -> None:
 
     began = time.monotonic()
     with pytest.raises(sc.Preempted) as raised:
-        sc.run(step(), fresh(), hangs(), prefetch=prefetch)
+        sc.run(step(), fresh(), sc.Data(hangs(), prefetch=prefetch))
     assert time.monotonic() - began < 2.5
     assert digest(raised.value.run.state) == digest(by_a_plain_loop([1, 2]))
 
@@ -180,7 +180,7 @@ def test_system_exit_saves_and_keeps_its_code(place: str, tmp_path: Path) -> Non
         if place == "hook":
             sc.run(step(), fresh(), endless(), hooks=[(5, leaves)], checkpoint=keep)
         else:
-            sc.run(step(), fresh(), leaving(), checkpoint=keep, prefetch=2 if place == "ahead" else 0)
+            sc.run(step(), fresh(), sc.Data(leaving(), prefetch=2 if place == "ahead" else 0), checkpoint=keep)
     assert raised.value.code == 3
     assert (tmp_path / "5").is_dir()
 

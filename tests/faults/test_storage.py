@@ -1,4 +1,4 @@
-"""Faults of storage: 13 to 18 and 61 to 70. Real files, real damage, a real limit on their size."""
+"""Faults of storage: rows 13 to 18 and 61 to 70. Real files, real damage, a real limit on their size."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def steps_in(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 3, 6 and 9: copy them, never change them."""
+    """Checkpoints of steps 3, 6 and 9, to be copied and never changed."""
     folder = tmp_path_factory.mktemp("saved") / "kept"
     run_in(folder)
     return folder
@@ -57,7 +57,7 @@ def test_done_already_returns_at_once(kept: Path) -> None:
     assert "already_done" in logger.names()
 
 
-def test_second_run_goes_on_exactly(kept: Path) -> None:
+def test_second_run_resumes_exactly(kept: Path) -> None:
     run = run_in(kept, 14)
     assert (run.steps, digest(run.state)) == (14, digest(by_a_plain_loop(list(range(1, 15)))))
     assert steps_in(kept) == {"9", "12", "14"}
@@ -71,7 +71,7 @@ def test_directory_that_is_a_file_is_refused(below: str, tmp_path: Path) -> None
         run_in(tmp_path / "file" / below)
 
 
-@fault("14", "a state with an array of no numbers", "CheckpointError before a step, with the path")
+@fault("14", "a state with an empty array", "CheckpointError before a step, with the path")
 def test_state_that_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sc.CheckpointError, match=r"nothing  expected at least one number, got float32\[0, 3\]"):
         run_in(tmp_path, state={"w": jnp.ones(3), "nothing": jnp.zeros((0, 3))})
@@ -100,18 +100,18 @@ def test_resume_into_another_state_is_refused(name: str, kept: Path) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@fault("16", "resume with another batch size", "DataError: this batch is not like those before the checkpoint")
+@fault("16", "resume with another batch size", "DataError: another signature than before the checkpoint")
 def test_resume_with_another_batch_size_is_refused(kept: Path) -> None:
     class Wider(type(FaultPlan())):
         def batch(self, number: int) -> Any:
             return batch_of(number, rows=8)
 
-    with pytest.raises(sc.DataError, match="not like those before the checkpoint"):
+    with pytest.raises(sc.DataError, match="not that of the batches before the checkpoint"):
         sc.run(step(), fresh(), Wider().batches(12), checkpoint=sc.Checkpoints(kept, every=3))
 
 
 class Shifted(Batches):
-    """The same places, other batches: as with another seed."""
+    """The same positions with other batches, as with another seed."""
 
     def __next__(self) -> Any:
         super().__next__()
@@ -135,7 +135,7 @@ def test_resume_with_data_that_ends_sooner_trains_on_nothing(kept: Path) -> None
 
 
 @fault("16", "the batch before the checkpoint cannot be read again", "event data_not_checked; goes on exactly")
-def test_resume_whose_data_cannot_be_compared_goes_on(kept: Path) -> None:
+def test_resume_whose_data_cannot_be_compared_continues(kept: Path) -> None:
     logger, whole = Remembering(), by_a_plain_loop(list(range(1, 13)))
     last = max(int(one.name) for one in kept.iterdir() if one.name.isdecimal())
     plan = FaultPlan({last: "read"})
@@ -149,6 +149,16 @@ def test_last_step_is_saved_once(tmp_path: Path) -> None:
     run_in(tmp_path / "kept", 9, loggers=[logger])
     assert [step for name, _, step in logger.events if name == "checkpoint"] == [3, 6, 9]
     assert not (tmp_path / "kept" / "abandoned").exists()
+
+
+@fault("61", "a directory that is lost in a run, policy skip", "each save is a failure; none counts as a checkpoint")
+def test_save_that_is_skipped_is_not_a_checkpoint(tmp_path: Path) -> None:
+    logger, kept = Remembering(), tmp_path / "kept"
+    lose = (5, lambda *about: shutil.rmtree(kept) if kept.is_dir() else None)
+    run = run_in(kept, 12, loggers=[logger], on_error={"save": "skip"}, hooks=[lose])
+    assert [at for name, _, at in logger.events if name == "checkpoint"] == [3]
+    assert [at for name, _, at in logger.events if name == "failure"] == [6, 9, 12]
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 13))))
 
 
 @fault("18", "a second run in the same directory, while one is there", "CheckpointError that names the holder")
@@ -183,7 +193,7 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["remove", "empty", "truncate", "flip"])
 def test_damage_is_never_taken_for_a_state(how: str, saved: Path, tmp_path: Path) -> None:
     files = sorted(one.relative_to(saved) for one in (saved / "9").rglob("*") if one.is_file())
-    files += [Path("lock")]  # all there is besides the older checkpoints
+    files += [Path("lock")]  # the only file besides the older checkpoints
     assert len(files) > 10
     good = {number: digest(by_a_plain_loop(list(range(1, number + 1)))) for number in (6, 9)}
     outcomes = []
@@ -205,7 +215,7 @@ def test_damage_is_never_taken_for_a_state(how: str, saved: Path, tmp_path: Path
 
 
 @fault("64", "an empty directory 12/, a temporary one, a stray file, a step without meta", "ignored; cleaned if ours")
-def test_things_that_are_no_checkpoint_are_ignored(kept: Path) -> None:
+def test_files_that_are_not_checkpoints_are_ignored(kept: Path) -> None:
     (kept / "12").mkdir()
     (kept / "15.orbax-checkpoint-tmp").mkdir()
     (kept / "notes.txt").write_text("mine")
@@ -219,7 +229,7 @@ def test_things_that_are_no_checkpoint_are_ignored(kept: Path) -> None:
 
 
 @fault("65", "every checkpoint damaged", "ResumeError with a reason for each, not a fresh start")
-def test_nothing_good_is_no_fresh_start(kept: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error(kept: Path) -> None:
     for number in (3, 6, 9):
         (kept / str(number) / "meta" / "metadata").write_text("{}")
     with pytest.raises(sc.ResumeError) as raised:
@@ -249,10 +259,9 @@ def test_rollback_to_a_checkpoint_replays_the_data(tmp_path: Path, prefetch: int
     run = sc.run(
         plan,
         fresh(),
-        plan.batches(12),
+        sc.Data(plan.batches(12), prefetch=prefetch),
         on_error={"device": sc.Rollback(1, data="replay")},
         checkpoint=sc.Checkpoints(tmp_path, every=3),
-        prefetch=prefetch,
     )
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 13))))
 
@@ -282,7 +291,7 @@ def test_full_disk_is_never_a_silent_success(tmp_path: Path) -> None:
         assert not steps_in(place / "kept")
 
 
-@fault("69", "a checkpoint of 4 devices, restored on 1, 2 and 8", "every leaf bitwise equal, lying as the new state")
+@fault("69", "a checkpoint of 4 devices, restored on 1, 2 and 8", "every leaf bitwise equal, placed like the new state")
 @pytest.mark.parametrize("num", [1, 2, 8])
 def test_checkpoint_of_four_devices_is_restored_on_others(num: int, tmp_path: Path) -> None:
     def step_on(num: int) -> sc.Step:
@@ -305,5 +314,5 @@ def test_checkpoint_of_a_newer_stepc_is_refused(kept: Path) -> None:
     stored = json.loads(path.read_text())
     body = json.dumps({**json.loads(stored["body"]), "format": 2})
     path.write_text(json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}))
-    with pytest.raises(sc.ResumeError, match="of a newer stepc"):
+    with pytest.raises(sc.ResumeError, match="by a newer stepc"):
         run_in(kept)

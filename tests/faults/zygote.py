@@ -1,4 +1,4 @@
-"""Jobs as processes that begin at once: each is a fork of one process that has imported everything and run nothing."""
+"""Jobs that start at once: each is a fork of one process that has imported everything and run nothing."""
 
 import importlib
 import os
@@ -17,14 +17,14 @@ TESTS = Path(__file__).parent.parent
 
 @dataclass
 class Job:
-    """A process under way, `faults.job`."""
+    """A running process of `faults.job`."""
 
     number: int
     zygote: "Zygote"
     code: int | None = None
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """kill -9, and wait for the end."""
         with suppress(ProcessLookupError):  # it had ended
             os.kill(self.number, signal.SIGKILL)
         self.wait()
@@ -38,14 +38,14 @@ class Job:
         return False
 
     def wait(self) -> int:
-        """Its exit code; of a signal the negative number."""
+        """Its exit code; for a signal, the negative number of it."""
         if self.code is None:
             self.code = int(self.zygote.line())
         return self.code
 
 
 class Zygote:
-    """The process that jobs are forked from; compiled programs are kept in `programs`."""
+    """The process that jobs are forked from. Compiled programs are cached in `programs`."""
 
     def __init__(self, programs: Path) -> None:
         kept = {
@@ -60,7 +60,7 @@ class Zygote:
         )  # fmt: skip
 
     def start(self, folder: Path, *options: str) -> Job:
-        """A job in a folder; what it says on stderr is there."""
+        """Start a job in a folder, where its stderr goes too."""
         assert self._process.stdin is not None
         self._process.stdin.write("\t".join([str(folder), *options]) + "\n")
         self._process.stdin.flush()
@@ -86,7 +86,7 @@ def errors_of(folder: Path) -> str:
 
 
 def main() -> None:
-    """Fork a job for each line; say its number, then how it ended."""
+    """Fork a job for each line of stdin; print its process id, then its exit code."""
     for name in ("orbax.checkpoint", "stepc._runner.checkpoint_store"):
         importlib.import_module(name)
     job = importlib.import_module("faults.job")
@@ -104,10 +104,10 @@ def main() -> None:
 
 
 def ended_by_itself(run: Callable[[Path], tuple[int, str]], folder: Path) -> tuple[Path, int, str]:
-    """Where a process ran, its exit code, and what it said; run again where CPython, and not the process, ended it.
+    """Where a process ran, its exit code and its stderr. It runs again if CPython aborted it at exit.
 
-    Before 3.14 CPython ends a thread of C++ that wants the interpreter while that goes away, and then sometimes aborts:
-    in 1 to 4 of 120 processes whose save failed, long before stepc compiled ahead of a run as well.
+    Before 3.14 CPython ends a C++ thread that asks for the interpreter during shutdown, and then sometimes aborts: in
+    1 to 4 of 120 processes whose save failed.
     """
     for attempt in range(3):
         place = folder / str(attempt)
@@ -115,7 +115,7 @@ def ended_by_itself(run: Callable[[Path], tuple[int, str]], folder: Path) -> tup
         code, said = run(place)
         if code != -signal.SIGABRT or "exception not rethrown" not in said:
             return place, code, said
-    raise AssertionError("three aborts in a row are none of CPython's")
+    raise AssertionError("three aborts in a row are not by chance")
 
 
 if __name__ == "__main__":

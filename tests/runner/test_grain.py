@@ -42,13 +42,15 @@ def loader(*, seed: int = 0, rows: int = ROWS, num: int = NUM) -> Any:
 
 MAKES = {"MapDataset": dataset, "DataLoader": loader}
 # A MapDataset takes any place; a DataLoader compares what it is made of, and raises.
-SAYS = {dataset: "not the data of the checkpoint", loader: "cannot go back to where it stood: ValueError: Sampler"}
+SAYS = {dataset: "not the data of the checkpoint", loader: "cannot return to its saved position: ValueError: Sampler"}
 
 
-def run_on(data: Any, folder: Path, **options: Any) -> sc.Run:
+def run_on(data: Any, folder: Path, *, prefetch: int = 0, **options: Any) -> sc.Run:
     keep = sc.Checkpoints(folder / "kept", every=3)
     with sc.JSONL(folder / "metrics.jsonl") as lines:
-        return sc.run(step(), fresh(), data, checkpoint=keep, loggers=[lines], log_every=1, **options)
+        return sc.run(
+            step(), fresh(), sc.Data(data, prefetch=prefetch), checkpoint=keep, loggers=[lines], log_every=1, **options
+        )
 
 
 def losses(folder: Path) -> list[str]:
@@ -78,12 +80,12 @@ def test_grain_other_data_is_refused_and_not_taken_up(
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 def test_grain_other_batch_size_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:
     run_on(make(), tmp_path, steps=3)
-    with pytest.raises(sc.DataError, match="not like those before the checkpoint"):
+    with pytest.raises(sc.DataError, match="not that of the batches before the checkpoint"):
         run_on(make(rows=2 * ROWS), tmp_path, steps=STEPS)
 
 
 def test_grain_dataset_that_refuses_a_place_is_a_resume_error(tmp_path: Path) -> None:
     run_on(dataset(), tmp_path, steps=9)
-    with pytest.raises(sc.ResumeError, match="cannot go back to where it stood") as raised:
+    with pytest.raises(sc.ResumeError, match="cannot return to its saved position") as raised:
         run_on(dataset(num=NUM // 2), tmp_path, steps=STEPS)
     assert isinstance(raised.value.__cause__, IndexError)

@@ -1,4 +1,4 @@
-"""The loggers: what they write, where, and what they leave behind."""
+"""The loggers: what they write, and what remains after a resume."""
 
 import io
 import json
@@ -7,16 +7,17 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from faults.plan import wait_until
 from rich.console import Console as Terminal
 
 import stepc as sc
@@ -68,7 +69,7 @@ def test_console_paused_leaves_the_pause_out() -> None:
     assert "500 tokens/s  0:02:58 left" in written.getvalue()
 
 
-def test_console_no_terminal_prints_now_and_then() -> None:
+def test_console_no_terminal_prints_every_ten_seconds() -> None:
     clock = Clock()
     console, written = plain(clock)
     for step in range(1, 101):
@@ -151,7 +152,7 @@ def test_jsonl_metric_called_step_raises(tmp_path: Path) -> None:
         logger.log({"loss": 1.0, "step": 2.0}, 1)
 
 
-def test_loggers_in_a_run_are_told_the_same(tmp_path: Path) -> None:
+def test_loggers_of_a_run_get_the_same_steps(tmp_path: Path) -> None:
     def loss(params: dict[str, jnp.ndarray], batch: dict[str, jnp.ndarray]) -> jnp.ndarray:
         return jnp.square(params["w"] - batch["x"]).mean()
 
@@ -230,7 +231,7 @@ class Events(list[tuple[str, Mapping[str, str]]]):
         self.append((name, facts))
 
 
-def test_header_tells_versions_pipeline_mesh_and_plan_and_costs_no_trace() -> None:
+def test_start_event_names_versions_pipeline_mesh_and_plan_without_a_trace() -> None:
     events = Events()
     step = sc.compile(
         sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
@@ -247,44 +248,42 @@ def test_header_tells_versions_pipeline_mesh_and_plan_and_costs_no_trace() -> No
     assert step.traces == 1
 
 
-def test_batches_that_are_read_ahead_are_put_on_the_devices_of_the_step() -> None:
+def test_batches_read_ahead_are_placed_by_the_reading_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     step = sc.compile(
         sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
         mesh=mesh,
     )
-    seen: list[object] = []
+    put, watched = step.put, step.watched
+    threads: list[str] = []
+    specs: list[object] = []
 
-    class Watching:
-        """The step, looked at: where a batch lies, and which thread put it there."""
+    def noting_put(batch: np.ndarray) -> jax.Array:
+        threads.append(threading.current_thread().name)
+        return put(batch)
 
-        def __call__(self, state: sc.State, batch: jax.Array) -> tuple[sc.State, dict[str, jax.Array]]:
-            seen.append(batch.sharding)
-            return step(state, batch)
+    def noting_call(state: sc.State, batch: jax.Array) -> Any:
+        specs.append(batch.sharding.spec)
+        return watched(state, batch)
 
-        def put(self, batch: np.ndarray) -> jax.Array:
-            seen.append(threading.current_thread().name)
-            return step.put(batch)
-
+    monkeypatch.setattr(step, "put", noting_put)
+    monkeypatch.setattr(step, "watched", noting_call)
     given = iter([np.arange(4, dtype=np.float32)] * 3)
-    run = sc.run(Watching(), step.init(jnp.float32(0.0)), given, prefetch=2)
+    run = sc.run(step, step.init(jnp.float32(0.0)), sc.Data(given, prefetch=2))
     assert run.steps == 3
-    assert seen.count("stepc-data") == 3
-    assert [one.spec for one in seen if isinstance(one, jax.sharding.NamedSharding)] == [
-        jax.sharding.PartitionSpec("data")
-    ] * 3
+    assert threads == ["stepc-data"] * 3
+    assert specs == [jax.sharding.PartitionSpec("data")] * 3
 
 
 def test_watchdog_writes_the_stacks_of_a_run_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
     def slow() -> Iterator[jax.Array]:
         yield jnp.arange(4.0)
-        time.sleep(1.0)
+        wait_until(lambda: "no step has begun for" in caplog.text)
         yield jnp.arange(4.0)
 
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
     step(step.init(jnp.float32(0.0)), jnp.arange(4.0))  # to compile takes longer than the watchdog waits
-    sc.run(step, step.init(jnp.float32(0.0)), slow(), watchdog_seconds=0.3)
-    assert "no step was begun for" in caplog.text
+    sc.run(step, step.init(jnp.float32(0.0)), slow(), watchdog=sc.Watchdog(warn_seconds=0.3))
     assert "in slow" in caplog.text  # the line that hangs
 
 
@@ -301,7 +300,7 @@ def test_evaluation_is_logged_beside_the_losses(tmp_path: Path) -> None:
         return {"gap": jnp.abs(state.params - batch).mean()}
 
     with sc.CSV(tmp_path / "m.csv") as table:
-        small_run(loggers=[table], log_every=4, eval=(4, judge, [jnp.zeros(4), jnp.ones(4)]))
+        small_run(loggers=[table], log_every=4, eval=sc.Eval(4, judge, [jnp.zeros(4), jnp.ones(4)]))
     rows = (tmp_path / "m.csv").read_text().splitlines()
     assert rows[0] == "step,loss,eval_gap"
     assert len(judged) == 4
@@ -310,7 +309,7 @@ def test_evaluation_is_logged_beside_the_losses(tmp_path: Path) -> None:
 def test_evaluation_by_a_step_leaves_the_state(tmp_path: Path) -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
     plain = small_run()
-    judged = small_run(eval=(2, step, [jnp.arange(4.0)] * 2))
+    judged = small_run(eval=sc.Eval(2, step, [jnp.arange(4.0)] * 2))
     assert float(judged.state.params) == float(plain.state.params)
 
 
@@ -329,18 +328,11 @@ def test_hook_gets_host_floats_and_a_copy() -> None:
 
 
 def test_profile_of_some_steps_is_written(tmp_path: Path) -> None:
-    small_run(profile=(3, 5, tmp_path))
+    small_run(profile=sc.Profile(3, 5, tmp_path))
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_compiled_programs_are_kept(tmp_path: Path) -> None:
-    before = jax.config.jax_compilation_cache_dir
-    small_run(compilation_cache=tmp_path)
-    assert list(tmp_path.glob("jit_stepc_step*"))
-    assert jax.config.jax_compilation_cache_dir == before
-
-
-def test_console_without_steps_or_tokens_tells_steps_and_events() -> None:
+def test_console_without_steps_or_tokens_shows_steps_and_events() -> None:
     clock, written = Clock(), io.StringIO()
     console = sc.Console(terminal=Terminal(file=written, force_terminal=False, width=60), clock=clock)
     console.log({"loss": 2.0}, 1)

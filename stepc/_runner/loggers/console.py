@@ -1,4 +1,4 @@
-"""A logger for eyes: a progress bar, or plain lines where there is no terminal; it needs rich when it is made."""
+"""A logger for people: a progress bar, or plain lines where there is no terminal. It needs rich."""
 
 import importlib
 import importlib.util
@@ -10,32 +10,32 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from stepc._runner.loggers import AbstractLogger
 from stepc.errors import ConfigError
 
 PLAIN_EVERY_SECONDS = 10.0
 UNKNOWN = "-"
 _LOG = logging.getLogger("stepc")
-QUIET = ("start", "plan", "end", "checkpoint", "snapshots")
+QUIET = ("start", "plan", "end", "checkpoint", "snapshots")  # events of every run, which are not shown
 
 
-class Console:
-    """Show how far a run is, its loss, its speed and how long it will take.
+class Console(AbstractLogger):
+    """Show the progress of a run: step, loss, speed and time left.
 
-    Meaning: seconds per step are counted from the first logged step; that one is logged when it has settled,
-      so compilation is in neither the speed nor the time left.
+    Meaning: time is measured from the first logged step, which is logged once it has finished, so that neither the
+      speed nor the time left includes compilation.
 
     Args:
-      steps: number of the last step; None if that is not known, and then no time is left to tell.
-      tokens_per_step: tokens in one batch over all devices and microbatches; None tells examples.
-      examples_per_step: rows in one batch; without either, whole steps are told.
-      terminal: a rich console to write to; one on standard output by default.
-      clock: the time in seconds; for tests.
+      steps: the number of the last step; None if it is not known, and then the time left is not shown.
+      tokens_per_step: tokens in one batch, over all devices and microbatches; the speed is then in tokens.
+      examples_per_step: rows in one batch; the speed is then in examples. Without either it is in steps.
+      terminal: the rich console to write to; by default one on standard output.
+      clock: gives the time in seconds; for tests.
     Errors: ConfigError without the extra "demo".
-    Units: tokens or examples per second of whole steps: loss, gradient, reduction and update.
-    Without a terminal it prints a line every ten seconds, and one for the first step and the last.
+    Units: per second of a whole step: loss, gradient, reduction and update.
+    Without a terminal it prints a line every ten seconds, and one for the first step and for the last.
     Example:
       >>> with Console(steps=300, tokens_per_step=2048) as logger: sc.run(..., loggers=(logger,))  # doctest: +SKIP
     """
@@ -46,19 +46,19 @@ class Console:
         steps: int | None = None,
         tokens_per_step: int | None = None,
         examples_per_step: int | None = None,
-        terminal: Any = None,  # Any: a console of rich, which is loaded below
+        terminal: Any = None,  # Any: a console of rich, which is imported below
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if importlib.util.find_spec("rich") is None:
             raise ConfigError("`Console` needs rich.", suggestion="Install it with: pip install 'stepc[demo]'")
-        # By name, and not at the top: `import stepc` must not need it.
+        # Imported by name, here and not at the top: `import stepc` must not need it.
         progress = importlib.import_module("rich.progress")
         self.terminal = importlib.import_module("rich.console").Console() if terminal is None else terminal
-        # By itself rich ends the process: `stepc train | head` would end a training.
+        # By default rich ends the process on a broken pipe: `python train.py | head` would end the training.
         self.terminal.on_broken_pipe = self._go_quiet
         self.steps = steps
-        counted = [(tokens_per_step, "tokens"), (examples_per_step, "examples"), (1, "steps")]
-        amount, self._unit = next((many, unit) for many, unit in counted if many is not None)
+        units = [(tokens_per_step, "tokens"), (examples_per_step, "examples"), (1, "steps")]
+        amount, self._unit = next((amount, unit) for amount, unit in units if amount is not None)
         self._pace = _Pace(amount, clock)
         self._printed_at: float | None = None
         self._clock = clock
@@ -74,7 +74,7 @@ class Console:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Show the metrics of one step."""
-        if "loss" not in metrics:  # of an evaluation
+        if "loss" not in metrics:  # those of an evaluation
             self.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             return
         self._pace.reached(step)
@@ -88,17 +88,17 @@ class Console:
             self.say(f"{where}  loss {loss}  {speed}  {left} left")
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
-        """Show what happened, but for what is shown anyway."""
+        """Show an event, unless every run has it."""
         if name not in QUIET:
             self.say(f"step {step}: {name}  " + "  ".join(f"{key}: {value}" for key, value in facts.items()))
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         self.terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock: what happens inside is not training, and must not count as slow steps."""
+        """Stop the clock for what is not training, so that it does not count as slow steps."""
         before = self._clock()
         try:
             yield
@@ -106,21 +106,13 @@ class Console:
             self._pace.leave_out(self._clock() - before)
 
     def close(self) -> None:
-        """Leave the bar as it stands and give the terminal back. Closing twice is harmless."""
+        """Leave the bar as it is, and restore the terminal."""
         self._bar.stop()
 
-    def __enter__(self) -> "Console":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _go_quiet(self) -> None:
-        """Nobody reads any more."""
+        """Called by rich on a broken pipe."""
         self.terminal.quiet = True
-        _LOG.warning("nobody reads the terminal any more: Console is quiet from here")
+        _LOG.warning("the terminal is closed: Console prints nothing from here on")
         if self.terminal.file is sys.stdout:
             print_to_nobody()
 
@@ -134,16 +126,16 @@ class Console:
 
 
 def print_to_nobody() -> None:
-    """Let standard output go nowhere, once nobody reads it: Python flushes it at its exit, and would fail there."""
+    """Redirect a broken standard output to the null device: Python flushes it at exit, and would fail there."""
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class _Pace:
-    """Seconds per step since the first step that was logged."""
+    """Measures the seconds per step since the first logged step."""
 
     def __init__(self, amount: int, clock: Callable[[], float]) -> None:
-        self.amount = amount  # of what a step takes
+        self.amount = amount  # tokens, examples or steps in one step
         self.clock = clock
         self.first: tuple[int, float] | None = None
         self.step = 0

@@ -1,4 +1,4 @@
-"""A logger that draws every metric when a run ends, however it ends; matplotlib is loaded only to draw."""
+"""A logger that plots the metrics when a run ends, however it ends. matplotlib is imported only then."""
 
 import importlib
 import importlib.util
@@ -12,12 +12,12 @@ FINAL = ("end", "failure")
 
 
 class Picture:
-    """Draw each metric against the steps, one panel each.
+    """Plot each metric over the steps, in a panel of its own.
 
     Args:
-      path: a PNG; written when the run ends, and at each failure.
+      path: a PNG, written when the run ends and at each failure.
     Errors: ConfigError without the extra "demo".
-    It draws what this process was told: after a resume the steps before are not in it. A `JSONL` file has them all.
+    It shows this run alone: after a resume the steps before are missing. A `JSONL` file has them all.
     Example:
       >>> sc.run(step, state, data, loggers=[Picture("runs/first/metrics.png")])  # doctest: +SKIP
     """
@@ -35,16 +35,16 @@ class Picture:
                 self.points.setdefault(name, []).append((step, value))
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
-        """Draw, if this is the end."""
+        """Draw, if the run ends or fails."""
         if name in FINAL and self.points:
             self.draw()
 
     def trim(self, step: int) -> None:
         """Forget later steps."""
-        self.points = {name: [one for one in points if one[0] <= step] for name, points in self.points.items()}
+        self.points = {name: [at for at in points if at[0] <= step] for name, points in self.points.items()}
 
     def draw(self) -> None:
-        """Write the picture. No global figure and no display are needed."""
+        """Write the PNG, without pyplot: no global figure, no display."""
         figures = importlib.import_module("matplotlib.figure")
         canvases = importlib.import_module("matplotlib.backends.backend_agg")
         figure = figures.Figure(figsize=(8, 2.5 * len(self.points)), dpi=120, layout="constrained")

@@ -1,0 +1,83 @@
+"""Checks the arguments of one call and refuses all faults in one message. It knows no argument by name."""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from stepc.errors import ConfigError, FieldTypeError
+
+
+@dataclass
+class ArgumentFaults:
+    """What is wrong with the arguments of `function`.
+
+    Each method looks at one argument. `refuse` raises a FieldTypeError if all faults are wrong types, and a ConfigError
+    if a value is wrong.
+    """
+
+    function: str
+    _facts: list[tuple[str, str]] = field(default_factory=list, init=False)
+    _has_wrong_value: bool = field(default=False, init=False)
+
+    def refuse(self) -> None:
+        """Raise for what was found, if anything was."""
+        if self._facts:
+            kind = ConfigError if self._has_wrong_value else FieldTypeError
+            raise kind(f"Invalid arguments to `{self.function}`.", facts=self._facts)
+
+    def wrong_type(self, name: str, expected: str, got: object) -> None:
+        self._facts.append((name, f"expected {expected}, got {got!r}"))
+
+    def wrong_value(self, name: str, expected: str, got: object) -> None:
+        self.wrong_type(name, expected, got)
+        self._has_wrong_value = True
+
+    def count(self, name: str, got: object, *, least: int = 1, optional: bool = False) -> None:
+        """An integer of at least `least`, which is 0 or 1."""
+        expected = ("a positive integer" if least else "a non-negative integer") + " or None" * optional
+        if got is None and optional:
+            return
+        if type(got) is not int:
+            self.wrong_type(name, expected, got)
+        elif got < least:
+            self.wrong_value(name, expected, got)
+
+    def number(
+        self, name: str, got: object, expected: str, is_valid: Callable[[float], bool], *, optional: bool = False
+    ) -> None:
+        """A number that is valid."""
+        if got is None and optional:
+            return
+        if not isinstance(got, int | float) or isinstance(got, bool):
+            self.wrong_type(name, expected, got)
+        elif not is_valid(got):
+            self.wrong_value(name, expected, got)
+
+    def seconds(self, name: str, got: object) -> None:
+        """A positive time, or None."""
+        self.number(name, got, "a positive number or None", lambda seconds: seconds > 0, optional=True)
+
+    def choice(self, name: str, got: object, choices: Collection[str]) -> None:
+        """One of some texts."""
+        *first, last = (f'"{choice}"' for choice in choices)
+        expected = f"{', '.join(first)} or {last}"
+        if not isinstance(got, str):
+            self.wrong_type(name, expected, got)
+        elif got not in choices:
+            self.wrong_value(name, expected, got)
+
+    def instance(self, name: str, got: object, kind: type | tuple[type, ...], expected: str) -> None:
+        """A value of a type."""
+        if not isinstance(got, kind):
+            self.wrong_type(name, expected, got)
+
+    def callable_(self, name: str, got: object, expected: str, *, optional: bool = False) -> None:
+        """Something to call."""
+        if not (callable(got) or got is None and optional):
+            self.wrong_type(name, expected, got)
+
+    def iterable(self, name: str, got: object, expected: str) -> bool:
+        """Something to iterate over; whether it is."""
+        if not isinstance(got, Iterable):
+            self.wrong_type(name, expected, got)
+            return False
+        return True
