@@ -142,7 +142,7 @@ def test_debug_nans_with_donation_is_refused(flag: str) -> None:
 @fault(
     "29", "NaN in a batch; none in a batch on which the step fails", "NonFiniteError with leaf and count, or all finite"
 )
-def test_nan_in_the_batch_is_told_from_nan_of_the_step() -> None:
+def test_nan_in_the_batch_is_distinguished_from_nan_of_the_step() -> None:
     with pytest.raises(sc.NonFiniteError, match="batch +1 of 4 numbers are not finite in y"):
         sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5))
     plan = FaultPlan({3: "flip"})
@@ -219,7 +219,7 @@ def compiled() -> sc.Step:
 
 @fault("49", "a leaf of weak type from step 5 on", "event recompiled with before and after; one such compilation")
 @fault("49", "the same with max_recompiles=0", "BuildError at step 5; the state after that step is alive")
-def test_compilation_in_mid_run_is_told() -> None:
+def test_recompilation_in_mid_run_is_logged() -> None:
     again, logger = compiled(), Remembering()
     sc.run(again, again.init(PARAMS), weak_from(5), loggers=[logger])
     ((_, facts, at),) = [one for one in logger.events if one[0] == "recompiled"]
@@ -274,7 +274,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 @fault("50", "a step that cannot use a donated leaf", "event not_donated at step 1: leaf and bytes; none for ours")
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-def test_donation_that_is_not_used_is_told() -> None:
+def test_donation_that_is_not_used_is_logged() -> None:
     inner = jax.jit(lambda state, y: state["w"] + y.sum() * state["old"].mean(), donate_argnums=0)
 
     def wasteful(state: Any, batch: Any) -> Any:
@@ -294,7 +294,7 @@ def test_donation_that_is_not_used_is_told() -> None:
     "51", "a callback that hangs, in the middle and in the last step", "stacks in the log; then event hung, with them"
 )
 @pytest.mark.parametrize("at", [3, 5])
-def test_step_that_hangs_is_told_with_stacks(at: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_step_that_hangs_is_logged_with_stacks(at: int, caplog: pytest.LogCaptureFixture) -> None:
     def sleeps(number: int) -> None:
         if number == at:
             wait_until(lambda: "in sleeps" in caplog.text)
@@ -313,7 +313,7 @@ def test_step_that_hangs_is_told_with_stacks(at: int, caplog: pytest.LogCaptureF
 
 @fault("31", "data that hangs for a batch, with a watchdog of 0.4 s", "event hung, with the stack of the reading")
 @pytest.mark.parametrize("prefetch", [0, 1])
-def test_data_that_hangs_is_told_with_stacks(prefetch: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_that_hangs_is_logged_with_stacks(prefetch: int, caplog: pytest.LogCaptureFixture) -> None:
     def reading_slowly() -> Iterator[Any]:
         for number in range(1, 6):
             if number == 4:
@@ -353,8 +353,8 @@ sc.run(hangs, fresh(), FaultPlan().batches(20), checkpoint=keep, watchdog=sc.Wat
     "51", "a step that never ends, with exit_seconds=5", "stacks, then exit code 75; run again it ends bitwise equal"
 )
 def test_step_that_hangs_ends_the_process_if_that_was_asked_for(tmp_path: Path) -> None:
-    words = (sys.executable, "-c", HANGING, str(tmp_path))
-    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    command = (sys.executable, "-c", HANGING, str(tmp_path))
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == EXIT_CODE == 75, done.stderr
     assert "in hangs" in done.stderr
     assert "since step 12: the process ends" in done.stderr
