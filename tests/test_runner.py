@@ -15,19 +15,20 @@ from catalogue import PROBES, probe_batch, probe_params
 from conftest import mesh_of
 
 import stepc as sc
+from stepc._runner.pending import PlainStep, as_step
 from stepc.testing import assert_equal_trees
 
 PIPELINE = sc.update(optax.adam(1e-2)) @ sc.clip(1.0) @ sc.accumulate(2) @ sc.shard(sc.dp("data"))
 
 
-class Remembering:
-    """A logger that keeps what it was told."""
+class RecordingLogger:
+    """A logger that keeps what it gets."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, dict[str, float]]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.told.append((step, dict(metrics)))
+        self.logged.append((step, dict(metrics)))
 
 
 class Failing:
@@ -77,30 +78,37 @@ def test_run_runs_a_reference_as_it_runs_a_step() -> None:
     assert_equal_trees(fast.state, slow.state, tolerance=1e-5, of="a step and its reference")
 
 
-def test_loggers_are_told_of_the_first_every_nth_and_the_last_step() -> None:
+def test_compiled_step_is_known_as_one_and_a_function_is_not() -> None:
+    step, _ = step_and_state()
+    assert as_step(step) is step
+    assert isinstance(as_step(step.reference), PlainStep)
+    assert isinstance(as_step(lambda state, batch: step(state, batch)), PlainStep)
+
+
+def test_loggers_get_the_first_every_nth_and_the_last_step() -> None:
     step, state = step_and_state()
-    logger = Remembering()
+    logger = RecordingLogger()
     run = sc.run(step, state, data(11), loggers=[logger], log_every=4)
-    assert [number for number, _ in logger.told] == [1, 4, 8, 11]
-    assert logger.told[-1][1] == run.metrics
-    assert all(type(value) is float for _, metrics in logger.told for value in metrics.values())
+    assert [number for number, _ in logger.logged] == [1, 4, 8, 11]
+    assert logger.logged[-1][1] == run.metrics
+    assert all(type(value) is float for _, metrics in logger.logged for value in metrics.values())
 
 
-def test_last_step_is_told_once() -> None:
-    for steps, told in ((1, [1]), (4, [1, 4]), (8, [1, 4, 8])):
+def test_last_step_is_logged_once() -> None:
+    for steps, logged in ((1, [1]), (4, [1, 4]), (8, [1, 4, 8])):
         step, state = step_and_state()
-        logger = Remembering()
+        logger = RecordingLogger()
         sc.run(step, state, data(steps), loggers=[logger], log_every=4)
-        assert [number for number, _ in logger.told] == told
+        assert [number for number, _ in logger.logged] == logged
 
 
 def test_failing_logger_never_stops_training_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     step, state = step_and_state()
-    logger = Remembering()
+    logger = RecordingLogger()
     run = sc.run(step, state, data(5), loggers=[Failing(), logger], log_every=2)
     assert run.steps == 5
     assert run.logger_failures == {"Failing": 3}
-    assert [number for number, _ in logger.told] == [1, 2, 4, 5]
+    assert [number for number, _ in logger.logged] == [1, 2, 4, 5]
     assert "logger Failing failed at step 4: OSError: no space left" in caplog.text
     assert "logger Failing failed 3 times in a row and is left alone" in caplog.text
 
@@ -157,7 +165,7 @@ def test_late_error_is_raised_by_the_number_of_its_own_step(at: int) -> None:
     assert f"boom at {at}" in str(raised.value.__cause__)
 
 
-class Interrupting(Remembering):
+class Interrupting(RecordingLogger):
     """A logger that sends this process a real Ctrl-C at some step."""
 
     def __init__(self, at: int, times: int = 1) -> None:
@@ -181,7 +189,7 @@ def test_interrupt_leaves_at_a_step_boundary_with_a_live_state() -> None:
     run = raised.value.run
     assert run.ended == "interrupted"
     assert alive(run.state)
-    assert int(run.state.step) == run.steps == logger.told[-1][0]
+    assert int(run.state.step) == run.steps == logger.logged[-1][0]
     assert 3 <= run.steps <= 6  # the steps in flight are finished, no other is begun
     assert signal.getsignal(signal.SIGINT) is before
     state, _ = step(run.state, probe_batch(16))
@@ -194,7 +202,7 @@ def test_second_interrupt_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt) as raised:
         sc.run(step, state, data(100), loggers=[logger], log_every=1)
     assert not isinstance(raised.value, sc.Interrupted)
-    assert logger.told[-1][0] == 3
+    assert logger.logged[-1][0] == 3
 
 
 def test_run_in_a_thread_leaves_the_handlers_alone() -> None:
@@ -208,13 +216,13 @@ def test_run_in_a_thread_leaves_the_handlers_alone() -> None:
 
 def test_at_most_two_steps_are_in_flight() -> None:
     dispatched: list[int] = []
-    settled = Remembering()
+    finished = RecordingLogger()
     step, state = step_and_state()
 
     def watching(state: sc.State, batch: Any) -> tuple[sc.State, dict[str, Any]]:
         dispatched.append(len(dispatched) + 1)
-        told = settled.told[-1][0] if settled.told else 0
-        assert dispatched[-1] - told <= 3  # two in flight, and the one that is being dispatched
+        done = finished.logged[-1][0] if finished.logged else 0
+        assert dispatched[-1] - done <= 3  # two in flight, and the one that is being dispatched
         return step(state, batch)
 
-    assert sc.run(watching, state, data(9), loggers=[settled], log_every=1).steps == 9
+    assert sc.run(watching, state, data(9), loggers=[finished], log_every=1).steps == 9

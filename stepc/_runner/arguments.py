@@ -1,6 +1,6 @@
 """Checks the arguments of one call and refuses all faults in one message. It knows no argument by name."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from stepc.errors import ConfigError, FieldTypeError
@@ -65,19 +65,14 @@ class ArgumentFaults:
         elif got not in choices:
             self.wrong_value(name, expected, got)
 
-    def instance(self, name: str, got: object, kind: type | tuple[type, ...], expected: str) -> None:
-        """A value of a type."""
-        if not isinstance(got, kind):
+    def instance(self, name: str, got: object, kind: type | tuple[type, ...], expected: str) -> bool:
+        """A value of a type; whether it is one."""
+        is_instance = isinstance(got, kind)
+        if not is_instance:
             self.wrong_type(name, expected, got)
+        return is_instance
 
     def callable_(self, name: str, got: object, expected: str, *, optional: bool = False) -> None:
         """Something to call."""
         if not (callable(got) or got is None and optional):
             self.wrong_type(name, expected, got)
-
-    def iterable(self, name: str, got: object, expected: str) -> bool:
-        """Something to iterate over; whether it is."""
-        if not isinstance(got, Iterable):
-            self.wrong_type(name, expected, got)
-            return False
-        return True

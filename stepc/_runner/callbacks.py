@@ -52,7 +52,7 @@ class Eval:
         faults = ArgumentFaults("Eval")
         faults.count("every", self.every)
         faults.callable_("evaluate", self.evaluate, "a function of a state and a batch")
-        if faults.iterable("data", self.data, "an iterable of batches") and isinstance(self.data, Iterator):
+        if faults.instance("data", self.data, Iterable, "an iterable of batches") and isinstance(self.data, Iterator):
             faults.wrong_value("data", "data that can be iterated over again, such as a list", self.data)
         faults.refuse()
 

@@ -40,8 +40,10 @@ class StepDiagnostics(Protocol):
 class CompiledStep(Protocol):
     """What `run` makes use of in a compiled step, beyond calling it."""
 
-    traces: int
     why_traced_again: str
+
+    @property
+    def traces(self) -> int: ...
 
     @property
     def mesh(self) -> Mesh | None: ...

@@ -24,6 +24,7 @@ from stepc._runner.events import EventLog, Logger
 from stepc._runner.multihost import Peers, peers_for, replica_digests
 from stepc._runner.pending import (
     AnyStep,
+    CompiledStep,
     PlainStep,
     RejectIf,
     Runnable,
@@ -77,7 +78,7 @@ class Data:
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Data")
-        faults.iterable("loader", self.loader, "an iterable of batches")
+        faults.instance("loader", self.loader, Iterable, "an iterable of batches")
         faults.count("prefetch", self.prefetch, least=0)
         faults.choice("short_batches", self.short_batches, ("raise", "drop", "pad"))
         faults.seconds("timeout_seconds", self.timeout_seconds)
@@ -225,10 +226,9 @@ def run(
 def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checked here
     """Refuse wrong arguments, all at once. Errors: FieldTypeError, ConfigError."""
     faults = ArgumentFaults("run")
-    step, data, eval_, hooks = (arguments[name] for name in ("step", "data", "eval", "hooks"))
+    step, data, loggers, hooks = (arguments[name] for name in ("step", "data", "loggers", "hooks"))
     faults.callable_("step", step, "a compiled step")
-    if not isinstance(data, Data):
-        faults.iterable("data", data, "an iterable of batches, or sc.Data(loader, …)")
+    faults.instance("data", data, (Data, Iterable), "an iterable of batches, or sc.Data(loader, …)")
     faults.count("steps", arguments["steps"], optional=True)
     check_policies(arguments["on_error"], faults)
     values: tuple[tuple[str, type, str], ...] = (
@@ -240,11 +240,11 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     )
     for name, kind, expected in values:
         faults.instance(name, arguments[name], (kind, type(None)), f"{expected} or None")
-    if faults.iterable("loggers", arguments["loggers"], "a sequence of loggers"):
-        for index, logger in enumerate(arguments["loggers"]):
+    if faults.instance("loggers", loggers, Sequence, "a list of loggers"):
+        for index, logger in enumerate(loggers):
             faults.instance(f"loggers[{index}]", logger, Logger, "an object with a method log(metrics, step)")
     faults.count("log_every", arguments["log_every"])
-    if faults.iterable("hooks", hooks, "pairs (every, hook)"):
+    if faults.instance("hooks", hooks, Sequence, "a list of pairs (every, hook)"):
         for index, hook in enumerate(hooks):
             match hook:
                 case (every, function) if callable(function):
@@ -252,12 +252,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
                 case _:
                     faults.wrong_type(f"hooks[{index}]", "a pair (every, hook)", hook)
     faults.callable_("reject_if", arguments["reject_if"], "a function of metrics, or None", optional=True)
-    if (
-        isinstance(data, Data)
-        and data.short_batches == "pad"
-        and callable(step)
-        and as_step(arguments["step"]).steps_per_call > 1
-    ):
+    is_padded = isinstance(data, Data) and data.short_batches == "pad"
+    if is_padded and isinstance(step, CompiledStep) and step.steps_per_call > 1:
         faults.wrong_value("short_batches", '"raise" or "drop" for a step that makes several steps in a call', "pad")
     faults.refuse()
 

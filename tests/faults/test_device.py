@@ -46,8 +46,8 @@ def saved_at_eight(at: int, folder: Any) -> Any:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("at", STEPS)
 def test_late_fault_is_known_by_its_own_step(kind: str, window: int, at: int, tmp_path: Any) -> None:
-    told = {"device": "RESOURCE_EXHAUSTED", "callback": "does not like this number", "flip": "every number is finite"}
-    with pytest.raises(KINDS[kind], match=told[kind]) as raised:
+    texts = {"device": "RESOURCE_EXHAUSTED", "callback": "does not like this number", "flip": "every number is finite"}
+    with pytest.raises(KINDS[kind], match=texts[kind]) as raised:
         run_with(FaultPlan({at: kind}), buffers=sc.Buffers(window), checkpoint=saved_at_eight(at, tmp_path))
     assert (raised.value.step, raised.value.state_ok) == (at, False)
     assert raised.value.run.state is None

@@ -4,7 +4,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_debug_nans_with_donation_is_refused(flag: str) -> None:
 @fault(
     "29", "NaN in a batch; none in a batch on which the step fails", "NonFiniteError with leaf and count, or all finite"
 )
-def test_nan_in_the_batch_is_told_from_nan_of_the_step() -> None:
+def test_nan_in_the_batch_is_distinguished_from_nan_of_the_step() -> None:
     with pytest.raises(sc.NonFiniteError, match="batch +1 of 4 numbers are not finite in y"):
         sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5))
     plan = FaultPlan({3: "flip"})
@@ -219,7 +219,7 @@ def compiled() -> sc.Step:
 
 @fault("49", "a leaf of weak type from step 5 on", "event recompiled with before and after; one such compilation")
 @fault("49", "the same with max_recompiles=0", "BuildError at step 5; the state after that step is alive")
-def test_compilation_in_mid_run_is_told() -> None:
+def test_recompilation_in_mid_run_is_logged() -> None:
     again, logger = compiled(), Remembering()
     sc.run(again, again.init(PARAMS), weak_from(5), loggers=[logger])
     ((_, facts, at),) = [one for one in logger.events if one[0] == "recompiled"]
@@ -265,9 +265,16 @@ def test_run_of_a_fresh_step_traces_and_compiles_it_once() -> None:
     assert (len(calls), made.traces, len(compilations)) == (in_lower, 1, 1)
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """As long as it takes on a busy machine, at most a minute."""
+    until = time.monotonic() + 60
+    while not is_so() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
 @fault("50", "a step that cannot use a donated leaf", "event not_donated at step 1: leaf and bytes; none for ours")
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-def test_donation_that_is_not_used_is_told() -> None:
+def test_donation_that_is_not_used_is_logged() -> None:
     inner = jax.jit(lambda state, y: state["w"] + y.sum() * state["old"].mean(), donate_argnums=0)
 
     def wasteful(state: Any, batch: Any) -> Any:
@@ -284,34 +291,33 @@ def test_donation_that_is_not_used_is_told() -> None:
 
 
 @fault(
-    "51", "a callback that sleeps, in the middle and in the last step", "stacks in the log; then event hung, with them"
+    "51", "a callback that hangs, in the middle and in the last step", "stacks in the log; then event hung, with them"
 )
 @pytest.mark.parametrize("at", [3, 5])
-def test_step_that_hangs_is_told_with_stacks(at: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_step_that_hangs_is_logged_with_stacks(at: int, caplog: pytest.LogCaptureFixture) -> None:
     def sleeps(number: int) -> None:
         if number == at:
-            time.sleep(1.2)
-            seen.append([record.getMessage() for record in caplog.records if "no step has begun" in record.message])
+            wait_until(lambda: "in sleeps" in caplog.text)
+            seen.append("in sleeps" in caplog.text)
 
-    seen: list[list[str]] = []
+    seen: list[bool] = []
     calling, logger = calling_back(sleeps), Remembering()
     state = calling.init(PARAMS)
     sc.run(calling, state, FaultPlan().batches(1))  # compiled
     with caplog.at_level(logging.WARNING):
         sc.run(calling, state, FaultPlan().batches(5), loggers=[logger], watchdog=sc.Watchdog(warn_seconds=0.4))
-    assert "in sleeps" in seen[0][0]  # it was told while it hung
-    ((_, facts, step),) = [one for one in logger.events if one[0] == "hung"]
-    assert "in sleeps" in facts["stacks"]
+    assert seen == [True]  # the log says so while it hangs
+    (step,) = [step for name, facts, step in logger.events if name == "hung" and "in sleeps" in facts["stacks"]]
     assert at - 3 <= step < at
 
 
-@fault("31", "data that takes 1.2 s for a batch, with a watchdog of 0.4 s", "event hung, with the stack of the reading")
+@fault("31", "data that hangs for a batch, with a watchdog of 0.4 s", "event hung, with the stack of the reading")
 @pytest.mark.parametrize("prefetch", [0, 1])
-def test_data_that_hangs_is_told_with_stacks(prefetch: int) -> None:
+def test_data_that_hangs_is_logged_with_stacks(prefetch: int, caplog: pytest.LogCaptureFixture) -> None:
     def reading_slowly() -> Iterator[Any]:
         for number in range(1, 6):
             if number == 4:
-                time.sleep(1.2)
+                wait_until(lambda: "since step 2" in caplog.text)
             yield batch_of(number)
 
     logger = Remembering()
@@ -319,9 +325,9 @@ def test_data_that_hangs_is_told_with_stacks(prefetch: int) -> None:
     run = sc.run(
         step(), fresh(), sc.Data(reading_slowly(), prefetch=prefetch), loggers=[logger], watchdog=sc.Watchdog(0.4)
     )
-    ((_, facts, at),) = [one for one in logger.events if one[0] == "hung"]
-    assert "in reading_slowly" in facts["stacks"]
-    assert (run.steps, at) == (5, 2)
+    (stacks,) = [facts["stacks"] for name, facts, at in logger.events if name == "hung" and at == 2]
+    assert "in reading_slowly" in stacks
+    assert run.steps == 5
 
 
 HANGING = """
@@ -331,21 +337,24 @@ import stepc as sc
 
 def hangs(state, batch):
     if int(batch["n"][0]) == 13:
-        time.sleep(60)
+        time.sleep(600)
     return step()(state, batch)
+
+import orbax.checkpoint  # here, and the compilation: the watchdog is to see a step that hangs, not a slow machine
+sc.run(step(), fresh(), FaultPlan().batches(1))
 
 folder = pathlib.Path(sys.argv[1])
 keep = sc.Checkpoints(folder, every=5)
-sc.run(hangs, fresh(), FaultPlan().batches(20), checkpoint=keep, watchdog=sc.Watchdog(0.5, exit_seconds=2.0))
+sc.run(hangs, fresh(), FaultPlan().batches(20), checkpoint=keep, watchdog=sc.Watchdog(0.5, exit_seconds=5.0))
 """
 
 
 @fault(
-    "51", "a step that never ends, with exit_seconds=2", "stacks, then exit code 75; run again it ends bitwise equal"
+    "51", "a step that never ends, with exit_seconds=5", "stacks, then exit code 75; run again it ends bitwise equal"
 )
 def test_step_that_hangs_ends_the_process_if_that_was_asked_for(tmp_path: Path) -> None:
-    words = (sys.executable, "-c", HANGING, str(tmp_path))
-    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=55)
+    command = (sys.executable, "-c", HANGING, str(tmp_path))
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == EXIT_CODE == 75, done.stderr
     assert "in hangs" in done.stderr
     assert "since step 12: the process ends" in done.stderr
