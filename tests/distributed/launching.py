@@ -11,9 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from waiting import LIMIT_SECONDS as LIMIT_SECONDS
+from xla_flags import FAST_COMPILES
+
 TESTS = Path(__file__).parent.parent
-TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-LIMIT_SECONDS = 90.0  # a test that takes longer has found a hang
+
+
+def devices_of(num: int) -> dict[str, str]:
+    """The environment of a process with so many devices."""
+    return {"XLA_FLAGS": f"{FAST_COMPILES} --xla_force_host_platform_device_count={num}"}
 
 
 def free_port() -> int:
@@ -92,7 +98,7 @@ def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, *
     words = [f"{name}={value}" for name, value in told.items()]
     try:
         for process in range(num):
-            here = {"XLA_FLAGS": TWO_DEVICES, **place(port, num, process)}
+            here = {**devices_of(2), **place(port, num, process)}
             with (folder / f"{process}.out").open("w") as out:
                 job.processes.append(
                     subprocess.Popen(
@@ -117,9 +123,13 @@ def alone(case: str, folder: Path, *, devices: int, **told: object) -> dict[str,
     folder.mkdir(exist_ok=True)
     words = [f"{name}={value}" for name, value in told.items()]
     command = [sys.executable, "-m", "distributed.job", case, str(folder), *words]
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(
-        command, cwd=TESTS, env={**os.environ, **flags}, capture_output=True, text=True, timeout=LIMIT_SECONDS
+        command,
+        cwd=TESTS,
+        env={**os.environ, **devices_of(devices)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "0.json").read_text())
