@@ -275,9 +275,10 @@ def joined(folder: Path) -> dict[str, Any]:
 BEFORE = {"nowhere": nowhere, "alone": alone}
 CASES = {"by_hand": by_hand, "run": run, "joined": joined}
 
-if __name__ == "__main__":
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    told = dict(word.split("=", 1) for word in sys.argv[3:])
+
+def main(arguments: list[str]) -> None:
+    case, folder = arguments[0], Path(arguments[1])
+    told = dict(word.split("=", 1) for word in arguments[2:])
     if case in BEFORE:
         found = BEFORE[case](folder, **told)
     else:
@@ -287,3 +288,7 @@ if __name__ == "__main__":
             sc.init_distributed(heartbeat_seconds=10, shutdown_seconds=10)
         found = CASES[case](folder, **told)
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
