@@ -4,9 +4,11 @@ import fcntl
 import os
 import re
 
+from xla_flags import FAST_COMPILES
+
 # Where no GPU is, jax loads its CUDA plugin only if it looks for CPUs alone; otherwise it fails, and says so at length.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{FAST_COMPILES} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 from collections.abc import Callable
 from pathlib import Path

@@ -308,9 +308,10 @@ PATIENT = {"heartbeat_seconds": 60, "shutdown_seconds": 60}  # so that jax ends 
 BEFORE = {"nowhere": nowhere, "alone": alone}
 CASES = {"by_hand": by_hand, "run": run, "joined": joined}
 
-if __name__ == "__main__":
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    told = dict(word.split("=", 1) for word in sys.argv[3:])
+
+def main(arguments: list[str]) -> None:
+    case, folder = arguments[0], Path(arguments[1])
+    told = dict(word.split("=", 1) for word in arguments[2:])
     if case in BEFORE:
         found = BEFORE[case](folder, **told)
     else:
@@ -320,3 +321,7 @@ if __name__ == "__main__":
             sc.init_distributed(**PATIENT)
         found = CASES[case](folder, **told)
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

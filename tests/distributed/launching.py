@@ -1,15 +1,15 @@
 """Start the processes of a job on 127.0.0.1, and leave none behind."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from forks import Forked, forks_of
+from xla_flags import FAST_COMPILES
 
 TESTS = Path(__file__).parent.parent
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
@@ -25,7 +25,7 @@ def free_port() -> int:
 class Job:
     """The processes of a job, and what each of them wrote."""
 
-    def __init__(self, folder: Path, processes: "list[subprocess.Popen[str]]") -> None:
+    def __init__(self, folder: Path, processes: list[Forked]) -> None:
         self.folder, self.processes = folder, processes
 
     def wait(self, seconds: float = LIMIT_SECONDS) -> list[int]:
@@ -83,18 +83,9 @@ def started(case: str, folder: Path, *, num: int = 2, place: Place = by_stepc, *
     words = [f"{name}={value}" for name, value in told.items()]
     try:
         for process in range(num):
-            here = {"XLA_FLAGS": TWO_DEVICES, **place(port, num, process)}
-            with (folder / f"{process}.out").open("w") as out:
-                job.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "distributed.job", case, str(folder), *words],
-                        cwd=TESTS,
-                        env={**os.environ, **here},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                    )  # fmt: skip
-                )
+            here = {"XLA_FLAGS": f"{FAST_COMPILES} {TWO_DEVICES}", **place(port, num, process)}
+            arguments = [case, str(folder), *words]
+            job.processes.append(forks_of("distributed.job").start(arguments, here, folder / f"{process}.out"))
         yield job
     finally:
         for one in job.processes:
@@ -107,10 +98,8 @@ def alone(case: str, folder: Path, *, devices: int, **told: object) -> dict[str,
     """The same in one process, with as many devices."""
     folder.mkdir(exist_ok=True)
     words = [f"{name}={value}" for name, value in told.items()]
-    command = [sys.executable, "-m", "distributed.job", case, str(folder), *words]
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    done = subprocess.run(
-        command, cwd=TESTS, env={**os.environ, **flags}, capture_output=True, text=True, timeout=LIMIT_SECONDS
-    )
-    assert done.returncode == 0, done.stderr
+    flags = {"XLA_FLAGS": f"{FAST_COMPILES} --xla_force_host_platform_device_count={devices}"}
+    out = folder / "alone.out"
+    process = forks_of("distributed.job").start([case, str(folder), *words], flags, out)
+    assert process.wait(LIMIT_SECONDS) == 0, out.read_text()
     return json.loads((folder / "0.json").read_text())

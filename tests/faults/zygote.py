@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from xla_flags import FAST_COMPILES
 
 TESTS = Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ class Zygote:
             "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": FAST_COMPILES,
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.zygote"], cwd=TESTS, env={**os.environ, **kept}, text=True,
