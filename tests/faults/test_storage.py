@@ -151,13 +151,21 @@ def test_last_step_is_saved_once(tmp_path: Path) -> None:
     assert not (tmp_path / "kept" / "abandoned").exists()
 
 
-@fault("61", "a directory that is lost in a run, policy skip", "each save is a failure; none counts as a checkpoint")
+class Unsaveable(Batches):
+    """Its position cannot be saved after batch 5."""
+
+    def get_state(self) -> dict[str, Any]:
+        return {"given": self.given if self.given <= 5 else {self.given}}
+
+
+@fault("61", "a save that cannot begin, policy skip", "failures; none counts as a checkpoint; bitwise as without")
 def test_save_that_is_skipped_is_not_a_checkpoint(tmp_path: Path) -> None:
-    logger, kept = Remembering(), tmp_path / "kept"
-    lose = (5, lambda *about: shutil.rmtree(kept) if kept.is_dir() else None)
-    run = run_in(kept, 12, loggers=[logger], on_error={"save": "skip"}, hooks=[lose])
+    logger, keep = Remembering(), sc.Checkpoints(tmp_path, every=3)
+    data = Unsaveable(12, FaultPlan())
+    run = sc.run(step(), fresh(), data, checkpoint=keep, loggers=[logger], on_error={"save": "skip"})
+    assert {at for name, _, at in logger.events if name == "failure"} == {6, 9, 12}
     assert [at for name, _, at in logger.events if name == "checkpoint"] == [3]
-    assert [at for name, _, at in logger.events if name == "failure"] == [6, 9, 12]
+    assert steps_in(tmp_path) == {"3"}
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 13))))
 
 
