@@ -15,7 +15,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from stepc._compiler.multihost import RowSharding, check_program, checked_global_batch, global_batch, mesh_processes
 from stepc._compiler.normalize import NormalForm, shape_of
 from stepc._compiler.plan import PlannedLeaf
-from stepc._compiler.sharding import BoundRules, followed, mirrors, shard_dimension, specs_of_batch, specs_of_params
+from stepc._compiler.sharding import (
+    BoundRules,
+    mirrored_params,
+    mirrored_spec,
+    shard_dimension,
+    specs_of_batch,
+    specs_of_params,
+)
 from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec, spec_text
 from stepc._language.kinds import Batch, Params
@@ -110,7 +117,7 @@ def sharding_table(state: State, laid: BoundRules, mesh: Mesh | None) -> Shardin
     """The table of a state that lies on the mesh."""
     leaves = leaves_by_path(state)
     params = dict(leaves_by_path(state.params))
-    follows = mirrors([path for path, _ in leaves], params)
+    follows = mirrored_params([path for path, _ in leaves], params)
     specs = dict(state.placement)
     rows = []
     for path, leaf in leaves:
@@ -147,7 +154,7 @@ def _told(
     room = row.path.partition("/")[0]
     if room not in ("params", "opt_state", "slots"):
         return row
-    if name is None or followed(row.shape, like.shape, ()) is None:
+    if name is None or mirrored_spec(row.shape, like.shape, ()) is None:
         return replace(row, follows="follows no parameter" if name is None else f"follows {name}, but not its shape")
     if laid.layout.zero >= (3 if room == "params" else 1) and laid.axis not in axes_of(row.spec):
         instead = f"{row.bytes_:,} B instead of {row.bytes_ // laid.num_parts:,} B"
@@ -215,12 +222,12 @@ def placement_of_state(shapes: State, specs: Mapping[str, Spec], laid: BoundRule
     params = dict(leaves_by_path(shapes.params))
     leaves = dict(leaves_by_path(shapes))
     found: dict[str, Spec | None] = {}
-    for path, name in mirrors(list(leaves), params).items():
+    for path, name in mirrored_params(list(leaves), params).items():
         like, spec = params[name], specs.get(name, ())
         room = path.partition("/")[0]
         if laid.layout.zero == 3 or (laid.layout.zero and room not in ("params", "model_state")):
             spec = sharded_spec(spec, shard_dimension(like, spec, laid), laid.axis)
-        found[path] = followed(leaves[path].shape, like.shape, spec)
+        found[path] = mirrored_spec(leaves[path].shape, like.shape, spec)
     pairs = ((path, PartitionSpec(*spec)) for path, spec in found.items() if spec)
     return tuple(sorted((path, spec) for path, spec in pairs))
 
