@@ -85,7 +85,7 @@ def test_another_batch_size_is_another_trace_and_never_a_silent_one(caplog: pyte
     step(state, probe_batch(16))
     assert step.traces == 2
     (told,) = caplog.messages
-    assert "its form was x float32[8, 3], y float32[8], and is x float32[16, 3], y float32[16]" in told
+    assert "its signature was x float32[8, 3], y float32[8], and is x float32[16, 3], y float32[16]" in told
     assert "`pad_batch`" in told
 
 

@@ -35,8 +35,8 @@ class RowSharding:
 
     mesh: Mesh
     axes: tuple[str, ...]
-    place: int
-    lying: Callable[[Batch], Any]  # Any: a tree of NamedSharding
+    dimension: int
+    shardings: Callable[[Batch], Any]  # Any: a tree of NamedSharding
 
 
 @cache
@@ -105,9 +105,11 @@ def global_batch(batch: Batch, rows: RowSharding, program: Program) -> Batch:
     Errors: BatchError if the rows of all do not divide as the pipeline asks.
     """
     total, here = _parts(rows.mesh, rows.axes)
-    shapes = jax.tree.map(lambda leaf: _shape(leaf, rows.place, total, here), batch)
+    shapes = jax.tree.map(lambda leaf: _shape(leaf, rows.dimension, total, here), batch)
     check_batch(shapes, program)
-    return jax.tree.map(lambda leaf, shape, lying: _whole(leaf, shape, lying, rows), batch, shapes, rows.lying(shapes))
+    return jax.tree.map(
+        lambda leaf, shape, lying: _whole(leaf, shape, lying, rows), batch, shapes, rows.shardings(shapes)
+    )
 
 
 def checked_global_batch(batch: Batch, rows: RowSharding, program: Program) -> Batch:
@@ -157,7 +159,7 @@ def _whole(leaf: Any, shape: Any, lying: NamedSharding, rows: RowSharding) -> ja
         return leaf if leaf.sharding == lying else jax.device_put(leaf, lying)
     bare = _bare(leaf)
     host = np.asarray(bare, jax.dtypes.canonicalize_dtype(bare.dtype))
-    is_split = len(lying.spec) > rows.place and lying.spec[rows.place] is not None
+    is_split = len(lying.spec) > rows.dimension and lying.spec[rows.dimension] is not None
     sizes = shape.shape if is_split else leaf.shape
     # A typed key is several numbers. Along every other dimension each process has the whole of it.
     made = jax.make_array_from_process_local_data(lying, host, (*sizes, *host.shape[leaf.ndim :]))

@@ -67,7 +67,9 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     )
     if merged.automatic and rows:
         manual, automatic = (", ".join(map(repr, axes)) for axes in (rows, merged.automatic))
-        faults.append(f"the rows are sharded manually over {manual} and by mode='auto' over {automatic}; use one mode.")
+        faults.append(
+            f"the rows are sharded manually over {manual} and by `mode='auto'` over {automatic}; use one mode."
+        )
     rows = (*rows, *merged.automatic)
     faults += _axis_faults(merged, sizes, rows)
     if faults:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from stepc import inspect, report
-from stepc._compiler.plan import Plan, PlannedLeaf
+from stepc._compiler.plan import LeafSharding, Plan
 from stepc.inspect.budget import Measure, reductions_of
 from stepc.inspect.collectives import Collectives
 from stepc.inspect.donation import DonatedLeaf
@@ -78,10 +78,10 @@ def _matched(carried: tuple[Shape, ...], shapes: list[tuple[int, ...]]) -> list[
     return found
 
 
-def _shard_bytes(leaf: PlannedLeaf, sharding: jax.sharding.Sharding) -> int:
+def _shard_bytes(leaf: LeafSharding, sharding: jax.sharding.Sharding) -> int:
     if not prod(leaf.shape):
         return 0
-    return leaf.bytes_ * prod(sharding.shard_shape(leaf.shape)) // prod(leaf.shape)
+    return leaf.total_bytes * prod(sharding.shard_shape(leaf.shape)) // prod(leaf.shape)
 
 
 def _bytes_of_batch(executable: jax.stages.Compiled) -> list[int]:
@@ -118,7 +118,7 @@ def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Colle
     return max(unknown or along, key=lambda one: one.value or 0, default=Measure(0))
 
 
-def _elements(leaf: PlannedLeaf, sharding: jax.sharding.Sharding, axes: tuple[str, ...]) -> int:
+def _elements(leaf: LeafSharding, sharding: jax.sharding.Sharding, axes: tuple[str, ...]) -> int:
     """The elements of a leaf of the gradient before it is reduced: whole along `axes`, split along all others."""
     return prod(leaf.shape) // _parts(sharding, axes)
 

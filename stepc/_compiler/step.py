@@ -18,12 +18,10 @@ from stepc._compiler.multihost import check_start
 from stepc._compiler.normalize import NormalForm, normalize
 from stepc._compiler.placement import (
     BatchPlacement,
-    ShardingTable,
     gradient_shapes,
     model_axis_specs,
     place_on_devices,
     placement_of_state,
-    planned_leaves,
     shapes_of,
     shapes_with,
     shard_dimensions,
@@ -33,7 +31,7 @@ from stepc._compiler.placement import (
     with_automatic_axes,
     without_weak_types,
 )
-from stepc._compiler.plan import Plan
+from stepc._compiler.plan import Plan, ShardingTable
 from stepc._compiler.schedule import accumulator_is_sharded, draws, sharding_notes
 from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.validation import (
@@ -327,9 +325,9 @@ class Step:
     def _plan(self, state: State, batch: Batch) -> Plan:
         mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
         made, laid = self.decision, self.decision.laid
-        work, leaves = made.scheduled(state, batch)[0], planned_leaves(state, laid, self.mesh)
-        whole = gradient_shapes(state.params, state.placement, laid, divided=False)
+        work, leaves = made.scheduled(state, batch)[0], sharding_table(state, laid, self.mesh).rows
+        whole = gradient_shapes(state.params, state.placement, laid, sharded=False)
         told = sharding_notes(work, laid, sum(leaf.size * leaf.dtype.itemsize for leaf in whole))
-        sums = gradient_shapes(state.params, state.placement, laid, divided=accumulator_is_sharded(work))
+        sums = gradient_shapes(state.params, state.placement, laid, sharded=accumulator_is_sharded(work))
         accumulator = tuple(leaf.shape for leaf in sums)
         return Plan(repr(self.pipeline), mesh, made.core, made.laws, work, laid.rows, leaves, told, accumulator)

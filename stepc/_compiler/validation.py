@@ -1,4 +1,4 @@
-"""What `compile`, `init` and a step are given, checked before anything runs: all faults at once, in the user's terms."""
+"""What `compile`, `init` and a step are given, checked before anything runs. An error reports all faults at once."""
 
 import logging
 import math
@@ -216,7 +216,7 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
 def _leaf_fault(shown: str, leaf: object) -> str | None:
     if not isinstance(leaf, _ARRAYS):
         if isinstance(leaf, np.number | np.bool | bool | int | float | complex):
-            return f"{shown} is {_a(type(leaf).__name__)}, which has no rows; make arrays of lists."
+            return f"{shown} is {_a(type(leaf).__name__)}, which has no rows; convert lists to arrays."
         return f"{shown} is {_a(type(leaf).__name__)}, not an array."
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
         return f"{shown} has dtype {leaf.dtype}, which a program cannot take."

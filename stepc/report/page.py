@@ -200,10 +200,10 @@ def _donation(known: ProgramFacts) -> str:
     rows = []
     for leaf in known.donated:
         place = places.get(leaf.path)
-        size = (f"{place.bytes_:,}", place.bytes_) if place else ("–", 0)
+        size = (f"{place.total_bytes:,}", place.total_bytes) if place else ("–", 0)
         shape = f"{place.dtype}{list(place.shape)}" if place else "–"
         yes_no = ("yes" if leaf.donated else "no"), ("yes" if leaf.aliased else "no")
-        cells = (leaf.path, shape, place.sharding if place else "–", *yes_no)
+        cells = (leaf.path, shape, place.text if place else "–", *yes_no)
         rows.append(((cells[0], cells[0]), size, *((cell, cell) for cell in cells[1:])))
     head = ("leaf", "bytes", "type", "lies", "donated", "written over")
     return told + (f"<details><summary>{len(rows)} leaves</summary>{_table(head, rows)}</details>" if rows else "")
