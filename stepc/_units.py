@@ -1,7 +1,6 @@
-"""How sizes and tables print, and how sizes are read; it must not know what is measured."""
+"""How sizes print, and how they are read; it must not know what is measured."""
 
 import re
-from collections.abc import Iterable, Sequence
 
 from stepc.errors import FieldTypeError, FieldValueError
 
@@ -43,10 +42,3 @@ def bytes_of(name: str, size: object) -> int:
         case _:
             pass
     raise FieldTypeError(f"{name}={size!r} is not a size.", facts=facts)
-
-
-def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Print rows of cells as lines of aligned columns."""
-    table = list(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

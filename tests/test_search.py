@@ -1,4 +1,4 @@
-"""The search for a number of parts: what it finds, how few programs it compiles, and the estimate that guides it."""
+"""The search for k: what it finds, how few programs it compiles, and the estimate that guides it."""
 
 from collections.abc import Mapping
 
@@ -43,7 +43,7 @@ def test_search_finds_the_least_that_fits_whatever_the_ratio(most: int, ratio: f
     fitting = [count for count in COUNTS if STAYS + temporary[count] <= most]
     assert chosen == min(fitting, default=None)
     assert sorted(compiled) == sorted(set(compiled)), "nothing is compiled twice"
-    assert [one.parts for one in tried if one.outcome != "too large by its estimate"] == compiled
+    assert [one.k for one in tried if one.outcome != "too large by its estimate"] == compiled
 
 
 @pytest.mark.parametrize("most", range(2_000, 50_000, 4_000))
@@ -73,7 +73,7 @@ def test_search_program_that_the_compiler_refuses_does_not_fit() -> None:
     programs, _ = programs_of({1: None, 2: None, 4: 10_000, 8: 5_000}, {1: 4_000, 2: 3_000, 4: 2_000, 8: 1_000})
     tried, chosen = find_smallest_fit(programs, 12_000)
     assert chosen == 4
-    assert [(one.parts, one.compiled) for one in tried if one.outcome == "refused by the compiler"] == [
+    assert [(one.k, one.compiled) for one in tried if one.outcome == "refused by the compiler"] == [
         (1, None),
         (2, None),
     ]
@@ -97,8 +97,8 @@ def test_search_prints_as_a_table() -> None:
     found = SearchResult('accumulate(memory="7MB")', "accumulate(8)", 7_000_000, (1, 2, 4, 8), tried, 8)
     assert str(found) == (
         'accumulate(memory="7MB") became accumulate(8)\n'
-        "parts of a device's rows: 1, 2, 4, 8; 2 compilations\n"
-        "k  estimated  compiled     at most 7,000,000 B\n"
+        "k divides the rows per device: 1, 2, 4, 8; 2 programs compiled\n"
+        "k  estimated  compiled     limit 7,000,000 B\n"
         "2  26.0 MB    -            refused by the compiler\n"
         "4  13.0 MB    -            too large by its estimate\n"
         "8  6.9 MB     6,740,757 B  fits, chosen"

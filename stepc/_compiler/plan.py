@@ -34,7 +34,7 @@ from stepc._compiler.schedule import (
 from stepc._compiler.search import SearchResult
 from stepc._core.nodes import Program, show
 from stepc._core.sharding import axes_of, spec_text
-from stepc._units import aligned
+from stepc._text import aligned_table
 
 _BY_LAYER = "one layer at a time where the loss scans over layers"
 _MOST_SHARDS = 8  # of a dimension that is drawn shard by shard
@@ -108,7 +108,7 @@ class ShardingTable:
         yield f"state on {mesh}: {len(self.rows)} leaves, {self.bytes_:,} bytes per device"
         width = max((len(f"{row.bytes_:,} B") for row in self.rows), default=0)
         columns = [(row.path, row.type_text, row.text, f"{row.bytes_:,} B".rjust(width), row.note) for row in self.rows]
-        for row, line in zip(self.rows, aligned(columns), strict=True):
+        for row, line in zip(self.rows, aligned_table(columns), strict=True):
             if colours:  # rich reads brackets as markup
                 line = line.replace("[", r"\[")
             if colour := colours.get(row.spec):
@@ -186,20 +186,20 @@ class Plan:
         if self.search is not None:
             yield "search", str(self.search).splitlines()
         programs = [(f"{one.law.name}: {one.law.formula}", show(one.after)) for one in self.laws]
-        yield "normal form", aligned([("as written", show(self.core)), *programs])
+        yield "normal form", aligned_table([("as written", show(self.core)), *programs])
         if self.laws:
             laws = dict.fromkeys(one.law for one in self.laws)
-            yield "laws", aligned([(law.name, law.reason, f"holds for {law.condition}") for law in laws])
+            yield "laws", aligned_table([(law.name, law.reason, f"holds for {law.condition}") for law in laws])
         is_repeated = any(isinstance(one, RepeatSteps) for one in self.schedule)
         yield f"schedule of one {'dispatch' if is_repeated else 'step'}", list(_lines(self.schedule))
         no_collectives = "none in the schedule; XLA inserts its own" if self.rows else "none"
-        yield "collectives", aligned(map(_row, self.collectives)) or [no_collectives]
+        yield "collectives", aligned_table(map(_row, self.collectives)) or [no_collectives]
         yield "batch", [f"rows sharded over {', '.join(self.rows)}" if self.rows else "replicated"]
         if self.notes:
             yield "sharding", list(self.notes)
         total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)
         size = f"{total:,} bytes" + (f" ({local:,} per device)" if local != total else "")
-        yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned(map(_leaf, self.leaves))
+        yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(map(_leaf, self.leaves))
 
 
 def _sizes(mesh: tuple[tuple[str, int], ...]) -> str:

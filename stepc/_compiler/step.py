@@ -169,7 +169,7 @@ class Step:
         """How often the program was traced; any number of calls with one batch shape is one trace."""
         if self._asking is None:
             return self._traces
-        return self._traces + sum(answer.step.traces for answer in self._asking.answers.values())
+        return self._traces + sum(answer.step.traces for answer in self._asking.tuned.values())
 
     @property
     def steps_per_call(self) -> int:
@@ -233,7 +233,7 @@ class Step:
             refuse_state(state, self._made_of)
         try:
             placed = self._batches.placed(batch)
-            answer = None if self._asking is None else self._asking.answer(state, placed)
+            answer = None if self._asking is None else self._asking.tune(state, placed)
             if self._gate is not None:
                 self._gate.hold(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
             if answer is not None:
@@ -263,7 +263,7 @@ class Step:
     def reference(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         """The meaning of the pipeline, run eagerly on one device, on the same state. Nothing is donated."""
         if self._asking is not None:
-            return self._asking.answer(state, batch).step.reference(state, batch)
+            return self._asking.tune(state, batch).step.reference(state, batch)
         check_batch(batch, self.decision.core)
         here = jax.devices()[0]
         # A copy: what the meaning passes through unchanged, such as the key, must outlive a donated state.
@@ -278,7 +278,7 @@ class Step:
     def lower(self, state: State, batch: Batch) -> Lowered:
         """Trace and lower the step for a state and a batch, or for their shapes."""
         if self._asking is not None:
-            answer = self._asking.answer(state, batch)
+            answer = self._asking.tune(state, batch)
             lowered = answer.step.lower(state, batch)
             return replace(lowered, plan=replace(lowered.plan, search=answer.search))
         check_batch(batch, self.decision.core)

@@ -198,7 +198,7 @@ def test_memory_that_a_pod_does_not_have_is_refused_by_its_compiler_and_the_sear
     }
     plan = step.lower(step.init(params), {"x": jax.ShapeDtypeStruct((4 * 2**19, 4096), jnp.float32)}).plan
     assert plan.search is not None
-    assert [one.outcome for one in plan.search.tried if one.parts == 1] == ["refused by the compiler"]
+    assert [one.outcome for one in plan.search.tried if one.k == 1] == ["refused by the compiler"]
     assert plan.search.chosen is not None and plan.search.chosen > 1
 
 
