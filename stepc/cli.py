@@ -102,9 +102,9 @@ class Target:
         """All there is to know of it."""
         match self.compiled:
             case sc.Compiled():
-                return self.compiled.known(device)
+                return self.compiled.facts(device)
             case _:
-                return sc.report.known(self.compiled, self.mesh, title=self.title, device=device)
+                return sc.report.facts(self.compiled, self.mesh, title=self.title, device=device)
 
     def check(self, budget: sc.Budget) -> None:
         """Hold it to a budget."""

@@ -19,6 +19,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "_jax": ("errors",),
     "_units": ("errors",),
+    "_text": (),
     # The closed middle. It imports nothing but the standard library.
     "_core": ("_core",),
     # What a user writes: it knows core nodes, never a law or a pass.
@@ -27,13 +28,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_language.reference": ("_language", "errors"),
     # Questions about any compiled program: blind to pipelines.
     "inspect": ("inspect", "_units", "errors"),
-    "report": ("_compiler.plan", "_core.nodes", "_units", "errors", "inspect", "report"),
+    "report": ("_text", "_units", "errors", "inspect", "report"),
     # Several processes that train as one: what they share knows no step.
     "_distributed": ("_distributed", "_jax", "errors"),
     # The passes: they see core nodes and the user's trees, never a transform.
     "_compiler": (
         "_compiler", "_core", "_distributed", "_jax", "_language.kinds", "_language.semantics", "_language.state",
-        "_language.terms", "_units", "errors", "inspect",
+        "_language.terms", "_text", "_units", "errors", "inspect",
     ),
     # Where the surface meets the passes.
     "_compiler.autotune": ("_compiler", "_core", "_language", "_units", "errors", "inspect"),

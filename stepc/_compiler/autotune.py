@@ -1,4 +1,4 @@
-"""`accumulate(memory="12GiB")` picks k for you: the smallest with which the step fits, for each signature of a batch."""
+"""`accumulate(memory="12GiB")` picks k for you: the smallest with which the step fits, for each batch signature."""
 
 import logging
 from collections.abc import Callable

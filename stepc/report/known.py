@@ -5,16 +5,57 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from stepc._compiler.plan import Plan
 from stepc.inspect.collectives import Collectives, collectives
 from stepc.inspect.donation import DonatedLeaf, donated_leaves
 from stepc.inspect.hlo import text_of
-from stepc.inspect.memory import Cost, Memory, cost, memory
+from stepc.inspect.memory import Cost, Memory, cost
+from stepc.inspect.memory import memory as memory_of
 from stepc.inspect.roofline import DEVICES, Device, Roofline, device_named, device_of, roofline
 from stepc.inspect.timeline import Segment, timeline
 
 # Where a program is for a device without a row in the table, such as a CPU.
 _OTHERWISE = "tpu:v5e"
+
+
+@dataclass(frozen=True)
+class LawFacts:
+    """A law that the compiler applied, with the program before and after it."""
+
+    name: str
+    formula: str
+    reason: str
+    condition: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class LeafFacts:
+    """One leaf of the state: its path, its type such as "float32[64, 128]", its bytes, its sharding."""
+
+    path: str
+    type: str
+    bytes: int
+    sharding: str
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a report shows of a plan, as text, so that a report needs no compiler.
+
+    Attributes:
+      pipeline: the pipeline as written.
+      normal: the program after all laws.
+      laws: the laws, in the order in which they were applied.
+      leaves: the leaves of the state.
+      text: the whole plan, as it prints.
+    """
+
+    pipeline: str
+    normal: str
+    laws: tuple[LawFacts, ...]
+    leaves: tuple[LeafFacts, ...]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -34,7 +75,7 @@ class ProgramFacts:
     """
 
     title: str
-    plan: Plan | None
+    plan: PlanFacts | None
     mesh: tuple[tuple[str, int], ...]
     kind: str
     collectives: Collectives
@@ -47,8 +88,15 @@ class ProgramFacts:
     hlo: str
 
 
-def known(
-    compiled: jax.stages.Compiled, mesh: Mesh | None = None, *, title: str, device: str | None = None
+def facts(
+    executable: jax.stages.Compiled,
+    mesh: Mesh | None = None,
+    *,
+    title: str,
+    device: str | None = None,
+    plan: PlanFacts | None = None,
+    memory: Memory | None = None,
+    donated: tuple[DonatedLeaf, ...] | None = None,
 ) -> ProgramFacts:
     """Collect what is known of any compiled program, that need not have heard of stepc.
 
@@ -60,31 +108,8 @@ def known(
         the table.
     Errors: ValueError if the backend prints no HLO; ConfigError for a device that is not in the table.
     """
-    return _known(title, None, compiled, mesh, memory(compiled), donated_leaves(compiled), device)
-
-
-def known_of_step(
-    plan: Plan,
-    compiled: jax.stages.Compiled,
-    mesh: Mesh | None,
-    needs: Memory,
-    donated: tuple[DonatedLeaf, ...],
-    device: str | None,
-) -> ProgramFacts:
-    """Collect what is known of a step that stepc compiled."""
-    return _known(plan.pipeline, plan, compiled, mesh, needs, donated, device)
-
-
-def _known(
-    title: str,
-    plan: Plan | None,
-    compiled: jax.stages.Compiled,
-    mesh: Mesh | None,
-    needs: Memory,
-    donated: tuple[DonatedLeaf, ...],
-    device: str | None,
-) -> ProgramFacts:
-    rows, work, kind = collectives(compiled, mesh), cost(compiled), _kind(compiled, mesh)
+    needs = memory_of(executable) if memory is None else memory
+    rows, work, kind = collectives(executable, mesh), cost(executable), _kind(executable, mesh)
     estimates = (roofline(work, needs, rows, name) for name in DEVICES)
     return ProgramFacts(
         title=title,
@@ -96,9 +121,9 @@ def _known(
         cost=work,
         device=device_named(device) if device else device_of(kind) or DEVICES[_OTHERWISE],
         rooflines=tuple(estimate for estimate in estimates if estimate is not None),
-        segments=timeline(compiled, mesh),
-        donated=donated,
-        hlo=text_of(compiled),
+        segments=timeline(executable, mesh),
+        donated=donated_leaves(executable) if donated is None else donated,
+        hlo=text_of(executable),
     )
 
 

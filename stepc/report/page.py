@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import jax
 
-from stepc._core.nodes import show
 from stepc._units import readable
 from stepc.inspect.collectives import Collective
 from stepc.inspect.roofline import Roofline, duration, wire_bytes
@@ -108,7 +107,7 @@ def _sections(known: ProgramFacts) -> Iterator[tuple[str, str]]:
     if known.plan is not None and known.plan.laws:
         yield "Laws", _laws(known)
     if known.plan is not None:
-        yield "Plan", f"<pre>{escape(str(known.plan))}</pre>"
+        yield "Plan", f"<pre>{escape(known.plan.text)}</pre>"
     yield "Donation", _donation(known)
 
 
@@ -120,7 +119,7 @@ def _step(known: ProgramFacts) -> str:
     after = "no law applies" if not many else f"after {many} law{'s' if many > 1 else ''}"
     return (
         f'<p class="note">as written, in the order in which the words act</p>{pictures.words(plan.pipeline, " @ ")}'
-        f'<p class="note">as it runs: {after}</p>{pictures.words(show(plan.normal), " . ")}'
+        f'<p class="note">as it runs: {after}</p>{pictures.words(plan.normal, " . ")}'
     )
 
 
@@ -183,10 +182,7 @@ def _roofline(one: Roofline) -> tuple[Cell, ...]:
 def _laws(known: ProgramFacts) -> str:
     head = ("law", "formula", "before", "after", "reason", "holds for")
     laws = known.plan.laws if known.plan is not None else ()
-    rows = (
-        (one.law.name, one.law.formula, show(one.before), show(one.after), one.law.reason, one.law.condition)
-        for one in laws
-    )
+    rows = ((one.name, one.formula, one.before, one.after, one.reason, one.condition) for one in laws)
     return _table(head, (tuple((cell, cell) for cell in row) for row in rows), wraps=True)
 
 
@@ -200,10 +196,10 @@ def _donation(known: ProgramFacts) -> str:
     rows = []
     for leaf in known.donated:
         place = places.get(leaf.path)
-        size = (f"{place.total_bytes:,}", place.total_bytes) if place else ("–", 0)
-        shape = f"{place.dtype}{list(place.shape)}" if place else "–"
+        size = (f"{place.bytes:,}", place.bytes) if place else ("–", 0)
+        shape = place.type if place else "–"
         yes_no = ("yes" if leaf.donated else "no"), ("yes" if leaf.aliased else "no")
-        cells = (leaf.path, shape, place.text if place else "–", *yes_no)
+        cells = (leaf.path, shape, place.sharding if place else "–", *yes_no)
         rows.append(((cells[0], cells[0]), size, *((cell, cell) for cell in cells[1:])))
     head = ("leaf", "bytes", "type", "lies", "donated", "written over")
     return told + (f"<details><summary>{len(rows)} leaves</summary>{_table(head, rows)}</details>" if rows else "")

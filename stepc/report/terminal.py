@@ -5,7 +5,6 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from stepc._core.nodes import show as written
 from stepc._units import readable
 from stepc.inspect.memory import Memory
 from stepc.inspect.roofline import duration
@@ -47,12 +46,12 @@ def _plan(console: Console, known: ProgramFacts) -> None:
     if plan.laws:
         _head(console, "laws")
         for one in plan.laws:
-            console.print(Text.assemble((one.law.name, "bold green"), f"  {one.law.formula}"))
-            console.print(Text(f"  {written(one.before)}", style="dim"))
-            console.print(Text(f"  {written(one.after)}"))
-            console.print(Text(f"  {one.law.reason}; holds for {one.law.condition}", style="italic"))
+            console.print(Text.assemble((one.name, "bold green"), f"  {one.formula}"))
+            console.print(Text(f"  {one.before}", style="dim"))
+            console.print(Text(f"  {one.after}"))
+            console.print(Text(f"  {one.reason}; holds for {one.condition}", style="italic"))
     _head(console, "plan")
-    console.print(Text(str(plan)))
+    console.print(Text(plan.text))
 
 
 def _table(*titles: str) -> Table:

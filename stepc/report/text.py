@@ -7,7 +7,7 @@ from stepc.report.known import ProgramFacts
 
 def text(known: ProgramFacts) -> str:
     """Print all that is known: the plan, if there is one, and what the compiler made of it."""
-    parts = [str(known.plan)] if known.plan is not None else [f"program {known.title}"]
+    parts = [known.plan.text] if known.plan is not None else [f"program {known.title}"]
     parts += ["\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in _sections(known)]
     return "\n\n".join(parts)
 

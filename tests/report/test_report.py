@@ -72,7 +72,7 @@ def test_report_is_one_page_that_loads_nothing_and_weighs_little(tmp_path: Path)
 
 def test_report_holds_the_whole_program() -> None:
     program = compiled()
-    html = report.page(program.known())
+    html = report.page(program.facts())
     packed = re.search(r'id="packed">([^<]*)<', html)
     assert packed is not None
     assert zlib.decompress(base64.b64decode(packed[1])).decode() == program.hlo()
@@ -80,14 +80,14 @@ def test_report_holds_the_whole_program() -> None:
 
 def test_report_of_a_program_that_is_too_long_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["stepc.report.page"], "_MOST_HLO_BYTES", 2_000)
-    html = report.page(compiled().known())
+    html = report.page(compiled().facts())
     assert re.search(r"The first [\d,]+ of [\d,]+ characters", html)
 
 
 def test_report_of_a_function_that_never_heard_of_stepc() -> None:
     program = jax.jit(lambda w, x: w - x.T @ jnp.tanh(x @ w), donate_argnums=0)
     shapes = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((64, 16), jnp.float32)
-    known = report.known(program.lower(*shapes).compile(), title="<mine> & yours", device="gpu:h100")
+    known = report.facts(program.lower(*shapes).compile(), title="<mine> & yours", device="gpu:h100")
     html = checked(report.page(known))
     assert "<h1><code>&lt;mine&gt; &amp; yours</code></h1>" in html
     assert "No value leaves its device." in html and "<h2>Plan</h2>" not in html
@@ -97,7 +97,7 @@ def test_report_of_a_function_that_never_heard_of_stepc() -> None:
 
 def test_report_of_a_loop_of_unknown_length_says_so() -> None:
     program = jax.jit(lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 9, lambda w: w @ w, w))
-    known = report.known(program.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile(), title="until")
+    known = report.facts(program.lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile(), title="until")
     html = checked(report.page(known))
     assert "does not say how often it turns" in html
     assert "unknown" in report.text(known)
