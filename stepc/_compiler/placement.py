@@ -25,7 +25,7 @@ from stepc._compiler.sharding import (
 from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
 from stepc._language.kinds import Batch, Params
-from stepc._language.state import Placement, State, leaves_by_path, path_of
+from stepc._language.state import Placement, State, is_typed_key, key_data, leaves_by_path, path_of
 
 
 def with_automatic_axes(mesh: Mesh) -> Mesh:
@@ -107,9 +107,8 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
 
 
 def _num_bytes(leaf: Any) -> int:  # Any: an array, or its shape
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return int(jax.eval_shape(jax.random.key_data, leaf).size) * 4
-    return int(leaf.size) * leaf.dtype.itemsize
+    data = jax.eval_shape(key_data, leaf) if is_typed_key(leaf) else leaf
+    return int(data.size) * data.dtype.itemsize
 
 
 def specs_by_path(tree: Any, placement: Placement, *, prefix: str = "") -> Any:  # Any, twice: trees of one structure

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from stepc._core.nodes import MeanNode, OverMesh, Program
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
+from stepc._language.state import describe_leaf
 from stepc.errors import ShardingError, did_you_mean, faults_in_one
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
@@ -116,7 +117,7 @@ def specs_of_params(rules: BoundRules, params: Shapes) -> dict[str, Spec]:
             applied.add(rule[0])
         spec = rules.layout.default if rule is None else rule[1]
         if spec is None:
-            faults.append(f"`{path}` ({_described(leaf)}) matches no rule.")
+            faults.append(f"`{path}` ({describe_leaf(leaf)}) matches no rule.")
             hints.append("`tp(..., default=P())` replicates what matches no rule.")
         else:
             by = f"the default, {spec_text(spec)}," if rule is None else _rule(*rule)
@@ -224,7 +225,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def _fit_faults(path: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes
-    shape, sizes, described = tuple(leaf.shape), dict(rules.sizes), f"`{path}` ({_described(leaf)})"
+    shape, sizes, described = tuple(leaf.shape), dict(rules.sizes), f"`{path}` ({describe_leaf(leaf)})"
     if len(normalized_spec(spec)) > len(shape):
         return [f"{described} has too few dimensions for {by.removesuffix(',')}."]
     return [
@@ -242,10 +243,6 @@ def _product(entry: Entry, sizes: Mapping[str, int]) -> str:
 
 def _rule(pattern: str, spec: Spec, *, of: str = "") -> str:
     return f"the {of}rule {pattern!r}: {spec_text(spec)}"
-
-
-def _described(leaf: Any) -> str:  # Any: as in Shapes
-    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _error(faults: list[str], sizes: Mapping[str, int], *, of: str, hints: Iterable[str | None]) -> ShardingError:

@@ -13,7 +13,7 @@ import numpy as np
 
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch, Params
-from stepc._language.state import State, describe_tied_leaves, leaves_by_path
+from stepc._language.state import State, describe_leaf, describe_tied_leaves, leaves_by_path
 from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
 
 _LOG = logging.getLogger("stepc")
@@ -34,7 +34,7 @@ def signature_text(batch: Batch) -> str:
     """The paths, dtypes and shapes of a batch that is being traced, in one line."""
     weak = {True: " of weak type", False: ""}
     leaves = [(path or "the batch", leaf) for path, leaf in leaves_by_path(batch)]
-    return ", ".join(f"{path} {_described(leaf)}{weak[jax.typeof(leaf).weak_type]}" for path, leaf in leaves)
+    return ", ".join(f"{path} {describe_leaf(leaf)}{weak[jax.typeof(leaf).weak_type]}" for path, leaf in leaves)
 
 
 def retrace_reason(before: str, after: str, batch: Batch) -> str:
@@ -142,7 +142,7 @@ def check_model_state(model_state: object, program: Program) -> None:
             jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)
         )
         if not is_number:
-            faults.append(f"`model_state/{path}` is {_described(leaf)}; an average over devices needs numbers.")
+            faults.append(f"`model_state/{path}` is {describe_leaf(leaf)}; an average over devices needs numbers.")
     if faults:
         raise ConfigError(_all(faults, of="the model state"))
 
@@ -173,7 +173,7 @@ def check_state(state: object, expected: Callable[[Params], Any]) -> None:  # An
     faults = [f"`{path}` is missing." for path in wanted if path not in found]
     faults += [f"`{path}` is not expected." for path in found if path not in wanted]
     for path in wanted.keys() & found.keys():
-        want, have = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (wanted[path], found[path]))
+        want, have = map(describe_leaf, (wanted[path], found[path]))
         if want != have:
             faults.append(f"`{path}` is {have}, expected {want}.")
     if faults:
@@ -195,7 +195,7 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
     if repeats and not faults:
         node = repeats[0]
         faults = [
-            f"`{path}` is {_described(leaf)}: `{node.written}` takes {node.size} stacked batches, "
+            f"`{path}` is {describe_leaf(leaf)}: `{node.written}` takes {node.size} stacked batches, "
             f"[{node.size}, batch, ...]."
             for path, leaf in leaves
             if leaf.ndim < 2 or leaf.shape[0] != node.size or not leaf.shape[1]
@@ -279,7 +279,7 @@ def check_fixed_point(old: State, new: State) -> None:
         raise ConfigError("The step returns a state with another tree than the one it takes.")
     pairs = zip(leaves_by_path(old), jax.tree.leaves(new), strict=True)
     faults = [
-        f"`{path}` goes in as {_described(before)} and comes out as {_described(after)}."
+        f"`{path}` goes in as {describe_leaf(before)} and comes out as {describe_leaf(after)}."
         for (path, before), after in pairs
         if (before.shape, before.dtype) != (after.shape, after.dtype)
     ]
@@ -291,10 +291,6 @@ def check_fixed_point(old: State, new: State) -> None:
 def _all(faults: list[str], *, of: str) -> str:
     text = faults_in_one(faults, of=of)
     return text[:1].upper() + text[1:]
-
-
-def _described(value: Any) -> str:  # Any: a leaf, or what is refused
-    return f"{value.dtype}{list(value.shape)}" if isinstance(value, _ARRAYS) else type(value).__name__
 
 
 def _a(name: str) -> str:

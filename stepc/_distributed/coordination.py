@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,6 +137,11 @@ def poll(words: tuple[int, ...], among: tuple[int, ...]) -> np.ndarray:
     except (ValueError, RuntimeError) as error:  # both are met: what gloo raises is a builtin ValueError
         what = f"The processes could not agree: {type(error).__name__}: {error}".partition("\n")[0]
         raise PeerError(what, phase="agree") from error
+
+
+def poll_digest(text: str) -> int:
+    """A number to poll in place of a text: its CRC-32 without the last bit, so that it fits into int32."""
+    return zlib.crc32(text.encode()) >> 1
 
 
 @cache

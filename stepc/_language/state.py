@@ -1,9 +1,12 @@
 """What a step takes and returns besides metrics: one value that holds all that training changes."""
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from stepc._language.kinds import Params
@@ -55,6 +58,13 @@ def leaves_by_path(tree: object) -> list[tuple[str, Any]]:
     return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def describe_leaf(leaf: object) -> str:
+    """A leaf in messages: `float32[3, 4]` for an array or a shape, the name of its type for anything else."""
+    if isinstance(leaf, np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return type(leaf).__name__
+
+
 def describe_tied_leaves(tree: object) -> str | None:
     """Which leaves of a tree are one array, in words, with its bytes; None if none are."""
     same: dict[int, list[tuple[str, Any]]] = {}
@@ -63,3 +73,23 @@ def describe_tied_leaves(tree: object) -> str | None:
     tied = [found for found in same.values() if len(found) > 1 and getattr(found[0][1], "nbytes", 0)]
     texts = [f"{' and '.join(path for path, _ in found)} ({found[0][1].nbytes:,} bytes)" for found in tied]
     return ", ".join(texts) or None
+
+
+def is_typed_key(leaf: Any) -> bool:  # Any: anything with a dtype, a shape too
+    """Whether a leaf is an array of typed keys, which numpy cannot hold."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def key_data(leaf: Any) -> Any:  # Any: an array
+    """The numbers of a typed key; any other leaf as it is."""
+    return jax.random.key_data(leaf) if is_typed_key(leaf) else leaf
+
+
+def with_key_type(data: Any, like: Any) -> Any:  # Any: arrays
+    """The inverse of `key_data`: the data as a typed key like `like`; as it is, if `like` is not one."""
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if is_typed_key(like) else data
+
+
+def leaf_crc32(leaf: Any, crc32: int = 0) -> int:  # Any: an array
+    """The CRC-32 of the bytes of a leaf, or of the numbers of a typed key, continued from `crc32`."""
+    return zlib.crc32(np.asarray(key_data(leaf)).tobytes(), crc32)
