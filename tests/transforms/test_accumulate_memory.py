@@ -1,4 +1,4 @@
-"""`accumulate(memory=...)`: the k that is found, what finding it costs, and that the step is as if it had been written."""
+"""`accumulate(memory=...)`: the k that is found, what finding it costs, and that the step is that of a written k."""
 
 import re
 from collections.abc import Iterator
