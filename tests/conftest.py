@@ -1,6 +1,8 @@
 """Eight simulated devices, strict jax, annotations checked at run time, golden files."""
 
+import fcntl
 import os
+import re
 
 # Where no GPU is, jax loads its CUDA plugin only if it looks for CPUs alone; otherwise it fails, and says so at length.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,16 +59,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regold", action="store_true", help="write the golden files again; review the diff")
 
 
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """Compare a whole text with a file in tests/golden; `--regold` writes it."""
+def golden_texts(text: str) -> dict[str, str]:
+    """The sections of a golden file: `## name`, then the text up to the next `## `."""
+    _, *sections = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    return {name: section.rstrip("\n") for name, section in zip(sections[::2], sections[1::2], strict=True)}
 
-    def compare(name: str, text: str) -> None:
-        path = GOLDEN / name
+
+def rewrite_golden(path: Path, name: str, text: str) -> None:
+    """Replace one section and leave the others, locked against tests that run side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        texts = golden_texts(file.read()) | {name: text.rstrip("\n")}
+        file.truncate(0)
+        file.write("\n".join(f"## {name}\n{text}\n" for name, text in texts.items()))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
+    """Compare a text with the section `name` of tests/golden/<group>.txt; `--regold` rewrites that section."""
+
+    def compare(group: str, name: str, text: str) -> None:
+        path = GOLDEN / f"{group}.txt"
+        assert not re.search("^## ", text, flags=re.MULTILINE), "the text would begin a section of its own"
         if request.config.getoption("--regold"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
-        assert text + "\n" == path.read_text(), f"{path.name}: run pytest --regold and review the diff"
+            rewrite_golden(path, name, text)
+        else:
+            known = golden_texts(path.read_text()).get(name)
+            assert text.rstrip("\n") == known, f"{path.name}, {name}: run pytest --regold and review the diff"
 
     return compare
 

@@ -1,6 +1,6 @@
 """Every error that a user can meet here: its class, its builtin, its whole text, and that nothing was lost.
 
-Each row is one mistake. The texts stand in golden/errors; a text that no row makes is refused.
+Each row is one mistake. The texts are in golden/errors, a file a group; a text that no row makes is refused.
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 from catalogue import PROBES, probe_batch, probe_params
-from conftest import GOLDEN, mesh_of
+from conftest import GOLDEN, golden_texts, mesh_of
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -486,7 +486,16 @@ ABSENT: dict[str, tuple[type, Callable[[], object]]] = {
     "topology_no_libtpu": (sc.ConfigError, lambda: without("libtpu", lambda: sc.topology("tpu:v5e:16x16"))),
     "topology_no_cuda": (sc.ConfigError, lambda: without("jax_plugins", lambda: sc.topology("gpu:h100:32x8"))),
 }
-MISTAKES = {**COMPOSING, **FIELDS, **COMPILING, **CALLING, **RUNNING, **PROMISING, **ABSENT}
+GROUPS = {
+    "composing": COMPOSING,
+    "fields": FIELDS,
+    "compiling": COMPILING,
+    "calling": CALLING,
+    "running": RUNNING,
+    "promising": PROMISING,
+    "absent": ABSENT,
+}
+MISTAKES = {name: mistake for group in GROUPS.values() for name, mistake in group.items()}
 
 
 @contextmanager
@@ -503,13 +512,13 @@ def no_compilation_of_a_step() -> Iterator[None]:
     assert not compiled
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistake_is_refused_in_these_words(name: str, golden: Callable[[str, str], None]) -> None:
-    kind, mistake = MISTAKES[name]
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in GROUPS[group]])
+def test_mistake_is_refused_in_these_words(group: str, name: str, golden: Callable[[str, str, str], None]) -> None:
+    kind, mistake = GROUPS[group][name]
     with pytest.raises(sc.StepcError) as raised:
         mistake()
     assert type(raised.value) is kind
-    golden(f"errors/{name}.txt", f"{kind.__name__}: {without_lines(str(raised.value))}")
+    golden(f"errors/{group}", name, f"{kind.__name__}: {without_lines(str(raised.value))}")
 
 
 def without_lines(text: str) -> str:
@@ -531,7 +540,9 @@ def test_mistake_is_refused_before_a_step_is_compiled(name: str) -> None:
 
 
 def test_every_golden_error_has_its_mistake() -> None:
-    assert {path.stem for path in Path(GOLDEN, "errors").glob("*.txt")} == set(MISTAKES)
+    assert {path.stem for path in Path(GOLDEN, "errors").glob("*.txt")} == set(GROUPS)
+    for group, mistakes in GROUPS.items():
+        assert set(golden_texts((GOLDEN / "errors" / f"{group}.txt").read_text())) == set(mistakes)
 
 
 def test_refused_batch_leaves_the_state_alive() -> None:

@@ -74,8 +74,8 @@ def lowered(name: str) -> sc.Lowered:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_plan_prints_as_its_golden_file(name: str, golden: Callable[[str, str], None]) -> None:
-    golden(f"plans/{name}.txt", str(lowered(name).plan))
+def test_plan_prints_as_its_golden_text(name: str, golden: Callable[[str, str, str], None]) -> None:
+    golden("plans", name, str(lowered(name).plan))
 
 
 # What is sharded takes several collectives, one for each leaf, and scalars besides: test_sharding.py counts bytes.
