@@ -341,8 +341,8 @@ class BatchPlacement:
         """How every leaf lies; None if that depends on the leaf, or on a single device."""
         if self.mesh is None or self._by_leaf:
             return None
-        leading = [None] if self.decision.repeats > 1 else []
-        return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.rows))
+        leading = [None] if self.decision.steps_per_call > 1 else []
+        return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.batch_axes))
 
     @property
     def options(self) -> dict[str, Any]:  # Any: what `jax.jit` takes
@@ -351,14 +351,14 @@ class BatchPlacement:
 
     @cached_property
     def _by_leaf(self) -> bool:
-        return bool(self.decision.laid.layout.batch or self.decision.laid.layout.automatic)
+        return bool(self.decision.rules.layout.batch or self.decision.rules.layout.automatic)
 
     def shardings(self, batch: Batch) -> Any:  # Any: the batch's tree, of shardings or None
         """How each leaf of a batch lies. Errors: ShardingError with every rule of `dp(batch=...)` that does not fit."""
         if self.mesh is None or not self._by_leaf:
             return jax.tree.map(lambda _: self.lying, batch)
         leaves = leaves_by_path(batch)
-        specs = specs_of_batch(self.decision.laid, leaves, int(self.decision.repeats > 1))
+        specs = specs_of_batch(self.decision.rules, leaves, int(self.decision.steps_per_call > 1))
         tree = jax.tree.structure(batch)
         return tree.unflatten([NamedSharding(self.mesh, PartitionSpec(*specs[path])) for path, _ in leaves])
 
@@ -424,7 +424,7 @@ class BatchPlacement:
     def _rows(self) -> RowSharding:
         if self.mesh is None:
             raise ValueError("several processes have a mesh")
-        return RowSharding(self.mesh, self.decision.rows, int(self.decision.repeats > 1), self.shardings)
+        return RowSharding(self.mesh, self.decision.batch_axes, int(self.decision.steps_per_call > 1), self.shardings)
 
 
 def shapes_of(tree: Any) -> Any:

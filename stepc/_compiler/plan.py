@@ -208,7 +208,7 @@ def _line(one: Instruction) -> str | None:
 
 
 def _reduce(one: AllReduce) -> str:
-    also = f", then {' and '.join(one.apart)} of metrics" if one.apart else ""
+    also = f", then {' and '.join(one.separate_metrics)} of metrics" if one.separate_metrics else ""
     inside = f" in {one.dtype}" if one.dtype else ""
     what = "" if one.scattered is None else " of metrics, whole leaves" + (" and parts" if len(one.axes) > 1 else "")
     return f"all-reduce{what} over {', '.join(one.axes)} ({one.num_devices} devices){inside}{also}: {one.reason}"
@@ -218,9 +218,12 @@ def _settle(one: DivideByCount) -> str | None:
     if one.by == "count":
         return "divide by the count that was added up with it"
     number = " × ".join(
-        [*([f"{one.cells:g}"] if one.cells != 1 else []), *(["the rows of a cell"] if one.lanes else [])]
+        [
+            *([f"{one.microbatches:g}"] if one.microbatches != 1 else []),
+            *(["the rows of a cell"] if one.vmapped else []),
+        ]
     )
-    return f"divide by {number}" if number and one.by == "cells" else None
+    return f"divide by {number}" if number and one.by == "microbatches" else None
 
 
 def _optimize(one: Optimize) -> str:

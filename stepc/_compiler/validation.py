@@ -14,7 +14,7 @@ import numpy as np
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch, Params
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path
-from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
+from stepc.errors import BatchError, ConfigError, FieldTypeError, ShardingError, did_you_mean, faults_in_one
 
 # The tree, and the shape and dtype of each leaf. Any: a jax.tree_util.PyTreeDef, and what numpy calls a dtype.
 BatchSignature: TypeAlias = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]
@@ -139,13 +139,14 @@ def check_state(state: object, expected: Callable[[Params], Any]) -> None:
     """Refuse a state that another step made.
 
     Args:
-      expected: what the transforms make for the state's parameters, `{"opt_state": ..., "slots": ...}`; its shapes are what
-        must be found.
-    Errors: ConfigError with every path that is missing, unexpected or of another shape or dtype.
+      expected: what the transforms make for the state's parameters, `{"opt_state": ..., "slots": ...}`; its shapes are
+        those that the state must have.
+    Errors: FieldTypeError if it is not a State; ConfigError with every path that is missing, unexpected or of another
+      shape or dtype.
     """
     if not isinstance(state, State):
         facts = (("expected", "the State that `step.init(params)` returned"), ("got", type(state).__name__))
-        raise ConfigError("This is not a state.", facts=facts)
+        raise FieldTypeError("This is not a state.", facts=facts)
     wanted = dict(leaves_by_path(jax.eval_shape(expected, state.params)))
     found = dict(leaves_by_path({"opt_state": state.opt_state, "slots": state.slots}))
     faults = [f"`{path}` is missing." for path in wanted if path not in found]
@@ -198,10 +199,10 @@ def check_fixed_point(old: State, new: State) -> None:
 
 
 def check_option(name: str, value: object, kind: type, *, expected: str) -> None:
-    """Refuse an argument that is neither None nor of its kind. Errors: ConfigError."""
+    """Refuse an argument that is neither None nor of its type. Errors: FieldTypeError."""
     if value is not None and not isinstance(value, kind):
         facts = (("expected", f"{expected}, or None"), ("got", type(value).__name__))
-        raise ConfigError(f"`{name}` is not a {name}.", facts=facts)
+        raise FieldTypeError(f"`{name}` is not a {name}.", facts=facts)
 
 
 def check_gradient(written: str, returned: Any, like: Any) -> None:  # Any: what a transform returns; a gradient
@@ -222,13 +223,17 @@ def check_gradient(written: str, returned: Any, like: Any) -> None:  # Any: what
 
 
 def check_seed(seed: object) -> None:
-    """Refuse a seed that is neither a whole number of 64 bits nor a typed key. Errors: ConfigError."""
-    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ():
-        return
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ConfigError(
-            "The seed is neither a whole number of 64 bits nor a typed key.", facts=(("got", repr(seed)),)
-        )
+    """Refuse a seed that is neither an integer of 64 bits nor one typed key. Errors: FieldTypeError; ConfigError."""
+    expected = ("expected", "an integer of 64 bits, or one typed key")
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape != ():
+            raise ConfigError(
+                "`seed` is an array of keys.", facts=(expected, ("got", f"{seed.dtype}{list(seed.shape)}"))
+            )
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise FieldTypeError("`seed` is not a seed.", facts=(expected, ("got", repr(seed)[:200])))
+    elif not -(2**63) <= seed < 2**63:
+        raise ConfigError("`seed` has more than 64 bits.", facts=(expected, ("got", repr(seed))))
 
 
 def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> None:

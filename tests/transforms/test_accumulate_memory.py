@@ -210,7 +210,7 @@ def test_memory_in_run_trains() -> None:
 
 def test_meaning_of_a_question_is_refused() -> None:
     with pytest.raises(sc.ConfigError, match=r"has no k yet"):
-        asking("1GiB").meaning  # noqa: B018
+        asking("1GiB").reference.init(WIDE)
 
 
 SIZE = gpt.Size(layers=1, width=16, heads=2, context=16)
