@@ -185,7 +185,7 @@ def _check_value(value: Any, node: DifferentiateNode) -> None:
     what = f"The loss of `{node.written}` does not return a scalar"
     facts = (("expected", "a floating-point scalar, a mean over the rows"), ("got", described(value)))
     if isinstance(value, Mean):
-        what = f"The loss of `{node.written}` returns a `Mean` of something else than two scalars"
+        what = f"The loss of `{node.written}` returns a `Mean` whose total and count are not both scalars"
         facts = (("expected", "a floating-point total, a sum over the rows, and a count"), ("got", described(value)))
         if not _is_scalar(value.count):
             raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
