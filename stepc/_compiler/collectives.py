@@ -6,6 +6,7 @@ collectives, and bfloat16 sums abort the process on CPU.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -42,6 +43,7 @@ class ManualRegion:
       has_sharded_params: whether the parameters are sharded over `shard_axis` too.
       model_state_specs: a tree of PartitionSpec like the model state.
       has_row_numbers: whether rows need to know their position in the batch.
+      sites: the transforms of the pipeline as written, each with the line of the user's that made it.
     """
 
     mesh: Mesh | None
@@ -52,6 +54,7 @@ class ManualRegion:
     has_sharded_params: bool
     model_state_specs: Any  # Any: a tree like the model state
     has_row_numbers: bool
+    sites: tuple[tuple[str, str], ...] = ()
 
     @property
     def automatic_axes(self) -> frozenset[str]:
@@ -61,6 +64,11 @@ class ManualRegion:
     def num_devices(self, axes: tuple[str, ...]) -> int:
         """The number of devices along these axes."""
         return prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
+
+    def scope(self, written: str) -> AbstractContextManager[Any]:
+        """The named scope of what transforms ask for: by it, compiled text names them with the user's line."""
+        lines = dict.fromkeys(line for transform, line in self.sites if transform in written.split(" @ "))
+        return jax.named_scope(f"stepc:{written} ({', '.join(lines)})")
 
     def manual_specs(self, *, sharded: bool) -> Any:  # Any: a tree like the parameters
         """The specs of a tree like the parameters along the manual axes."""
@@ -127,13 +135,14 @@ def all_reduce(
         return metrics, tree.unflatten([new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)])
 
     specs = (_replicated(metrics), region.specs if jax.tree.leaves(grads) else ())
-    metrics, grads = region.fully_manual(reduce, (metrics, grads), specs)
     reductions = {"max": jax.lax.pmax, "min": jax.lax.pmin}
-    for kind, values in extremes.items():
-        reduction = reductions[kind]
-        extremes[kind] = region.fully_manual(
-            lambda tree, reduction=reduction: reduction(tree, axes), values, _replicated(values)
-        )
+    with region.scope(instruction.written):
+        metrics, grads = region.fully_manual(reduce, (metrics, grads), specs)
+        for kind, values in extremes.items():
+            reduction = reductions[kind]
+            extremes[kind] = region.fully_manual(
+                lambda tree, reduction=reduction: reduction(tree, axes), values, _replicated(values)
+            )
     return replace_extremes(metrics, extremes), grads
 
 
@@ -147,7 +156,8 @@ def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegio
         total = jax.lax.psum_scatter(narrow, instruction.axis, scatter_dimension=dim, tiled=True)
         return total.astype(leaf.dtype)
 
-    return region.fully_manual(lambda tree: jax.tree.map(scatter, tree, region.dimensions), grads, region.specs)
+    with region.scope(instruction.written):
+        return region.fully_manual(lambda tree: jax.tree.map(scatter, tree, region.dimensions), grads, region.specs)
 
 
 def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> Params:
@@ -156,7 +166,8 @@ def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> 
     def gather(leaf: jax.Array, dim: int) -> jax.Array:
         return leaf if dim < 0 else jax.lax.all_gather(leaf, instruction.axis, axis=dim, tiled=True)
 
-    return region.fully_manual(lambda tree: jax.tree.map(gather, tree, region.dimensions), params, region.specs)
+    with region.scope(instruction.written):
+        return region.fully_manual(lambda tree: jax.tree.map(gather, tree, region.dimensions), params, region.specs)
 
 
 def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
@@ -167,11 +178,14 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
 
     def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
         def gather_shard(shard: jax.Array) -> jax.Array:
-            return jax.lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
+            with region.scope(instruction.written):
+                return jax.lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
 
         def scatter_grad(grad: jax.Array) -> jax.Array:
             wider = grad.astype(instruction.dtype or accumulation_dtype(leaf.dtype))
-            return jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True).astype(leaf.dtype)
+            with region.scope(instruction.written):
+                total = jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True)
+            return total.astype(leaf.dtype)
 
         @jax.custom_vjp
         def gathered(shard: jax.Array) -> jax.Array:
@@ -193,9 +207,10 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
 
 def average_model_state(instruction: AverageModelState, model_state: Any, region: ManualRegion) -> Any:  # Any: a tree
     """The mean over devices of the model state, leaf by leaf."""
-    total = region.fully_manual(
-        lambda tree: jax.lax.psum(tree, instruction.axes), model_state, region.model_state_specs
-    )
+    with region.scope(instruction.written):
+        total = region.fully_manual(
+            lambda tree: jax.lax.psum(tree, instruction.axes), model_state, region.model_state_specs
+        )
     return jax.tree.map(lambda leaf: (leaf / instruction.num_devices).astype(leaf.dtype), total)
 
 

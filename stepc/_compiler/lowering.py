@@ -5,6 +5,7 @@ its parts, in that order too. The collectives of the manual region are in `colle
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, assert_never
@@ -211,7 +212,7 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
 
     # The last division and the final maps, for the metrics and the norm.
     keys = tuple(_map_key(one, microbatch, inputs, region) for one in final_maps.maps)
-    gradient, value, squares = _measure(final_maps, total, keys, inputs.params)
+    gradient, value, squares = _measure(final_maps, total, keys, inputs.params, region)
     losses = total.finite[None] if losses is None else losses
     metrics = final_metrics(value.metrics)
 
@@ -331,7 +332,8 @@ def _run_one(
         case DivideByCount():
             return _divide(instruction, total, inputs.params)
         case Apply(node):
-            measured, added = node.measured(total.grads)
+            with region.scope(node.written):
+                measured, added = node.measured(total.grads)
             return _apply(instruction, total, measured, added, _map_key(instruction, microbatch, inputs, region))
         case Optimize() | RepeatSteps() | CountFirst() | AllGather():
             raise ValueError(f"{type(instruction).__name__} does not make a gradient")
@@ -505,14 +507,19 @@ def _final_maps(schedule: Schedule) -> tuple[int, FinalMaps]:
 
 
 def _measure(
-    final_maps: FinalMaps, total: GradientSum, keys: tuple[tuple[Any, ...], ...], params: Params
+    final_maps: FinalMaps,
+    total: GradientSum,
+    keys: tuple[tuple[Any, ...], ...],  # Any: a typed key; or none
+    params: Params,
+    region: ManualRegion,
 ) -> tuple[MeasuredGradient, GradientSum, Any]:  # Any: a tree like the parameters
     """The first run of the final maps: what the second needs, the value with all metrics, the sums of squares."""
     value = _divide(final_maps.division, total, params)
     squares = jax.tree.map(sum_of_squares, value.grads)
     all_measured: list[Any] = []
     for one, key in zip(final_maps.maps, keys, strict=True):
-        measured, added = one.node.measured(value.grads)
+        with region.scope(one.node.written):
+            measured, added = one.node.measured(value.grads)
         value = _apply(one, value, measured, added, key)
         value = replace(value, grads=_like(params, value.grads))
         all_measured.append(measured)
@@ -543,7 +550,8 @@ def _update(
     slots = dict(state.slots)
     for name, node in optimize.follows:
         slots[name] = node.advance(slots[name], params, *node.arguments)
-    params = constrain(params, sharded=region.has_sharded_params)
+    with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
+        params = constrain(params, sharded=region.has_sharded_params)
     new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)
     return replace(new, model_state=gradient.total.model_state)
 

@@ -49,12 +49,14 @@ class NormalForm:
       laws: the laws that were applied, in order.
       batch_axes: the mesh axes that rows are split over by hand, the outermost first.
       rules: the sharding rules of the pipeline, bound to the mesh.
+      sites: the transforms as written, each with the line of the user's that made it.
     """
 
     core: Program
     laws: tuple[AppliedLaw, ...]
     batch_axes: tuple[str, ...]
     rules: BoundRules
+    sites: tuple[tuple[str, str], ...]
 
     @property
     def program(self) -> Program:
@@ -121,7 +123,11 @@ def normalize(transforms: tuple[Transform, ...], mesh: Mesh | None, laws: tuple[
     core = bind(program, sizes)
     applied = apply_laws(core, laws)
     axes = batch_axes(applied[-1].after if applied else core)
-    return NormalForm(core, applied, axes, bind_rules(program, sizes, axes))
+    sites = tuple(
+        (repr(transform), str(transform.site))  # pyright: ignore[reportAttributeAccessIssue]
+        for transform in transforms
+    )
+    return NormalForm(core, applied, axes, bind_rules(program, sizes, axes), sites)
 
 
 def apply_laws(program: Program, laws: tuple[Law, ...]) -> tuple[AppliedLaw, ...]:

@@ -65,6 +65,7 @@ class Compute:
       count: what one call of the loss counts; 1 unless the loss is a `Mean` with a static count.
       layered: the mesh axis that parameters are sharded over, if the loss gathers them one layer at a time.
       dtype: in which their gradient is then reduced; None for its own, or float32 if that is wider.
+      written: the transforms that ask the loss to gather, as written.
     """
 
     node: DifferentiateNode
@@ -73,6 +74,7 @@ class Compute:
     count: float = 1.0
     layered: str | None = None
     dtype: str | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class AllReduce:
       separate_metrics: the kinds of metrics that take a collective each.
       scattered: the axis over which a `ReduceScatter` has summed the sharded leaves of the gradient already.
       dtype: in which the gradient is reduced; None for its own.
+      written: the transforms that ask for it, as written; so in the collectives below.
     """
 
     axes: tuple[str, ...]
@@ -121,6 +124,7 @@ class AllReduce:
     separate_metrics: tuple[str, ...] = ()
     scattered: str | None = None
     dtype: str | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class ReduceScatter:
     num_devices: int
     reason: str
     dtype: str | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class AllGather:
     axis: str
     num_devices: int
     reason: str
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,7 @@ class AverageModelState:
     num_devices: int
     reason: str
     dtypes: tuple[str, ...]
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,6 +256,7 @@ class _PendingSum:
       structure: what the loss returns.
       schedule: the instructions so far.
       axes: the mesh axes of the pending reduction.
+      written: the transforms that it comes from, as written.
       num_devices: the number of devices along them.
       microbatches: the number of local microbatches in the sum, without `vmap`.
       vmapped: whether each row is one of its own.
@@ -261,6 +269,7 @@ class _PendingSum:
     structure: LossStructure
     schedule: Schedule = ()
     axes: tuple[str, ...] = ()
+    written: str = ""
     num_devices: int = 1
     microbatches: int = 1
     vmapped: bool = False
@@ -277,11 +286,12 @@ class _PendingSum:
         before: list[Instruction] = []
         after: list[Instruction] = []
         if self.axes:
-            after.append(AllReduce(self.axes, self.num_devices, reason, self.structure.separate_metrics))
+            separate = self.structure.separate_metrics
+            after.append(AllReduce(self.axes, self.num_devices, reason, separate, written=self.written))
         if len(self.counts) > 1:
             why = "its terms have counts of their own"
-            reduction = (AllReduce(self.axes, self.num_devices, why),) if self.axes else ()
-            before.append(CountFirst((*_counting(self.schedule), *reduction)))
+            reduction = AllReduce(self.axes, self.num_devices, why, written=self.written)
+            before.append(CountFirst((*_counting(self.schedule), *((reduction,) if self.axes else ()))))
         if self.factor != 1.0:
             after.append(Multiply(self.factor))
         if self.rescale is not None:
@@ -342,10 +352,11 @@ def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
             if any(isinstance(one, Compute) and one.node.model_state for one in all_instructions(pending.schedule)):
                 reason = f"`{node.written}` averages the model's own state"
                 dtypes = pending.structure.model_state_dtypes
-                pending = pending.then(AverageModelState(axes, node.size, reason, dtypes))
+                pending = pending.then(AverageModelState(axes, node.size, reason, dtypes, node.written))
             return replace(
                 pending,
                 axes=(*axes, *pending.axes),
+                written=" @ ".join(filter(None, (node.written, pending.written))),
                 num_devices=pending.num_devices * node.size,
                 microbatches=pending.microbatches * node.size,
                 reduced_axes=(*axes, *pending.reduced_axes),
@@ -392,15 +403,16 @@ def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
     schedule = tuple(_reduce_in(one, layout.reduce_dtype) for one in schedule)
     if rules.axis is None or not layout.zero:
         return schedule
+    reductions = (one for one in all_instructions(schedule) if isinstance(one, AllReduce) and rules.axis in one.axes)
+    gather = AllGather(rules.axis, rules.num_parts, "the loss needs gathered parameters", next(reductions).written)
     schedule = _reduce_scattered(schedule, rules, rules.axis)
     if layout.zero < 3:
-        gather = AllGather(rules.axis, rules.num_parts, "each device updates its own shard of the parameters")
+        gather = replace(gather, reason="each device updates its own shard of the parameters")
         return tuple(replace(one, gather=gather) if isinstance(one, Optimize) else one for one in schedule)
     if layout.gather == "step":
-        return (AllGather(rules.axis, rules.num_parts, "the loss needs gathered parameters: once a step"), *schedule)
-    gather = AllGather(rules.axis, rules.num_parts, "the loss needs gathered parameters")
+        return (replace(gather, reason=f"{gather.reason}: once a step"), *schedule)
     if layout.gather == "layer" and _is_linear(schedule):
-        return _gather_by_layer(schedule, rules.axis, gather, layout.reduce_dtype)
+        return _gather_by_layer(schedule, gather, layout.reduce_dtype)
     return _gather_by_microbatch(schedule, gather)
 
 
@@ -420,7 +432,7 @@ def _reduce_scattered(schedule: Schedule, rules: BoundRules, axis: str) -> Sched
     reduction = schedule[position] if position >= 0 else None
     if not isinstance(reduction, AllReduce) or axis not in reduction.axes:
         return schedule
-    scatter = ReduceScatter(axis, rules.num_parts, reduction.reason, reduction.dtype)
+    scatter = ReduceScatter(axis, rules.num_parts, reduction.reason, reduction.dtype, reduction.written)
     before, after = schedule[:position], (replace(reduction, scattered=axis), *schedule[position + 1 :])
     if rules.layout.zero == 2 or rules.layout.gather != "step":
         return (*_scatter_in_loop(before, scatter), *after)
@@ -444,7 +456,7 @@ def _is_linear(schedule: Schedule) -> bool:
     )
 
 
-def _gather_by_layer(schedule: Schedule, axis: str, gather: AllGather, dtype: str | None) -> Schedule:
+def _gather_by_layer(schedule: Schedule, gather: AllGather, dtype: str | None) -> Schedule:
     """The loss itself gathers its parameters and scatters their gradient; a pass that counts gathers all of them."""
     instructions: list[Instruction] = []
     for one in schedule:
@@ -452,9 +464,9 @@ def _gather_by_layer(schedule: Schedule, axis: str, gather: AllGather, dtype: st
             case ReduceScatter():
                 continue
             case Compute():
-                instructions.append(replace(one, layered=axis, dtype=dtype))
+                instructions.append(replace(one, layered=gather.axis, dtype=dtype, written=gather.written))
             case ScanMicrobatches(_, body):
-                instructions.append(replace(one, body=_gather_by_layer(body, axis, gather, dtype)))
+                instructions.append(replace(one, body=_gather_by_layer(body, gather, dtype)))
             case CountFirst(body):
                 instructions.append(replace(one, body=_gather_by_microbatch(body, gather)))
             case _:

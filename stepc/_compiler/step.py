@@ -277,6 +277,7 @@ class Step:
                 has_sharded_params=rules.layout.zero == 3,
                 model_state_specs=specs_by_path(state.model_state, state.placement, prefix="model_state"),
                 has_row_numbers=draws(schedule) or structure.has_last,
+                sites=self.normal_form.sites,
             )
             new, metrics, diagnostics = lower_schedule(schedule, region)(state, batch)
             check_fixed_point(state, new)

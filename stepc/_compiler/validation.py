@@ -231,7 +231,8 @@ def check_seed(seed: object) -> None:
                 "`seed` is an array of keys.", facts=(expected, ("got", f"{seed.dtype}{list(seed.shape)}"))
             )
     elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise FieldTypeError("`seed` is neither an integer nor a typed key.", facts=(expected, ("got", repr(seed)[:200])))
+        got = repr(seed)[:200]
+        raise FieldTypeError("`seed` is neither an integer nor a typed key.", facts=(expected, ("got", got)))
     elif not -(2**63) <= seed < 2**63:
         raise ConfigError("`seed` has more than 64 bits.", facts=(expected, ("got", repr(seed))))
 
