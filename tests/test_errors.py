@@ -556,7 +556,8 @@ def test_exception_of_the_loss_passes_through_as_itself_with_a_note() -> None:
     with pytest.raises(Mine, match="in my own transforms") as raised:
         step(state, probe_batch(8))
     assert raised.value.__notes__[0] == (
-        "stepc: raised by the loss of `grad(raises)` while it was traced for one microbatch: x float32[4, 3], y float32[4]"
+        "stepc: raised by the loss of `grad(raises)` while it was traced for one microbatch: "
+        "x float32[4, 3], y float32[4]"
     )
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
