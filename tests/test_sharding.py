@@ -221,7 +221,7 @@ def test_transform_in_the_loop_that_needs_the_complete_gradient_gets_it() -> Non
     state = step.init(mlp_params())
     made = step.lower(state, mlp_batch(256)).compile()
     assert traffic(made) == {("all-reduce", True): 4 * SIZE, ("all-gather", False): SIZE}
-    assert "the accumulator is whole on every device: `clip(1.0)` is not linear" in str(made.plan)
+    assert "the accumulator is replicated: `clip(1.0)` is not linear" in str(made.plan)
     assert_equivalent(step, state, mlp_batch(256), tolerance=1e-4)
 
 

@@ -216,12 +216,12 @@ class BatchPlacement:
         """The sharding of every leaf; None without a mesh, or if rules give each leaf its own."""
         if self.mesh is None or self._by_leaf:
             return None
-        leading = [None] if self.decision.repeats > 1 else []
-        return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.rows))
+        leading = [None] if self.decision.steps_per_call > 1 else []
+        return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.batch_axes))
 
     @cached_property
     def _by_leaf(self) -> bool:
-        return bool(self.decision.laid.layout.batch or self.decision.laid.layout.automatic)
+        return bool(self.decision.rules.layout.batch or self.decision.rules.layout.automatic)
 
     @property
     def options(self) -> dict[str, Any]:  # Any: what `jax.jit` takes
@@ -233,7 +233,7 @@ class BatchPlacement:
         if self.mesh is None or not self._by_leaf:
             return jax.tree.map(lambda _: self.sharding, batch)
         leaves = leaves_by_path(batch)
-        specs = specs_of_batch(self.decision.laid, leaves, int(self.decision.repeats > 1))
+        specs = specs_of_batch(self.decision.rules, leaves, int(self.decision.steps_per_call > 1))
         tree = jax.tree.structure(batch)
         return tree.unflatten([NamedSharding(self.mesh, PartitionSpec(*specs[path])) for path, _ in leaves])
 
@@ -286,7 +286,7 @@ class BatchPlacement:
     def _rows(self) -> RowSharding:
         if self.mesh is None:
             raise ValueError("several processes have a mesh")
-        return RowSharding(self.mesh, self.decision.rows, int(self.decision.repeats > 1), self.shardings)
+        return RowSharding(self.mesh, self.decision.batch_axes, int(self.decision.steps_per_call > 1), self.shardings)
 
     def compare(self, program: Any, state: Any, batch: Batch) -> None:  # Any: a jitted function; a state
         """Let several processes compare their programs, once for each signature of a batch."""

@@ -286,14 +286,16 @@ def _divisor(one: DivideByCount, before: Schedule) -> str | None:
     match one.by:
         case "count":
             return "divide by the count that was summed with it"
-        case "cells" if one.cells != 1 or one.lanes:
+        case "microbatches" if one.microbatches != 1 or one.vmapped:
             microbatches, devices = _num_summed(before)
-            each = one.cells / (microbatches * devices)
+            each = one.microbatches / (microbatches * devices)
             factors = [f"{microbatches} microbatches"] if microbatches > 1 else []
             factors += [f"{devices} devices"] if devices > 1 else []
             factors += [f"{each:g} counted by each"] if each != 1 else []
-            factors += ["the rows of each"] if one.lanes else []
-            number = " × ".join([*([f"{one.cells:g}"] if one.cells != 1 else []), *(["rows"] if one.lanes else [])])
+            factors += ["the rows of each"] if one.vmapped else []
+            number = " × ".join(
+                [*([f"{one.microbatches:g}"] if one.microbatches != 1 else []), *(["rows"] if one.vmapped else [])]
+            )
             return f"divide by {number}: {' × '.join(factors)}"
         case _:
             return None

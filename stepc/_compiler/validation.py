@@ -14,7 +14,7 @@ import numpy as np
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch, Params
 from stepc._language.state import State, describe_leaf, describe_tied_leaves, leaves_by_path
-from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
+from stepc.errors import BatchError, ConfigError, FieldTypeError, ShardingError, did_you_mean, faults_in_one
 
 _LOG = logging.getLogger("stepc")
 
@@ -47,10 +47,10 @@ def retrace_reason(before: str, after: str, batch: Batch) -> str:
 
 
 def check_option(name: str, value: object, kind: type, *, expected: str) -> None:
-    """Refuse an argument that is neither None nor of its kind. Errors: ConfigError."""
+    """Refuse an argument that is neither None nor of its type. Errors: FieldTypeError."""
     if value is not None and not isinstance(value, kind):
         facts = (("expected", f"{expected}, or None"), ("got", type(value).__name__))
-        raise ConfigError(f"`{name}` is not a {name}.", facts=facts)
+        raise FieldTypeError(f"`{name}` is not a {name}.", facts=facts)
 
 
 def bind(program: Program, sizes: Mapping[str, int]) -> Program:
@@ -115,11 +115,16 @@ def check_params(params: Params) -> None:
 
 
 def check_seed(seed: object) -> None:
-    """Refuse a seed that is neither an integer of 64 bits nor a typed key. Errors: ConfigError."""
-    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ():
-        return
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ConfigError("`seed` must be an integer of 64 bits or a typed key.", facts=(("got", repr(seed)),))
+    """Refuse a seed that is neither an integer of 64 bits nor one typed key. Errors: FieldTypeError; ConfigError."""
+    expected = ("expected", "an integer of 64 bits, or one typed key")
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape != ():
+            raise ConfigError("`seed` is an array of keys.", facts=(expected, ("got", describe_leaf(seed))))
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        got = repr(seed)[:200]
+        raise FieldTypeError("`seed` is neither an integer nor a typed key.", facts=(expected, ("got", got)))
+    elif not -(2**63) <= seed < 2**63:
+        raise ConfigError("`seed` has more than 64 bits.", facts=(expected, ("got", repr(seed))))
 
 
 def check_model_state(model_state: object, program: Program) -> None:
@@ -163,11 +168,12 @@ def check_state(state: object, expected: Callable[[Params], Any]) -> None:  # An
 
     Args:
       expected: makes `{"opt_state": ..., "slots": ...}` for the state's parameters; the shapes must be these.
-    Errors: ConfigError with every path that is missing, unexpected, or of another shape or dtype.
+    Errors: FieldTypeError if it is not a State; ConfigError with every path that is missing, unexpected, or of another
+      shape or dtype.
     """
     if not isinstance(state, State):
         facts = (("expected", "the State that `step.init(params)` returned"), ("got", type(state).__name__))
-        raise ConfigError("`state` is not a State.", facts=facts)
+        raise FieldTypeError("`state` is not a State.", facts=facts)
     wanted = dict(leaves_by_path(jax.eval_shape(expected, state.params)))
     found = dict(leaves_by_path({"opt_state": state.opt_state, "slots": state.slots}))
     faults = [f"`{path}` is missing." for path in wanted if path not in found]

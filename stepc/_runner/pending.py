@@ -45,7 +45,9 @@ class Runnable(Protocol):
 class DiagnosableStep(Protocol):
     """A step that can say what it saw."""
 
-    def watched(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, StepDiagnostics]: ...  # Any: as above
+    def step_with_diagnostics(
+        self, state: Any, batch: Batch, /
+    ) -> tuple[Any, Metrics, StepDiagnostics]: ...  # Any: as above
 
 
 @runtime_checkable
@@ -88,7 +90,7 @@ def call_of(step: Runnable) -> Call:
     """One call of a step, with what it saw if it can say."""
     match step:
         case DiagnosableStep():
-            return step.watched
+            return step.step_with_diagnostics
         case _:
             return lambda state, batch: (*step(state, batch), None)
 

@@ -24,7 +24,7 @@ class TracedStep(Protocol):
     """A step that counts how often it was traced, and can say why it was the last time."""
 
     traces: int
-    why_traced_again: str
+    retrace_reason: str
 
 
 @dataclass
@@ -94,7 +94,7 @@ class RecompilationMonitor:
         again = self._traced.traces - self._first
         if again == self._told:
             return
-        self._told, why = again, self._traced.why_traced_again
+        self._told, why = again, self._traced.retrace_reason
         self.scribe.event("compiled_again", number, times=again, why=why)
         if self.most is not None and again > self.most:
             what = f"Step {number} was compiled again, {again} times in this run, and {self.most} are allowed."

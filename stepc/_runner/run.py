@@ -147,7 +147,7 @@ def _check_debugging(step: object) -> None:
         raise ConfigError(
             f"A step that its state is donated to cannot run with {' and '.join(on)}.",
             facts=(("expected", "off"), ("got", "on")),
-            suggestion="Switch them off: `run` names the step, microbatch and leaf. Or run `step.meaning`.",
+            suggestion="Switch them off: `run` names the step, microbatch and leaf. Or run `step.reference`.",
         )
 
 

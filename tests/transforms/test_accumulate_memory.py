@@ -213,7 +213,7 @@ def test_memory_in_run_trains() -> None:
 
 def test_reference_without_a_k_is_refused() -> None:
     with pytest.raises(sc.ConfigError, match=r"has no k yet"):
-        tuning("1GiB").meaning  # noqa: B018
+        tuning("1GiB").reference.init(WIDE)
 
 
 SIZE = gpt.Size(layers=1, width=16, heads=2, context=16)
