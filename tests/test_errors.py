@@ -228,7 +228,7 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "recipe_reference": (sc.ConfigError, lambda: sc.reference(sc.update(tx) @ sc.clip(1.0))),
     "no_update": (sc.ConfigError, lambda: sc.compile(sc.clip(1.0) @ sc.grad(loss))),
     "not_a_pipeline": (sc.ConfigError, lambda: sc.compile(loss)),
-    "not_a_mesh": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), mesh=8)),
+    "not_a_mesh": (sc.FieldTypeError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), mesh=8)),
     "unknown_axis": (sc.ShardingError, lambda: step_on({"dta": 8})),
     "no_mesh": (sc.ShardingError, lambda: sc.compile(sc.update(tx) @ dp @ sc.grad(loss))),
     "axis_twice_and_unknown": (
@@ -332,7 +332,7 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: fresh_with(sc.grad(loss, model_state=True), {"a": "b", "c": np.array(True)}),
     ),
-    "seed_fraction": (sc.ConfigError, lambda: step_on().init(probe_params(), seed=0.5)),
+    "seed_fraction": (sc.FieldTypeError, lambda: step_on().init(probe_params(), seed=0.5)),
 }
 CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "rows_do_not_divide": (sc.BatchError, lambda: call(probe_batch(100))),
@@ -350,7 +350,7 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "memory_lists": (sc.BatchError, lambda: asking("2GiB", {"x": [1.0, 2.0]})),
     "reference_rows": (sc.BatchError, lambda: step_on().reference(step_on().init(probe_params()), probe_batch(100))),
     "lower_rows": (sc.BatchError, lambda: step_on().lower(step_on().init(probe_params()), probe_batch(100))),
-    "not_a_state": (sc.ConfigError, lambda: step_on()(probe_params(), probe_batch(64))),
+    "not_a_state": (sc.FieldTypeError, lambda: step_on()(probe_params(), probe_batch(64))),
     "another_state": (sc.ConfigError, state_of_another_step),
     "donated_state": (sc.ConfigError, donated_state),
     "shapes_of_a_state": (sc.ConfigError, lambda: step_on()(step_on().init(SHAPES), probe_batch(64))),
@@ -483,7 +483,7 @@ PROMISING: dict[str, tuple[type, Callable[[], object]]] = {
             sc.Budget(donated=True, gradient_reductions=1, flops=0), jax.jit(lambda x: x).lower(1.0).compile()
         ),
     ),
-    "budget_is_not_one": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), budget={"traces": 1})),
+    "budget_is_not_one": (sc.FieldTypeError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), budget={"traces": 1})),
     "budget_broken": (
         sc.BudgetError,
         lambda: compiled_by_hand(
@@ -579,7 +579,8 @@ def test_exception_of_the_loss_passes_through_as_itself_with_a_note() -> None:
     with pytest.raises(Mine, match="in my own transforms") as raised:
         step(state, probe_batch(8))
     assert raised.value.__notes__[0] == (
-        "stepc: raised by the loss of `grad(raises)` while it was traced on one cell: x float32[4, 3], y float32[4]"
+        "stepc: raised by the loss of `grad(raises)` while it was traced for one microbatch: "
+        "x float32[4, 3], y float32[4]"
     )
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 

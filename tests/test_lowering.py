@@ -24,10 +24,10 @@ DATA = sc.shard(sc.dp("data"))
 def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh, num_rows: int) -> None:
     batch = probe_batch(num_rows)
     for laws in (LAWS, ()):
-        step = sc.Step(pipeline, mesh, normalize(pipeline, mesh, laws))
+        step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, laws))
         state = fresh(step)
         before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
-        expected, told = evaluate(step.decision.core, world_of(jax.tree.map(jnp.copy, before)), batch_)
+        expected, told = evaluate(step.normal_form.core, world_of(jax.tree.map(jnp.copy, before)), batch_)
         after, metrics = step(state, batch)
         of = f"{pipeline!r} on {dict(mesh.shape)} with {'all' if laws else 'no'} laws"
         got = (as_seen(world_of(after)), metrics)
@@ -101,7 +101,7 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     axes = dict(mesh.shape)
     pipeline = data.draw(pipelines(axes=axes, exact=exact))
     batch = data.draw(batches(pipeline, axes=axes))
-    step = sc.Step(pipeline, mesh, normalize(pipeline, mesh, data.draw(st.sampled_from([LAWS, LAWS, ()]))))
+    step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, data.draw(st.sampled_from([LAWS, LAWS, ()]))))
     assert_equivalent(step, fresh(step), batch, tolerance=tolerance)
 
 

@@ -1,4 +1,4 @@
-"""The printed plan, whole, against golden files; and what it says, against what was compiled."""
+"""The printed plan against golden files, and what it says against what was compiled."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
     "clip_outside": (sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
     "clip_inside": (sc.update(tx) @ sc.accumulate(4) @ sc.clip(1.0) @ DATA @ sc.grad(loss), {"data": 8}),
     "one_device": (sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ sc.grad(loss), None),
-    "nothing_left": (sc.update(tx) @ sc.accumulate(1) @ sc.scale(1) @ DATA @ sc.grad(loss), {"data": 1}),
+    "unit_size": (sc.update(tx) @ sc.accumulate(1) @ sc.scale(1) @ DATA @ sc.grad(loss), {"data": 1}),
     "everything": (
         sc.update(tx) @ sc.accumulate(2) @ sc.shard(sc.dp("replica")) @ sc.accumulate(2) @ sc.clip(1.0)
         @ sc.scale(0.5) @ sc.accumulate(2) @ DATA @ sc.scale(2.0) @ sc.grad(loss),
@@ -34,28 +34,28 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         @ sc.grad(sc.cast(jnp.float16) @ sc.remat() @ tokens),
         {"data": 8},
     ),
-    "private": (
+    "rows_and_noise": (
         sc.update(tx) @ sc.noise(0.1) @ sc.accumulate(4) @ DATA @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss), {"data": 8}
     ),
     "measuring": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["measuring"], {"data": 8}),
-    "carrying": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["carrying"], {"data": 8}),
+    "model_state": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["carrying"], {"data": 8}),
     "repeated": (sc.repeat(2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
-    "parts": (
+    "zero2": (
         sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4)
         @ sc.shard(sc.dp(("replica", "data"), zero=2, reduce_dtype=jnp.bfloat16))
         @ sc.shard(sc.tp({"deep/*": P("model")}, default=P())) @ sc.grad(WIDE["over_rows"]),
         {"replica": 2, "data": 2, "model": 2},
     ),
-    "parts_of_parameters": (
+    "zero3_microbatch": (
         sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather="microbatch"))
         @ sc.grad(WIDE["over_rows"]),
         {"data": 8},
     ),
-    "parts_of_layers": (
+    "zero3_layer": (
         sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather="layer")) @ sc.grad(WIDE["over_rows"]),
         {"data": 8},
     ),
-    "parts_inside": (
+    "zero1_inside": (
         sc.update(tx) @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(WIDE["over_rows"]),
         {"data": 8},
     ),
@@ -69,17 +69,17 @@ def lowered(name: str) -> sc.Lowered:
     batch = probe_batch(64)
     if step.steps_per_call > 1:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
-    params = wide_params() if name.startswith("parts") else probe_params()
+    params = wide_params() if name.startswith("zero") else probe_params()
     return step.lower(step.init(params, model_state=probe_model_state(pipeline.transforms[-1])), batch)
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_plan_prints_whole(name: str, golden: Callable[[str, str, str], None]) -> None:
+def test_plan_prints_as_its_golden_text(name: str, golden: Callable[[str, str, str], None]) -> None:
     golden("plans", name, str(lowered(name).plan))
 
 
-# Things that lie in parts are several collectives, a leaf each, and scalars besides: test_sharding.py counts bytes.
-@pytest.mark.parametrize("name", [name for name in PLANS if not name.startswith(("parts", "automatic"))])
+# What is sharded takes several collectives, one for each leaf, and scalars besides: test_sharding.py counts bytes.
+@pytest.mark.parametrize("name", [name for name in PLANS if not name.startswith(("zero", "automatic"))])
 def test_plan_and_executable_agree_on_collectives(name: str) -> None:
     stage = lowered(name)
     promised = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.plan.collectives]

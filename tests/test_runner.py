@@ -72,7 +72,7 @@ def test_run_stops_after_its_steps_and_takes_no_batch_too_many() -> None:
 
 def test_run_runs_a_reference_as_it_runs_a_step() -> None:
     step, state = step_and_state()
-    reference = step.meaning
+    reference = step.reference
     slow = sc.run(reference, reference.init(jax.tree.map(jnp.asarray, probe_params())), data(2))
     fast = sc.run(step, state, data(2))
     assert_equal_trees(fast.state, slow.state, tolerance=1e-5, of="a step and its reference")

@@ -1,4 +1,4 @@
-"""Where things lie: in parts along the axis of the rows, along model axes by rules; and what that costs."""
+"""Shardings: by `zero` over the axis of the rows, by rules over model axes; and what they cost."""
 
 from collections import Counter
 from typing import Any
@@ -38,27 +38,27 @@ OPTIMIZERS: dict[str, optax.GradientTransformation] = {
     ),
 }
 
-# How a leaf of the optimizer's state lies along (data 4, model 2): with zero=0, and in parts.
-WHOLE, OUT, DEEP = (P(), P()), (P(), P("data")), (P("model"), P("model", None, "data"))
+# The spec of a leaf of the optimizer state on (data 4, model 2): with zero=0, and with zero > 0.
+REPLICATED, OUT, DEEP = (P(), P()), (P(), P("data")), (P("model"), P("model", None, "data"))
 ROWS, COLUMNS = (P("model"), P("model")), (P(), P(None, "data"))  # factors [8, 3] and [3, 8] of [8, 3, 8]
 FAST, SLOW = "inner_states/fast/inner_state/0", "inner_states/slow/inner_state/0"
 SLOTS: dict[str, dict[str, tuple[P, P]]] = {
-    "momentum": {"0/trace/b": WHOLE, "0/trace/deep/w": DEEP, "0/trace/out": OUT},
+    "momentum": {"0/trace/b": REPLICATED, "0/trace/deep/w": DEEP, "0/trace/out": OUT},
     "adamw": {
-        "0/count": WHOLE,
-        "0/mu/b": WHOLE, "0/mu/deep/w": DEEP, "0/mu/out": OUT,
-        "0/nu/b": WHOLE, "0/nu/deep/w": DEEP, "0/nu/out": OUT,
+        "0/count": REPLICATED,
+        "0/mu/b": REPLICATED, "0/mu/deep/w": DEEP, "0/mu/out": OUT,
+        "0/nu/b": REPLICATED, "0/nu/deep/w": DEEP, "0/nu/out": OUT,
     },
     "adafactor": {
-        "0/count": WHOLE,
-        "0/v_row/b": WHOLE, "0/v_row/deep/w": ROWS, "0/v_row/out": WHOLE,
-        "0/v_col/b": WHOLE, "0/v_col/deep/w": COLUMNS, "0/v_col/out": WHOLE,
-        "0/v/b": WHOLE, "0/v/deep/w": WHOLE, "0/v/out": OUT,
+        "0/count": REPLICATED,
+        "0/v_row/b": REPLICATED, "0/v_row/deep/w": ROWS, "0/v_row/out": REPLICATED,
+        "0/v_col/b": REPLICATED, "0/v_col/deep/w": COLUMNS, "0/v_col/out": REPLICATED,
+        "0/v/b": REPLICATED, "0/v/deep/w": REPLICATED, "0/v/out": OUT,
     },
-    "masked": {"0/inner_state/trace/b": WHOLE, "0/inner_state/trace/deep/w": DEEP},
+    "masked": {"0/inner_state/trace/b": REPLICATED, "0/inner_state/trace/deep/w": DEEP},
     "multi": {
-        f"{FAST}/count": WHOLE, f"{FAST}/mu/deep/w": DEEP, f"{FAST}/nu/deep/w": DEEP,
-        f"{SLOW}/trace/b": WHOLE, f"{SLOW}/trace/out": OUT,
+        f"{FAST}/count": REPLICATED, f"{FAST}/mu/deep/w": DEEP, f"{FAST}/nu/deep/w": DEEP,
+        f"{SLOW}/trace/b": REPLICATED, f"{SLOW}/trace/out": OUT,
     },
 }  # fmt: skip
 
@@ -80,16 +80,16 @@ def test_levels_equal_the_reference_with_every_optimizer(level: str, optimizer: 
     pipeline = sc.update(OPTIMIZERS[optimizer]) @ sc.clip(1.0) @ sc.accumulate(2) @ data @ sc.grad(WIDE["over_rows"])
     step = sc.compile(pipeline, mesh=mesh_of(data=4, model=2))
     state = step.init(wide_params())
-    lying = {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)}
+    specs = {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)}
     for number in range(2):
         assert_equivalent(step, state, probe_batch(32, seed=number), tolerance=1e-4)
         state, _ = step(state, probe_batch(32, seed=number))
     assert step.traces == 1
-    assert {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)} == lying
+    assert {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)} == specs
     zero = LEVELS[level].get("zero", 0)
-    slots = {f"opt_state/{path}": specs[zero > 0] for path, specs in SLOTS[optimizer].items()}
-    params = {"params/b": WHOLE[0], "params/deep/w": DEEP[zero == 3], "params/out": OUT[zero == 3]}
-    assert lying == {**params, **slots, "step": P(), "rng": P()}
+    slots = {f"opt_state/{path}": pair[zero > 0] for path, pair in SLOTS[optimizer].items()}
+    params = {"params/b": REPLICATED[0], "params/deep/w": DEEP[zero == 3], "params/out": OUT[zero == 3]}
+    assert specs == {**params, **slots, "step": P(), "rng": P()}
 
 
 WIDTHS = {"in": 64, "hidden": 128, "out": 32}
@@ -124,7 +124,7 @@ def compiled(transform: sc.Transform, mesh: jax.sharding.Mesh, *, k: int = 4) ->
 
 
 def traffic(step: sc.Compiled, axis: str = "data") -> Counter[tuple[str, bool]]:
-    """The bytes of arrays that cross an axis in a step, by kind and whether in a loop; scalars are left out."""
+    """The bytes of arrays communicated along an axis in a step, by kind and whether in a loop; scalars are left out."""
     found: Counter[tuple[str, bool]] = Counter()
     for row in step.collectives():
         if axis in row.axes:
@@ -145,7 +145,7 @@ def traffic(step: sc.Compiled, axis: str = "data") -> Counter[tuple[str, bool]]:
         ("zero3_layer", {("all-gather", False): SIZE, ("reduce-scatter", True): 4 * SIZE}),  # no scan over layers
     ],
 )
-def test_each_byte_of_the_gradient_crosses_the_axis_as_the_level_says(level: str, expected: dict[Any, int]) -> None:
+def test_bytes_communicated_along_the_data_axis_are_those_of_the_level(level: str, expected: dict[Any, int]) -> None:
     step = compiled(sc.shard(sc.dp("data", **LEVELS[level])), mesh_of(data=8))
     print(step.collectives())
     assert traffic(step) == expected
@@ -153,7 +153,7 @@ def test_each_byte_of_the_gradient_crosses_the_axis_as_the_level_says(level: str
     assert {kind for kind, _ in expected} <= {kind for kind, _ in planned}
 
 
-def test_parts_take_the_bytes_that_theory_says() -> None:
+def test_shards_take_the_bytes_that_theory_says() -> None:
     temporaries = {}
     for level, options in LEVELS.items():
         transform = sc.shard(sc.dp("data", **options))
@@ -173,14 +173,14 @@ def test_parts_take_the_bytes_that_theory_says() -> None:
         batch = 256 // 8 * 4 * (64 + 32)
         assert memory.arguments == pytest.approx(table.bytes_ + batch, rel=0.05)
         parts = {part.name: part.bytes for part in memory.parts}
-        divided = zero == 2 or "gather" in options
-        assert parts["accumulator"] == pytest.approx(SIZE / 8 if divided else SIZE, rel=0.05)
+        is_sharded = zero == 2 or "gather" in options
+        assert parts["accumulator"] == pytest.approx(SIZE / 8 if is_sharded else SIZE, rel=0.05)
         temporaries[level] = memory.temporaries
     assert temporaries["zero2"] < temporaries["zero1"]
     assert temporaries["zero3_microbatch"] < temporaries["zero3"]
 
 
-def test_hybrid_sharding_sums_parts_along_the_inner_axis_first() -> None:
+def test_hybrid_sharding_reduces_shards_over_the_inner_axis_first() -> None:
     transform = sc.shard(sc.dp(("replica", "data"), zero=1))
     step = compiled(transform, mesh_of(replica=2, data=4))
     assert traffic(step, "data") == {("reduce-scatter", False): SIZE, ("all-gather", False): SIZE}
@@ -195,7 +195,7 @@ def test_hybrid_sharding_sums_parts_along_the_inner_axis_first() -> None:
     )
 
 
-def test_model_axis_sees_only_what_the_model_needs() -> None:
+def test_model_axis_carries_only_what_the_model_needs() -> None:
     rules = sc.tp({"in/kernel": P(None, "model"), "in/bias": P("model"), "out/kernel": P("model")})
     mesh = mesh_of(data=4, model=2)
     plain = traffic(compiled(sc.shard(sc.dp("data"), rules), mesh), "model")
@@ -206,34 +206,34 @@ def test_model_axis_sees_only_what_the_model_needs() -> None:
         ):
             step = compiled(transform, mesh)
             assert traffic(step, "model") == plain, level
-            # A device has half of each leaf's gradient, and no dimension of the bias is left to lie in parts.
+            # A device has half of each leaf's gradient, and no dimension of the bias is left to shard.
             sums = {key: size for key, size in traffic(step).items() if key[0] != "all-gather"}
             if level == "zero3_layer":
-                continue  # the first dimension of a matrix is that of layers, so the first kernel stays whole
+                continue  # the first dimension of a matrix is that of layers, so the first kernel is not sharded
             times = 4 if ("reduce-scatter", True) in sums else 1
             assert sum(sums.values()) == (SIZE - 512) // 2 * times + 256, level
     assert {in_loop for _, in_loop in plain} == {True}, "the sum over the hidden layer, once a microbatch"
 
 
-def test_transform_in_the_loop_that_needs_the_whole_gradient_gets_it() -> None:
+def test_transform_in_the_loop_that_needs_the_complete_gradient_gets_it() -> None:
     pipeline = SGD @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=2)) @ sc.grad(mlp)
     step = sc.compile(pipeline, mesh=mesh_of(data=8))
     state = step.init(mlp_params())
     made = step.lower(state, mlp_batch(256)).compile()
     assert traffic(made) == {("all-reduce", True): 4 * SIZE, ("all-gather", False): SIZE}
-    assert "the accumulator is whole on every device: `clip(1.0)` is not linear" in str(made.plan)
+    assert "the accumulator is replicated: `clip(1.0)` is not linear" in str(made.plan)
     assert_equivalent(step, state, mlp_batch(256), tolerance=1e-4)
 
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_random_exact_pipeline_with_parts_equals_its_reference_bitwise(data: st.DataObject) -> None:
+def test_random_exact_sharded_pipeline_equals_its_reference_bitwise(data: st.DataObject) -> None:
     climb(data, exact=True, tolerance=0.0)
 
 
 @settings(max_examples=12)
 @given(data=st.data())
-def test_random_rounded_pipeline_with_parts_equals_its_reference(data: st.DataObject) -> None:
+def test_random_rounded_sharded_pipeline_equals_its_reference(data: st.DataObject) -> None:
     climb(data, exact=False, tolerance=1e-3)
 
 
@@ -251,7 +251,7 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
         transforms = (sc.shard(sc.tp(rules, default=P())),)
     pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, transforms=transforms))
     if pipeline.transforms.count(transforms[0] if transforms else None) > 1:
-        return  # the second table of rules never holds, which is refused
+        return  # the second table of rules never applies, which is refused
     batch = data.draw(batches(pipeline, axes=axes))
     step = sc.compile(pipeline, mesh=mesh)
     if step.steps_per_call > 1:
@@ -268,7 +268,7 @@ def attention(params: Any, rows: Any) -> jax.Array:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_leaves_of_the_batch_lie_along_a_sequence_axis_too(level: str) -> None:
+def test_leaves_of_the_batch_are_sharded_over_a_sequence_axis_too(level: str) -> None:
     random = np.random.default_rng(0)
     batch = {name: random.normal(size=(16, 8, 4)).astype(np.float32) for name in ("tokens", "labels")}
     transform = sc.shard(sc.dp("data", batch={"tokens": P("data", "seq"), "lab*": P("data", "seq")}, **LEVELS[level]))
@@ -277,8 +277,8 @@ def test_leaves_of_the_batch_lie_along_a_sequence_axis_too(level: str) -> None:
     for given_ in (batch, jax.tree.map(jnp.asarray, batch)):
         assert_equivalent(step, state, given_)
     made = step.lower(state, batch).compile()
-    lying = made.executable.input_shardings[0][1]
-    assert {name: sharding.spec for name, sharding in lying.items()} == dict.fromkeys(batch, P("data", "seq"))
+    shardings = made.executable.input_shardings[0][1]
+    assert {name: sharding.spec for name, sharding in shardings.items()} == dict.fromkeys(batch, P("data", "seq"))
     assert step.traces == 1
 
 
@@ -342,7 +342,7 @@ def test_sums_over_devices_in_a_narrow_type_are_close(level: str, dtype: Any) ->
     ],
     ids=repr,
 )
-def test_budget_counts_reductions_in_parts(transform: sc.Transform, reductions: int) -> None:
+def test_budget_counts_reductions_of_shards(transform: sc.Transform, reductions: int) -> None:
     mesh = mesh_of(replica=2, data=4) if "replica" in repr(transform) else mesh_of(data=8)
     step = compiled(transform, mesh)
     step.check(sc.Budget(gradient_reductions=reductions, donated=True))
@@ -411,7 +411,7 @@ def test_layers_gathered_one_at_a_time_cost_traffic_and_save_memory() -> None:
 
 
 def test_layers_that_a_loss_rematerialises_stay_so() -> None:
-    """What is made whole again must not undo a `jax.checkpoint` of the loss's own: a wide layer tells."""
+    """Gathering parameters must not undo the `jax.checkpoint` of the loss itself: a wide layer shows it."""
 
     def wide(block: Any) -> Any:
         def layer(stream: jax.Array, this: Any) -> tuple[jax.Array, None]:
@@ -424,10 +424,10 @@ def test_layers_that_a_loss_rematerialises_stay_so() -> None:
 
     params = {"layers": {"down": np.full((DEPTH, 32 * 64, 64), 1e-3, np.float32)}}
     temporaries = {}
-    for name, block in {"kept": lambda layer: layer, "again": jax.checkpoint}.items():
+    for name, block in {"kept": lambda layer: layer, "recomputed": jax.checkpoint}.items():
         pipeline = SGD @ sc.shard(sc.dp("data", zero=3, gather="layer")) @ sc.grad(wide(block))
         step = sc.compile(pipeline, mesh=mesh_of(data=8))
         made = step.lower(step.init(params), mlp_batch(8 * 64)).compile()
         temporaries[name] = made.memory().temporaries
     hidden = 4 * 64 * 32 * 64  # bytes of what one layer computes on the rows of one device
-    assert temporaries["again"] < temporaries["kept"] - (DEPTH - 2) * hidden
+    assert temporaries["recomputed"] < temporaries["kept"] - (DEPTH - 2) * hidden

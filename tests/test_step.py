@@ -16,6 +16,7 @@ from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import stepc as sc
+from stepc._language.reference import complete_transforms
 from stepc.testing import assert_equal_trees, assert_equivalent
 
 LOSS = PROBES["over_rows"]
@@ -77,6 +78,79 @@ def test_lowering_and_running_share_one_trace_and_one_compilation(kind: Callable
     assert sum("stepc_step" in name for name in compilations) == 1, compilations
 
 
+def run_it(step: sc.Step, state: sc.State, batch: Any) -> None:
+    step(jax.tree.map(jnp.copy, state), batch)
+
+
+def lower_it(step: sc.Step, state: sc.State, batch: Any) -> None:
+    assert step.lower(state, batch).plan.loop_length == 4
+
+
+def compile_it(step: sc.Step, state: sc.State, batch: Any) -> None:
+    step.lower(state, batch).compile()
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [(run_it,), (lower_it,), (run_it, lower_it), (lower_it, run_it), (lower_it, compile_it, run_it, lower_it, run_it)],
+    ids=lambda uses: "_then_".join(use.__name__ for use in uses),
+)
+@pytest.mark.parametrize("devices", [None, 8])
+def test_loss_is_called_by_the_first_trace_alone(uses: tuple[Callable[..., None], ...], devices: int | None) -> None:
+    calls = []
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        calls.append(rows)
+        return LOSS(params, rows)
+
+    pipeline = ADAM @ sc.clip(1.0) @ sc.accumulate(4) @ (DATA @ sc.grad(loss) if devices else sc.grad(loss))
+    step = sc.compile(pipeline, mesh=devices and mesh_of(data=devices))
+    state, batch = step.init(probe_params()), probe_batch(64)
+    assert not calls
+    for use in uses:
+        use(step, state, batch)
+    assert step.traces == 1
+    assert len(calls) == 2  # once to see what it returns, which the schedule depends on; once for its gradient
+
+
+def test_complete_pipeline_is_checked_once_in_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def complete(pipeline: Any) -> tuple[sc.Transform, ...]:
+        checked.append(pipeline)
+        return complete_transforms(pipeline)
+
+    monkeypatch.setattr("stepc._compiler.step.complete_transforms", complete)
+    monkeypatch.setattr("stepc._language.reference.complete_transforms", complete)
+    step = sc.compile(standard(4), mesh=mesh_of(data=8))
+    step(step.init(probe_params()), probe_batch(64))
+    assert checked == [standard(4)]
+
+
+def test_reference_of_a_step_is_one_value_that_inits_and_steps() -> None:
+    step = sc.compile(standard(2), mesh=mesh_of(data=4))
+    state, batch = step.init(probe_params(), seed=3), probe_batch(16)
+    fresh = step.reference.init(probe_params(), seed=3)
+    assert_equal_trees(state, fresh, tolerance=0.0, of="two inits")
+    assert_equal_trees(step.reference(state, batch), step.reference(fresh, batch), tolerance=0.0, of="two steps")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: sc.compile(standard(2), mesh=8),  # pyright: ignore[reportArgumentType]
+        lambda: sc.compile(standard(2), mesh=mesh_of(data=2), budget=3),  # pyright: ignore[reportArgumentType]
+        lambda: sc.compile(ADAM @ sc.grad(LOSS)).init(probe_params(), seed="seven"),
+        lambda: sc.compile(ADAM @ sc.grad(LOSS))(None, probe_batch(8)),  # pyright: ignore[reportArgumentType]
+    ],
+    ids=["mesh", "budget", "seed", "state"],
+)
+def test_argument_of_a_wrong_type_is_a_type_error(wrong: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError) as caught:
+        wrong()
+    assert isinstance(caught.value, sc.StepcError)
+
+
 def test_another_batch_size_is_another_trace_and_never_a_silent_one(caplog: pytest.LogCaptureFixture) -> None:
     step = sc.compile(standard(2), mesh=mesh_of(data=2))
     state, _ = step(step.init(probe_params()), probe_batch(8))
@@ -85,7 +159,7 @@ def test_another_batch_size_is_another_trace_and_never_a_silent_one(caplog: pyte
     step(state, probe_batch(16))
     assert step.traces == 2
     (told,) = caplog.messages
-    assert "its form was x float32[8, 3], y float32[8], and is x float32[16, 3], y float32[16]" in told
+    assert "its signature was x float32[8, 3], y float32[8], and is x float32[16, 3], y float32[16]" in told
     assert "`pad_batch`" in told
 
 

@@ -1,4 +1,4 @@
-"""`accumulate(memory=...)`: for each signature of a batch, the pipeline that states its number of microbatches."""
+"""`accumulate(memory="12GiB")` picks k for you: the smallest with which the step fits, for each batch signature."""
 
 import logging
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _LOG = logging.getLogger("stepc")
 
 @runtime_checkable
 class LowerableStep(Protocol):
-    """What is asked of a step."""
+    """What the search needs of a step."""
 
     def lower(self, state: State, batch: Batch) -> Lowered:
         """As `Step.lower`."""
@@ -35,112 +35,114 @@ Steps = TypeVar("Steps", bound=LowerableStep)
 
 @dataclass(frozen=True)
 class TunedStep(Generic[Steps]):
-    """The step of the answered pipeline, and how the answer was found."""
+    """The step of the pipeline with its k, and how k was found."""
 
     step: Steps
     search: SearchResult
 
 
 def autotune_request(pipeline: Transform | Pipeline) -> tuple[int, AutotuneRequest] | None:
-    """The place of the transform that asks, and what it asks; None if all is said.
+    """The position of the transform that leaves its number to the compiler, and its request; None if there is none.
 
-    Errors: ConfigError if two transforms ask, or if one asks for parts of a single row.
+    Errors: ConfigError if two transforms do, or if one would split a single row.
     """
     transforms = transforms_of(pipeline)
-    asking = [
-        (place, question) for place, transform in enumerate(transforms) if (question := transform.asks()) is not None
-    ]
-    if len(asking) > 1:
-        named = " and ".join(f"`{transforms[place]!r}`" for place, _ in asking)
+    requests = [(n, request) for n, transform in enumerate(transforms) if (request := transform.asks()) is not None]
+    if not requests:
+        return None
+    if len(requests) > 1:
+        named = " and ".join(f"`{transforms[position]!r}`" for position, _ in requests)
         raise ConfigError(
-            f"{named} both leave a number to the compiler, which can find one.",
+            f"{named} each leave a number to the compiler, which can tune only one.",
             suggestion="Write the number in all but one of them, such as `accumulate(4)`.",
         )
-    if not asking:
-        return None
-    place, question = asking[0]
-    for transform in transforms[:place]:
+    position, request = requests[0]
+    for transform in transforms[:position]:
         if any(isinstance(node, MeanNode) and isinstance(node.place, UnderVmap) for node in transform.expand()):
             raise ConfigError(
-                f"`{transforms[place]!r}` stands on the right of `{transform!r}`: one row has no parts.",
-                suggestion=f"Write `{transforms[place]!r}` on the left of `{transform!r}`.",
+                f"`{transforms[position]!r}` stands to the right of `{transform!r}`, but a single row cannot be split.",
+                suggestion=f"Write `{transforms[position]!r}` to the left of `{transform!r}`.",
             )
-    return place, question
+    return position, request
 
 
-def replace_request(pipeline: Transform | Pipeline, place: int, transform: Transform) -> Pipeline:
-    """The pipeline with another transform in one place."""
+def replace_request(pipeline: Transform | Pipeline, position: int, transform: Transform) -> Pipeline:
+    """The pipeline with another transform in this position."""
     transforms = transforms_of(pipeline)
-    return Pipeline((*transforms[:place], transform, *transforms[place + 1 :]))
+    return Pipeline((*transforms[:position], transform, *transforms[position + 1 :]))
 
 
 class Autotuner(Generic[Steps]):
-    """The answers to one question. Each is found when a form of batch is first met, and kept.
+    """Tunes a pipeline for each signature of a batch that it meets, once.
 
     Args:
-      pipeline: what asks.
-      place: which transform of it.
-      question: what it asks.
-      core: the core program for one part, bound to the mesh.
-      made: makes the step of an answered pipeline.
+      pipeline: the pipeline with the request.
+      position: of the transform that makes it.
+      request: what that transform leaves to the compiler.
+      core: the core program for k = 1, bound to the mesh.
+      make: makes the step of a tuned pipeline.
     """
 
     def __init__(
         self,
         pipeline: Transform | Pipeline,
-        place: int,
-        question: AutotuneRequest,
+        position: int,
+        request: AutotuneRequest,
         core: Program,
-        made: Callable[[Pipeline], Steps],
+        make: Callable[[Pipeline], Steps],
     ) -> None:
-        self._pipeline, self._place, self._question = pipeline, place, question
-        self._core, self._made = core, made
-        self.answers: dict[BatchSignature, TunedStep[Steps]] = {}
+        self._pipeline, self._position, self._request = pipeline, position, request
+        self._core, self._make = core, make
+        self.tuned: dict[BatchSignature, TunedStep[Steps]] = {}
 
-    def answer(self, state: State, batch: Batch) -> TunedStep[Steps]:
-        """The answer for a form of batch. It is found with this state, and kept for any other.
+    def tune(self, state: State, batch: Batch) -> TunedStep[Steps]:
+        """The tuned step for the signature of a batch. It is found with this state, and kept for any other.
 
         Errors: BatchError for a batch that does not divide; BudgetError if nothing fits.
         """
         try:
-            form = batch_signature(batch)
-        except AttributeError:  # a leaf that is no array
+            signature = batch_signature(batch)
+        except AttributeError:  # a leaf is not an array
             check_batch(batch, self._core)
             raise
-        if form not in self.answers:
+        if signature not in self.tuned:
             check_batch(batch, self._core)
-            self.answers[form] = self._found(state, batch)
-        return self.answers[form]
+            self.tuned[signature] = self._search(state, batch)
+        return self.tuned[signature]
 
-    def _found(self, state: State, batch: Batch) -> TunedStep[Steps]:
+    def _search(self, state: State, batch: Batch) -> TunedStep[Steps]:
         steps: dict[int, Steps] = {}
         lowered: dict[int, Lowered] = {}
 
-        def lower(parts: int) -> Lowered:
-            if parts not in lowered:
-                transform = self._question.answered(parts)
-                steps[parts] = self._made(replace_request(self._pipeline, self._place, transform))
-                lowered[parts] = steps[parts].lower(state, batch)
-            return lowered[parts]
+        def lower(k: int) -> Lowered:
+            if k not in lowered:
+                steps[k] = self._make(replace_request(self._pipeline, self._position, self._request.answered(k)))
+                lowered[k] = steps[k].lower(state, batch)
+            return lowered[k]
 
+        means = [node for node in self._core if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
+        axis = sum(isinstance(node, RepeatNode) for node in self._core)
+        rows = jax.tree.leaves(batch)[0].shape[axis] // prod(node.size for node in means)
+        devices = prod(node.size for node in means if isinstance(node.place, OverMesh))
+        batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // devices
         programs = CandidatePrograms(
-            counts=_divisors(_rows_of_a_cell(batch, self._core)),
-            arguments=_bytes_of_state(state) + _bytes_of_batch(batch, self._core),
-            live=lambda parts: live_bytes(lower(parts).jaxpr()),
-            compiled=lambda parts: _planned(lower(parts)),
+            counts=tuple(k for k in range(1, rows + 1) if rows % k == 0),
+            arguments=_local_bytes(state) + batch_bytes,
+            live=lambda k: live_bytes(lower(k).jaxpr()),
+            compiled=lambda k: _planned_memory(lower(k)),
         )
-        tried, chosen = find_smallest_fit(programs, self._question.most_bytes)
-        asked = transforms_of(self._pipeline)[self._place]
-        answer = "" if chosen is None else repr(self._question.answered(chosen))
-        found = SearchResult(repr(asked), answer, self._question.most_bytes, tuple(programs.counts), tried, chosen)
+        tried, chosen = find_smallest_fit(programs, self._request.most_bytes)
+        request = repr(transforms_of(self._pipeline)[self._position])
+        tuned = "" if chosen is None else repr(self._request.answered(chosen))
+        result = SearchResult(request, tuned, self._request.most_bytes, tuple(programs.counts), tried, chosen)
         if chosen is None:
-            raise _nothing_fits(found)
-        # A compilation that nobody asked for is never silent; the first is asked for.
-        _LOG.log(logging.WARNING if self.answers else logging.INFO, "%s", found)
-        return TunedStep(steps[chosen], found)
+            raise _nothing_fits(result)
+        # The first search is expected; a later one recompiles in the middle of a run, which is never silent.
+        _LOG.log(logging.WARNING if self.tuned else logging.INFO, "%s", result)
+        return TunedStep(steps[chosen], result)
 
 
-def _planned(lowered: Lowered) -> Memory | None:
+def _planned_memory(lowered: Lowered) -> Memory | None:
     """What the compiler planned; None if it says that the device has no room for it."""
     try:
         return memory(lowered.compile().executable)
@@ -150,18 +152,8 @@ def _planned(lowered: Lowered) -> Memory | None:
         return None
 
 
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(one for one in range(1, number + 1) if number % one == 0)
-
-
-def _rows_of_a_cell(batch: Batch, program: Program) -> int:
-    axis = sum(isinstance(node, RepeatNode) for node in program)
-    means = (node for node in program if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap))
-    return jax.tree.leaves(batch)[0].shape[axis] // prod(node.size for node in means)
-
-
-def _bytes_of_state(state: State) -> int:
-    """On one device, as far as the leaves say where they lie."""
+def _local_bytes(state: State) -> int:
+    """The bytes of a state on one device, as far as its leaves have shardings."""
 
     def shape(leaf: Any) -> tuple[int, ...]:  # Any: an array, or its shape
         return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -169,18 +161,12 @@ def _bytes_of_state(state: State) -> int:
     return sum(prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _bytes_of_batch(batch: Batch, program: Program) -> int:
-    """On one device."""
-    devices = prod(node.size for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // devices
-
-
-def _nothing_fits(found: SearchResult) -> BudgetError:
-    needs = [one.compiled for one in found.tried if one.compiled is not None]
+def _nothing_fits(result: SearchResult) -> BudgetError:
+    needs = [one.compiled for one in result.tried if one.compiled is not None]
     remedy = f"`memory={min(needs)}` is enough. " if needs else ""
     return BudgetError(
-        f"`{found.question}`: no k that divides the {found.counts[-1]} rows of a device fits.",
-        where="\n".join(found.table()),
+        f"`{result.request}`: no k that divides the {result.counts[-1]} rows per device fits.",
+        where="\n".join(result.table()),
         broken=("memory",),
-        suggestion=f"{remedy}Less is needed with fewer rows, with more devices, or with `remat` inside of `grad`.",
+        suggestion=f"{remedy}Fewer rows, more devices, or `remat` inside `grad` need less.",
     )

@@ -1,12 +1,13 @@
-"""What devices say to each other: sums, parts and wholes over mesh axes. With `lower`, the only file that names these.
+"""The manual region of a step, and the collectives in it: trees are reduced, scattered and gathered over mesh axes.
 
-It all stands in a region of its own that is manual over all axes: in a partly automatic region XLA gathers
-model-sharded operands of tiled collectives, and bfloat16 sums abort the process on CPU.
+The region is manual over the axes that rows are split over, and automatic over the others. Each collective stands in
+an inner region that is manual over all axes: in a partly automatic one XLA gathers model-sharded operands of tiled
+collectives, and bfloat16 sums abort the process on CPU.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -15,186 +16,203 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from stepc._compiler.gradient import GradientSum, StepInputs, scale_counts
-from stepc._compiler.layers import by_layer
-from stepc._compiler.metrics import extreme_values, has_last_metrics, mask_last_metrics, replace_extremes
+from stepc._compiler.layers import LossFunction, gather_by_layer
+from stepc._compiler.metrics import (
+    MetricAccumulators,
+    extreme_values,
+    has_last_metrics,
+    mask_last_metrics,
+    replace_extremes,
+)
 from stepc._compiler.schedule import AllGather, AllReduce, AverageModelState, Compute, ReduceScatter
 from stepc._core.sharding import sharded_spec
+from stepc._language.kinds import Grads, Params
 from stepc._language.terms import accumulation_dtype
 
 
 @dataclass(frozen=True)
 class ManualRegion:
-    """Where the program runs.
+    """The mesh that a step runs on, and how its trees are sharded there.
 
     Args:
       mesh: a mesh of Auto axes, or None for a single device.
-      rows: the axes that rows lie along and a mean is taken over, the outermost first: they are manual.
-      params: a tree of PartitionSpec, one for each parameter; they name no axis of `rows`.
-      parts: a tree of whole numbers, the dimension along which each parameter's gradient lies in parts, or -1.
-      axis: the axis of those parts; None if there are none.
-      divided: whether the parameters themselves lie in parts.
-      model_state: a tree of PartitionSpec for the model's own state.
-      numbered: whether rows are to know their numbers.
+      batch_axes: the axes that rows are split over, the outermost first: they are manual.
+      specs: a tree like the parameters, of their PartitionSpec along the automatic axes.
+      dimensions: a tree like the parameters, of the dimension that is sharded over `shard_axis`, or -1.
+      shard_axis: the axis that gradients and optimizer state are sharded over; None if they are replicated.
+      has_sharded_params: whether the parameters are sharded over `shard_axis` too.
+      model_state_specs: a tree of PartitionSpec like the model state.
+      has_row_numbers: whether rows need to know their position in the batch.
+      sites: the transforms of the pipeline as written, each with the line of the user's that made it.
     """
 
     mesh: Mesh | None
-    rows: tuple[str, ...]
-    params: Any  # Any: the tree of the parameters
-    parts: Any  # Any: the tree of the parameters
-    axis: str | None
-    divided: bool
-    model_state: Any  # Any: the tree of the model's own state
-    numbered: bool
+    batch_axes: tuple[str, ...]
+    specs: Any  # Any: a tree like the parameters
+    dimensions: Any  # Any: a tree like the parameters
+    shard_axis: str | None
+    has_sharded_params: bool
+    model_state_specs: Any  # Any: a tree like the model state
+    has_row_numbers: bool
+    sites: tuple[tuple[str, str], ...] = ()
 
     @property
-    def others(self) -> frozenset[str]:
-        """The axes that stay automatic."""
-        return frozenset(self.mesh.axis_names if self.mesh else ()) - set(self.rows)
+    def automatic_axes(self) -> frozenset[str]:
+        """The axes that are left to XLA."""
+        return frozenset(self.mesh.axis_names if self.mesh else ()) - set(self.batch_axes)
 
-    def size_of(self, axes: tuple[str, ...]) -> int:
-        """How many devices there are along these axes."""
+    def num_devices(self, axes: tuple[str, ...]) -> int:
+        """The number of devices along these axes."""
         return prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
-    def manual_specs(self, *, divided: bool) -> Any:  # Any: the tree of the parameters
-        """How a tree like the parameters lies along `rows`: whole, or in parts."""
-        axis = self.axis if divided else None
-        return jax.tree.map(lambda dim: PartitionSpec(*sharded_spec((), dim, axis)), self.parts)
+    def scope(self, written: str) -> AbstractContextManager[Any]:
+        """The named scope of what transforms ask for: by it, compiled text names them with the user's line."""
+        lines = dict.fromkeys(line for transform, line in self.sites if transform in written.split(" @ "))
+        return jax.named_scope(f"stepc:{written} ({', '.join(lines)})")
 
-    def specs(self, *, divided: bool) -> Any:  # Any: the tree of the parameters
-        """How it lies along all axes."""
-        axis = self.axis if divided else None
-        return jax.tree.map(
-            lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axis)), self.parts, self.params
-        )
+    def manual_specs(self, *, sharded: bool) -> Any:  # Any: a tree like the parameters
+        """The specs of a tree like the parameters along the manual axes."""
+        axis = self.shard_axis if sharded else None
+        return jax.tree.map(lambda dim: PartitionSpec(*sharded_spec((), dim, axis)), self.dimensions)
 
-    def laid(self, tree: Any, *, divided: bool) -> Any:
-        """A tree like the parameters, told to lie so."""
-        if self.mesh is None or (not self.others and self.axis is None):
+    def constrain(self, tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the parameters
+        """The tree with a sharding constraint over all axes."""
+        if self.mesh is None or (not self.automatic_axes and self.shard_axis is None):
             return tree
-        return jax.lax.with_sharding_constraint(tree, self.specs(divided=divided))
+        axis = self.shard_axis if sharded else None
+        specs = jax.tree.map(
+            lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axis)), self.dimensions, self.specs
+        )
+        return jax.lax.with_sharding_constraint(tree, specs)
 
-    def divide(self, tree: Any, *, divided: bool) -> Any:
-        """The same where anything lies in parts; else the tree as it is."""
-        return tree if self.axis is None else self.laid(tree, divided=divided)
+    def axis_index(self, axis: str, device: jax.Array) -> jax.Array:
+        """The position along one axis of the `device`-th one, as rows are split."""
+        inner = self.batch_axes[self.batch_axes.index(axis) + 1 :]
+        return device // self.num_devices(inner) % self.num_devices((axis,))
+
+    def fully_manual(self, function: Callable[[Any], Any], tree: Any, specs: Any) -> Any:  # Any: trees of one structure
+        """Call the function in an inner region that is manual over all axes.
+
+        It takes the mesh of the context, as jax demands of a region inside another.
+        """
+        if not self.automatic_axes or not jax.tree.leaves(tree):
+            return function(tree)
+        return jax.shard_map(
+            function, in_specs=(specs,), out_specs=specs, axis_names=set(self.automatic_axes), check_vma=False
+        )(tree)
 
 
-def all_reduce(one: AllReduce, flow: GradientSum, given: StepInputs, place: ManualRegion) -> GradientSum:
-    """Everything added up over devices, but for what is scattered already."""
-    metrics = flow.metrics
+def all_reduce(
+    instruction: AllReduce,
+    metrics: MetricAccumulators,
+    grads: Grads,
+    region: ManualRegion,
+    device: Callable[[], jax.Array],
+) -> tuple[MetricAccumulators, Grads]:
+    """Reduce metrics and gradient, but for what is scattered already. `device` is asked only for a `Last`."""
+    axes = instruction.axes
     if has_last_metrics(metrics):
-        metrics = mask_last_metrics(metrics, shard_index(one.axes, given, place) == place.size_of(one.axes) - 1)
-    found = extreme_values(metrics)
-    specs = (jax.tree.map(lambda _: PartitionSpec(), metrics), place.params if jax.tree.leaves(flow.grads) else ())
-    metrics, grads = fully_manual(partial(_added_up, one, place.parts), (metrics, flow.grads), specs, place)
-    across = {"max": jax.lax.pmax, "min": jax.lax.pmin}
-    for kind, values in found.items():
-        spec = jax.tree.map(lambda _: PartitionSpec(), values)
-        found[kind] = fully_manual(lambda tree, kind=kind: across[kind](tree, one.axes), values, spec, place)
-    flow = replace(flow, metrics=replace_extremes(metrics, found), grads=grads)
-    return scale_counts(flow, place.size_of(one.axes))
+        index = jnp.zeros((), jnp.int32)
+        for axis in axes:
+            index = index * region.num_devices((axis,)) + region.axis_index(axis, device())
+        metrics = mask_last_metrics(metrics, index == region.num_devices(axes) - 1)
+    extremes = extreme_values(metrics)
+    dimensions = jax.tree.leaves(region.dimensions) if jax.tree.leaves(grads) else []
+
+    def reduce(sums: tuple[MetricAccumulators, Grads]) -> tuple[MetricAccumulators, Grads]:
+        """One collective for everything that is reduced over all axes, one for what is scattered over one of them."""
+        metrics, grads = sums
+        leaves, tree = jax.tree.flatten(grads)
+        narrow = leaves if instruction.dtype is None else [leaf.astype(instruction.dtype) for leaf in leaves]
+        is_scattered = [instruction.scattered is not None and dim >= 0 for dim in dimensions]
+        pairs = list(zip(narrow, is_scattered, strict=True))
+        metrics, replicated = jax.lax.psum((metrics, [leaf for leaf, scattered in pairs if not scattered]), axes)
+        shards = [leaf for leaf, scattered in pairs if scattered]
+        other_axes = tuple(axis for axis in axes if axis != instruction.scattered)
+        shards = jax.lax.psum(shards, other_axes) if other_axes and shards else shards
+        reduced = (iter(replicated), iter(shards))
+        totals = [next(reduced[scattered]) for scattered in is_scattered]
+        return metrics, tree.unflatten([new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)])
+
+    specs = (_replicated(metrics), region.specs if jax.tree.leaves(grads) else ())
+    reductions = {"max": jax.lax.pmax, "min": jax.lax.pmin}
+    with region.scope(instruction.written):
+        metrics, grads = region.fully_manual(reduce, (metrics, grads), specs)
+        for kind, values in extremes.items():
+            reduction = reductions[kind]
+            extremes[kind] = region.fully_manual(
+                lambda tree, reduction=reduction: reduction(tree, axes), values, _replicated(values)
+            )
+    return replace_extremes(metrics, extremes), grads
 
 
-def reduce_scatter(one: ReduceScatter, flow: GradientSum, place: ManualRegion) -> GradientSum:
-    """Each device's own part of the sum of the gradient."""
+def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegion) -> Grads:
+    """Each device's own shard of the sum of each sharded leaf."""
 
-    def summed(grads: Any) -> Any:
-        def part(leaf: jax.Array, dim: int) -> jax.Array:
-            if dim < 0:
-                return leaf
-            narrow = leaf if one.dtype is None else leaf.astype(one.dtype)
-            summed = jax.lax.psum_scatter(narrow, one.axis, scatter_dimension=dim, tiled=True)
-            return summed.astype(leaf.dtype)
+    def scatter(leaf: jax.Array, dim: int) -> jax.Array:
+        if dim < 0:
+            return leaf
+        narrow = leaf if instruction.dtype is None else leaf.astype(instruction.dtype)
+        total = jax.lax.psum_scatter(narrow, instruction.axis, scatter_dimension=dim, tiled=True)
+        return total.astype(leaf.dtype)
 
-        return jax.tree.map(part, grads, place.parts)
-
-    return replace(flow, grads=fully_manual(summed, flow.grads, place.params, place))
+    with region.scope(instruction.written):
+        return region.fully_manual(lambda tree: jax.tree.map(scatter, tree, region.dimensions), grads, region.specs)
 
 
-def all_gather(one: AllGather, given: StepInputs, place: ManualRegion) -> StepInputs:
-    """Whole parameters."""
+def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> Params:
+    """Gathered parameters."""
 
-    def whole(params: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, dim: leaf if dim < 0 else jax.lax.all_gather(leaf, one.axis, axis=dim, tiled=True),
-            params, place.parts,
-        )  # fmt: skip
+    def gather(leaf: jax.Array, dim: int) -> jax.Array:
+        return leaf if dim < 0 else jax.lax.all_gather(leaf, instruction.axis, axis=dim, tiled=True)
 
-    return replace(given, params=fully_manual(whole, given.params, place.params, place))
+    with region.scope(instruction.written):
+        return region.fully_manual(lambda tree: jax.tree.map(gather, tree, region.dimensions), params, region.specs)
 
 
-def gather_by_layer(one: Compute, call: Any, given: StepInputs, place: ManualRegion) -> Any:  # Any, twice: a loss
-    """The loss on parameters in parts: it makes them whole as it uses them, a layer at a time in a scan over layers."""
-    axis = one.layered
+def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
+    """The loss as a function of sharded parameters, if it is to gather them itself: a layer at a time in a scan."""
+    axis = instruction.layered
     if axis is None:
-        return call
+        return loss
 
-    def whole(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
-        def gather(part: jax.Array) -> jax.Array:
-            return jax.lax.all_gather(part.astype(dtype), axis, axis=dim, tiled=True)
+    def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
+        def gather_shard(shard: jax.Array) -> jax.Array:
+            with region.scope(instruction.written):
+                return jax.lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
 
-        def scatter(grad: jax.Array) -> jax.Array:
-            wider = grad.astype(one.dtype or accumulation_dtype(leaf.dtype))
-            return jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True).astype(leaf.dtype)
+        def scatter_grad(grad: jax.Array) -> jax.Array:
+            wider = grad.astype(instruction.dtype or accumulation_dtype(leaf.dtype))
+            with region.scope(instruction.written):
+                total = jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True)
+            return total.astype(leaf.dtype)
 
         @jax.custom_vjp
-        def gathered(part: jax.Array) -> jax.Array:
-            return fully_manual(gather, part, spec, place)
+        def gathered(shard: jax.Array) -> jax.Array:
+            return region.fully_manual(gather_shard, shard, spec)
 
         gathered.defvjp(
-            lambda part: (gathered(part), None), lambda _, grad: (fully_manual(scatter, grad, spec, place),)
+            lambda shard: (gathered(shard), None), lambda _, grad: (region.fully_manual(scatter_grad, grad, spec),)
         )
         return gathered(leaf)
 
-    def shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
-        times = place.size_of((axis,))
+    def gathered_shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
+        times = region.num_devices((axis,))
         sizes = tuple(size * times if number == dim else size for number, size in enumerate(leaf.shape))
         return jax.ShapeDtypeStruct(sizes, leaf.dtype)
 
-    shapes = jax.tree.map(shape, given.params, place.parts)
-    return by_layer(call, shapes, place.parts, place.params, whole)
+    shapes = jax.tree.map(gathered_shape, params, region.dimensions)
+    return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
 
 
-def average_model_state(one: AverageModelState, flow: GradientSum, place: ManualRegion) -> GradientSum:
-    """The model's own state, averaged."""
-    total = fully_manual(lambda tree: jax.lax.psum(tree, one.axes), flow.model_state, place.model_state, place)
-    return replace(flow, model_state=jax.tree.map(lambda leaf: (leaf / one.num_devices).astype(leaf.dtype), total))
+def average_model_state(instruction: AverageModelState, model_state: Any, region: ManualRegion) -> Any:  # Any: a tree
+    """The mean over devices of the model state, leaf by leaf."""
+    with region.scope(instruction.written):
+        total = region.fully_manual(
+            lambda tree: jax.lax.psum(tree, instruction.axes), model_state, region.model_state_specs
+        )
+    return jax.tree.map(lambda leaf: (leaf / instruction.num_devices).astype(leaf.dtype), total)
 
 
-def fully_manual(function: Callable[[Any], Any], tree: Any, specs: Any, place: ManualRegion) -> Any:
-    """The function in a region that is manual over all axes; the mesh is the context's, as jax demands in another."""
-    if not place.others or not jax.tree.leaves(tree):
-        return function(tree)
-    return jax.shard_map(
-        function, in_specs=(specs,), out_specs=specs, axis_names=set(place.others), check_vma=False
-    )(tree)  # fmt: skip
-
-
-def shard_index(axes: tuple[str, ...], given: StepInputs, place: ManualRegion) -> Any:  # Any: an int32 scalar
-    """Which part along these axes this device has."""
-    part = jnp.zeros((), jnp.int32)
-    for axis in axes:
-        part = part * place.size_of((axis,)) + axis_index(axis, given, place)
-    return part
-
-
-def axis_index(axis: str, given: StepInputs, place: ManualRegion) -> Any:  # Any: an int32 scalar
-    """Where this device is along an axis, from the number of its first row."""
-    inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
-    return given.start // given.width // inner % place.size_of((axis,))
-
-
-def _added_up(one: AllReduce, parts: Any, summed: tuple[Any, Any]) -> tuple[Any, Any]:
-    """The sum of metrics and gradients, in one collective for all that are summed over the same axes."""
-    metrics, grads = summed
-    leaves, tree = jax.tree.flatten(grads)
-    narrow = leaves if one.dtype is None else [leaf.astype(one.dtype) for leaf in leaves]
-    divided = [one.scattered is not None and dim >= 0 for dim in jax.tree.leaves(parts)] if leaves else []
-    whole = [leaf for leaf, is_part in zip(narrow, divided, strict=True) if not is_part]
-    metrics, whole = jax.lax.psum((metrics, whole), one.axes)
-    rest = tuple(axis for axis in one.axes if axis != one.scattered)
-    part = [leaf for leaf, is_part in zip(narrow, divided, strict=True) if is_part]
-    part = jax.lax.psum(part, rest) if rest and part else part
-    found = (iter(whole), iter(part))
-    total = [next(found[is_part]) for is_part in divided]
-    return metrics, tree.unflatten([new.astype(leaf.dtype) for new, leaf in zip(total, leaves, strict=True)])
+def _replicated(tree: Any) -> Any:
+    return jax.tree.map(lambda _: PartitionSpec(), tree)

@@ -1,17 +1,17 @@
-"""A loss on parameters in parts, made whole where they are used: one layer at a time in a scan over layers.
+"""A loss on sharded parameters that gathers them where they are used: one layer at a time in a scan over layers.
 
-It reads the operations of a loss and runs them again. A scan over parameters in parts runs over the parts, and its
-body makes one layer whole; any other operation that is given parts is given the whole. The gradient with respect to
-the parts is then the sum over devices, each device its own part.
+The operations of the loss are read and run again. A scan over sharded parameters runs over the shards, and its body
+gathers one layer; any other operation that takes a shard is given the gathered leaf. The gradient with respect to a
+shard is then reduced and scattered by the transpose of the gather.
 
-What a layer made whole is not kept for its gradient but made again. What the loss rematerialises itself stays so: parts
-go into its `jax.checkpoint`, since one around it would say anew what is kept, in it too.
+What a layer has gathered is not kept for its gradient but gathered again. What the loss rematerialises itself stays so:
+shards go into its `jax.checkpoint`, because a second one around it would decide anew what is kept, inside it too.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,59 +19,69 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
-# What a layer does to whole parameters before it uses them. It is not kept for the gradient but done again: whole
-# parameters of all layers would be kept otherwise, in one form or another.
+# What a layer does to gathered parameters before it uses them. It is done again for the gradient instead of kept: else
+# the gathered parameters of all layers would be kept, in one form or another.
 DONE_AGAIN = (
     "custom_vjp_call", "custom_vjp_call_jaxpr", "all_gather", "shard_map", "convert_element_type", "transpose",
     "reshape", "squeeze", "broadcast_in_dim",
 )  # fmt: skip
 REMATERIALISED = ("checkpoint", "remat2")
 
+LossFunction: TypeAlias = Callable[..., Any]  # Any: of parameters, and of other trees of the user's
+# Gathers a shard: along its dimension, with its automatic axes, in the dtype that the loss wants.
+Gather: TypeAlias = Callable[[jax.Array, int, PartitionSpec, np.dtype], jax.Array]
 
-# Of a part, its dimension, its automatic axes and the dtype that the loss wants it in.
-Whole: TypeAlias = Callable[[jax.Array, int, PartitionSpec, np.dtype], jax.Array]
 
+@dataclass(frozen=True)
+class _Shard:
+    """A shard of a parameter that the loss has not used yet.
 
-class _How(NamedTuple):
-    """A dimension in parts, the automatic axes, and the dtype that the loss wants: it is converted when it is made
-    whole, so that its gradient is added up in the dtype of the parameters."""
+    Args:
+      value: the shard on this device.
+      dim: the sharded dimension.
+      spec: along the automatic axes.
+      dtype: the one that the loss wants. A shard is converted as it is gathered, so that its gradient is reduced in the
+        dtype of the parameters.
+    """
 
+    value: jax.Array
     dim: int
     spec: PartitionSpec
     dtype: np.dtype
 
-    @property
-    def of_a_layer(self) -> "_How":
-        """How one of what lies along its first dimension lies."""
-        return self._replace(dim=self.dim - 1, spec=PartitionSpec(*tuple(self.spec)[1:]))
+    def gathered(self, gather: Gather) -> jax.Array:
+        return gather(self.value, self.dim, self.spec, self.dtype)
+
+    def of_layer(self, value: jax.Array) -> "_Shard":
+        """The shard of one layer, from a shard whose first dimension is that of the layers."""
+        return _Shard(value, self.dim - 1, PartitionSpec(*tuple(self.spec)[1:]), self.dtype)
+
+    def of(self, value: jax.Array) -> "_Shard":
+        """Another value, sharded alike."""
+        return _Shard(value, self.dim, self.spec, self.dtype)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A value that lies in parts."""
-
-    value: jax.Array
-    how: _How
+_Value: TypeAlias = Any  # an array, or a `_Shard`
 
 
-def by_layer(
-    function: Callable[..., Any],  # Any, here and below: trees of the user's
-    shapes: Any,
-    dims: Any,
+def gather_by_layer(
+    function: LossFunction,
+    shapes: Any,  # Any, here and below: trees like the parameters
+    dimensions: Any,
     specs: Any,
-    whole: Whole,
-) -> Callable[..., Any]:
-    """The same function of parameters in parts.
+    gather: Gather,
+) -> LossFunction:
+    """The same function of sharded parameters.
 
     Args:
       function: of parameters, and of anything else.
-      shapes: of whole parameters.
-      dims: a tree like them, the dimension along which each lies in parts, or -1.
-      specs: a tree like them, how each lies along automatic axes.
-      whole: makes a part whole.
+      shapes: those of the gathered parameters.
+      dimensions: the sharded dimension of each parameter, or -1.
+      specs: the spec of each parameter along automatic axes.
+      gather: gathers one shard.
     """
 
-    def called(params: Any, *rest: Any) -> Any:
+    def on_shards(params: Any, *rest: Any) -> Any:
         static: list[Any] = []
 
         def arrays(params: Any, *rest: Any) -> list[Any]:
@@ -80,158 +90,168 @@ def by_layer(
             return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
         traced = jax.make_jaxpr(arrays)(shapes, *rest)
-        lying = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
-        given = [
-            leaf if dim < 0 else _Part(leaf, _How(dim, spec, leaf.dtype))
-            for leaf, dim, spec in zip(jax.tree.leaves(params), jax.tree.leaves(dims), lying, strict=True)
-        ]
-        made = iter(_run(traced, [*given, *jax.tree.leaves(rest)], whole))
-        tree, leaves = static
-        return tree.unflatten([next(made) if leaf is None else leaf for leaf in leaves])
+        leaves = zip(
+            jax.tree.leaves(params),
+            jax.tree.leaves(dimensions),
+            jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec)),
+            strict=True,
+        )
+        values = [leaf if dim < 0 else _Shard(leaf, dim, spec, leaf.dtype) for leaf, dim, spec in leaves]
+        results = iter(_run(traced, [*values, *jax.tree.leaves(rest)], gather))
+        tree, others = static
+        return tree.unflatten([next(results) if other is None else other for other in others])
 
-    return called
+    return on_shards
 
 
-def _run(traced: ClosedJaxpr, given: Sequence[Any], whole: Whole) -> list[jax.Array]:
-    jaxpr, known, once = traced.jaxpr, _known(traced, given), _once(whole)
+def _run(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[jax.Array]:
+    jaxpr, known, once = traced.jaxpr, _known(traced, values), _once(gather)
     for equation in jaxpr.eqns:
-        _add_result(known, equation, jaxpr, once)
-    return [_made_whole(_read(known, var), once) for var in jaxpr.outvars]
+        _add_results(known, equation, jaxpr, once)
+    return [_gathered(_read(known, var), once) for var in jaxpr.outvars]
 
 
-def _run_layer(traced: ClosedJaxpr, given: Sequence[Any], whole: Whole) -> list[jax.Array]:
-    """The same for a layer, whose whole parameters are not kept: each stretch of operations that the loss does not
-    rematerialise makes them again for its gradient, and nothing else."""
-    jaxpr, known = traced.jaxpr, _known(traced, given)
-    for is_rematerialised, found in groupby(jaxpr.eqns, key=lambda one: one.primitive.name in REMATERIALISED):
-        stretch = list(found)
+def _run_layer(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[jax.Array]:
+    """Run one layer, whose gathered parameters are not kept.
+
+    Each stretch of operations that the loss does not rematerialise gathers them again for its gradient, and does
+    nothing else again.
+    """
+    jaxpr, known = traced.jaxpr, _known(traced, values)
+    for is_rematerialised, group in groupby(jaxpr.eqns, key=lambda one: one.primitive.name in REMATERIALISED):
+        stretch = list(group)
         if is_rematerialised:
             for equation in stretch:
-                _add_result(known, equation, jaxpr, whole)
+                _add_results(known, equation, jaxpr, gather)
             continue
-        closed = _alone(stretch, jaxpr, _used_outside(stretch, jaxpr))
-        values = [known[var] for var in closed.jaxpr.invars]
-        made = _rematerialised(closed, values, whole, policy=_kept, prevent_cse=False)
-        known.update(zip(closed.jaxpr.outvars, made, strict=True))
-    return [_made_whole(_read(known, var), whole) for var in jaxpr.outvars]
+        program = _program_of(stretch, jaxpr, _used_outside(stretch, jaxpr))
+        inputs = [known[var] for var in program.jaxpr.invars]
+        results = _checkpoint(program, inputs, gather, policy=_is_kept, prevent_cse=False)
+        known.update(zip(program.jaxpr.outvars, results, strict=True))
+    return [_gathered(_read(known, var), gather) for var in jaxpr.outvars]
 
 
-def _known(traced: ClosedJaxpr, given: Sequence[Any]) -> dict[Any, Any]:  # Any: variables; arrays, or parts
-    jaxpr = traced.jaxpr
-    return dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *given), strict=True))
+def _once(gather: Gather) -> Gather:
+    """Gather each shard once."""
+    cache: dict[tuple[int, PartitionSpec, np.dtype], tuple[jax.Array, jax.Array]] = {}
 
-
-def _read(known: dict[Any, Any], var: Any) -> Any:  # Any: a variable, or a number; an array, or a part
-    return var.val if isinstance(var, Literal) else known[var]
-
-
-def _add_result(known: dict[Any, Any], equation: Any, within: Jaxpr, whole: Whole) -> None:
-    values = [_read(known, var) for var in equation.invars]
-    known.update(zip(equation.outvars, _result(equation, values, within, whole), strict=True))
-
-
-def _used_outside(equations: Sequence[Any], within: Jaxpr) -> list[Any]:
-    """What some operations of a program make for the others, or as its result."""
-    inside = set(map(id, equations))
-    used = [*within.outvars, *(var for one in within.eqns if id(one) not in inside for var in one.invars)]
-    names = {var for var in used if not isinstance(var, Literal)}
-    return [var for one in equations for var in one.outvars if var in names]
-
-
-def _alone(equations: Sequence[Any], within: Jaxpr, outvars: Sequence[Any]) -> ClosedJaxpr:
-    """Some operations of a program, as a program of what they are given from outside."""
-    made = {var for one in equations for var in one.outvars}
-    used = {var: None for one in equations for var in one.invars if not isinstance(var, Literal)}
-    effects = set().union(*(one.effects for one in equations))
-    alone = within.replace(
-        constvars=[], invars=[var for var in used if var not in made], outvars=list(outvars), eqns=list(equations),
-        effects=effects, debug_info=within.debug_info.with_unknown_names(),
-    )  # fmt: skip
-    return ClosedJaxpr(alone, ())
-
-
-def _once(whole: Whole) -> Whole:
-    """The same, which makes each part whole once."""
-    made: dict[tuple[int, PartitionSpec, np.dtype], tuple[jax.Array, jax.Array]] = {}
-
-    def cached(part: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
-        key = (id(part), spec, dtype)
-        if key not in made:
-            made[key] = (whole(part, dim, spec, dtype), part)  # held, so that no other gets its id
-        return made[key][0]
+    def cached(shard: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
+        key = (id(shard), spec, dtype)
+        if key not in cache:
+            cache[key] = (gather(shard, dim, spec, dtype), shard)  # the shard too, so that no other gets its id
+        return cache[key][0]
 
     return cached
 
 
-def _result(equation: Any, values: list[Any], within: Jaxpr, whole: Whole) -> Sequence[Any]:
-    if not any(isinstance(value, _Part) for value in values):
-        return _bound(equation, values, within)
+def _known(traced: ClosedJaxpr, values: Sequence[_Value]) -> dict[Any, _Value]:  # Any: a variable
+    jaxpr = traced.jaxpr
+    return dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.consts, *values), strict=True))
+
+
+def _read(known: dict[Any, _Value], var: Any) -> _Value:  # Any: a variable, or a literal
+    return var.val if isinstance(var, Literal) else known[var]
+
+
+def _gathered(value: _Value, gather: Gather) -> Any:  # Any: an array, or a number
+    return value.gathered(gather) if isinstance(value, _Shard) else value
+
+
+def _add_results(known: dict[Any, _Value], equation: Any, jaxpr: Jaxpr, gather: Gather) -> None:
+    values = [_read(known, var) for var in equation.invars]
+    known.update(zip(equation.outvars, _results(equation, values, jaxpr, gather), strict=True))
+
+
+def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) -> Sequence[_Value]:
+    if not any(isinstance(value, _Shard) for value in values):
+        return _apply(equation, values, jaxpr)
     params = equation.params
     match equation.primitive.name:
         case "convert_element_type" if jnp.issubdtype(params["new_dtype"], jnp.floating):
-            return [_Part(values[0].value, values[0].how._replace(dtype=params["new_dtype"]))]
+            (shard,) = values
+            return [_Shard(shard.value, shard.dim, shard.spec, params["new_dtype"])]
         case "jit" | "pjit" | "closed_call":
-            return _run(params["jaxpr"], values, whole)
+            return _run(params["jaxpr"], values, gather)
         case name if name in REMATERIALISED:
             inner = params["jaxpr"]
-            closed = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
-            return _rematerialised(closed, values, whole, params["policy"], params["prevent_cse"])
-        case "scan" if all(value.how.dim > 0 for value in _scanned(params, values) if isinstance(value, _Part)):
-            return _scan(params, values, whole)
+            program = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
+            return _checkpoint(program, values, gather, params["policy"], params["prevent_cse"])
+        case "scan" if all(value.dim > 0 for value in _scanned(params, values) if isinstance(value, _Shard)):
+            return _scan(params, values, gather)
         case _:
-            return _bound(equation, [_made_whole(value, whole) for value in values], within)
+            return _apply(equation, [_gathered(value, gather) for value in values], jaxpr)
 
 
-def _bound(equation: Any, values: list[Any], within: Jaxpr) -> Sequence[Any]:
-    """One operation: a function of its own, which jax runs as it runs any."""
-    pairs = {var: value for var, value in zip(equation.invars, values, strict=True) if not isinstance(var, Literal)}
-    return jaxpr_as_fun(_alone([equation], within, equation.outvars))(*pairs.values())
+def _apply(equation: Any, values: list[Any], jaxpr: Jaxpr) -> Sequence[Any]:  # Any: an equation; arrays
+    """Run one operation as a function of its own, which jax runs as it runs any."""
+    inputs = {var: value for var, value in zip(equation.invars, values, strict=True) if not isinstance(var, Literal)}
+    return jaxpr_as_fun(_program_of([equation], jaxpr, equation.outvars))(*inputs.values())
 
 
-def _rematerialised(
-    closed: ClosedJaxpr, values: list[Any], whole: Whole, policy: Callable[..., Any] | None, prevent_cse: bool
-) -> Sequence[Any]:
-    lying = [value.how if isinstance(value, _Part) else None for value in values]
+def _checkpoint(
+    program: ClosedJaxpr,
+    values: list[_Value],
+    gather: Gather,
+    policy: Callable[..., Any] | None,  # Any: as jax.checkpoint takes it
+    prevent_cse: bool,
+) -> Sequence[jax.Array]:
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        inputs = [
+            value.of(array) if isinstance(value, _Shard) else array for array, value in zip(arrays, values, strict=True)
+        ]
+        return _run(program, inputs, gather)
 
-    def again(*arrays: jax.Array) -> list[jax.Array]:
-        given = [one if how is None else _Part(one, how) for one, how in zip(arrays, lying, strict=True)]
-        return _run(closed, given, whole)
+    def both(primitive: Any, *args: Any, **params: Any) -> Any:  # Any: as in `_is_kept`; and what the policy says
+        return _is_kept(primitive) and policy is not None and policy(primitive, *args, **params)
 
-    def both(primitive: Any, *given: Any, **params: Any) -> Any:  # Any: as in `_kept`; and what the policy says
-        return _kept(primitive) and policy is not None and policy(primitive, *given, **params)
-
-    arrays = [value.value if isinstance(value, _Part) else value for value in values]
-    return jax.checkpoint(again, policy=policy and both, prevent_cse=prevent_cse)(*arrays)
-
-
-def _scanned(params: Any, values: list[Any]) -> list[Any]:
-    return values[params["num_consts"] + params["num_carry"] :]
-
-
-def _scan(params: Any, values: list[Any], whole: Whole) -> Sequence[Any]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
-    consts = [_made_whole(value, whole) for value in values[:num_consts]]
-    start = [_made_whole(value, whole) for value in values[num_consts : num_consts + num_carry]]
-    scanned = _scanned(params, values)
-    lying = [value.how.of_a_layer if isinstance(value, _Part) else None for value in scanned]
-
-    def turn(model_state: list[jax.Array], parts: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        given = [one if how is None else _Part(one, how) for one, how in zip(parts, lying, strict=True)]
-        made = _run_layer(params["jaxpr"], [*consts, *model_state, *given], whole)
-        return made[:num_carry], made[num_carry:]
-
-    model_state, stacked = jax.lax.scan(
-        turn, start,
-        [value.value if isinstance(value, _Part) else value for value in scanned],
-        length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
-    )  # fmt: skip
-    return [*model_state, *stacked]
+    arrays = [value.value if isinstance(value, _Shard) else value for value in values]
+    return jax.checkpoint(run, policy=policy and both, prevent_cse=prevent_cse)(*arrays)
 
 
-def _kept(primitive: Any, *_: Any, **params: Any) -> bool:  # Any: a jax.extend.core.Primitive, and what it is given
-    """Whether the result of an operation of a layer is kept for its gradient."""
+def _is_kept(primitive: Any, *_: Any, **params: Any) -> bool:  # Any: a jax.extend.core.Primitive, and its arguments
+    """Whether the result of an operation of a layer is kept for the gradient."""
     return primitive.name not in DONE_AGAIN
 
 
-def _made_whole(value: Any, whole: Whole) -> Any:
-    return whole(value.value, *value.how) if isinstance(value, _Part) else value
+def _scanned(params: Any, values: list[_Value]) -> list[_Value]:
+    return values[params["num_consts"] + params["num_carry"] :]
+
+
+def _scan(params: Any, values: list[_Value], gather: Gather) -> Sequence[jax.Array]:
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts = [_gathered(value, gather) for value in values[:num_consts]]
+    start = [_gathered(value, gather) for value in values[num_consts : num_consts + num_carry]]
+    stacks = _scanned(params, values)
+
+    def layer(carry: list[jax.Array], slices: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        inputs = [
+            stack.of_layer(one) if isinstance(stack, _Shard) else one for one, stack in zip(slices, stacks, strict=True)
+        ]
+        results = _run_layer(params["jaxpr"], [*consts, *carry, *inputs], gather)
+        return results[:num_carry], results[num_carry:]
+
+    carry, stacked = jax.lax.scan(
+        layer, start, [stack.value if isinstance(stack, _Shard) else stack for stack in stacks],
+        length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
+    )  # fmt: skip
+    return [*carry, *stacked]
+
+
+def _used_outside(equations: Sequence[Any], jaxpr: Jaxpr) -> list[Any]:
+    """The variables that some equations of a program make for the others, or for its result."""
+    inside = set(map(id, equations))
+    used = [*jaxpr.outvars, *(var for one in jaxpr.eqns if id(one) not in inside for var in one.invars)]
+    variables = {var for var in used if not isinstance(var, Literal)}
+    return [var for one in equations for var in one.outvars if var in variables]
+
+
+def _program_of(equations: Sequence[Any], jaxpr: Jaxpr, outvars: Sequence[Any]) -> ClosedJaxpr:
+    """Some equations of a program, as a program of the variables that they take from outside."""
+    made = {var for one in equations for var in one.outvars}
+    used = {var: None for one in equations for var in one.invars if not isinstance(var, Literal)}
+    program = jaxpr.replace(
+        constvars=[], invars=[var for var in used if var not in made], outvars=list(outvars), eqns=list(equations),
+        effects=set().union(*(one.effects for one in equations)),
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )  # fmt: skip
+    return ClosedJaxpr(program, ())

@@ -1,7 +1,8 @@
-"""The contract of a loss, held while it is traced: what it returns, and that what it divides by is only counted."""
+"""The user's loss: how it is called, what it must return, and what its jaxpr says of its counts and mesh axes."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-from stepc._compiler.schedule import LossSignature
+from stepc._compiler.schedule import LossStructure
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
 from stepc._language.kinds import Params, Rows
@@ -30,29 +31,30 @@ from stepc._language.terms import (
 )
 from stepc.errors import LossError, ShardingError, faults_in_one
 
-# What else a step reports under a name of its own.
+# The metrics that a step reports itself.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
-# Implementations whose draws for one key do not depend on how many keys are drawn from side by side.
+# Key implementations whose draws for one key do not depend on how many keys are vmapped over.
 BATCH_STABLE = ("threefry2x32",)
 Call = Callable[[Params, Rows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
 
 def checked_loss(node: DifferentiateNode) -> Call:
-    """The loss, called as the node says and held to its contract.
+    """The loss as a function whose arguments and results do not depend on the node's options.
 
-    Errors: LossError; what the loss itself raises passes through unchanged, with a note.
+    Errors: LossError for what it returns; what the loss itself raises passes through unchanged, with a note.
     """
 
     def call(params: Params, rows: Rows, keys: Any, model_state: Any) -> LossOutcome:
-        given = (*(() if node.rng is None else (keys,)), *((model_state,) if node.model_state else ()))
+        options = (*(() if node.rng is None else (keys,)), *((model_state,) if node.model_state else ()))
         try:
-            returned = node.function(params, rows, *given)
+            returned = node.function(params, rows, *options)
         except NameError as error:
             if "unbound axis name" not in str(error):
-                raise _noted(error, node, rows) from None
+                _add_note(error, node, rows)
+                raise
             raise _names_an_axis(error, node) from error
-        except Exception as error:  # the user's own: it passes through as itself
-            _noted(error, node, rows)
+        except Exception as error:  # the user's own, whatever it is: it passes through
+            _add_note(error, node, rows)
             raise
         _check_returned(returned, node)
         outcome = loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state)
@@ -63,57 +65,61 @@ def checked_loss(node: DifferentiateNode) -> Call:
     return call
 
 
-def trace_loss_signature(
-    node: DifferentiateNode, params: Params, rows: Rows, key: Any, model_state: Any, manual: tuple[str, ...]
-) -> LossSignature:
-    """What a loss returns for such rows.
+def trace_loss_structure(
+    node: DifferentiateNode, params: Params, rows: Rows, key: Any, model_state: Any, manual_axes: tuple[str, ...]
+) -> LossStructure:
+    """What a loss returns for one local microbatch, from the shapes of its arguments.
 
-    Args: shapes, of one cell each; the key is that of the state; the axes of which a loss sees only its own rows.
-    Errors: LossError if a count depends on the parameters or on the model_state, or if the keys cannot be one a row;
-      ShardingError if the loss constrains something to lie along a manual axis.
+    Args:
+      key: the state's, or its shape.
+      manual_axes: the mesh axes along which the loss sees its own rows only.
+    Errors: LossError if a count depends on the parameters or on the model state, or if the implementation of the keys
+      cannot give one key per row; ShardingError if the loss names a manual axis.
     """
     if node.rng == "example":
         _check_keys(key, node)
     keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
-    signature, traced, outputs = _traced(node, params, model_state, rows, keys)
-    _check_axes(traced, node, manual)
+    structure, traced, outputs = _trace(node, params, model_state, rows, keys)
+    _check_axes(traced, node, manual_axes)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
-    return signature
+    return structure
 
 
 def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: Rows, keys: Any) -> list[jax.Array]:
-    """The counts of the terms of the loss that the rows decide, at no cost but that of counting."""
-    _, traced, outputs = _traced(node, params, model_state, rows, keys)
+    """The counts that the rows decide, one per term. The rest of the loss is dead code, and is not run."""
+    _, traced, outputs = _trace(node, params, model_state, rows, keys)
     counts = depends_on(traced, outputs=outputs)[1](jax.tree.leaves((params, model_state, rows, keys)))
     return [jnp.asarray(count) for count in counts]
 
 
-def _traced(
+def _trace(
     node: DifferentiateNode, params: Params, model_state: Any, rows: Rows, keys: Any
-) -> tuple[LossSignature, Any, range]:
-    """What the loss returned, its operations, and which of their results are counts that the rows decide."""
-    signatures: list[LossSignature] = []
+) -> tuple[LossStructure, ClosedJaxpr, range]:
+    """What the loss returned, its jaxpr, and which outputs of that are counts that the rows decide."""
+    structures: list[LossStructure] = []
 
     def totals_and_counts(params: Params, model_state: Any, rows: Rows, keys: Any) -> tuple[list[Any], list[Any]]:
         outcome = checked_loss(node)(params, rows, keys, model_state)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
-        signatures.append(
-            LossSignature(
-                tuple(float(one.count) if is_static(one.count) else None for one in terms),
-                tuple(sorted({kind for one in metrics if (kind := _kind_apart(one))})),
-                any(isinstance(one, Last) for one in metrics),
-                tuple(sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(outcome.model_state)})),
+        structures.append(
+            LossStructure(
+                counts=tuple(float(term.count) if is_static(term.count) else None for term in terms),
+                separate_metrics=tuple(sorted({why for metric in metrics if (why := _why_separate(metric))})),
+                has_last=any(isinstance(metric, Last) for metric in metrics),
+                model_state_dtypes=tuple(
+                    sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(outcome.model_state)})
+                ),
             )
         )
-        return [one.total for one in terms], [one.count for one in terms if not is_static(one.count)]
+        return [term.total for term in terms], [term.count for term in terms if not is_static(term.count)]
 
     traced, (totals, counts) = jax.make_jaxpr(totals_and_counts, return_shape=True)(params, model_state, rows, keys)
-    return signatures[0], traced, range(len(totals), len(totals) + len(counts))
+    return structures[0], traced, range(len(totals), len(totals) + len(counts))
 
 
-def _kind_apart(metric: Metric) -> str | None:
-    """What keeps a metric out of the sum of the gradient, if anything does."""
+def _why_separate(metric: Metric) -> str | None:
+    """Why a metric cannot be summed together with the gradient; None if it can."""
     match metric:
         case Max() | Min():
             return type(metric).__name__.lower()
@@ -128,14 +134,14 @@ def _check_counts(needs: list[bool], params: Params, model_state: Any, node: Dif
     paths += [f"model_state/{path}".rstrip("/") for path, _ in leaves_by_path(model_state)]
     if used := [path for path, needed in zip(paths, needs, strict=False) if needed]:
         raise LossError(
-            f"A count of the loss of `{node.written}` depends on the parameters, or on the model_state.",
+            f"A count of the loss of `{node.written}` depends on the parameters, or on the model state.",
             facts=(("depends on", ", ".join(f"`{path}`" for path in used)),),
             suggestion="Count rows or tokens: `sc.Mean(total, count)` is divided by the count, which has no gradient.",
         )
 
 
-def _check_axes(traced: Any, node: DifferentiateNode, manual: tuple[str, ...]) -> None:
-    named = [(what, axis, line) for what, axes, line in named_axes(traced) for axis in axes if axis in manual]
+def _check_axes(traced: ClosedJaxpr, node: DifferentiateNode, manual_axes: tuple[str, ...]) -> None:
+    named = [(what, axis, line) for what, axes, line in named_axes(traced) for axis in axes if axis in manual_axes]
     if not named:
         return
     faults = [f"`{what}` names the axis {axis!r}{line and f' ({line})'}." for what, axis, line in dict.fromkeys(named)]
@@ -143,13 +149,13 @@ def _check_axes(traced: Any, node: DifferentiateNode, manual: tuple[str, ...]) -
     what = faults_in_one(faults, of=f"the loss of `{node.written}`")
     raise ShardingError(
         f"The loss of `{node.written}`: {what}" if len(faults) == 1 else what,
-        facts=(("reason", f"rows lie along {axes}, and a loss is called with the rows of one device"),),
+        facts=(("reason", f"rows are split over {axes}, and the loss is called with the rows of one device"),),
         suggestion=f"Leave {axes} out there, or write `shard(dp(...), mode='auto')`, which leaves the axis to XLA.",
     )
 
 
 def keys_of(node: DifferentiateNode, key: Any, numbers: Any) -> Any:  # Any: typed keys, or their shapes
-    """The keys that the loss is given for the rows of these numbers."""
+    """The keys that the loss is given for rows with these positions in the batch."""
     if isinstance(numbers, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda key, numbers: keys_of(node, key, numbers), key, numbers)
     if node.rng == "example":
@@ -158,7 +164,7 @@ def keys_of(node: DifferentiateNode, key: Any, numbers: Any) -> Any:  # Any: typ
 
 
 def num_rows(rows: Rows) -> int:
-    """How many rows a cell has."""
+    """The number of rows of a local microbatch."""
     return jax.tree.leaves(rows)[0].shape[0]
 
 
@@ -166,7 +172,7 @@ def _check_returned(returned: Any, node: DifferentiateNode) -> None:
     wanted = ("value", *(("metrics",) if node.has_aux else ()), *(("model_state",) if node.model_state else ()))
     if len(wanted) > 1 and not (isinstance(returned, tuple) and len(returned) == len(wanted)):
         facts = (("expected", f"a tuple ({', '.join(wanted)})"), ("got", described(returned)))
-        raise LossError(f"The loss of `{node.written}` does not return what it promises.", facts=facts)
+        raise LossError(f"The loss of `{node.written}` does not return what its options ask for.", facts=facts)
     value = returned[0] if len(wanted) > 1 else returned
     for term in value.terms if isinstance(value, AbstractTerms) else (value,):
         _check_value(term, node)
@@ -179,7 +185,7 @@ def _check_value(value: Any, node: DifferentiateNode) -> None:
     what = f"The loss of `{node.written}` does not return a scalar"
     facts = (("expected", "a floating-point scalar, a mean over the rows"), ("got", described(value)))
     if isinstance(value, Mean):
-        what = f"The loss of `{node.written}` returns a `Mean` that is not of two scalars"
+        what = f"The loss of `{node.written}` returns a `Mean` whose total and count are not both scalars"
         facts = (("expected", "a floating-point total, a sum over the rows, and a count"), ("got", described(value)))
         if not _is_scalar(value.count):
             raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
@@ -196,7 +202,7 @@ def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
     if not isinstance(metrics, dict):
         facts = (("expected", "a dict of scalars by name"), ("got", described(metrics)))
         raise LossError(f"The metrics of `{node.written}` are not a dict.", facts=facts)
-    faults = [f"`{name}` is a name that the step itself reports." for name in metrics if name in RESERVED]
+    faults = [f"`{name}` is the name of a metric that the step itself reports." for name in metrics if name in RESERVED]
     for name, metric in metrics.items():
         numbers = jax.tree.leaves(metric) if isinstance(metric, Metric) else [metric]
         faults += [
@@ -208,7 +214,7 @@ def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
         raise LossError(_sentence(faults_in_one(faults, of=f"the metrics of `{node.written}`")))
 
 
-def _check_model_state(before: Any, after: Any, node: DifferentiateNode) -> None:
+def _check_model_state(before: Any, after: Any, node: DifferentiateNode) -> None:  # Any: trees of the user's
     old, new = (dict(leaves_by_path(one)) for one in (before, after))
     faults = [f"`model_state/{path}` is not returned." for path in old if path not in new]
     faults += [f"`model_state/{path}` was not given." for path in new if path not in old]
@@ -218,8 +224,8 @@ def _check_model_state(before: Any, after: Any, node: DifferentiateNode) -> None
                 f"`model_state/{path}` goes in as {described(old[path])} and comes out as {described(new[path])}."
             )
     if faults or jax.tree.structure(before) != jax.tree.structure(after):
-        told = faults_in_one(sorted(faults) or ["the tree is another one."], of="the model_state")
-        raise LossError(f"The model_state of `{node.written}` does not come out as it went in: {told}")
+        what = faults_in_one(sorted(faults) or ["its tree structure changes."], of="the model state")
+        raise LossError(f"The loss of `{node.written}` must return a model state like the one it takes: {what}")
 
 
 def _check_keys(key: Any, node: DifferentiateNode) -> None:
@@ -228,11 +234,11 @@ def _check_keys(key: Any, node: DifferentiateNode) -> None:
     if (name := names[0]) not in BATCH_STABLE:
         facts = (
             ("implementation", name),
-            ("reason", "what one of its keys draws depends on how many keys are drawn from side by side"),
+            ("reason", "under vmap, what one key draws depends on the number of keys"),
             ("stable", ", ".join(BATCH_STABLE)),
         )
         raise LossError(
-            f"`{node.written}` asks for one key a row, and this implementation of keys cannot give them.",
+            f"`{node.written}` asks for one key per row, which this key implementation cannot give.",
             facts=facts,
             suggestion='Give `init` a number as its seed, or write `rng="microbatch"`.',
         )
@@ -243,15 +249,14 @@ def _names_an_axis(error: NameError, node: DifferentiateNode) -> LossError:
     axis = found.group(1) if found else "of the mesh"
     return LossError(
         f"The loss of `{node.written}` names the mesh axis {axis!r}.",
-        facts=(("reason", "a loss is a function of its own rows; in the reference there is no mesh"),),
-        suggestion="Return the mean over the rows that the loss is given; `shard` averages over the axis.",
+        facts=(("reason", "a loss is a function of the rows it is given, and its reference has no mesh"),),
+        suggestion="Return the mean over those rows; `shard` averages over the axis.",
     )
 
 
-def _noted(error: Exception, node: DifferentiateNode, rows: Rows) -> Exception:
+def _add_note(error: Exception, node: DifferentiateNode, rows: Rows) -> None:
     shapes = ", ".join(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
-    error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced on one cell: {shapes}")
-    return error
+    error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced for one microbatch: {shapes}")
 
 
 def described(value: Any) -> str:
@@ -274,25 +279,26 @@ def _sentence(text: str) -> str:
 def depends_on(
     traced: ClosedJaxpr, *, outputs: Iterable[int]
 ) -> tuple[list[bool], Callable[[Sequence[Any]], list[Any]]]:
-    """Of each input, whether any of these outputs depends on it; and the function that computes just these outputs.
+    """For each input, whether any of these outputs depends on it; and a function that computes these outputs alone.
 
     Args:
       traced: what `jax.make_jaxpr` returned.
       outputs: their positions.
-    The function takes all inputs, as a flat list, and runs only what the outputs depend on: dead code is cut, also
-    inside loops and branches. Where this jax cannot do that, the answer errs towards dependence.
+    The function takes all inputs, as a flat list, and runs only what the outputs depend on: dead code is eliminated,
+    inside loops and branches too. Where this jax cannot do that, an input counts as needed when in doubt.
     """
-    wanted = set(outputs)
+    positions = set(outputs)
+    is_wanted = [position in positions for position in range(len(traced.jaxpr.outvars))]
     if dce_jaxpr is None:
-        return _by_equations(traced, wanted), lambda given: _picked(jaxpr_as_fun(traced)(*given), wanted)
-    used = [n in wanted for n in range(len(traced.jaxpr.outvars))]
-    jaxpr, needs = dce_jaxpr(_silent(traced.jaxpr), used)
-    alone = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))
-    return needs, lambda given: alone(*(one for one, needed in zip(given, needs, strict=True) if needed))
+        run = jaxpr_as_fun(traced)
+        return _needed_inputs(traced, is_wanted), lambda inputs: list(compress(run(*inputs), is_wanted))
+    jaxpr, is_needed = dce_jaxpr(_without_effects(traced.jaxpr), is_wanted)
+    run_needed = jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))
+    return is_needed, lambda inputs: run_needed(*compress(inputs, is_needed))
 
 
 def named_axes(traced: ClosedJaxpr) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Every constraint and every region of its own in a traced function: what it is, the axes, and where it stands."""
+    """Every sharding constraint and `shard_map` of a jaxpr: its name, its axes, and the user's line."""
     for equation in _equations(traced.jaxpr):
         match equation.primitive.name:
             case "sharding_constraint":
@@ -316,45 +322,42 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:  # Any: a jax.extend.core.JaxprEq
 
 
 def _line(equation: Any) -> str:  # Any: a jax.extend.core.JaxprEqn
-    """The user's own line; empty where this jax does not tell."""
-    ours = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
+    """The innermost line outside jax and stepc; empty where this jax keeps no traceback."""
+    libraries = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
     try:
         frames = equation.source_info.traceback.frames
     except AttributeError:
         return ""
-    frame = next((frame for frame in frames if not frame.file_name.startswith(ours)), None)
+    frame = next((frame for frame in frames if not frame.file_name.startswith(libraries)), None)
     return "" if frame is None else f"{Path(frame.file_name).name}:{frame.line_num}"
 
 
-def _silent(jaxpr: Jaxpr) -> Jaxpr:
-    """Without what only prints or reports: it would count as needed, and with it all that it looks at."""
+def _without_effects(jaxpr: Jaxpr) -> Jaxpr:
+    """Without the equations that only print or report: they would count as needed, and so would all their inputs."""
     equations = []
     for equation in jaxpr.eqns:
         if equation.outvars or not equation.effects:
-            params = {name: _silent_part(part) for name, part in equation.params.items()}
+            params = {name: _part_without_effects(part) for name, part in equation.params.items()}
             equations.append(equation.replace(params=params, effects=set()) if equation.effects else equation)
     return jaxpr.replace(eqns=equations, effects=set())
 
 
-def _silent_part(part: Any) -> Any:
+def _part_without_effects(part: Any) -> Any:
     match part:
         case Jaxpr():
-            return _silent(part)
+            return _without_effects(part)
         case ClosedJaxpr():
-            return ClosedJaxpr(_silent(part.jaxpr), part.consts)
+            return ClosedJaxpr(_without_effects(part.jaxpr), part.consts)
         case tuple() | list():
-            return type(part)(map(_silent_part, part)) if type(part) in (tuple, list) else part
+            return type(part)(map(_part_without_effects, part)) if type(part) in (tuple, list) else part
         case _:
             return part
 
 
-def _by_equations(traced: ClosedJaxpr, wanted: set[int]) -> list[bool]:
-    needed = {id(var) for n, var in enumerate(traced.jaxpr.outvars) if n in wanted}
+def _needed_inputs(traced: ClosedJaxpr, is_wanted: Sequence[bool]) -> list[bool]:
+    """As `dce_jaxpr` finds them, but an equation that makes one needed result needs all of its inputs."""
+    needed = {id(var) for var in compress(traced.jaxpr.outvars, is_wanted)}
     for equation in reversed(traced.jaxpr.eqns):
         if any(id(var) in needed for var in equation.outvars):
             needed |= {id(var) for var in equation.invars}
     return [id(var) in needed for var in traced.jaxpr.invars]
-
-
-def _picked(results: Sequence[Any], wanted: set[int]) -> list[Any]:
-    return [one for n, one in enumerate(results) if n in wanted]

@@ -1,7 +1,12 @@
-"""What flows from one instruction of a schedule to the next, and what adds up in it. It knows no loop and no mesh."""
+"""A schedule becomes one pure function from a state and a batch to the next state. It decides nothing.
+
+To be read from top to bottom: `_step` is one step, in the order in which a device runs it; the functions after it are
+its parts, in that order too. The collectives of the manual region are in `collectives`.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, assert_never
 
@@ -15,25 +20,20 @@ from stepc._compiler.collectives import (
     all_gather,
     all_reduce,
     average_model_state,
-    axis_index,
-    gather_by_layer,
+    gathering_loss,
     reduce_scatter,
 )
-from stepc._compiler.gradient import (
-    GradientSum,
-    LocalMicrobatch,
-    StepInputs,
-    add_sums,
-    scale_counts,
-    sum_over_vmap,
-    zero_sum,
-)
-from stepc._compiler.loss import Call, checked_loss, counts_of, keys_of, num_rows
+from stepc._compiler.loss import checked_loss, counts_of, keys_of, num_rows
 from stepc._compiler.metrics import (
     Diagnostics,
     MetricAccumulator,
+    MetricAccumulators,
     accumulate_metric,
+    add_metrics,
     final_metrics,
+    reduce_vmap_metrics,
+    scale_metric_counts,
+    zero_metrics,
 )
 from stepc._compiler.schedule import (
     AllGather,
@@ -55,15 +55,15 @@ from stepc._compiler.schedule import (
     Vmap,
     draws,
     gradient_is_sharded,
-    has_reduction,
+    reduces,
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient
-from stepc._core.nodes import DifferentiateNode, MapNode
-from stepc._language.kinds import Batch, Grads, Metrics, Params
+from stepc._language.kinds import Batch, Grads, Metrics, Params, Rows
 from stepc._language.semantics import draw_tag
 from stepc._language.state import SkipCounts, State, leaves_by_path
 from stepc._language.terms import (
     LossOutcome,
+    Mean,
     Sums,
     accumulation_dtype,
     divide_by_count,
@@ -73,387 +73,499 @@ from stepc._language.terms import (
     sum_of_squares,
 )
 
-
-def compute_gradient(instruction: Compute, call: Call, cell: LocalMicrobatch, given: StepInputs) -> GradientSum:
-    """The loss and its gradient on one cell."""
-    node = instruction.node
-    keys = None if node.rng is None else keys_of(node, given.key, cell.numbers)
-
-    def scaled(params: Params) -> tuple[jax.Array, LossOutcome]:
-        outcome = call(params, cell.rows, keys, given.model_state)
-        terms = merge_terms(outcome.terms)
-        total = _total(terms, given) if instruction.counts_first else terms[0].total
-        return total * given.scale if instruction.rescaled else total, outcome
-
-    (_, outcome), grads = jax.value_and_grad(scaled, has_aux=True)(given.params)
-    sums = jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads)
-    finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
-    metrics = {
-        "loss": accumulate_metric(Sums(outcome.terms)),
-        **{name: accumulate_metric(one) for name, one in outcome.metrics.items()},
-    }
-    return GradientSum(metrics, sums, outcome.model_state, finite, instruction.count)
-
-
-def compute_counts(node: DifferentiateNode, cell: LocalMicrobatch, given: StepInputs) -> GradientSum:
-    """The counts of one cell, as a flow of nothing else."""
-    keys = None if node.rng is None else keys_of(node, given.key, cell.numbers)
-    counts = counts_of(node, given.params, given.model_state, cell.rows, keys)
-    return GradientSum(
-        {str(n): (MetricAccumulator(one, None, "sum"),) for n, one in enumerate(counts)}, (), None, jnp.ones(1, bool)
-    )
-
-
-def divide_sum(instruction: DivideByCount, flow: GradientSum, params: Params) -> GradientSum:
-    """The sum becomes a value."""
-
-    def divided(count: Any) -> Grads:  # Any: a number, or a scalar
-        return flow.grads if count is None else jax.tree.map(lambda leaf: divide_by_count(leaf, count), flow.grads)
-
-    match instruction.by:
-        case "nothing":
-            value = divided(None)
-        case "count":
-            value = divided(next(one.count for one in flow.metrics["loss"] if one.count is not None))
-        case _:
-            value = divided(None if flow.count == 1 else flow.count)
-    return replace(flow, grads=jax.tree.map(lambda like, leaf: leaf.astype(like.dtype), params, value), count=1.0)
-
-
-def reopen_sum(grads: Grads, added: dict[str, jax.Array], flow: GradientSum) -> GradientSum:
-    """A value becomes a sum of one part again, with metrics of its own."""
-    sums = jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads)
-    metrics = {name: (MetricAccumulator(jnp.asarray(value), None, "mean", 1.0),) for name, value in added.items()}
-    return replace(flow, grads=sums, metrics={**flow.metrics, **metrics})
-
-
-def _total(terms: tuple[Any, ...], given: StepInputs) -> jax.Array:
-    """Each term divided by its count over the whole sum, and added up."""
-    found = iter(given.counts)
-    wholes = [given.parts * term.count if is_static(term.count) else next(found) for term in terms]
-    parts = [divide_by_count(term.total, whole) for term, whole in zip(terms, wholes, strict=True)]
-    return sum_arrays(parts)
-
-
-def apply_map(node: MapNode, grads: Grads, value: Any, keys: tuple[Any, ...]) -> tuple[Grads, dict[str, Any]]:
-    """What a transform makes of a gradient, which is one, and its metrics. Any: what it measured; typed keys; scalars."""
-    returned = node.applied(grads, value, *keys)
-    check_gradient(node.written, returned, grads)
-    return returned
-
-
-class HeldGradient(NamedTuple):
-    """All that the second time needs: the sum, what was measured, the keys of what draws."""
-
-    flow: GradientSum
-    measures: tuple[Any, ...]  # Any: what each transform measured, or None
-    keys: tuple[tuple[Any, ...], ...]  # Any: a typed key for each transform that draws
-
-
-@dataclass(frozen=True)
-class FinalMaps:
-    """The last division, and the last transforms that keep what is finite finite."""
-
-    settle: DivideByCount
-    applies: tuple[Apply, ...]
-
-    def measured(
-        self, flow: GradientSum, keys: tuple[tuple[Any, ...], ...], params: Params
-    ) -> tuple[HeldGradient, GradientSum, Any]:
-        """What is held for the second time, the value with all its metrics, and the sums of squares of the first."""
-        value = divide_sum(self.settle, flow, params)
-        squares = jax.tree.map(sum_of_squares, value.grads)
-        measures = []
-        for one, key in zip(self.applies, keys, strict=True):
-            measure, told = one.node.measured(value.grads)
-            value = _applied(one, reopen_sum(value.grads, told, value), measure, key, params)
-            measures.append(measure)
-        return HeldGradient(flow, tuple(measures), keys), value, squares
-
-    def finished(self, held: HeldGradient, params: Params) -> Grads:
-        """What the optimizer is given."""
-        value = divide_sum(self.settle, held.flow, params)
-        for one, measure, key in zip(self.applies, held.measures, held.keys, strict=True):
-            value = _applied(one, value, measure, key, params)
-        return value.grads
-
-
-def final_maps_of(schedule: Schedule) -> tuple[int, FinalMaps]:
-    """Where it begins, and what it is. The optimizer is the last instruction."""
-    place, applies = len(schedule) - 2, []
-    while place > 1:
-        match schedule[place - 1 : place + 1]:
-            case (Apply(node) as one, DivideByCount("cells", 1.0, False)) if node.keeps_finite:
-                applies.append(one)
-                place -= 2
-            case _:
-                break
-    settle = schedule[place]
-    if not isinstance(settle, DivideByCount):
-        raise ValueError("a gradient is settled before the optimizer takes it")
-    return place, FinalMaps(settle, tuple(reversed(applies)))
-
-
-def _applied(one: Apply, flow: GradientSum, measure: Any, key: tuple[Any, ...], params: Params) -> GradientSum:
-    grads, told = apply_map(one.node, flow.grads, measure, key)
-    flow = reopen_sum(grads, told, flow)
-    return replace(flow, grads=jax.tree.map(lambda like, leaf: leaf.astype(like.dtype), params, flow.grads))
+SCAN_NAME = "microbatches"  # the named scope of the scan, by which it is found in compiled text
+STEPS_NAME = "steps"  # that of `repeat`
 
 
 class StepOutputs(NamedTuple):
-    """A step that was made: the state after it, what it reports, what it saw."""
+    """What one call of a step returns."""
 
     state: State
     metrics: Metrics
-    watch: Diagnostics
+    diagnostics: Diagnostics
 
 
-class FinitenessInputs(NamedTuple):
-    """What was seen on the way: of each cell whether its loss is finite, of each leaf the sum of squares."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LocalMicrobatch:
+    """The rows of one call of the loss, or rows that are still to be split into those.
 
-    losses: jax.Array
-    squares: Any  # Any: a tree like the parameters
+    Args:
+      rows: a batch with fewer rows.
+      numbers: int32 `[rows]`, their positions in the whole batch; None if nothing depends on them.
+    """
+
+    rows: Rows
+    numbers: Any  # Any: an array, or None
 
 
-class ParameterConstraints(NamedTuple):
-    """How a tree like the parameters is told to lie."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepInputs:
+    """What every call of the loss is given besides its rows.
 
-    parts: Callable[[Any], Any]  # as the optimizer works on it
-    whole: Callable[[Any], Any]  # as the state has it
+    Args:
+      params: the parameters.
+      model_state: the model state, or None.
+      key: the key of this step, or None if nothing draws.
+      scale: what the loss is multiplied by, or None.
+      first_row: the position in the batch of this device's first row; None outside the manual region.
+      total_counts: the counts of the terms of the loss over the whole sum, if they are counted first.
+      microbatches: the number of calls of the loss in that sum.
+      rows_per_device: the number of rows of this device.
+    """
+
+    params: Params
+    model_state: Any  # Any: a tree of the user's
+    key: Any  # Any: a typed key
+    scale: Any  # Any: a scalar
+    first_row: Any = None  # Any: an int32 scalar
+    total_counts: tuple[Any, ...] = ()  # Any: scalars
+    microbatches: int = field(default=1, metadata={"static": True})
+    rows_per_device: int = field(default=0, metadata={"static": True})
+
+    @property
+    def device(self) -> jax.Array:
+        """The number of this device, as rows are split."""
+        return self.first_row // self.rows_per_device
 
 
-def finish_step(
-    optimize: Optimize,
-    ending: FinalMaps,
-    held: HeldGradient,
-    metrics: Metrics,
-    sight: FinitenessInputs,
-    state: State,
-    laying: ParameterConstraints,
-) -> StepOutputs:
-    """Make the step, unless it is to be skipped."""
-    metrics = dict(metrics)
-    adapts: Any = True  # Any: a bool, or one on the device
-    step = partial(_apply_optimizer, optimize, ending, laying)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GradientSum:
+    """A gradient while it is added up, and what travels with it.
+
+    Args:
+      metrics: what the step reports. It comes first: scalars after the gradient in the carry of the scan cost XLA's
+        buffer assignment half a megabyte on the demo's GPT (measured, jax 0.10.2 on CPU).
+      grads: a sum in float32 at least; after `DivideByCount` a value in the dtypes of the parameters.
+      model_state: the model state after the rows so far.
+      finite: `[microbatches]`, whether each loss is finite.
+      count: what the sum is to be divided by, if each call of the loss counts the same.
+    """
+
+    metrics: MetricAccumulators
+    grads: Grads
+    model_state: Any  # Any: a tree of the user's
+    finite: Any  # Any: a bool array
+    count: float = field(default=1.0, metadata={"static": True})
+
+
+class FinalMaps(NamedTuple):
+    """The last division, and the maps after it that keep what is finite finite.
+
+    They run twice: once for what needs the whole gradient (norms, metrics), and once beside the optimizer, in its
+    branch if there is one, where they fuse with it. A gradient that is materialised before a branch costs 6 % of a
+    small step.
+    """
+
+    division: DivideByCount
+    maps: tuple[Apply, ...]
+
+
+class MeasuredGradient(NamedTuple):
+    """What the second run of the final maps needs: the sum, what each map measured, the key of each that draws."""
+
+    total: GradientSum
+    measured: tuple[Any, ...]  # Any: a value of the transform's own, or None
+    keys: tuple[tuple[Any, ...], ...]  # Any: a typed key; or none
+
+
+def lower_schedule(schedule: Schedule, region: ManualRegion) -> Callable[[State, Batch], StepOutputs]:
+    """One dispatch as a pure function."""
+    match schedule:
+        case (RepeatSteps(node, body),):
+            step = lower_schedule(body, region)
+
+            def one_step(state: State, batch: Batch) -> tuple[State, tuple[Metrics, Diagnostics]]:
+                outputs = step(state, batch)
+                return outputs.state, (outputs.metrics, outputs.diagnostics)
+
+            def steps(state: State, batches: Batch) -> StepOutputs:
+                with jax.named_scope(STEPS_NAME):
+                    state, (metrics, diagnostics) = jax.lax.scan(one_step, state, batches, length=node.size)
+                return StepOutputs(state, metrics, diagnostics)
+
+            return steps
+        case _:
+            return partial(_step, schedule, region)
+
+
+def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) -> StepOutputs:
+    optimize = schedule[-1]
+    if not isinstance(optimize, Optimize):
+        raise ValueError("a schedule ends with the optimizer")
+    key = jax.random.fold_in(state.rng, state.step) if draws(schedule) else None
+    scale = None if optimize.rescale is None else _scale_of(state, optimize.rescale[0])
+    numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if region.has_row_numbers else None
+    inputs = StepInputs(state.params, state.model_state, key, scale)
+    microbatch = LocalMicrobatch(batch, numbers)
+
+    # In the manual region, up to the last reduction: the scan over microbatches, the loss in it, the reductions.
+    end = max((index + 1 for index, one in enumerate(schedule) if reduces(one)), default=0)
+    total, losses = _run_on_devices(schedule, end, microbatch, inputs, region) if end else (None, None)
+
+    # Outside of it, where every device has the same: what is left before the last division.
+    division, final_maps = _final_maps(schedule)
+    total = _run(schedule[end:division], total, microbatch, inputs, region)
+    total = replace(total, grads=region.constrain(total.grads, sharded=True))
+
+    # The last division and the final maps, for the metrics and the norm.
+    keys = tuple(_map_key(one, microbatch, inputs, region) for one in final_maps.maps)
+    gradient, value, squares = _measure(final_maps, total, keys, inputs.params, region)
+    losses = total.finite[None] if losses is None else losses
+    metrics = final_metrics(value.metrics)
+
+    # The optimizer, in a branch if the step may be skipped; it runs the final maps again.
+    update = partial(_update, optimize, final_maps, region)
     loss_is_finite = jnp.isfinite(metrics["loss"])
-    gradient_is_finite = jnp.isfinite(sum_arrays(jax.tree.leaves(sight.squares)))
+    gradient_is_finite = jnp.isfinite(sum_arrays(jax.tree.leaves(squares)))
     is_finite = loss_is_finite & gradient_is_finite
     if optimize.guard is not None:
-        new = _apply_if(is_finite, step, held, metrics["loss"], state)
+        new = _update_if(is_finite, update, gradient, metrics["loss"], state)
     elif optimize.rescale is not None:
-        new = _apply_if(gradient_is_finite, step, held, metrics["loss"], state)
+        new = _update_if(gradient_is_finite, update, gradient, metrics["loss"], state)
     else:
-        new = step(held, metrics["loss"], state)
+        new = update(gradient, metrics["loss"], state)
+
+    # The outputs: the slots that advance with every step, made or skipped; the metrics; the diagnostics.
     slots = dict(new.slots)
+    scale_adapts: Any = True  # Any: a bool, or one on the device
     if optimize.rescale is not None:
         name, node = optimize.rescale
-        metrics[name] = jax.tree.leaves(state.slots[name])[0]
+        metrics[name] = _scale_of(state, name)
         slots[name] = node.advance(state.slots[name], loss_is_finite, gradient_is_finite, *node.arguments)
-        if slots[name] is not state.slots[name]:  # a scale that is not fixed
-            adapts = jax.tree.leaves(slots[name])[0] < metrics[name]
+        if slots[name] is not state.slots[name]:  # a scale that is not constant
+            scale_adapts = jax.tree.leaves(slots[name])[0] < metrics[name]
     if optimize.guard is not None:
         name, _ = optimize.guard
         skipped = 1 - is_finite.astype(jnp.int32)
         before: SkipCounts = state.slots[name]
         slots[name] = SkipCounts(before.total + skipped, (before.consecutive + skipped) * skipped)
         metrics["skipped"] = skipped
-    # An overflow that the scale of the loss adapts to is nothing to stop for. At its smallest it adapts no more, and
-    # not one further step would be made.
-    can_go_on = loss_is_finite & (gradient_is_finite | adapts)
-    is_fine = can_go_on if optimize.guard is None and optimize.rescale is not None else is_finite
-    paths, squares = zip(*leaves_by_path(sight.squares), strict=True)
-    return StepOutputs(
-        replace(new, slots=slots), metrics, Diagnostics(is_fine, sight.losses, jnp.stack(squares), paths)
-    )
+    # An overflow that the scale of the loss adapts to is no reason to stop. At its smallest it adapts no more, and
+    # every further step would be skipped too.
+    is_fine = loss_is_finite & (gradient_is_finite | scale_adapts)
+    if optimize.guard is not None or optimize.rescale is None:
+        is_fine = is_finite
+    paths, sums = zip(*leaves_by_path(squares), strict=True)
+    return StepOutputs(replace(new, slots=slots), metrics, Diagnostics(is_fine, losses, jnp.stack(sums), paths))
 
 
-def _apply_if(
-    happens: jax.Array, step: Callable[..., State], held: HeldGradient, loss: jax.Array, state: State
-) -> State:
-    # A condition, not a selection: no copy of the state, and nothing to compute when it stays (facts measured on CPU:
-    # a selection adds a third to the time of an optimizer). What a branch reads is passed to it.
-    def stay(held: HeldGradient, loss: jax.Array, state: State) -> State:
-        return state
-
-    try:
-        return jax.lax.cond(happens, step, stay, held, loss, state)
-    except TypeError:  # the branches differ: the step is no fixed point, which is said better there
-        check_fixed_point(state, step(held, loss, state))
-        raise
+def _scale_of(state: State, name: str) -> jax.Array:
+    """The scale of the loss: the first leaf of its slot."""
+    return jax.tree.leaves(state.slots[name])[0]
 
 
-def _apply_optimizer(
-    optimize: Optimize,
-    ending: FinalMaps,
-    laying: ParameterConstraints,
-    held: HeldGradient,
-    loss: jax.Array,
-    state: State,
-) -> State:
-    params = laying.parts(state.params)
-    grads = ending.finished(held, params)
-    optimizer = optax.with_extra_args_support(optimize.node.optimizer)
-    updates, opt_state = optimizer.update(grads, state.opt_state, params, value=loss, grad=grads)
-    params = laying.parts(optax.apply_updates(params, updates))
-    slots = dict(state.slots)
-    for name, node in optimize.follows:
-        slots[name] = node.advance(slots[name], params, *node.arguments)
-    new = replace(state, params=laying.whole(params), opt_state=opt_state, step=state.step + 1, slots=slots)
-    return replace(new, model_state=held.flow.model_state)
+def _run_on_devices(
+    schedule: Schedule, end: int, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> tuple[GradientSum, jax.Array]:
+    """Run the first instructions in the manual region, on the rows of each device.
 
+    The gradient that leaves it is reduced or sharded, everything else is reduced; each device keeps its own flags of
+    finite losses.
+    """
 
-SCAN_NAME = "microbatches"  # the named scope of the loop, to find it again in compiled text
-STEPS_NAME = "steps"  # that of `repeat`
+    def on_device(
+        params: Params, inputs: StepInputs, microbatch: LocalMicrobatch
+    ) -> tuple[GradientSum, Grads, jax.Array]:
+        inputs = replace(inputs, params=params)
+        if microbatch.numbers is not None:
+            inputs = replace(inputs, first_row=microbatch.numbers[0], rows_per_device=num_rows(microbatch.rows))
+        total = _run(schedule[:end], None, microbatch, inputs, region)
+        return replace(total, grads=(), finite=None), total.grads, total.finite[None]
 
-
-def lower_schedule(schedule: Schedule, place: ManualRegion) -> Callable[[State, Batch], StepOutputs]:
-    """One dispatch as a pure function."""
-    match schedule:
-        case (RepeatSteps(node, body),):
-            step = lower_schedule(body, place)
-
-            def turn(state: State, batch: Batch) -> tuple[State, tuple[Any, Any]]:
-                found = step(state, batch)
-                return found.state, (found.metrics, found.watch)
-
-            def steps(state: State, batches: Batch) -> StepOutputs:
-                with jax.named_scope(STEPS_NAME):
-                    state, (metrics, watch) = jax.lax.scan(turn, state, batches, length=node.size)
-                return StepOutputs(state, metrics, watch)
-
-            return steps
-        case _:
-            return partial(_step, schedule, place)
-
-
-def _step(schedule: Schedule, place: ManualRegion, state: State, batch: Batch) -> StepOutputs:
-    inside = max((index + 1 for index, one in enumerate(schedule) if has_reduction((one,))), default=0)
-    optimize = schedule[-1]
-    if not isinstance(optimize, Optimize):
-        raise ValueError("a schedule ends in an update")
-    key = jax.random.fold_in(state.rng, state.step) if draws(schedule) else None
-    scale = None if optimize.rescale is None else jax.tree.leaves(state.slots[optimize.rescale[0]])[0]
-    numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if place.numbered else None
-    given, cell = StepInputs(state.params, state.model_state, key, scale, None), LocalMicrobatch(batch, numbers)
-
-    def region(params: Params, given: StepInputs, cell: LocalMicrobatch) -> tuple[GradientSum, Grads, jax.Array]:
-        given = replace(given, params=params)
-        if cell.numbers is not None:
-            given = replace(given, start=cell.numbers[0], width=num_rows(cell.rows))
-        flow = _run(schedule[:inside], None, cell, given, place)
-        return replace(flow, grads=(), finite=None), flow.grads, flow.finite[None]
-
-    flow, finite = None, None
-    if inside:
-        rows, params = PartitionSpec(place.rows), place.manual_specs(divided=place.divided)
-        grads = place.manual_specs(divided=gradient_is_sharded(schedule))
-        spaced = jax.shard_map(
-            region, mesh=place.mesh, in_specs=(params, PartitionSpec(), rows), out_specs=(PartitionSpec(), grads, rows),
-            axis_names=set(place.rows), check_vma=False,
-        )  # fmt: skip
-        flow, grads, finite = spaced(given.params, replace(given, params=()), cell)
-        flow = replace(flow, grads=grads)
-    last, ending = final_maps_of(schedule)
-    flow = _run(schedule[inside:last], flow, cell, given, place)
-    flow = replace(flow, grads=place.laid(flow.grads, divided=True))
-    keys = tuple(_keys_of(one, cell, given, place) for one in ending.applies)
-    held, value, squares = ending.measured(flow, keys, given.params)
-    sight = FinitenessInputs(flow.finite[None] if finite is None else finite, squares)
-    laying = ParameterConstraints(partial(place.divide, divided=True), partial(place.divide, divided=place.divided))
-    return finish_step(optimize, ending, held, final_metrics(value.metrics), sight, state, laying)
+    rows, params = PartitionSpec(region.batch_axes), region.manual_specs(sharded=region.has_sharded_params)
+    grads = region.manual_specs(sharded=gradient_is_sharded(schedule))
+    run = jax.shard_map(
+        on_device, mesh=region.mesh, in_specs=(params, PartitionSpec(), rows), out_specs=(PartitionSpec(), grads, rows),
+        axis_names=set(region.batch_axes), check_vma=False,
+    )  # fmt: skip
+    total, grads, losses = run(inputs.params, replace(inputs, params=()), microbatch)
+    return replace(total, grads=grads), losses
 
 
 def _run(
-    schedule: Schedule, flow: GradientSum | None, cell: LocalMicrobatch, given: StepInputs, place: ManualRegion
-) -> Any:
+    schedule: Schedule, total: GradientSum | None, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> Any:  # Any: the sum; None is that of no instructions
+    """Run instructions one after another. Some change the sum, some what the loss is given."""
     for instruction in schedule:
-        if isinstance(instruction, CountFirst):
-            counts = _run(instruction.body, None, cell, given, place)
-            values = tuple(counts.metrics[str(n)][0].value for n in range(len(counts.metrics)))
-            given = replace(given, counts=values, parts=int(counts.count))
-        elif isinstance(instruction, AllGather):
-            given = all_gather(instruction, given, place)
-        else:
-            flow = _instruct(instruction, flow, cell, given, place)
-    return flow
+        match instruction:
+            case CountFirst(body):
+                counts = _run(body, None, microbatch, inputs, region)
+                values = tuple(counts.metrics[str(index)][0].value for index in range(len(counts.metrics)))
+                inputs = replace(inputs, total_counts=values, microbatches=int(counts.count))
+            case AllGather():
+                inputs = replace(inputs, params=all_gather(instruction, inputs.params, region))
+            case _:
+                total = _run_one(instruction, total, microbatch, inputs, region)
+    return total
 
 
-def _instruct(
-    instruction: Instruction, flow: Any, cell: LocalMicrobatch, given: StepInputs, place: ManualRegion
+def _run_one(
+    instruction: Instruction,
+    total: Any,  # Any: the sum so far; None before the first that makes one
+    microbatch: LocalMicrobatch,
+    inputs: StepInputs,
+    region: ManualRegion,
 ) -> GradientSum:
     match instruction:
-        case Compute(node):
-            call = gather_by_layer(instruction, checked_loss(node), given, place)
-            return compute_gradient(instruction, call, cell, given)
-        case Count(node):
-            return compute_counts(node, cell, given)
+        case Compute():
+            return _compute(instruction, microbatch, inputs, region)
+        case Count():
+            return _count(instruction, microbatch, inputs)
         case ScanMicrobatches():
-            return _loop(instruction, cell, given, place)
-        case Vmap(body):
-            return _vectorise(body, cell, given, place)
-        case AllReduce():
-            return all_reduce(instruction, flow, given, place)
+            return _scan(instruction, microbatch, inputs, region)
+        case Vmap():
+            return _vmap(instruction, microbatch, inputs, region)
+        case AllReduce(axes):
+            metrics, grads = all_reduce(instruction, total.metrics, total.grads, region, lambda: inputs.device)
+            return _times(replace(total, metrics=metrics, grads=grads), region.num_devices(axes))
         case ReduceScatter():
-            return reduce_scatter(instruction, flow, place)
+            return replace(total, grads=reduce_scatter(instruction, total.grads, region))
         case AverageModelState():
-            return average_model_state(instruction, flow, place)
+            return replace(total, model_state=average_model_state(instruction, total.model_state, region))
         case Multiply(factor):
-            return replace(flow, grads=jax.tree.map(lambda leaf: leaf * factor, flow.grads))
+            return replace(total, grads=jax.tree.map(lambda leaf: leaf * factor, total.grads))
         case Unscale():
-            return replace(flow, grads=jax.tree.map(lambda leaf: leaf / given.scale, flow.grads))
+            return replace(total, grads=jax.tree.map(lambda leaf: leaf / inputs.scale, total.grads))
         case DivideByCount():
-            return divide_sum(instruction, flow, given.params)
+            return _divide(instruction, total, inputs.params)
         case Apply(node):
-            value, told = node.measured(flow.grads)
-            grads, added = apply_map(node, flow.grads, value, _keys_of(instruction, cell, given, place))
-            return reopen_sum(grads, {**told, **added}, flow)
+            with region.scope(node.written):
+                measured, added = node.measured(total.grads)
+            return _apply(instruction, total, measured, added, _map_key(instruction, microbatch, inputs, region))
         case Optimize() | RepeatSteps() | CountFirst() | AllGather():
-            raise ValueError(f"{type(instruction).__name__} has another place")
+            raise ValueError(f"{type(instruction).__name__} does not make a gradient")
         case _:
             assert_never(instruction)
 
 
-def _loop(loop: ScanMicrobatches, cell: LocalMicrobatch, given: StepInputs, place: ManualRegion) -> GradientSum:
-    # [n, ...] -> [n / size, size, ...]: part j is the rows i with i mod size = j, without moving one.
-    parts = jax.tree.map(lambda leaf: leaf.reshape(-1, loop.size, *leaf.shape[1:]), cell)
-    # Inlined, so the program holds no trace of it; jitted, so the shapes and the loop share one trace of the loss.
-    body = jax.jit(lambda cell, given: _run(loop.body, None, cell, given, place), inline=True)
+def _compute(
+    instruction: Compute, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> GradientSum:
+    node = instruction.node
+    loss = gathering_loss(instruction, checked_loss(node), inputs.params, region)
+    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+
+    def scaled_loss(params: Params) -> tuple[jax.Array, LossOutcome]:
+        outcome: LossOutcome = loss(params, microbatch.rows, keys, inputs.model_state)
+        terms = merge_terms(outcome.terms)
+        total = _sum_of_ratios(terms, inputs) if instruction.counts_first else terms[0].total
+        return total * inputs.scale if instruction.rescaled else total, outcome
+
+    (_, outcome), grads = jax.value_and_grad(scaled_loss, has_aux=True)(inputs.params)
+    finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
+    metrics = {"loss": Sums(outcome.terms), **outcome.metrics}
+    accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
+    return GradientSum(accumulators, _as_sum(grads), outcome.model_state, finite, instruction.count)
+
+
+def _sum_of_ratios(terms: tuple[Mean, ...], inputs: StepInputs) -> jax.Array:
+    """The terms, each divided by its total count, added up."""
+    counted = iter(inputs.total_counts)
+    counts = [inputs.microbatches * term.count if is_static(term.count) else next(counted) for term in terms]
+    return sum_arrays([divide_by_count(term.total, count) for term, count in zip(terms, counts, strict=True)])
+
+
+def _count(instruction: Count, microbatch: LocalMicrobatch, inputs: StepInputs) -> GradientSum:
+    """The counts, as the metrics of a sum that holds no gradient."""
+    node = instruction.node
+    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    counts = counts_of(node, inputs.params, inputs.model_state, microbatch.rows, keys)
+    metrics = {str(index): (MetricAccumulator(count, None, "sum"),) for index, count in enumerate(counts)}
+    return GradientSum(metrics, (), None, jnp.ones(1, bool))
+
+
+def _scan(
+    instruction: ScanMicrobatches, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> GradientSum:
+    size, dtype = instruction.size, instruction.dtype
+    # [n, ...] -> [n / size, size, ...]: microbatch j is the rows i with i mod size = j, and no row moves.
+    split = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), microbatch)
+    # Jitted, so that the shapes and the scan share one trace of the loss; inlined, so that the program shows no call.
+    body = jax.jit(lambda microbatch, inputs: _run(instruction.body, None, microbatch, inputs, region), inline=True)
 
     def part(index: jax.Array) -> LocalMicrobatch:
         take = partial(jax.lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False, allow_negative_indices=False)
-        return jax.tree.map(take, parts)
+        return jax.tree.map(take, split)
 
-    # The number of the turn is carried, not scanned over: an array of numbers would be read for every row.
-    def turn(
-        so_far: tuple[jax.Array, GradientSum, Any], _: None
+    # The index is carried, not scanned over: an array of indices would be read for every row.
+    def add_one(
+        carry: tuple[jax.Array, GradientSum, Any], _: None
     ) -> tuple[tuple[jax.Array, GradientSum, Any], jax.Array]:
-        index, total, model_state = so_far
-        flow = body(part(index), replace(given, model_state=model_state))
-        return (index + 1, add_sums(total, flow, loop.dtype), flow.model_state), flow.finite
+        index, total, model_state = carry
+        one: GradientSum = body(part(index), replace(inputs, model_state=model_state))
+        return (index + 1, _add(total, one, dtype), one.model_state), one.finite
 
     first = jnp.zeros((), jnp.int32)
-    shapes = jax.eval_shape(lambda: body(part(first), given))
+    shapes: GradientSum = jax.eval_shape(lambda: body(part(first), inputs))
     with jax.named_scope(SCAN_NAME):
-        start = (first, zero_sum(shapes, loop.dtype), given.model_state)
-        (_, total, model_state), finite = jax.lax.scan(turn, start, None, length=loop.size)
-    return scale_counts(replace(total, model_state=model_state, finite=finite.reshape(-1)), loop.size)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), shapes.grads)
+        start = GradientSum(zero_metrics(shapes.metrics), zeros, None, None, shapes.count)
+        carry = (first, start, inputs.model_state)
+        (_, total, model_state), finite = jax.lax.scan(add_one, carry, None, length=size)
+    return _times(replace(total, model_state=model_state, finite=finite.reshape(-1)), size)
 
 
-def _vectorise(body: Schedule, cell: LocalMicrobatch, given: StepInputs, place: ManualRegion) -> GradientSum:
-    singles = jax.tree.map(lambda leaf: leaf[:, None], cell)
-    flow = jax.vmap(lambda single: _run(body, None, single, given, place))(singles)
-    return sum_over_vmap(flow, num_rows(cell.rows))
+def _add(total: GradientSum, one: GradientSum, dtype: str | None) -> GradientSum:
+    """One more part, in the dtype of the sum. Model state and flags are the scan's own carry and result."""
+    grads = one.grads if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), one.grads)
+    return replace(
+        total, metrics=add_metrics(total.metrics, one.metrics), grads=jax.tree.map(jnp.add, total.grads, grads)
+    )
 
 
-def _keys_of(
-    one: Apply, cell: LocalMicrobatch, given: StepInputs, place: ManualRegion
+def _vmap(instruction: Vmap, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
+    single_rows = jax.tree.map(lambda leaf: leaf[:, None], microbatch)
+    each = jax.vmap(lambda row: _run(instruction.body, None, row, inputs, region))(single_rows)
+    size = num_rows(microbatch.rows)
+    total = GradientSum(
+        reduce_vmap_metrics(each.metrics),
+        jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), each.grads),
+        jax.tree.map(lambda leaf: (leaf.sum(axis=0) / size).astype(leaf.dtype), each.model_state),
+        each.finite.all(axis=0),
+        each.count,
+    )
+    return _times(total, size)
+
+
+def _times(total: GradientSum, size: int) -> GradientSum:
+    """The static counts once `size` equal parts are added up."""
+    return replace(total, metrics=scale_metric_counts(total.metrics, size), count=total.count * size)
+
+
+def _divide(instruction: DivideByCount, total: GradientSum, params: Params) -> GradientSum:
+    """The sum becomes a value, in the dtypes of the parameters."""
+    match instruction.by:
+        case "nothing":
+            count = None
+        case "count":
+            count = next(term.count for term in total.metrics["loss"] if term.count is not None)
+        case _:
+            count = None if total.count == 1 else total.count
+    grads = total.grads
+    if count is not None:
+        grads = jax.tree.map(lambda leaf: divide_by_count(leaf, count), grads)
+    return replace(total, grads=_like(params, grads), count=1.0)
+
+
+def _apply(
+    instruction: Apply,
+    value: GradientSum,
+    measured: Any,  # Any: a value of the transform's own
+    added: Metrics,
+    key: tuple[Any, ...],  # Any: a typed key; or none
+) -> GradientSum:
+    """A map of the value. Its result is a sum of one part again, with metrics of its own."""
+    node = instruction.node
+    returned = node.applied(value.grads, measured, *key)
+    check_gradient(node.written, returned, value.grads)
+    grads, more = returned
+    metrics = {
+        name: (MetricAccumulator(jnp.asarray(metric), None, "mean", 1.0),) for name, metric in {**added, **more}.items()
+    }
+    return replace(value, grads=_as_sum(grads), metrics={**value.metrics, **metrics})
+
+
+def _map_key(
+    instruction: Apply, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
 ) -> tuple[Any, ...]:  # Any: a typed key
-    """The key of a transform that draws, from the number of the cell's first row; it spans devices that are added up."""
-    if one.name is None:
+    """The key of a map that draws, folded with the position of the first row that the gradient is reduced over."""
+    if instruction.name is None:
         return ()
-    number = cell.numbers[0]
-    if given.start is not None:
-        for axis in one.summed:
-            inner = place.size_of(place.rows[place.rows.index(axis) + 1 :])
-            number = number - axis_index(axis, given, place) * inner * given.width
-    return (jax.random.fold_in(jax.random.fold_in(given.key, draw_tag(one.name)), number),)
+    number = microbatch.numbers[0]
+    if inputs.first_row is not None:
+        for axis in instruction.reduced_axes:
+            inner = region.num_devices(region.batch_axes[region.batch_axes.index(axis) + 1 :])
+            number = number - region.axis_index(axis, inputs.device) * inner * inputs.rows_per_device
+    return (jax.random.fold_in(jax.random.fold_in(inputs.key, draw_tag(instruction.name)), number),)
+
+
+def _as_sum(grads: Grads) -> Grads:
+    return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads)
+
+
+def _like(params: Params, grads: Grads) -> Grads:
+    return jax.tree.map(lambda like, leaf: leaf.astype(like.dtype), params, grads)
+
+
+def _final_maps(schedule: Schedule) -> tuple[int, FinalMaps]:
+    """The position of the last division that is followed by nothing but maps that keep what is finite finite."""
+    position, maps = len(schedule) - 2, []
+    while position > 1:
+        match schedule[position - 1 : position + 1]:
+            case (Apply(node) as one, DivideByCount("microbatches", 1.0, False)) if node.keeps_finite:
+                maps.append(one)
+                position -= 2
+            case _:
+                break
+    division = schedule[position]
+    if not isinstance(division, DivideByCount):
+        raise ValueError("a gradient is divided before the optimizer takes it")
+    return position, FinalMaps(division, tuple(reversed(maps)))
+
+
+def _measure(
+    final_maps: FinalMaps,
+    total: GradientSum,
+    keys: tuple[tuple[Any, ...], ...],  # Any: a typed key; or none
+    params: Params,
+    region: ManualRegion,
+) -> tuple[MeasuredGradient, GradientSum, Any]:  # Any: a tree like the parameters
+    """The first run of the final maps: what the second needs, the value with all metrics, the sums of squares."""
+    value = _divide(final_maps.division, total, params)
+    squares = jax.tree.map(sum_of_squares, value.grads)
+    all_measured: list[Any] = []
+    for one, key in zip(final_maps.maps, keys, strict=True):
+        with region.scope(one.node.written):
+            measured, added = one.node.measured(value.grads)
+        value = _apply(one, value, measured, added, key)
+        value = replace(value, grads=_like(params, value.grads))
+        all_measured.append(measured)
+    return MeasuredGradient(total, tuple(all_measured), keys), value, squares
+
+
+def _update(
+    optimize: Optimize,
+    final_maps: FinalMaps,
+    region: ManualRegion,
+    gradient: MeasuredGradient,
+    loss: jax.Array,
+    state: State,
+) -> State:
+    """The second run of the final maps, then the optimizer."""
+
+    def constrain(tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the parameters
+        return tree if region.shard_axis is None else region.constrain(tree, sharded=sharded)
+
+    params = constrain(state.params, sharded=True)
+    value = _divide(final_maps.division, gradient.total, params)
+    for one, measured, key in zip(final_maps.maps, gradient.measured, gradient.keys, strict=True):
+        value = _apply(one, value, measured, {}, key)
+        value = replace(value, grads=_like(params, value.grads))
+    optimizer = optax.with_extra_args_support(optimize.node.optimizer)
+    updates, opt_state = optimizer.update(value.grads, state.opt_state, params, value=loss, grad=value.grads)
+    params = constrain(optax.apply_updates(params, updates), sharded=True)
+    slots = dict(state.slots)
+    for name, node in optimize.follows:
+        slots[name] = node.advance(slots[name], params, *node.arguments)
+    with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
+        params = constrain(params, sharded=region.has_sharded_params)
+    new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)
+    return replace(new, model_state=gradient.total.model_state)
+
+
+def _update_if(
+    happens: jax.Array, update: Callable[..., State], gradient: MeasuredGradient, loss: jax.Array, state: State
+) -> State:
+    # A branch, not a selection: a selection copies the state and adds a third to the time of an optimizer (measured on
+    # CPU), and a branch computes nothing when the step is skipped. What a branch reads is passed to it.
+    def stay(gradient: MeasuredGradient, loss: jax.Array, state: State) -> State:
+        return state
+
+    try:
+        return jax.lax.cond(happens, update, stay, gradient, loss, state)
+    except TypeError:  # the branches differ in type: `check_fixed_point` says where
+        check_fixed_point(state, update(gradient, loss, state))
+        raise

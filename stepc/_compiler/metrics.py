@@ -1,12 +1,13 @@
-"""What is reported of a step, while it is still being added up: over microbatches, lanes and devices.
+"""Metric accumulators, which add up what a step reports over microbatches, rows and devices; and its diagnostics.
 
-The lowering's own reading of `core/terms.py`: numbers that are the same in every cell are not carried but multiplied.
+This is the lowering's own reading of `_language/terms.py`: a count that is the same in every local microbatch is no
+array of the program, but a number that is multiplied while it is traced.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -14,155 +15,43 @@ import numpy as np
 
 from stepc._language.terms import AbstractTerms, Last, Max, Metric, Min, Sum, divide_by_count, is_static, sum_arrays
 
-SUMMED_KINDS = ("mean", "sum", "last")  # those that a sum over devices adds up
+SUMMED_KINDS = ("mean", "sum", "last")  # those that are reduced by a sum over devices
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MetricAccumulator:
-    """One number in the making.
+    """One term of a metric while it is added up.
 
     Args:
-      value: what was added up, or the largest, smallest or last so far.
-      count: of a mean whose rows decide, the counts added up; else None.
+      value: the sum so far, or the largest, smallest or last value.
+      count: of a mean whose rows decide its count, the sum of the counts; else None.
       kind: "mean", "sum", "max", "min" or "last".
-      times: of a mean that counts alike in every cell, the counts added up.
+      static_count: of a mean with the same count in every local microbatch, the sum of the counts.
     """
 
     value: Any  # Any: an array, its shape, or a spec
     count: Any
     kind: str = field(metadata={"static": True})
-    times: float = field(default=0.0, metadata={"static": True})
+    static_count: float = field(default=0.0, metadata={"static": True})
 
 
-MetricAccumulators: TypeAlias = dict[str, tuple[MetricAccumulator, ...]]  # a metric is the sum of its tallies
-
-
-def accumulate_metric(metric: Metric) -> tuple[MetricAccumulator, ...]:
-    """A metric of one cell."""
-    match metric:
-        case AbstractTerms():
-            return tuple(
-                MetricAccumulator(one.total, None, "mean", float(one.count))
-                if is_static(one.count)
-                else MetricAccumulator(one.total, one.count, "mean")
-                for one in metric.terms
-            )
-        case Sum(value):
-            return (MetricAccumulator(value, None, "sum"),)
-        case Max(value):
-            return (MetricAccumulator(value, None, "max"),)
-        case Min(value):
-            return (MetricAccumulator(value, None, "min"),)
-        case Last(value):
-            return (MetricAccumulator(value, None, "last"),)
-
-
-def zero_metrics(shapes: MetricAccumulators) -> MetricAccumulators:
-    """What is there before the first cell."""
-
-    def none(one: MetricAccumulator) -> MetricAccumulator:
-        dtype = one.value.dtype
-        if one.kind not in ("max", "min"):
-            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), one)
-        limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
-        inexact = jnp.issubdtype(dtype, jnp.floating)
-        least, most = (-jnp.inf, jnp.inf) if inexact else (limits.min, limits.max)
-        return replace(one, value=jnp.full(one.value.shape, least if one.kind == "max" else most, dtype))
-
-    return _map_metrics(none, shapes)
-
-
-def add_metrics(before: MetricAccumulators, after: MetricAccumulators) -> MetricAccumulators:
-    """Two groups of cells, the first one before the second. `times` stays: the caller knows how many there are."""
-
-    def both(one: MetricAccumulator, two: MetricAccumulator) -> MetricAccumulator:
-        if one.kind == "max":
-            return replace(one, value=jnp.maximum(one.value, two.value))
-        if one.kind == "min":
-            return replace(one, value=jnp.minimum(one.value, two.value))
-        if one.kind == "last":
-            return two
-        return jax.tree.map(jnp.add, one, two)
-
-    pairs = {name: zip(before[name], after[name], strict=True) for name in before}
-    return {name: tuple(both(one, two) for one, two in pair) for name, pair in pairs.items()}
-
-
-def reduce_vmap_metrics(tallies: MetricAccumulators) -> MetricAccumulators:
-    """Added up over a first axis."""
-
-    def over(one: MetricAccumulator) -> MetricAccumulator:
-        if one.kind in ("max", "min"):
-            return replace(one, value=one.value.max(axis=0) if one.kind == "max" else one.value.min(axis=0))
-        if one.kind == "last":
-            return replace(one, value=one.value[-1])
-        return jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), one)
-
-    return _map_metrics(over, tallies)
-
-
-def scale_metric_counts(tallies: MetricAccumulators, size: int) -> MetricAccumulators:
-    """Where `size` parts were added up."""
-    return _map_metrics(lambda one: replace(one, times=one.times * size), tallies)
-
-
-def mask_last_metrics(tallies: MetricAccumulators, is_last: Any) -> MetricAccumulators:  # Any: a bool scalar
-    """Zeros where this device is not the last one, so that a sum over devices gives the last."""
-
-    def only(one: MetricAccumulator) -> MetricAccumulator:
-        return replace(one, value=jnp.where(is_last, one.value, jnp.zeros_like(one.value)))
-
-    return _map_metrics(lambda one: only(one) if one.kind == "last" else one, tallies)
-
-
-def has_last_metrics(tallies: MetricAccumulators) -> bool:
-    """Whether any of it is the last of its kind."""
-    return any(one.kind == "last" for each in tallies.values() for one in each)
-
-
-def extreme_values(tallies: MetricAccumulators) -> dict[str, dict[str, Any]]:  # Any: arrays
-    """The values that no sum adds up, by kind and name."""
-    kinds = sorted({one.kind for each in tallies.values() for one in each} - set(SUMMED_KINDS))
-    return {kind: {name: each[0].value for name, each in tallies.items() if each[0].kind == kind} for kind in kinds}
-
-
-def replace_extremes(tallies: MetricAccumulators, found: dict[str, dict[str, Any]]) -> MetricAccumulators:
-    """The tallies with these values instead."""
-    values = {name: value for one in found.values() for name, value in one.items()}
-    return {name: (replace(each[0], value=values[name]),) if name in values else each for name, each in tallies.items()}
-
-
-def final_metrics(tallies: MetricAccumulators) -> dict[str, jax.Array]:
-    """The numbers, once all is added up."""
-
-    def number(one: MetricAccumulator) -> jax.Array:
-        if one.kind != "mean":
-            return one.value
-        return divide_by_count(one.value, one.times if one.count is None else one.count)
-
-    values = {name: [number(one) for one in each] for name, each in tallies.items()}
-    return {name: sum_arrays(each) for name, each in values.items()}
-
-
-def _map_metrics(
-    function: Callable[[MetricAccumulator], MetricAccumulator], tallies: MetricAccumulators
-) -> MetricAccumulators:
-    return {name: tuple(map(function, each)) for name, each in tallies.items()}
+# By name; a metric is the sum of its terms.
+MetricAccumulators: TypeAlias = dict[str, tuple[MetricAccumulator, ...]]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Diagnostics:
-    """Flags of one step. They are outputs of their own, never donated: they can be read as late as one likes.
+    """What a step saw of numbers that are not finite. It is never donated, so it can be read at any later time.
 
     Args:
-      finite: whether the loss and the norm of the gradient are finite, after the reduction; with `loss_scale` alone,
-        which adapts to an overflow of the gradient, whether the loss is, and the scale could still become smaller.
-      losses: `[devices, microbatches]`, whether the loss of each cell is; `[1, microbatches]` on a single device.
-      squares: `[leaves]`, the sum of squares of each leaf of the gradient, before `clip` and `noise`. In one array: an
-        array for each leaf would be a microsecond of each call, each.
-      paths: of those leaves.
+      finite: whether the loss and the norm of the reduced gradient are finite. With `loss_scale` alone, which adapts to
+        an overflow of the gradient: whether the loss is finite, and the gradient is or the scale could become smaller.
+      losses: `[devices, microbatches]`, whether the loss of each local microbatch is finite; one row without a mesh.
+      squares: `[leaves]`, the sum of squares of each leaf of the gradient, before `clip` and `noise`. It is one array,
+        because each output array costs a microsecond of every call.
+      paths: those of the leaves.
     """
 
     finite: Any  # Any: a bool scalar
@@ -184,27 +73,150 @@ class Diagnostics:
         return math.sqrt(sum(map(float, np.asarray(self.squares))))
 
     def _microbatches(self) -> str:
-        rows = [
-            (number, np.asarray(shard.data))
-            for shard in sorted(self.losses.addressable_shards, key=lambda one: one.index[0].start or 0)
-            for number in [shard.index[0].start or 0]
-        ]
-        # A replicated array has the same rows on every device: each number once.
-        seen = {number + offset: row for number, block in rows for offset, row in enumerate(block)}
-        size = self.losses.shape[-1]
-        bad = {number: np.flatnonzero(~row) for number, row in seen.items() if not row.all()}
+        # Each device has its own row, or all have all of them: by number, each row once.
+        by_device: dict[int, np.ndarray] = {}
+        for shard in sorted(self.losses.addressable_shards, key=lambda shard: shard.index[0].start or 0):
+            first = shard.index[0].start or 0
+            by_device |= {first + offset: row for offset, row in enumerate(np.asarray(shard.data))}
+        num_devices, size = self.losses.shape
+        bad = {device: np.flatnonzero(~row) for device, row in by_device.items() if not row.all()}
         if not bad:
             return f"the loss of each of the {size} is finite" if size > 1 else "the loss is finite"
-        many = self.losses.shape[0] > 1
         parts = [
-            f"{', '.join(map(str, cells))}{f' on device {number}' if many else ''}" for number, cells in bad.items()
+            f"{', '.join(map(str, numbers))}{f' on device {device}' if num_devices > 1 else ''}"
+            for device, numbers in bad.items()
         ]
         return f"{'; '.join(parts)} (of {size}, counted from 0)"
 
     def _gradient(self) -> str:
         is_finite = np.isfinite(np.asarray(self.squares))
         bad = [path or "the parameter" for path, is_fine in zip(self.paths, is_finite, strict=True) if not is_fine]
-        total = len(self.paths)
         if not bad:
             return "every leaf is finite"
-        return f"not finite in {', '.join(bad)} ({len(bad)} of {total} leaves)"
+        return f"not finite in {', '.join(bad)} ({len(bad)} of {len(self.paths)} leaves)"
+
+
+def accumulate_metric(metric: Metric) -> tuple[MetricAccumulator, ...]:
+    """A metric of one local microbatch."""
+    match metric:
+        case AbstractTerms():
+            return tuple(
+                MetricAccumulator(term.total, None, "mean", float(term.count))
+                if is_static(term.count)
+                else MetricAccumulator(term.total, term.count, "mean")
+                for term in metric.terms
+            )
+        case Sum(value):
+            return (MetricAccumulator(value, None, "sum"),)
+        case Max(value):
+            return (MetricAccumulator(value, None, "max"),)
+        case Min(value):
+            return (MetricAccumulator(value, None, "min"),)
+        case Last(value):
+            return (MetricAccumulator(value, None, "last"),)
+        case _:
+            assert_never(metric)
+
+
+def zero_metrics(shapes: MetricAccumulators) -> MetricAccumulators:
+    """The accumulators before the first microbatch: zeros, and the limits of the dtype for extremes."""
+
+    def zero(one: MetricAccumulator) -> MetricAccumulator:
+        dtype = one.value.dtype
+        if one.kind not in ("max", "min"):
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+        if jnp.issubdtype(dtype, jnp.floating):
+            least, most = -jnp.inf, jnp.inf
+        else:
+            least, most = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+        return replace(one, value=jnp.full(one.value.shape, least if one.kind == "max" else most, dtype))
+
+    return _map_metrics(zero, shapes)
+
+
+def add_metrics(before: MetricAccumulators, after: MetricAccumulators) -> MetricAccumulators:
+    """The accumulators of two groups of microbatches. The caller knows how many there are, and scales static counts."""
+
+    def add(one: MetricAccumulator, two: MetricAccumulator) -> MetricAccumulator:
+        match one.kind:
+            case "max":
+                return replace(one, value=jnp.maximum(one.value, two.value))
+            case "min":
+                return replace(one, value=jnp.minimum(one.value, two.value))
+            case "last":
+                return two
+            case _:
+                return jax.tree.map(jnp.add, one, two)
+
+    return {name: tuple(map(add, before[name], after[name])) for name in before}
+
+
+def reduce_vmap_metrics(accumulators: MetricAccumulators) -> MetricAccumulators:
+    """The accumulators of many rows, stacked on a first axis, as one."""
+
+    def reduce(one: MetricAccumulator) -> MetricAccumulator:
+        match one.kind:
+            case "max":
+                return replace(one, value=one.value.max(axis=0))
+            case "min":
+                return replace(one, value=one.value.min(axis=0))
+            case "last":
+                return replace(one, value=one.value[-1])
+            case _:
+                return jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), one)
+
+    return _map_metrics(reduce, accumulators)
+
+
+def scale_metric_counts(accumulators: MetricAccumulators, size: int) -> MetricAccumulators:
+    """The static counts once `size` equal parts are added up."""
+    return _map_metrics(lambda one: replace(one, static_count=one.static_count * size), accumulators)
+
+
+def has_last_metrics(accumulators: MetricAccumulators) -> bool:
+    """Whether a metric is a `Last`."""
+    return any(one.kind == "last" for terms in accumulators.values() for one in terms)
+
+
+def mask_last_metrics(accumulators: MetricAccumulators, is_last: Any) -> MetricAccumulators:  # Any: a bool scalar
+    """Each `Last` as zero unless this device is the last one, so that a sum over devices gives the last value."""
+
+    def mask(one: MetricAccumulator) -> MetricAccumulator:
+        return replace(one, value=jnp.where(is_last, one.value, jnp.zeros_like(one.value)))
+
+    return _map_metrics(lambda one: mask(one) if one.kind == "last" else one, accumulators)
+
+
+def extreme_values(accumulators: MetricAccumulators) -> dict[str, dict[str, Any]]:  # Any: arrays
+    """The values of each `Max` and `Min`, which no sum reduces, by kind and name."""
+    kinds = sorted({one.kind for terms in accumulators.values() for one in terms} - set(SUMMED_KINDS))
+    return {
+        kind: {name: terms[0].value for name, terms in accumulators.items() if terms[0].kind == kind} for kind in kinds
+    }
+
+
+def replace_extremes(accumulators: MetricAccumulators, extremes: dict[str, dict[str, Any]]) -> MetricAccumulators:
+    """The accumulators with these values of each `Max` and `Min`."""
+    values = {name: value for by_name in extremes.values() for name, value in by_name.items()}
+    return {
+        name: (replace(terms[0], value=values[name]),) if name in values else terms
+        for name, terms in accumulators.items()
+    }
+
+
+def final_metrics(accumulators: MetricAccumulators) -> dict[str, jax.Array]:
+    """The metrics, once everything is added up."""
+
+    def value(one: MetricAccumulator) -> jax.Array:
+        if one.kind != "mean":
+            return one.value
+        return divide_by_count(one.value, one.static_count if one.count is None else one.count)
+
+    values = {name: list(map(value, terms)) for name, terms in accumulators.items()}
+    return {name: sum_arrays(each) for name, each in values.items()}
+
+
+def _map_metrics(
+    function: Callable[[MetricAccumulator], MetricAccumulator], accumulators: MetricAccumulators
+) -> MetricAccumulators:
+    return {name: tuple(map(function, terms)) for name, terms in accumulators.items()}

@@ -1,6 +1,12 @@
-"""What a step does differently when its mesh lies on several processes: arrays from parts, and agreement first."""
+"""What a step needs when its mesh spans several processes: agreement before it runs, global arrays from local rows.
 
-import zlib
+`jax.experimental.multihost_utils` does not replace the agreement, as the tests of fault 76 show (test_together.py):
+with `assert_equal` each process gets another text, without both sides, so "start that differs" and "program that
+differs is refused on both" fail; with `process_allgather` uneven rows abort a process (gloo: "data size doesn't match")
+instead of being "refused on both"; `broadcast_one_to_all` hides a difference instead of naming it. None of them has a
+timeout, or works for a mesh on some of the processes.
+"""
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -8,162 +14,151 @@ from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from stepc._compiler.validation import check_batch
 from stepc._core.nodes import Program
-from stepc._distributed.coordination import ADDRESS, key_value_store, poll
+from stepc._distributed.coordination import ADDRESS, key_value_store, poll, poll_digest
 from stepc._language.kinds import Batch, Params
-from stepc._language.state import leaves_by_path
+from stepc._language.state import describe_leaf, key_data, leaf_crc32, leaves_by_path, with_key_type
 from stepc.errors import BatchError, ConfigError
 
-MOST_LINES, SHOWN = 5000, 200  # of a program, of a line
-NOT_JOINED = "The mesh lies on {} processes, and they have not found each other."
-
-
-@dataclass(frozen=True)
-class RowSharding:
-    """How the rows of a batch lie.
-
-    Args:
-      axes: the mesh axes that they lie along.
-      place: which dimension of a leaf they are.
-      lying: of a batch's shapes, how each leaf lies.
-    """
-
-    mesh: Mesh
-    axes: tuple[str, ...]
-    place: int
-    lying: Callable[[Batch], Any]  # Any: a tree of NamedSharding
+MAX_LINES, MAX_COLUMNS = 5000, 200  # of a program, when it is compared line by line
 
 
 @cache
 def mesh_processes(mesh: Mesh | None) -> tuple[int, ...]:
-    """The processes that a mesh lies on, if there are several."""
-    found = () if mesh is None else tuple(sorted({device.process_index for device in mesh.devices.flat}))
-    return found if len(found) > 1 else ()
-
-
-def check_same(topic: str, mine: Mapping[str, str], among: tuple[int, ...]) -> None:
-    """Refuse what is not the same on all processes, on all of them, before anything is computed together.
-
-    Errors: ConfigError with both sides; PeerError if one does not come.
-    """
-    found = key_value_store()
-    if found is None:
-        raise ConfigError(NOT_JOINED.format(len(among)), suggestion="Call `sc.init_distributed()` first.")
-    if facts := found.differences(topic, mine, among=among):
-        raise ConfigError(f"The processes do not agree on the {topic}.", facts=facts)
+    """The processes that a mesh spans, if there are several."""
+    processes = () if mesh is None else tuple(sorted({device.process_index for device in mesh.devices.flat}))
+    return processes if len(processes) > 1 else ()
 
 
 def check_start(step: str, mesh: Mesh | None, params: Params, seed: Any, model_state: Any) -> None:  # Any: as in `init`
     """Let the processes of a mesh compare what a state is made of. Errors: as `check_same`."""
     if among := mesh_processes(mesh):
-        drawn = {"seed": repr(seed)} if isinstance(seed, int) else tree_digest({"seed": seed})
+        seeds = {"seed": repr(seed)} if isinstance(seed, int) else tree_digest({"seed": seed})
         trees = tree_digest({"params": params}) | tree_digest({"model_state": model_state})
-        check_same("pipeline and parameters", {"pipeline": step, **drawn, **trees}, among)
+        check_same("pipeline and parameters", {"pipeline": step, **seeds, **trees}, among)
 
 
-def check_program(program: Any, seen: set[str], state: Any, batch: Batch, mesh: Mesh | None) -> None:
-    """Let the processes of a mesh compare their programs for a form of batch, once, before it runs.
+def check_program(program: Any, compared: set[str], state: Any, batch: Batch, mesh: Mesh | None) -> None:
+    """Let the processes of a mesh compare their programs, once for each signature of a batch, before they run.
 
     Args:
-      program: jitted; what is traced here is not traced again by its call.
-      seen: the forms that were compared.
-    Why: a number that a loss or an optimizer closes over stands in no pipeline's text.
+      program: a jitted function, Any as jax types it; its call reuses the trace that is made here.
+      compared: the signatures that were compared; this one is added.
+      state: of the step; Any: it is traced, not read.
+    Why: a number that a loss or an optimizer closes over is not in the text of the pipeline.
     Errors: as `check_same`.
     """
     among = mesh_processes(mesh)
-    if not among or (form := repr(jax.tree.map(jnp.shape, batch))) in seen:
+    if not among or (signature := repr(jax.tree.map(np.shape, batch))) in compared:
         return
-    seen.add(form)
+    compared.add(signature)
     lines = ADDRESS.sub("", str(program.trace(state, batch).jaxpr)).splitlines()
-    digest = zlib.crc32("".join(lines).encode())
-    if (poll((digest >> 1,), among) != digest >> 1).any():
-        told = {f"line {number}": line.strip()[:SHOWN] for number, line in enumerate(lines[:MOST_LINES], start=1)}
-        check_same("program", told, among)
-        check_same("program", {"crc32": f"{digest:08x}"}, among)
+    digest = poll_digest("".join(lines))
+    if (poll((digest,), among) != digest).any():
+        shown = {f"line {number}": line.strip()[:MAX_COLUMNS] for number, line in enumerate(lines[:MAX_LINES], start=1)}
+        check_same("program", shown, among)
+        check_same("program", {"digest": f"{digest:08x}"}, among)  # it differs in what is not shown
 
 
-def tree_digest(tree: Any) -> dict[str, str]:  # Any: a tree of arrays
-    """Each leaf in a line, with a CRC-32 of its bytes where this process has all of them."""
-    return {path or "the leaf": _line(leaf) for path, leaf in leaves_by_path(tree)}
+def check_same(topic: str, mine: Mapping[str, str], among: tuple[int, ...]) -> None:
+    """Refuse what differs between processes, on all of them, before they compute anything together.
 
-
-def _line(leaf: Any) -> str:  # Any: an array, or a number
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return f"{leaf.dtype}{list(leaf.shape)}"
-    host = np.asarray(_bare(leaf))
-    return f"{host.dtype}{list(host.shape)} crc32 {zlib.crc32(host.tobytes()):08x}"
-
-
-def global_batch(batch: Batch, rows: RowSharding, program: Program) -> Batch:
-    """One batch of all processes, from the rows that each has; leaves that are one already stay.
-
-    Errors: BatchError if the rows of all do not divide as the pipeline asks.
+    Errors: ConfigError with both sides; PeerError if a process does not come to compare.
     """
-    total, here = _parts(rows.mesh, rows.axes)
-    shapes = jax.tree.map(lambda leaf: _shape(leaf, rows.place, total, here), batch)
-    check_batch(shapes, program)
-    return jax.tree.map(lambda leaf, shape, lying: _whole(leaf, shape, lying, rows), batch, shapes, rows.lying(shapes))
+    store = key_value_store()
+    if store is None:
+        what = f"The mesh spans {len(among)} processes, but they are not connected."
+        raise ConfigError(what, suggestion="Call `sc.init_distributed()` first.")
+    if facts := store.differences(topic, mine, among=among):
+        raise ConfigError(f"The processes do not agree on the {topic}.", facts=facts)
+
+
+def tree_digest(tree: Any) -> dict[str, str]:  # Any: a tree of arrays and numbers
+    """Each leaf by path: its dtype and shape, and the CRC-32 of its bytes if this process holds them all."""
+
+    def digest(leaf: Any) -> str:  # Any: an array, or a number
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return describe_leaf(leaf)
+        host = np.asarray(key_data(leaf) if isinstance(leaf, jax.Array) else leaf)
+        return f"{describe_leaf(host)} crc32 {leaf_crc32(host):08x}"
+
+    return {path or "the leaf": digest(leaf) for path, leaf in leaves_by_path(tree)}
+
+
+@dataclass(frozen=True)
+class RowSharding:
+    """How the rows of a batch are sharded.
+
+    Args:
+      axes: the mesh axes that they are sharded over.
+      dimension: of a leaf that counts the rows.
+      shardings: for the shapes of a batch, the sharding of each leaf.
+    """
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+    dimension: int
+    shardings: Callable[[Batch], Any]  # Any: a tree of NamedSharding
 
 
 def checked_global_batch(batch: Batch, rows: RowSharding, program: Program) -> Batch:
-    """`whole`, once all processes have shown that their rows fit together.
+    """As `global_batch`, after all processes have agreed that their rows fit together.
 
-    Errors: BatchError on all of them if the rows differ: jax would make a different array on each, without a transform.
+    Errors: BatchError on all of them if the rows differ; jax would silently make a different array on each.
     """
     among = mesh_processes(rows.mesh)
     try:
         made, fault = global_batch(batch, rows, program), None
     except BatchError as error:
         made, fault = batch, error
-    forms = {path or "the batch": f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(batch)}
-    seen = poll((zlib.crc32(repr(forms).encode()) >> 1, int(fault is not None)), among)
-    if (seen[:, 0] != seen[0, 0]).any():
-        check_batch_signatures(forms, among)
+    leaves = {path or "the batch": describe_leaf(leaf) for path, leaf in leaves_by_path(batch)}
+    polled = poll((poll_digest(repr(leaves)), int(fault is not None)), among)
+    if (polled[:, 0] != polled[0, 0]).any():
+        store = key_value_store()
+        if store is not None and (facts := store.differences("batch", leaves, among=among)):
+            raise BatchError("The batches of the processes have different signatures.", facts=facts)
     if fault is not None:
         raise fault
     return made
 
 
-def check_batch_signatures(forms: Mapping[str, str], among: tuple[int, ...]) -> None:
-    """Refuse rows that do not fit together. Errors: BatchError on all, with both sides."""
-    found = key_value_store()
-    if found is not None and (facts := found.differences("batch", forms, among=among)):
-        raise BatchError("The processes do not have rows that fit together.", facts=facts)
+def global_batch(batch: Batch, rows: RowSharding, program: Program) -> Batch:
+    """One batch from the rows that each process has. Leaves that span the processes already are kept.
+
+    Errors: BatchError if the rows of all processes together do not divide as the pipeline requires.
+    """
+    num_shards, num_local = _row_shards(rows.mesh, rows.axes)
+
+    def global_shape(leaf: Any) -> Any:  # Any: an array, or what is to be refused
+        is_local = isinstance(leaf, np.ndarray) or isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+        if not is_local or leaf.ndim <= rows.dimension:
+            return leaf
+        sizes = list(leaf.shape)
+        sizes[rows.dimension] = sizes[rows.dimension] * num_shards // num_local
+        return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
+
+    def global_leaf(leaf: Any, shape: Any, sharding: NamedSharding) -> jax.Array:  # Any: arrays, or their shapes
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf if leaf.sharding == sharding else jax.device_put(leaf, sharding)
+        data = key_data(leaf)
+        host = np.asarray(data, jax.dtypes.canonicalize_dtype(data.dtype))
+        is_sharded = len(sharding.spec) > rows.dimension and sharding.spec[rows.dimension] is not None
+        sizes = shape.shape if is_sharded else leaf.shape  # along every other dimension each process has all of it
+        sizes = (*sizes, *host.shape[leaf.ndim :])  # a typed key is several numbers
+        return with_key_type(jax.make_array_from_process_local_data(sharding, host, sizes), leaf)
+
+    shapes = jax.tree.map(global_shape, batch)
+    check_batch(shapes, program)
+    return jax.tree.map(global_leaf, batch, shapes, rows.shardings(shapes))
 
 
 @cache
-def _parts(mesh: Mesh, names: tuple[str, ...]) -> tuple[int, int]:
-    numbers = [mesh.axis_names.index(name) for name in names]
-    mine = [place for place, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()]
-    return prod(mesh.shape[name] for name in names), len({tuple(place[n] for n in numbers) for place in mine})
-
-
-def _shape(leaf: Any, axis: int, total: int, here: int) -> Any:  # Any: an array, or what is to be refused
-    is_local = isinstance(leaf, np.ndarray) or isinstance(leaf, jax.Array) and leaf.is_fully_addressable
-    if not is_local or leaf.ndim <= axis:
-        return leaf
-    sizes = list(leaf.shape)
-    sizes[axis] = sizes[axis] * total // here
-    return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
-
-
-def _whole(leaf: Any, shape: Any, lying: NamedSharding, rows: RowSharding) -> jax.Array:  # Any: arrays, or their shapes
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return leaf if leaf.sharding == lying else jax.device_put(leaf, lying)
-    bare = _bare(leaf)
-    host = np.asarray(bare, jax.dtypes.canonicalize_dtype(bare.dtype))
-    is_split = len(lying.spec) > rows.place and lying.spec[rows.place] is not None
-    sizes = shape.shape if is_split else leaf.shape
-    # A typed key is several numbers. Along every other dimension each process has the whole of it.
-    made = jax.make_array_from_process_local_data(lying, host, (*sizes, *host.shape[leaf.ndim :]))
-    return jax.random.wrap_key_data(made, impl=jax.random.key_impl(leaf)) if bare is not leaf else made
-
-
-def _bare(leaf: Any) -> Any:  # Any: an array; of a typed key, its numbers
-    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
+def _row_shards(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, int]:
+    """How many shards the rows have, and how many of them this process has."""
+    dims = [mesh.axis_names.index(axis) for axis in axes]
+    local = [at for at, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()]
+    return prod(mesh.shape[axis] for axis in axes), len({tuple(at[dim] for dim in dims) for at in local})

@@ -1,4 +1,4 @@
-"""Laws to a fixed point, with a trace of every rewriting. It knows no particular law."""
+"""A pipeline and a mesh become a normal form, with a trace of the laws that led to it. It knows no law by name."""
 
 from dataclasses import dataclass
 from math import prod
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stepc._compiler.loss import trace_loss_signature
-from stepc._compiler.schedule import LossSignature, Schedule, batch_axes, schedule, shard_schedule
+from stepc._compiler.loss import trace_loss_structure
+from stepc._compiler.schedule import LossStructure, Schedule, batch_axes, make_schedule
 from stepc._compiler.sharding import BoundRules, bind_rules
 from stepc._compiler.validation import bind
 from stepc._core.laws import LAWS, Law
@@ -27,68 +27,45 @@ from stepc._core.nodes import (
     named,
 )
 from stepc._language.kinds import Batch, Params
-from stepc._language.pipeline import Pipeline, Transform, expand_transforms
-from stepc._language.reference import complete_transforms
+from stepc._language.pipeline import Transform, expand_transforms
 from stepc._language.state import SkipCounts, State
 
 
 @dataclass(frozen=True)
 class AppliedLaw:
-    """One law at work: the program before and after it."""
+    """One application of a law: the program before and after it."""
 
     law: Law
     before: Program
     after: Program
 
 
-def apply_laws(program: Program, laws: tuple[Law, ...]) -> tuple[AppliedLaw, ...]:
-    """Apply laws until none applies; the last `after` is the normal form.
-
-    Every law either removes a node or moves a reduction or a constant outwards, so `n` nodes need at most
-    `n²` rewritings; a table that needs more contradicts itself, and that is a bug of ours.
-    """
-    has_model_state = any(isinstance(node, DifferentiateNode) and node.model_state for node in program)
-    laws = tuple(law for law in laws if law.keeps_order or not has_model_state)
-    trace: list[AppliedLaw] = []
-    while found := _first(program, laws):
-        if len(trace) > len(program) ** 2 + 64:
-            raise RuntimeError(f"the laws do not come to an end: {[one.law.name for one in trace[-8:]]}")
-        trace.append(found)
-        program = found.after
-    return tuple(trace)
-
-
-def _first(program: Program, laws: tuple[Law, ...]) -> AppliedLaw | None:
-    for law in laws:
-        for start in range(len(program) - law.width + 1):
-            stop = start + law.width
-            replacement = law.rewrite(*program[start:stop])
-            if replacement is not None:
-                return AppliedLaw(law, program, (*program[:start], *replacement, *program[stop:]))
-    return None
-
-
 @dataclass(frozen=True)
 class NormalForm:
-    """What is decided before any array is seen: the core, the laws that were applied, where rows lie.
+    """Everything that is decided before any array is seen.
 
     Args:
-      rows: the axes that a mean is taken over, the outermost first.
-      laid: where everything lies that `shard` speaks about.
+      core: the program before any law, bound to the mesh.
+      laws: the laws that were applied, in order.
+      batch_axes: the mesh axes that rows are split over by hand, the outermost first.
+      rules: the sharding rules of the pipeline, bound to the mesh.
+      sites: the transforms as written, each with the line of the user's that made it.
     """
 
     core: Program
     laws: tuple[AppliedLaw, ...]
-    rows: tuple[str, ...]
-    laid: BoundRules
+    batch_axes: tuple[str, ...]
+    rules: BoundRules
+    sites: tuple[tuple[str, str], ...]
 
     @property
-    def normal(self) -> Program:
-        """The core after all laws."""
+    def program(self) -> Program:
+        """The program after all laws."""
         return self.laws[-1].after if self.laws else self.core
 
     @property
     def optimizer(self) -> Any:  # Any: an optax GradientTransformation
+        """The optimizer of the update."""
         return next(node for node in self.core if isinstance(node, UpdateNode)).optimizer
 
     @property
@@ -98,56 +75,86 @@ class NormalForm:
 
     @property
     def skip_limit(self) -> int | None:
-        """How many skips in a row are taken; None where nothing is skipped."""
+        """How many steps in a row may be skipped; None without `skip_nonfinite`."""
         return next((node.limit for node in self.core if isinstance(node, GuardNode)), None)
 
     @property
-    def repeats(self) -> int:
+    def steps_per_call(self) -> int:
         """How many steps one dispatch makes."""
         return next((node.size for node in self.core if isinstance(node, RepeatNode)), 1)
 
     def slots(self, params: Params) -> dict[str, Any]:  # Any: by transform
-        """What the transforms keep in a fresh state."""
-        made: dict[str, Any] = {}
+        """The slots of a fresh state."""
+        slots: dict[str, Any] = {}
         for name, node in named(self.core).items():
             match node:
                 case RescaleNode():
-                    made[name] = node.initial(*node.arguments)
+                    slots[name] = node.initial(*node.arguments)
                 case FollowNode():
-                    made[name] = node.initial(params)
+                    slots[name] = node.initial(params)
                 case GuardNode():
-                    made[name] = SkipCounts(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+                    slots[name] = SkipCounts(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
                 case MapNode():
-                    pass
-        return made
+                    pass  # it draws, and keeps nothing
+        return slots
 
-    def scheduled(self, state: State, batch: Batch) -> tuple[Schedule, LossSignature]:
-        """The order of work for such a batch, and what the loss returns."""
-        signature = self.signed(state, batch)
-        return shard_schedule(schedule(self.normal, signature), self.laid), signature
+    def schedule(self, state: State, batch: Batch) -> tuple[Schedule, LossStructure]:
+        """The schedule for such a state and batch, and what the loss returns there: the loss is traced for it."""
+        structure = self._loss_structure(state, batch)
+        return make_schedule(self.program, structure, self.rules), structure
 
-    def signed(self, state: State, batch: Batch) -> LossSignature:
-        """What the loss returns for one cell of such a batch."""
-        means = [node for node in self.normal if isinstance(node, MeanNode)]
-        cells = prod(node.size for node in means if not isinstance(node.place, UnderVmap))
-        single = any(isinstance(node.place, UnderVmap) for node in means)
+    def _loss_structure(self, state: State, batch: Batch) -> LossStructure:
+        means = [node for node in self.program if isinstance(node, MeanNode)]
+        num_microbatches = prod(node.size for node in means if not isinstance(node.place, UnderVmap))
+        is_single_row = any(isinstance(node.place, UnderVmap) for node in means)
 
-        def cell(leaf: Any) -> jax.ShapeDtypeStruct:
-            rows, *rest = leaf.shape[1:] if self.repeats > 1 else leaf.shape
-            return jax.ShapeDtypeStruct((1 if single else rows // cells, *rest), leaf.dtype)
+        def microbatch(leaf: Any) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
+            num_rows, *rest = leaf.shape[1:] if self.steps_per_call > 1 else leaf.shape
+            return jax.ShapeDtypeStruct((1 if is_single_row else num_rows // num_microbatches, *rest), leaf.dtype)
 
-        shapes = jax.tree.map(shape_of, (state.params, state.rng, state.model_state))
-        params, key, model_state = shapes
-        return trace_loss_signature(self.loss, params, jax.tree.map(cell, batch), key, model_state, self.rows)
+        params, key, model_state = jax.tree.map(shape_of, (state.params, state.rng, state.model_state))
+        rows = jax.tree.map(microbatch, batch)
+        return trace_loss_structure(self.loss, params, rows, key, model_state, self.batch_axes)
 
 
-def normalize(pipeline: Transform | Pipeline, mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> NormalForm:
-    """Expand, bind to the mesh, rewrite."""
-    program, sizes = expand_transforms(complete_transforms(pipeline)), dict(mesh.shape) if mesh else {}
+def normalize(transforms: tuple[Transform, ...], mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> NormalForm:
+    """Expand the transforms of a complete pipeline, bind the program to the mesh, and apply the laws."""
+    program, sizes = expand_transforms(transforms), dict(mesh.shape) if mesh else {}
     core = bind(program, sizes)
-    trace = apply_laws(core, laws)
-    rows = batch_axes(trace[-1].after if trace else core)
-    return NormalForm(core, trace, rows, bind_rules(program, sizes, rows))
+    applied = apply_laws(core, laws)
+    axes = batch_axes(applied[-1].after if applied else core)
+    sites = tuple(
+        (repr(transform), str(transform.site))  # pyright: ignore[reportAttributeAccessIssue]
+        for transform in transforms
+    )
+    return NormalForm(core, applied, axes, bind_rules(program, sizes, axes), sites)
+
+
+def apply_laws(program: Program, laws: tuple[Law, ...]) -> tuple[AppliedLaw, ...]:
+    """Apply laws until none applies; the last `after` is the normal form.
+
+    Every law either removes a node or moves a reduction or a constant outwards, so `n` nodes need at most `n²`
+    applications; a table that needs more contradicts itself, which is a bug in the table.
+    """
+    has_model_state = any(isinstance(node, DifferentiateNode) and node.model_state for node in program)
+    laws = tuple(law for law in laws if law.keeps_order or not has_model_state)
+    applied: list[AppliedLaw] = []
+    while found := _first_that_applies(program, laws):
+        if len(applied) > len(program) ** 2 + 64:
+            raise RuntimeError(f"the laws do not come to an end: {[one.law.name for one in applied[-8:]]}")
+        applied.append(found)
+        program = found.after
+    return tuple(applied)
+
+
+def _first_that_applies(program: Program, laws: tuple[Law, ...]) -> AppliedLaw | None:
+    for law in laws:
+        for start in range(len(program) - law.width + 1):
+            stop = start + law.width
+            replacement = law.rewrite(*program[start:stop])
+            if replacement is not None:
+                return AppliedLaw(law, program, (*program[:start], *replacement, *program[stop:]))
+    return None
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:  # Any: an array, a number, or a shape

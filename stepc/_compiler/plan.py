@@ -1,12 +1,15 @@
-"""The plan: everything the compiler decided, as a value that prints. It is told, it decides nothing.
+"""What prints: the plan of a step, and the shardings of a state as a table with drawings. It decides nothing.
 
-Text only: a plan is compared with golden files, and read by people.
+Texts are compared with golden files, and read by people.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
-from typing import TypeAlias, assert_never
+from typing import assert_never
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.normalize import AppliedLaw
 from stepc._compiler.schedule import (
@@ -30,24 +33,97 @@ from stepc._compiler.schedule import (
 )
 from stepc._compiler.search import SearchResult
 from stepc._core.nodes import Program, show
+from stepc._core.sharding import axes_of, spec_text
+from stepc._text import aligned_table
 
-_LAYERED = "a layer at a time where the loss scans over layers"
+_BY_LAYER = "one layer at a time where the loss scans over layers"
+_MOST_SHARDS = 8  # of a dimension that is drawn shard by shard
+_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
 @dataclass(frozen=True)
-class PlannedLeaf:
-    """One leaf of the state, and where it lies."""
+class LeafSharding:
+    """One leaf of a state, and its sharding.
+
+    Args:
+      path: its keys joined by `/`.
+      shape: of the whole array.
+      dtype: of its elements.
+      spec: its dimensions along the axes of the mesh.
+      bytes_: of its shard on one device.
+      total_bytes: of the whole array.
+      mirrors: the parameter whose sharding it has, or why it has none's.
+      unsharded: why `zero` does not shard it, though it shards others.
+    """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
+    spec: PartitionSpec
     bytes_: int
-    sharding: str
+    total_bytes: int
+    mirrors: str = ""
+    unsharded: str = ""
+
+    @property
+    def type_text(self) -> str:
+        """The dtype and the shape."""
+        return f"{self.dtype}{list(self.shape)}"
+
+    @property
+    def text(self) -> str:
+        """The spec as it is written in source, or "replicated"."""
+        return spec_text(tuple(self.spec)) if any(self.spec) else "replicated"
+
+    @property
+    def note(self) -> str:
+        """Why the sharding is what it is."""
+        return ", ".join(filter(None, (self.mirrors, self.unsharded)))
+
+
+@dataclass(frozen=True, repr=False)
+class ShardingTable:
+    """The sharding of every leaf of a state: `str` is a table with drawings, `rich.print` adds colours."""
+
+    rows: tuple[LeafSharding, ...]
+    mesh: Mesh | None
+
+    @property
+    def bytes_(self) -> int:
+        """The bytes of the state on one device."""
+        return sum(row.bytes_ for row in self.rows)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines({}))
+
+    def __rich__(self) -> str:
+        specs = dict.fromkeys(row.spec for row in self.rows if any(row.spec))
+        return "\n".join(self._lines({spec: _COLOURS[n % len(_COLOURS)] for n, spec in enumerate(specs)}))
+
+    def _lines(self, colours: Mapping[PartitionSpec, str]) -> Iterator[str]:
+        mesh = "a single device" if self.mesh is None else _sizes(tuple(self.mesh.shape.items()))
+        yield f"state on {mesh}: {len(self.rows)} leaves, {self.bytes_:,} bytes per device"
+        width = max((len(f"{row.bytes_:,} B") for row in self.rows), default=0)
+        columns = [(row.path, row.type_text, row.text, f"{row.bytes_:,} B".rjust(width), row.note) for row in self.rows]
+        for row, line in zip(self.rows, aligned_table(columns), strict=True):
+            if colours:  # rich reads brackets as markup
+                line = line.replace("[", r"\[")
+            if colour := colours.get(row.spec):
+                line = line.replace(row.text, f"[{colour}]{row.text}[/{colour}]", 1)
+            yield f"  {line}"
+        for spec in dict.fromkeys(row.spec for row in self.rows if any(row.spec)):
+            first, *others = [row for row in self.rows if row.spec == spec]
+            yield ""
+            yield f"  {first.path}{f' and {len(others)} more' if others else ''}: {first.text}"
+            yield from (f"    {line}" for line in _drawn(first, self.mesh))
 
 
 @dataclass(frozen=True)
 class PlannedCollective:
-    """One reduction that the schedule asks for. `executions` are those of a step, or, under `repeat`, of a dispatch."""
+    """One collective that the schedule asks for. `executions` counts per step, or per dispatch under `repeat`."""
 
     kind: str
     axes: tuple[str, ...]
@@ -66,12 +142,12 @@ class Plan:
       mesh: axis sizes by name, in the order of the mesh; empty for a single device.
       core: the core program before any law.
       laws: every law that was applied, with the program before and after it.
-      schedule: the order of work.
-      rows: the mesh axes that batch rows lie along.
+      schedule: the instructions, in order.
+      rows: the mesh axes that the rows of a batch are sharded over.
       leaves: every leaf of the state; all of them are donated.
-      notes: what the layout costs beside what one would expect.
-      accumulator: for each parameter, the shape of the sum of its gradient on one device, while it is added up.
-      search: how a number was found that the pipeline left to the compiler; None if it left none.
+      notes: what the sharding costs where that may surprise.
+      accumulator: for each parameter, the shape of its gradient on one device while microbatches are summed.
+      search: how `accumulate(memory=...)` found its k; None if the pipeline states every number.
     """
 
     pipeline: str
@@ -80,7 +156,7 @@ class Plan:
     laws: tuple[AppliedLaw, ...]
     schedule: Schedule
     rows: tuple[str, ...]
-    leaves: tuple[PlannedLeaf, ...]
+    leaves: tuple[LeafSharding, ...]
     notes: tuple[str, ...] = ()
     accumulator: tuple[tuple[int, ...], ...] = ()
     search: SearchResult | None = None
@@ -92,145 +168,154 @@ class Plan:
 
     @property
     def loop_length(self) -> int:
-        """How many microbatches the loop runs over; 1 if there is no loop."""
+        """The number of microbatches that the loops scan over; 1 without a loop."""
         return max(_loop_lengths(self.schedule, 1))
 
     @property
     def collectives(self) -> tuple[PlannedCollective, ...]:
-        """Every reduction, with its place and the reason for it."""
+        """Every collective, with its place and the reason for it."""
         return tuple(_collectives(self.schedule, 1))
 
-    @property
-    def _no_collectives(self) -> str:
-        return "none of ours: XLA places its own" if self.rows else "none"
-
     def __str__(self) -> str:
-        parts = (
-            f"plan of {self.pipeline}",
-            _section("mesh", [", ".join(f"{name}={size}" for name, size in self.mesh) or "a single device"]),
-            *([] if self.search is None else [_section("search", str(self.search).splitlines())]),
-            _section("core", _table([("", show(self.core)), *((_law(one), show(one.after)) for one in self.laws)])),
-            *([_section("laws applied", _table(_why(self.laws)))] if self.laws else []),
-            _section("schedule of one step", list(_lines(self.schedule, 0))),
-            _section("collectives", _table([_row(one) for one in self.collectives]) or [self._no_collectives]),
-            _section("batch", [_rows(self.rows)]),
-            *([_section("layout", list(self.notes))] if self.notes else []),
-            _section(_state_title(self.leaves), _table([_leaf(one) for one in self.leaves])),
-        )
-        return "\n\n".join(parts)
+        sections = ("\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in self._sections())
+        return "\n\n".join(sections)
+
+    def _sections(self) -> Iterator[tuple[str, list[str]]]:
+        yield f"plan of {self.pipeline}", []
+        yield "mesh", [_sizes(self.mesh) or "none: a single device"]
+        if self.search is not None:
+            yield "search", str(self.search).splitlines()
+        programs = [(f"{one.law.name}: {one.law.formula}", show(one.after)) for one in self.laws]
+        yield "normal form", aligned_table([("as written", show(self.core)), *programs])
+        if self.laws:
+            laws = dict.fromkeys(one.law for one in self.laws)
+            yield "laws", aligned_table([(law.name, law.reason, f"holds for {law.condition}") for law in laws])
+        is_repeated = any(isinstance(one, RepeatSteps) for one in self.schedule)
+        yield f"schedule of one {'dispatch' if is_repeated else 'step'}", list(_lines(self.schedule))
+        no_collectives = "none in the schedule; XLA inserts its own" if self.rows else "none"
+        yield "collectives", aligned_table(map(_row, self.collectives)) or [no_collectives]
+        yield "batch", [f"rows sharded over {', '.join(self.rows)}" if self.rows else "replicated"]
+        if self.notes:
+            yield "sharding", list(self.notes)
+        total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)
+        size = f"{total:,} bytes" + (f" ({local:,} per device)" if local != total else "")
+        yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(map(_leaf, self.leaves))
 
 
-Row: TypeAlias = tuple[str, ...]
+def _sizes(mesh: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in mesh)
 
 
-def _section(title: str, lines: list[str]) -> str:
-    return "\n".join((title, *(f"  {line}".rstrip() for line in lines)))
-
-
-def _table(rows: list[Row]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _law(one: AppliedLaw) -> str:
-    return f"{one.law.name}: {one.law.formula}"
-
-
-def _why(laws: tuple[AppliedLaw, ...]) -> list[Row]:
-    return [(law.name, law.reason, f"holds for {law.condition}") for law in dict.fromkeys(one.law for one in laws)]
-
-
-def _row(one: PlannedCollective) -> Row:
-    times = f"{one.executions} a {one.per}, {'in the loop' if one.in_loop else 'outside any loop'}"
+def _row(one: PlannedCollective) -> tuple[str, ...]:
+    times = f"{one.executions} per {one.per}, {'in the loop' if one.in_loop else 'outside any loop'}"
     return (one.kind, f"over {', '.join(one.axes)}", times, one.reason)
 
 
-def _rows(axes: tuple[str, ...]) -> str:
-    return f"rows along {', '.join(axes)}" if axes else "whole on every device"
+def _leaf(leaf: LeafSharding) -> tuple[str, ...]:
+    why = f" ({leaf.bytes_:,} B; {leaf.unsharded})" if leaf.unsharded else ""
+    return (leaf.path, leaf.type_text, f"{leaf.text}{why}")
 
 
-def _state_title(leaves: tuple[PlannedLeaf, ...]) -> str:
-    total = sum(leaf.bytes_ for leaf in leaves)
-    return f"state: {len(leaves)} leaves, {total:,} bytes, every leaf donated"
-
-
-def _leaf(leaf: PlannedLeaf) -> Row:
-    return (leaf.path, f"{leaf.dtype}{list(leaf.shape)}", leaf.sharding)
-
-
-def _lines(schedule: Schedule, depth: int) -> Iterator[str]:
-    for one in schedule:
-        if line := _line(one):
+def _lines(schedule: Schedule, depth: int = 0, unit: str = "local microbatch") -> Iterator[str]:
+    """The schedule, indented by loop. `unit` is what one call of the loss sees."""
+    for position, one in enumerate(schedule):
+        if line := _line(one, schedule[:position], unit):
             yield "  " * depth + line
-        if isinstance(one, ScanMicrobatches | Vmap | CountFirst | RepeatSteps):
-            yield from _lines(one.body, depth + 1)
+        match one:
+            case Vmap(body):
+                yield from _lines(body, depth + 1, "row")
+            case ScanMicrobatches(body=body) | CountFirst(body) | RepeatSteps(body=body):
+                yield from _lines(body, depth + 1, unit)
+            case _:
+                pass
 
 
-def _line(one: Instruction) -> str | None:
+def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
     match one:
         case Compute(node, counts_first, rescaled, layered=layered):
             how = ", each term divided by its count" if counts_first else ""
-            how += ", times the scale" if rescaled else ""
-            how += f", parameters gathered over {layered} and their gradient scattered {_LAYERED}" if layered else ""
-            return f"{node.written}: value and gradient on one cell{how}"
+            how += ", times the loss scale" if rescaled else ""
+            how += f"; gathers parameters and scatters their gradient over {layered}, {_BY_LAYER}" if layered else ""
+            return f"{node.written}: value and gradient of one {unit}{how}"
         case Count(node):
-            return f"{node.written}: its counts on one cell, and nothing else of it"
+            return f"{node.written}: only the counts of one {unit}"
         case CountFirst():
-            return "count first: one accumulated gradient can be divided by one count only, and the terms have several"
+            return "count first: the terms have different counts, which divide them before their gradients are summed"
         case ScanMicrobatches(size, _, dtype):
-            inside = f" in {dtype}" if dtype else ""
-            return f"loop {size} times and add up{inside}: microbatch j is the rows i with i mod {size} = j"
+            return f"scan {size} microbatches and sum{_in(dtype)}: microbatch j has the rows i with i mod {size} = j"
         case Vmap():
-            return "side by side for every row, and add up"
-        case AllReduce():
-            return _reduce(one)
+            return "vmap over the rows and sum"
+        case AllReduce(axes, num_devices, reason, apart, scattered, dtype):
+            shards = [axis for axis in axes if axis != scattered]
+            what = "" if scattered is None else " of metrics and replicated leaves"
+            also = f", and of shards over {', '.join(shards)}" if scattered is not None and shards else ""
+            also += f", then {' and '.join(apart)} of metrics" if apart else ""
+            return f"all-reduce{what} over {', '.join(axes)} ({num_devices} devices){_in(dtype)}{also}: {reason}"
         case ReduceScatter(axis, num_devices, reason, dtype):
-            inside = f" in {dtype}" if dtype else ""
-            return f"reduce-scatter over {axis} ({num_devices} devices){inside}: {reason}"
+            return f"reduce-scatter over {axis} ({num_devices} devices){_in(dtype)}: {reason}"
         case AllGather(axis, num_devices, reason):
             return f"all-gather of parameters over {axis} ({num_devices} devices): {reason}"
         case AverageModelState(axes, num_devices, reason):
-            return f"all-reduce of the model_state over {', '.join(axes)} ({num_devices} devices): {reason}"
+            return f"all-reduce of the model state over {', '.join(axes)} ({num_devices} devices): {reason}"
         case Multiply(factor):
             return f"multiply by {factor}"
         case Unscale(node):
-            return f"divide by the scale of `{node.written}`"
+            return f"divide by the loss scale of `{node.written}`"
         case DivideByCount():
-            return _settle(one)
+            return _divisor(one, before)
         case Apply(node):
             return node.written
-        case Optimize():
-            return _optimize(one)
+        case Optimize(node, follows, guard, rescale, gather):
+            text = ", then ".join((node.written, *(node.written for _, node in follows)))
+            if guard is not None:
+                text += f", if the loss and the gradient are finite; otherwise the state is kept (`{guard[1].written}`)"
+            elif rescale is not None:
+                text += f", if the gradient is finite; otherwise the state is kept (`{rescale[1].written}`)"
+            return text if gather is None else f"{text}; then {_line(gather, (), unit)}"
         case RepeatSteps(node):
-            return f"{node.size} whole steps, one after another (`{node.written}`)"
+            return f"scan {node.size} steps (`{node.written}`)"
         case _:
             assert_never(one)
 
 
-def _reduce(one: AllReduce) -> str:
-    also = f", then {' and '.join(one.apart)} of metrics" if one.apart else ""
-    inside = f" in {one.dtype}" if one.dtype else ""
-    what = "" if one.scattered is None else " of metrics, whole leaves" + (" and parts" if len(one.axes) > 1 else "")
-    return f"all-reduce{what} over {', '.join(one.axes)} ({one.num_devices} devices){inside}{also}: {one.reason}"
+def _in(dtype: str | None) -> str:
+    return f" in {dtype}" if dtype else ""
 
 
-def _settle(one: DivideByCount) -> str | None:
-    if one.by == "count":
-        return "divide by the count that was added up with it"
-    number = " × ".join(
-        [*([f"{one.cells:g}"] if one.cells != 1 else []), *(["the rows of a cell"] if one.lanes else [])]
-    )
-    return f"divide by {number}" if number and one.by == "cells" else None
+def _divisor(one: DivideByCount, before: Schedule) -> str | None:
+    match one.by:
+        case "count":
+            return "divide by the count that was summed with it"
+        case "microbatches" if one.microbatches != 1 or one.vmapped:
+            microbatches, devices = _num_summed(before)
+            each = one.microbatches / (microbatches * devices)
+            factors = [f"{microbatches} microbatches"] if microbatches > 1 else []
+            factors += [f"{devices} devices"] if devices > 1 else []
+            factors += [f"{each:g} counted by each"] if each != 1 else []
+            factors += ["the rows of each"] if one.vmapped else []
+            number = " × ".join(
+                [*([f"{one.microbatches:g}"] if one.microbatches != 1 else []), *(["rows"] if one.vmapped else [])]
+            )
+            return f"divide by {number}: {' × '.join(factors)}"
+        case _:
+            return None
 
 
-def _optimize(one: Optimize) -> str:
-    follows = "".join(f", then {node.written}" for _, node in one.follows)
-    text = f"{one.node.written}{follows}"
-    if one.guard is not None:
-        text += f", if the loss and the gradient are finite; else the state stays as it is (`{one.guard[1].written}`)"
-    elif one.rescale is not None:
-        text += f", if the gradient is finite; else the state stays as it is (`{one.rescale[1].written}`)"
-    return text if one.gather is None else f"{text}; then {_line(one.gather)}"
+def _num_summed(schedule: Schedule) -> tuple[int, int]:
+    """The microbatches and the devices in a sum, since a transform last took its value."""
+    microbatches = devices = 1
+    for one in schedule:
+        match one:
+            case ScanMicrobatches(size, body):
+                inner = _num_summed(body)
+                microbatches, devices = microbatches * size * inner[0], devices * inner[1]
+            case AllReduce(num_devices=num_devices):
+                devices *= num_devices
+            case Apply():
+                microbatches = devices = 1
+            case _:
+                pass
+    return microbatches, devices
 
 
 def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
@@ -246,30 +331,59 @@ def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
 
 
 def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
+    def planned(kind: str, axes: tuple[str, ...], reason: str) -> PlannedCollective:
+        return PlannedCollective(kind, axes, times, times > 1, reason)
+
     for one in schedule:
         match one:
             case ScanMicrobatches(size, body):
-                yield from _collectives(body, prod((times, size)))
+                yield from _collectives(body, times * size)
             case RepeatSteps(node, body):
-                yield from (replace(one, per="dispatch") for one in _collectives(body, prod((times, node.size))))
+                yield from (replace(one, per="dispatch") for one in _collectives(body, times * node.size))
             case CountFirst(body) | Vmap(body):
                 yield from _collectives(body, times)
             case Compute(layered=str() as axis):
-                yield PlannedCollective("all-gather", (axis,), times, times > 1, f"parameters, {_LAYERED}")
-                yield PlannedCollective("reduce-scatter", (axis,), times, times > 1, f"their gradient, {_LAYERED}")
+                yield planned("all-gather", (axis,), f"parameters, {_BY_LAYER}")
+                yield planned("reduce-scatter", (axis,), f"their gradient, {_BY_LAYER}")
             case ReduceScatter(axis, _, reason):
-                yield PlannedCollective("reduce-scatter", (axis,), times, times > 1, reason)
-            case AllGather(axis, _, reason):
-                yield PlannedCollective("all-gather", (axis,), times, times > 1, reason)
-            case Optimize(gather=AllGather(axis, _, reason)):
-                yield PlannedCollective("all-gather", (axis,), times, times > 1, reason)
+                yield planned("reduce-scatter", (axis,), reason)
+            case AllGather(axis, _, reason) | Optimize(gather=AllGather(axis, _, reason)):
+                yield planned("all-gather", (axis,), reason)
             case AllReduce(axes, _, reason, apart):
-                yield PlannedCollective("all-reduce", axes, times, times > 1, reason)
+                yield planned("all-reduce", axes, reason)
                 for kind in apart:
-                    why = f"{kind} of metrics: not a sum of the gradient's type"
-                    yield PlannedCollective("all-reduce", axes, times, times > 1, why)
+                    yield planned("all-reduce", axes, f"{kind} of metrics: not a sum in the dtype of the gradient")
             case AverageModelState(axes, _, reason, dtypes):
                 for dtype in dtypes:
-                    yield PlannedCollective("all-reduce", axes, times, times > 1, f"{reason}, in {dtype}")
+                    yield planned("all-reduce", axes, f"{reason}, in {dtype}")
             case _:
                 pass
+
+
+def _drawn(row: LeafSharding, mesh: Mesh | None) -> Iterator[str]:
+    """The leaf cut into its shards, each with the ids of the devices that hold it."""
+    if mesh is None:
+        return
+    cut = [dim for dim, entry in enumerate(row.spec) if entry is not None]
+    shards = [prod(mesh.shape[axis] for axis in axes_of((row.spec[dim],))) for dim in cut]
+    if len(cut) > 2 or max(shards) > _MOST_SHARDS:
+        yield " × ".join(f"{number} shards of dimension {dim}" for dim, number in zip(cut, shards, strict=True))
+        return
+    devices: dict[tuple[int, ...], list[int]] = {}
+    for device, index in NamedSharding(mesh, row.spec).devices_indices_map(row.shape).items():
+        starts = zip(cut, shards, strict=True)
+        shard = tuple((index[dim].start or 0) * number // row.shape[dim] for dim, number in starts)
+        devices.setdefault(shard, []).append(device.id)
+    heights, widths = (shards[0], shards[1]) if len(cut) == 2 else (1, shards[0])
+    cells = {
+        (top, left): ",".join(map(str, sorted(devices[(top, left) if len(cut) == 2 else (left,)])))
+        for top, left in product(range(heights), range(widths))
+    }
+    width = max(map(len, cells.values())) + 2
+    bar = "─" * width
+    yield f"┌{'┬'.join([bar] * widths)}┐"
+    for top in range(heights):
+        if top:
+            yield f"├{'┼'.join([bar] * widths)}┤"
+        yield f"│{'│'.join(cells[top, left].center(width) for left in range(widths))}│"
+    yield f"└{'┴'.join([bar] * widths)}┘"

@@ -1,4 +1,13 @@
-"""The instructions of a schedule: what a step does, in the order in which it does it. Values only, no decisions."""
+"""The schedule of one step: what is computed, in which order, and where each reduction sits. `lowering` obeys it.
+
+The rule that places every reduction: a gradient carries its pending reductions. A mean over mesh axes adds a pending
+reduction over them; linear nodes pass it on, through loops as well; the first node that is not linear needs the
+value, so the reduction takes place there. A reduction is inside a loop only where the order of the transforms
+demands it.
+
+Sharding does not change the rule. It rewrites the finished schedule: an all-reduce becomes a reduce-scatter, and
+parameters are gathered where they are used. The sum is the same; who holds which shard of it is not.
+"""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,37 +34,38 @@ from stepc._core.nodes import (
 
 
 @dataclass(frozen=True)
-class LossSignature:
-    """What a loss returns, as far as the order of work depends on it.
+class LossStructure:
+    """What a loss returns, as far as the schedule depends on it.
 
     Args:
-      counts: for each term of its value, the number it counts in every cell, or None where the rows decide.
-      apart: "max", "min" and "whole numbers", where a metric is one: they do not ride in the sum of the gradient.
-      has_last: whether a metric is the last of its kind.
-      model_state_dtypes: of the leaves of the model state.
+      counts: for each term of its value, the count of one local microbatch; None where the rows decide it.
+      separate_metrics: "max", "min" and "whole numbers", where a metric is one: they are not summed with the gradient.
+      has_last: whether a metric is a `Last`.
+      model_state_dtypes: the dtypes of the leaves of the model state.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
-    apart: tuple[str, ...] = ()
+    separate_metrics: tuple[str, ...] = ()
     has_last: bool = False
     model_state_dtypes: tuple[str, ...] = ()
 
     @property
     def counts_first(self) -> bool:
-        """Whether one accumulated gradient cannot be divided after the sum, since its terms have different counts."""
+        """Whether the terms have different counts: one accumulated gradient cannot be divided by several."""
         return len(self.counts) > 1
 
 
 @dataclass(frozen=True)
 class Compute:
-    """The loss and its gradient on the rows at hand.
+    """Compute the loss and its gradient on one local microbatch.
 
     Args:
-      counts_first: whether each term is divided by its own count before the gradient is taken.
-      rescaled: whether the loss is multiplied by a scale before that.
-      count: what the loss counts on every cell; 1 unless it is a `Mean` with a number for its count.
-      layered: the axis along which parameters lie in parts, if the loss makes them whole as it uses them.
-      dtype: in which their gradient is added up over devices then; None for their own, or float32.
+      counts_first: whether each term is divided by its own total count before the gradient is taken.
+      rescaled: whether the loss is multiplied by a scale before the gradient is taken.
+      count: what one call of the loss counts; 1 unless the loss is a `Mean` with a static count.
+      layered: the mesh axis that parameters are sharded over, if the loss gathers them one layer at a time.
+      dtype: in which their gradient is then reduced; None for its own, or float32 if that is wider.
+      written: the transforms that ask the loss to gather, as written.
     """
 
     node: DifferentiateNode
@@ -64,25 +74,26 @@ class Compute:
     count: float = 1.0
     layered: str | None = None
     dtype: str | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
 class Count:
-    """The counts of the terms of the loss on the rows at hand; nothing else of it."""
+    """Compute the counts of the terms of the loss on one local microbatch, and nothing else of the loss."""
 
     node: DifferentiateNode
 
 
 @dataclass(frozen=True)
 class CountFirst:
-    """A pass that adds up the counts, before the one that needs them."""
+    """Add up the counts in a pass of their own, before the pass that divides by them."""
 
     body: "Schedule"
 
 
 @dataclass(frozen=True)
 class ScanMicrobatches:
-    """The body once per microbatch, its results added up in `dtype`: one `lax.scan`."""
+    """Run the body once per microbatch and add up the gradients in `dtype`: one `lax.scan`."""
 
     size: int
     body: "Schedule"
@@ -91,58 +102,64 @@ class ScanMicrobatches:
 
 @dataclass(frozen=True)
 class Vmap:
-    """The body on every row side by side, its results added up: `vmap`."""
+    """Run the body on every row, side by side, and add up the results."""
 
     body: "Schedule"
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """Pay the debt: add up over the devices along `axes`. Metrics `apart` are reductions of their own.
+    """Reduce the gradient and its metrics over `axes`, in one collective but for the separate metrics.
 
     Args:
-      scattered: an axis over which the gradient is added up already, but for leaves that do not lie in parts.
-      dtype: in which the gradient is added up; None for its own.
+      separate_metrics: the kinds of metrics that take a collective each.
+      scattered: the axis over which a `ReduceScatter` has summed the sharded leaves of the gradient already.
+      dtype: in which the gradient is reduced; None for its own.
+      written: the transforms that ask for it, as written; so in the collectives below.
     """
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
-    apart: tuple[str, ...] = ()
+    separate_metrics: tuple[str, ...] = ()
     scattered: str | None = None
     dtype: str | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
 class ReduceScatter:
-    """Pay the debt along one axis in parts: each device adds up its own part of the gradient, of metrics nothing.
+    """Reduce the sharded leaves of the gradient over one axis: each device receives its own shard of the sum.
 
-    Leaves that do not lie in parts are left to the `Reduce` that comes after it.
+    Replicated leaves and metrics are left to the `AllReduce` after it.
     """
 
     axis: str
     num_devices: int
     reason: str
     dtype: str | None = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
 class AllGather:
-    """Make parameters whole that lie in parts along an axis."""
+    """Gather the parameters that are sharded over an axis."""
 
     axis: str
     num_devices: int
     reason: str
+    written: str = ""
 
 
 @dataclass(frozen=True)
 class AverageModelState:
-    """The mean of the model's own state over the devices along `axes`, as soon as it is there: one for each type."""
+    """Average the model state over `axes` as soon as it is there: one collective per dtype."""
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
     dtypes: tuple[str, ...]
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,43 +178,43 @@ class Unscale:
 
 @dataclass(frozen=True)
 class DivideByCount:
-    """The gradient becomes a value: divided once by what was added up, in the dtypes of the parameters.
+    """Divide the sum, once: the gradient becomes a value in the dtypes of the parameters.
 
     Args:
-      by: "cells", how often the loss was called, times what it counts each time; "count", a count that was added up
-        with it; or "nothing", if each term was divided before its gradient was taken.
-      cells: how often the loss was called, times what it counts.
-      lanes: whether each row was a cell, so that the number is that of the rows besides.
+      by: "microbatches", the number of calls of the loss times what each counts; "count", a count that was added up
+        with the gradient; or "nothing", if each term was divided before its gradient was taken.
+      microbatches: the number of calls times what each counts.
+      vmapped: whether each row was a call of its own, so that the number of rows is a factor besides.
     """
 
-    by: str = "cells"
-    cells: float = 1.0
-    lanes: bool = False
+    by: str = "microbatches"
+    microbatches: float = 1.0
+    vmapped: bool = False
 
 
 @dataclass(frozen=True)
 class Apply:
-    """A function of the gradient that needs its value.
+    """Apply a function that needs the value of the gradient.
 
     Args:
-      name: from which its draws come, if it draws.
-      summed: the mesh axes that are added up already; the cell that it draws for spans them.
+      name: what its key is folded from, if it draws.
+      reduced_axes: the mesh axes that the gradient is reduced over already; one draw spans them.
     """
 
     node: MapNode
     name: str | None = None
-    summed: tuple[str, ...] = ()
+    reduced_axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Optimize:
-    """The optimizer, and all that happens with a step or not at all.
+    """Run the optimizer, and everything that happens with a step or not at all.
 
     Args:
-      follows: slots that follow the parameters, by name.
-      guard: who skips a step that is not finite, by name.
-      rescale: who adapts the scale of the loss, by name.
-      gather: what makes the new parameters whole again, if each device makes a part of them only.
+      follows: the slots that follow the parameters, by name.
+      guard: the node that skips a step that is not finite, by name.
+      rescale: the node that adapts the scale of the loss, by name.
+      gather: gathers the new parameters, if each device computes a shard of them only.
     """
 
     node: UpdateNode
@@ -209,151 +226,155 @@ class Optimize:
 
 @dataclass(frozen=True)
 class RepeatSteps:
-    """Whole steps, one after another in one dispatch: a `lax.scan` over the first axis of the batch."""
+    """Run complete steps one after another in one dispatch: a `lax.scan` over the first axis of the batch."""
 
     node: RepeatNode
     body: "Schedule"
 
 
 Instruction: TypeAlias = (
-    Compute | Count | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce | AverageModelState | Multiply | Unscale
-    | DivideByCount | Apply | Optimize | RepeatSteps
+    Compute | Count | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce | AverageModelState
+    | Multiply | Unscale | DivideByCount | Apply | Optimize | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 
 
-def all_instructions(body: Schedule) -> Schedule:
-    """Every instruction, those inside others too."""
-    inner = (
-        all_instructions(one.body)
-        for one in body
-        if isinstance(one, ScanMicrobatches | Vmap | CountFirst | RepeatSteps)
-    )
-    return (*body, *(one for part in inner for one in part))
+def make_schedule(program: Program, structure: LossStructure, rules: BoundRules) -> Schedule:
+    """The schedule of a program in normal form, sharded as the rules say."""
+    match program:
+        case (RepeatNode() as node, *rest):
+            return (RepeatSteps(node, make_schedule(tuple(rest), structure, rules)),)
+        case _:
+            return _shard(_replicated_schedule(program, structure), rules)
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A schedule so far, and what its result still owes.
+class _PendingSum:
+    """A schedule so far, whose result is a sum, and what is pending before the sum is a value.
 
-    `summed` are the axes added up or owed so far; `counts` are those of the loss until they are divided by.
+    Args:
+      structure: what the loss returns.
+      schedule: the instructions so far.
+      axes: the mesh axes of the pending reduction.
+      written: the transforms that it comes from, as written.
+      num_devices: the number of devices along them.
+      microbatches: the number of local microbatches in the sum, without `vmap`.
+      vmapped: whether each row is one of its own.
+      factor: the pending multiplication.
+      rescale: the node whose scale is to be divided by.
+      counts: what the sum is to be divided by: the counts of the loss, or 1 once there is a value.
+      reduced_axes: the mesh axes that the sum is reduced over, or will be.
     """
 
-    signature: LossSignature
+    structure: LossStructure
     schedule: Schedule = ()
     axes: tuple[str, ...] = ()
+    written: str = ""
     num_devices: int = 1
-    parts: int = 1
-    lanes: bool = False
+    microbatches: int = 1
+    vmapped: bool = False
     factor: float = 1.0
-    rescaled: RescaleNode | None = None
-    summed: tuple[str, ...] = ()
+    rescale: RescaleNode | None = None
     counts: tuple[float | None, ...] = (1.0,)
+    reduced_axes: tuple[str, ...] = ()
 
-    def then(self, instruction: Instruction) -> "_Pending":
+    def then(self, instruction: Instruction) -> "_PendingSum":
         return replace(self, schedule=(*self.schedule, instruction))
 
-    def paid(self, reason: str) -> "_Pending":
-        """Nothing owed: first the sum, then, once, the division."""
-        first: list[Instruction] = []
-        pay: list[Instruction] = []
+    def as_value(self, reason: str) -> "_PendingSum":
+        """The pending reduction takes place, then, once, the division. Nothing is pending after it."""
+        before: list[Instruction] = []
+        after: list[Instruction] = []
         if self.axes:
-            pay.append(AllReduce(self.axes, self.num_devices, reason, self.signature.apart))
+            separate = self.structure.separate_metrics
+            after.append(AllReduce(self.axes, self.num_devices, reason, separate, written=self.written))
         if len(self.counts) > 1:
             why = "its terms have counts of their own"
-            owed = (AllReduce(self.axes, self.num_devices, why),) if self.axes else ()
-            first.append(CountFirst((*_counting(self.schedule), *owed)))
+            reduction = AllReduce(self.axes, self.num_devices, why, written=self.written)
+            before.append(CountFirst((*_counting(self.schedule), *((reduction,) if self.axes else ()))))
         if self.factor != 1.0:
-            pay.append(Multiply(self.factor))
-        if self.rescaled is not None:
-            pay.append(Unscale(self.rescaled))
+            after.append(Multiply(self.factor))
+        if self.rescale is not None:
+            after.append(Unscale(self.rescale))
         match self.counts:
             case (None,):
-                pay.append(DivideByCount("count"))
+                after.append(DivideByCount("count"))
             case (count,):
-                pay.append(DivideByCount("cells", self.parts * (count or 0.0), self.lanes))
+                after.append(DivideByCount("microbatches", self.microbatches * (count or 0.0), self.vmapped))
             case _:
-                pay.append(DivideByCount("nothing"))
-        return _Pending(self.signature, (*first, *self.schedule, *pay), summed=self.summed)
+                after.append(DivideByCount("nothing"))
+        schedule = (*before, *self.schedule, *after)
+        return _PendingSum(self.structure, schedule, reduced_axes=self.reduced_axes)
 
 
-def schedule(program: Program, signature: LossSignature) -> Schedule:
-    """The work of a bound program, in the order in which it is done."""
-    match program:
-        case (RepeatNode() as node, *rest):
-            return (RepeatSteps(node, schedule(tuple(rest), signature)),)
-        case _:
-            pass
+def _replicated_schedule(program: Program, structure: LossStructure) -> Schedule:
     names = {id(node): name for name, node in named(program).items()}
-    owing = _Pending(signature, counts=signature.counts)
-    for place in reversed(range(len(program))):
-        owing = _next(owing, program[place], program[:place], names)
-        if isinstance(program[place], UpdateNode):
-            return owing.schedule  # what stands on its left is part of what it does
+    pending = _PendingSum(structure, counts=structure.counts)
+    for position in reversed(range(len(program))):
+        pending = _add_node(pending, program[position], program[:position], names)
+        if isinstance(program[position], UpdateNode):
+            return pending.schedule  # the nodes on the left of the update are fields of its instruction
     raise ValueError("a program without an update makes no step")
 
 
-def _next(owing: _Pending, node: Node, outer: Program, names: dict[int, str]) -> _Pending:
+def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int, str]) -> _PendingSum:
     match node:
         case DifferentiateNode():
             rescaled = any(isinstance(one, RescaleNode) for one in outer)
-            count = owing.counts[0] if len(owing.counts) == 1 else None
-            return owing.then(Compute(node, owing.signature.counts_first, rescaled, count or 1.0))
-        case MeanNode(place):
-            return _averaged(owing, node, place)
+            count = pending.counts[0] if len(pending.counts) == 1 else None
+            return pending.then(Compute(node, pending.structure.counts_first, rescaled, count or 1.0))
+        case MeanNode():
+            return _add_mean(pending, node)
         case ScaleNode(factor):
-            return replace(owing, factor=owing.factor * factor)
+            return replace(pending, factor=pending.factor * factor)
         case RescaleNode():
-            return replace(owing, rescaled=node)
+            return replace(pending, rescale=node)
         case MapNode():
             name = names[id(node)] if node.draws else None
-            return owing.paid(_reason(node, outer)).then(Apply(node, name, owing.summed))
+            return pending.as_value(_why_reduced(node, outer)).then(Apply(node, name, pending.reduced_axes))
         case UpdateNode():
-            owing = owing.paid(f"`{node.written}` needs the whole sum")
-            return owing.then(_optimized(node, owing.schedule, outer, names))
+            value = pending.as_value(f"`{node.written}` needs the whole sum")
+            return value.then(_optimize(node, value.schedule, outer, names))
         case FollowNode() | GuardNode() | RepeatNode():
             raise ValueError(f"`{node}` stands on the left of the update")
         case _:
             assert_never(node)
 
 
-def _averaged(owing: _Pending, node: MeanNode, place: InScan | OverMesh | UnderVmap) -> _Pending:
-    match place:
+def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
+    match node.place:
         case InScan(size):
-            loop = ScanMicrobatches(size, owing.schedule, node.dtype)
-            return replace(owing, schedule=(loop,), parts=owing.parts * size)
+            scan = ScanMicrobatches(size, pending.schedule, node.dtype)
+            return replace(pending, schedule=(scan,), microbatches=pending.microbatches * size)
         case UnderVmap():
-            return replace(owing, schedule=(Vmap(owing.schedule),), lanes=True)
+            return replace(pending, schedule=(Vmap(pending.schedule),), vmapped=True)
         case OverMesh(axes):
-            num_devices, parts = owing.num_devices * node.size, owing.parts * node.size
-            if _has_model_state(owing.schedule):
+            if any(isinstance(one, Compute) and one.node.model_state for one in all_instructions(pending.schedule)):
                 reason = f"`{node.written}` averages the model's own state"
-                owing = owing.then(AverageModelState(axes, node.size, reason, owing.signature.model_state_dtypes))
-            summed = (*axes, *owing.summed)
-            return replace(owing, axes=(*axes, *owing.axes), num_devices=num_devices, parts=parts, summed=summed)
+                dtypes = pending.structure.model_state_dtypes
+                pending = pending.then(AverageModelState(axes, node.size, reason, dtypes, node.written))
+            return replace(
+                pending,
+                axes=(*axes, *pending.axes),
+                written=" @ ".join(filter(None, (node.written, pending.written))),
+                num_devices=pending.num_devices * node.size,
+                microbatches=pending.microbatches * node.size,
+                reduced_axes=(*axes, *pending.reduced_axes),
+            )
         case _:
-            assert_never(place)
+            assert_never(node.place)
 
 
-def _optimized(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:
-    follows = tuple((names[id(one)], one) for one in reversed(outer) if isinstance(one, FollowNode))
-    guard = next(((names[id(one)], one) for one in outer if isinstance(one, GuardNode)), None)
-    rescale = next(
-        ((names[id(one.node)], one.node) for one in all_instructions(inner) if isinstance(one, Unscale)), None
-    )
-    return Optimize(node, follows, guard, rescale)
-
-
-def _reason(node: MapNode, outer: Program) -> str:
+def _why_reduced(node: MapNode, outer: Program) -> str:
     reason = f"`{node.written}` is not linear: it needs the whole sum"
-    loops = [one.written for one in outer if isinstance(one, MeanNode) and isinstance(one.place, InScan)]
-    if not loops:
+    scans = [one.written for one in outer if isinstance(one, MeanNode) and isinstance(one.place, InScan)]
+    if not scans:
         return reason
-    return f"{reason}, and it stands inside `{'`, `'.join(loops)}`: once a microbatch"
+    return f"{reason}, and it stands inside `{'`, `'.join(scans)}`: once a microbatch"
 
 
 def _counting(body: Schedule) -> Schedule:
-    """The same work on the same rows, for nothing but the counts."""
+    """The same loops over the same rows, for the counts alone."""
     counted: list[Instruction] = []
     for one in body:
         match one:
@@ -368,169 +389,171 @@ def _counting(body: Schedule) -> Schedule:
     return tuple(counted)
 
 
-def _has_model_state(body: Schedule) -> bool:
-    return any(isinstance(one, Compute) and one.node.model_state for one in all_instructions(body))
+def _optimize(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:
+    follows = tuple((names[id(one)], one) for one in reversed(outer) if isinstance(one, FollowNode))
+    guard = next(((names[id(one)], one) for one in outer if isinstance(one, GuardNode)), None)
+    unscaled = (one.node for one in all_instructions(inner) if isinstance(one, Unscale))
+    rescale = next(((names[id(one)], one) for one in unscaled), None)
+    return Optimize(node, follows, guard, rescale)
 
 
-def has_reduction(body: Schedule) -> bool:
-    """Whether anything in it is added up over devices."""
-    return any(isinstance(one, AllReduce | AverageModelState) for one in all_instructions(body))
+def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
+    """The same schedule with gradient, optimizer state and parameters sharded as the rules say."""
+    layout = rules.layout
+    schedule = tuple(_reduce_in(one, layout.reduce_dtype) for one in schedule)
+    if rules.axis is None or not layout.zero:
+        return schedule
+    reductions = (one for one in all_instructions(schedule) if isinstance(one, AllReduce) and rules.axis in one.axes)
+    gather = AllGather(rules.axis, rules.num_parts, "the loss needs gathered parameters", next(reductions).written)
+    schedule = _reduce_scattered(schedule, rules, rules.axis)
+    if layout.zero < 3:
+        gather = replace(gather, reason="each device updates its own shard of the parameters")
+        return tuple(replace(one, gather=gather) if isinstance(one, Optimize) else one for one in schedule)
+    if layout.gather == "step":
+        return (replace(gather, reason=f"{gather.reason}: once a step"), *schedule)
+    if layout.gather == "layer" and _is_linear(schedule):
+        return _gather_by_layer(schedule, gather, layout.reduce_dtype)
+    return _gather_by_microbatch(schedule, gather)
+
+
+def _reduce_in(one: Instruction, dtype: str | None) -> Instruction:
+    match one:
+        case AllReduce():
+            return replace(one, dtype=dtype)
+        case ScanMicrobatches():
+            return replace(one, body=tuple(_reduce_in(inner, dtype) for inner in one.body))
+        case _:
+            return one
+
+
+def _reduce_scattered(schedule: Schedule, rules: BoundRules, axis: str) -> Schedule:
+    """The last all-reduce as a reduce-scatter over `axis`, unless the gradient is reduced inside a loop."""
+    position = max((index for index, one in enumerate(schedule) if isinstance(one, AllReduce)), default=-1)
+    reduction = schedule[position] if position >= 0 else None
+    if not isinstance(reduction, AllReduce) or axis not in reduction.axes:
+        return schedule
+    scatter = ReduceScatter(axis, rules.num_parts, reduction.reason, reduction.dtype, reduction.written)
+    before, after = schedule[:position], (replace(reduction, scattered=axis), *schedule[position + 1 :])
+    if rules.layout.zero == 2 or rules.layout.gather != "step":
+        return (*_scatter_in_loop(before, scatter), *after)
+    return (*before, scatter, *after)
+
+
+def _scatter_in_loop(schedule: Schedule, scatter: ReduceScatter) -> Schedule:
+    """Reduce-scatter in the innermost scan after which no transform needs the whole gradient, or else at the end."""
+    for index, one in enumerate(schedule):
+        if isinstance(one, ScanMicrobatches) and not any(isinstance(later, Apply) for later in schedule[index:]):
+            scatter = replace(scatter, reason="the accumulator is sharded: once a microbatch")
+            return (*schedule[:index], replace(one, body=_scatter_in_loop(one.body, scatter)), *schedule[index + 1 :])
+    return (*schedule, scatter)
+
+
+def _is_linear(schedule: Schedule) -> bool:
+    """Whether nothing but sums stands between each gradient and its reduce-scatter."""
+    position = next((index for index, one in enumerate(schedule) if isinstance(one, AllReduce)), 0)
+    return gradient_is_sharded(schedule) and not any(
+        isinstance(one, Apply | Vmap) for one in all_instructions(schedule[:position])
+    )
+
+
+def _gather_by_layer(schedule: Schedule, gather: AllGather, dtype: str | None) -> Schedule:
+    """The loss itself gathers its parameters and scatters their gradient; a pass that counts gathers all of them."""
+    instructions: list[Instruction] = []
+    for one in schedule:
+        match one:
+            case ReduceScatter():
+                continue
+            case Compute():
+                instructions.append(replace(one, layered=gather.axis, dtype=dtype, written=gather.written))
+            case ScanMicrobatches(_, body):
+                instructions.append(replace(one, body=_gather_by_layer(body, gather, dtype)))
+            case CountFirst(body):
+                instructions.append(replace(one, body=_gather_by_microbatch(body, gather)))
+            case _:
+                instructions.append(one)
+    return tuple(instructions)
+
+
+def _gather_by_microbatch(schedule: Schedule, gather: AllGather) -> Schedule:
+    """Gather at the beginning of the innermost scan, or of the schedule if there is none; a pass that counts, too."""
+    has_scan = any(isinstance(one, ScanMicrobatches) for one in schedule)
+    inner = tuple(
+        replace(one, body=_gather_by_microbatch(one.body, gather))
+        if isinstance(one, ScanMicrobatches | CountFirst)
+        else one
+        for one in schedule
+    )
+    return inner if has_scan else (gather, *inner)
+
+
+def all_instructions(schedule: Schedule) -> Schedule:
+    """Every instruction, those inside others after those beside them."""
+    outer = [one for one in schedule if isinstance(one, ScanMicrobatches | Vmap | CountFirst | RepeatSteps)]
+    return (*schedule, *(inner for one in outer for inner in all_instructions(one.body)))
 
 
 def batch_axes(program: Program) -> tuple[str, ...]:
-    """The mesh axes that rows lie along, the outermost first."""
+    """The mesh axes that rows are split over, the outermost first."""
     places = [node.place for node in program if isinstance(node, MeanNode)]
     return tuple(axis for place in places if isinstance(place, OverMesh) for axis in place.axes)
 
 
-def draws(body: Schedule) -> bool:
-    """Whether anything in it is drawn, and so depends on where a row stands in the batch."""
+def draws(schedule: Schedule) -> bool:
+    """Whether anything draws random numbers, and so depends on the position of a row in the batch."""
     return any(
         (isinstance(one, Apply) and one.name is not None) or (isinstance(one, Compute) and one.node.rng is not None)
-        for one in all_instructions(body)
+        for one in all_instructions(schedule)
     )
 
 
-def shard_schedule(schedule: Schedule, laid: BoundRules) -> Schedule:
-    """The same work with the gradient, the optimizer and the parameters in parts, as the layout says."""
-    match schedule:
-        case (RepeatSteps(node, body),):
-            return (RepeatSteps(node, shard_schedule(body, laid)),)
-        case _:
-            pass
-    schedule = tuple(_in_dtype(one, laid.layout.reduce_dtype) for one in schedule)
-    if laid.axis is None or not laid.layout.zero:
-        return schedule
-    schedule = _scattered(schedule, laid, laid.axis)
-    if laid.layout.zero < 3:
-        gather = AllGather(laid.axis, laid.num_parts, "each device makes its own part of the new parameters")
-        return tuple(replace(one, gather=gather) if isinstance(one, Optimize) else one for one in schedule)
-    if laid.layout.gather == "step":
-        return (AllGather(laid.axis, laid.num_parts, "the loss needs whole parameters: once a step"), *schedule)
-    gather = AllGather(laid.axis, laid.num_parts, "the loss needs whole parameters")
-    if laid.layout.gather == "layer" and _is_linear(schedule):
-        return _layered(schedule, laid.axis, gather, laid.layout.reduce_dtype)
-    return _before_every_cell(schedule, gather)
+def reduces(instruction: Instruction) -> bool:
+    """Whether it holds a reduction over the mesh."""
+    return any(isinstance(one, AllReduce | AverageModelState) for one in all_instructions((instruction,)))
 
 
 def gradient_is_sharded(schedule: Schedule) -> bool:
-    """Whether the gradient that leaves the devices lies in parts."""
+    """Whether the gradient leaves the manual region sharded."""
     return any(
         isinstance(one, ReduceScatter) or (isinstance(one, Compute) and one.layered)
         for one in all_instructions(schedule)
     )
 
 
-def replicated_because(schedule: Schedule, laid: BoundRules) -> str | None:
-    """Why the gradient is whole on every device although the optimizer's state lies in parts; None if it is not."""
-    if not laid.layout.zero or gradient_is_sharded(schedule):
-        return None
-    return next(
-        one.reason for one in all_instructions(schedule) if isinstance(one, AllReduce) and laid.axis in one.axes
-    )
-
-
 def accumulator_is_sharded(schedule: Schedule) -> bool:
-    """Whether what a loop adds up lies in parts."""
+    """Whether a scan adds up shards of the gradient."""
     return any(
         isinstance(one, ScanMicrobatches) and gradient_is_sharded(one.body) for one in all_instructions(schedule)
     )
 
 
-def sharding_notes(schedule: Schedule, laid: BoundRules, gradient_bytes: int) -> tuple[str, ...]:
-    """What the layout costs, where that is not what one would expect.
+def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -> tuple[str, ...]:
+    """What the sharding costs, where that is not what one would expect.
 
     Args:
-      gradient_bytes: of the whole gradient, as far as a device of the automatic axes has it.
+      gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
     """
-    loops = prod(one.size for one in all_instructions(schedule) if isinstance(one, ScanMicrobatches))
-    size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // laid.num_parts:,} B"
-    if laid.layout.automatic:
-        times = "once a step" if loops == 1 else f"once a microbatch, {loops} times a step"
+    layout, instructions = rules.layout, all_instructions(schedule)
+    num_turns = prod(one.size for one in instructions if isinstance(one, ScanMicrobatches))
+    size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // rules.num_parts:,} B"
+    if layout.automatic:
+        times = "once a step" if num_turns == 1 else f"once a microbatch, {num_turns} times a step"
         return (
-            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(laid.rows)} at least {times}",
+            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}",
         )
-    found: list[str] = []
-    if (why := replicated_because(schedule, laid)) is not None:
-        found.append(f"the accumulator is whole on every device: {why}")
-    elif loops > 1 and (laid.layout.zero == 2 or laid.layout.gather != "step"):
-        found.append(
-            f"the accumulator takes {part} instead of {size}, for {loops} reduce-scatters of {size} instead of 1"
+    notes: list[str] = []
+    if layout.zero and not gradient_is_sharded(schedule):
+        why = next(one.reason for one in instructions if isinstance(one, AllReduce) and rules.axis in one.axes)
+        notes.append(f"the accumulator is replicated: {why}")
+    elif num_turns > 1 and (layout.zero == 2 or layout.gather != "step"):
+        notes.append(
+            f"the accumulator takes {part} instead of {size}, for {num_turns} reduce-scatters of {size} instead of 1"
         )
-    if laid.layout.gather != "step" and laid.axis is not None:
-        often = f"for {loops} all-gathers instead of 1"
-        if any(isinstance(one, Compute) and one.layered for one in all_instructions(schedule)):
-            found.append(f"parameters are whole a layer at a time where the loss scans over layers, {often} and back")
+    if layout.gather != "step" and rules.axis is not None:
+        often = f"for {num_turns} all-gathers instead of 1"
+        if any(isinstance(one, Compute) and one.layered for one in instructions):
+            notes.append(
+                f"parameters are gathered one layer at a time where the loss scans over layers, {often} and back"
+            )
         else:
-            found.append(f"whole parameters are kept for a microbatch, not for the step, {often}")
-    return tuple(found)
-
-
-def _in_dtype(one: Instruction, dtype: str | None) -> Instruction:
-    match one:
-        case AllReduce():
-            return replace(one, dtype=dtype)
-        case ScanMicrobatches():
-            return replace(one, body=tuple(_in_dtype(inner, dtype) for inner in one.body))
-        case _:
-            return one
-
-
-def _scattered(schedule: Schedule, laid: BoundRules, axis: str) -> Schedule:
-    """The reduction over `axis` in parts, if nothing on the devices needs its whole result."""
-    place = max((n for n, one in enumerate(schedule) if isinstance(one, AllReduce)), default=-1)
-    reduce = schedule[place] if place >= 0 else None
-    if not isinstance(reduce, AllReduce) or axis not in reduce.axes:
-        return schedule
-    scatter = ReduceScatter(axis, laid.num_parts, reduce.reason, reduce.dtype)
-    before, after = schedule[:place], (replace(reduce, scattered=axis), *schedule[place + 1 :])
-    if laid.layout.zero == 2 or laid.layout.gather != "step":
-        return (*_early(before, scatter), *after)
-    return (*before, scatter, *after)
-
-
-def _early(schedule: Schedule, scatter: ReduceScatter) -> Schedule:
-    """In the innermost loop after which no transform needs the whole gradient; where there is none, at the end."""
-    for place, one in enumerate(schedule):
-        if isinstance(one, ScanMicrobatches) and not any(isinstance(later, Apply) for later in schedule[place:]):
-            scatter = replace(scatter, reason="the accumulator lies in parts: once a microbatch")
-            return (*schedule[:place], replace(one, body=_early(one.body, scatter)), *schedule[place + 1 :])
-    return (*schedule, scatter)
-
-
-def _is_linear(schedule: Schedule) -> bool:
-    """Whether each cell's gradient is only added up until it is scattered."""
-    place = next((n for n, one in enumerate(schedule) if isinstance(one, AllReduce)), 0)
-    return gradient_is_sharded(schedule) and not any(
-        isinstance(one, Apply | Vmap) for one in all_instructions(schedule[:place])
-    )
-
-
-def _layered(schedule: Schedule, axis: str, gather: AllGather, dtype: str | None) -> Schedule:
-    """The loss itself gathers and scatters; what counts first needs whole parameters."""
-    found: list[Instruction] = []
-    for one in schedule:
-        match one:
-            case ReduceScatter():
-                continue
-            case Compute():
-                found.append(replace(one, layered=axis, dtype=dtype))
-            case ScanMicrobatches(_, body):
-                found.append(replace(one, body=_layered(body, axis, gather, dtype)))
-            case CountFirst(body):
-                found.append(replace(one, body=_before_every_cell(body, gather)))
-            case _:
-                found.append(one)
-    return tuple(found)
-
-
-def _before_every_cell(schedule: Schedule, gather: AllGather) -> Schedule:
-    """At the beginning of the innermost loop, or where there is none; and where cells are counted."""
-    loops = any(isinstance(one, ScanMicrobatches) for one in schedule)
-    inner = tuple(
-        replace(one, body=_before_every_cell(one.body, gather))
-        if isinstance(one, ScanMicrobatches | CountFirst)
-        else one
-        for one in schedule
-    )
-    return inner if loops else (gather, *inner)
+            notes.append(f"gathered parameters are kept for a microbatch, not for the step, {often}")
+    return tuple(notes)

@@ -1,6 +1,6 @@
-"""What `shard` says of a mesh, held against its axes, the paths and the shapes: all faults at once, before any work.
+"""From sharding rules to the PartitionSpec of each parameter, optimizer slot and batch leaf, before any work is done.
 
-It knows specs and shapes, no array and no device.
+It reports all faults at once. It knows specs and shapes, no arrays and no devices.
 """
 
 import re
@@ -11,21 +11,22 @@ from math import prod
 from typing import Any, TypeAlias
 
 from stepc._core.nodes import MeanNode, OverMesh, Program
-from stepc._core.sharding import Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
+from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
+from stepc._language.state import describe_leaf
 from stepc.errors import ShardingError, did_you_mean, faults_in_one
 
-Shapes: TypeAlias = Sequence[tuple[str, Any]]  # Any: what has a shape and a dtype; pairs with paths
+Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
 
 
 @dataclass(frozen=True)
 class BoundRules:
-    """The layout of a whole pipeline on a mesh.
+    """The sharding rules of a pipeline, merged and bound to a mesh.
 
     Args:
-      layout: what its transforms say, in one.
-      sizes: (name, size) of each axis of the mesh.
-      rows: the axes that rows lie along, the outermost first; those that a mean is taken over, and automatic ones.
-      axis: the axis along which things lie in parts; None if nothing does.
+      layout: the rules of all its transforms.
+      sizes: (name, size) of each mesh axis.
+      rows: the mesh axes that the rows of a batch are sharded over, outermost first, automatic ones included.
+      axis: the mesh axis that `zero` shards over; None if it shards nothing.
     """
 
     layout: ShardingRules = ShardingRules()
@@ -35,137 +36,146 @@ class BoundRules:
 
     @property
     def num_parts(self) -> int:
-        """Into how many parts that axis divides a leaf."""
+        """The number of shards along `axis`."""
         return 1 if self.axis is None else dict(self.sizes)[self.axis]
 
     @property
     def has_rules(self) -> bool:
-        """Whether rules say where parameters lie, so that it does not matter how the caller's lie."""
+        """Whether rules place the parameters; the sharding of the caller's arrays is then ignored."""
         return bool(self.layout.params) or self.layout.default is not None
 
 
 def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]) -> BoundRules:
-    """The layouts of all means over space, in one, for a mesh.
+    """Merge the rules of all means over the mesh, and bind them to its axes.
 
-    Errors: ShardingError if two transforms disagree, or a rule names an axis that it cannot.
+    Errors: ShardingError if two transforms disagree, or if a rule names an axis that it cannot.
     """
-    means = [node for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
-    places = [node.place for node in means if isinstance(node.place, OverMesh)]
-    divided = [place for place in places if place.layout.zero]
-    dtypes = {place.layout.reduce_dtype for place in places if place.layout.reduce_dtype is not None}
-    faults = ["two transforms say with `zero` along which axis things lie in parts."] if len(divided) > 1 else []
-    faults += ["two transforms say in which dtype gradients are added up over devices."] if len(dtypes) > 1 else []
+    places = [node.place for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
+    layouts = [place.layout for place in places]
+    sharded = [place for place in places if place.layout.zero]
+    dtypes = sorted({layout.reduce_dtype for layout in layouts if layout.reduce_dtype is not None})
+    faults = [] if len(sharded) < 2 else ["two transforms set `zero`; only one axis can shard the optimizer state."]
+    if len(dtypes) > 1:
+        faults.append(f"transforms set different `reduce_dtype`s: {' and '.join(dtypes)}.")
     merged = ShardingRules(
-        zero=divided[0].layout.zero if divided else 0,
-        gather=divided[0].layout.gather if divided else "step",
-        reduce_dtype=next(iter(dtypes), None),
-        params=tuple(rule for place in places for rule in place.layout.params),
-        default=next((place.layout.default for place in places if place.layout.default is not None), None),
-        batch=tuple(rule for place in places for rule in place.layout.batch),
-        automatic=tuple(axis for place in places for axis in place.layout.automatic),
+        zero=sharded[0].layout.zero if sharded else 0,
+        gather=sharded[0].layout.gather if sharded else "step",
+        reduce_dtype=dtypes[0] if dtypes else None,
+        params=tuple(rule for layout in layouts for rule in layout.params),
+        default=next((layout.default for layout in layouts if layout.default is not None), None),
+        batch=tuple(rule for layout in layouts for rule in layout.batch),
+        automatic=tuple(axis for layout in layouts for axis in layout.automatic),
     )
-    whole = divided[0].axes[-1] if divided and sizes[divided[0].axes[-1]] > 1 else None
     if merged.automatic and rows:
-        faults.append("rows lie along some axes by hand and along others automatically: one mode for all of them.")
+        manual, automatic = (", ".join(map(repr, axes)) for axes in (rows, merged.automatic))
+        faults.append(
+            f"the rows are sharded manually over {manual} and by `mode='auto'` over {automatic}; use one mode."
+        )
     rows = (*rows, *merged.automatic)
-    faults += _rule_faults(merged, sizes, rows)
+    faults += _axis_faults(merged, sizes, rows)
     if faults:
-        raise _error(faults, sizes, of="the rules", hints=_hints(merged, sizes))
-    return BoundRules(replace(merged, zero=merged.zero if whole else 0), tuple(sizes.items()), rows, whole)
+        specs = [*(spec for _, spec in (*merged.params, *merged.batch)), merged.default or ()]
+        unknown = sorted({axis for spec in specs for axis in axes_of(spec)} - set(sizes))
+        raise _error(faults, sizes, of="the sharding rules", hints=[did_you_mean(axis, sizes) for axis in unknown])
+    axis = sharded[0].axes[-1] if sharded else None
+    if axis is None or sizes[axis] == 1:
+        return BoundRules(replace(merged, zero=0), tuple(sizes.items()), rows)
+    return BoundRules(merged, tuple(sizes.items()), rows, axis)
 
 
-def specs_of_params(laid: BoundRules, params: Shapes) -> dict[str, Spec]:
-    """How each parameter lies along the axes that are not those of the rows, by the rules.
+def _axis_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[str, ...]) -> list[str]:
+    default: Rules = () if layout.default is None else (("the default", layout.default),)
+    of_params = [(_rule(pattern, spec), spec) for pattern, spec in (*layout.params, *default)]
+    of_batch = [(_rule(pattern, spec, of="batch "), spec) for pattern, spec in layout.batch]
+    faults: list[str] = []
+    for rule, spec in (*of_params, *of_batch):
+        times = Counter(axes_of(spec))
+        faults += [f"{rule} names the axis {axis!r}, which the mesh does not have." for axis in times.keys() - sizes]
+        faults += [f"{rule} names the axis {axis!r} twice." for axis, often in times.items() if often > 1]
+    faults += [
+        f"{rule} names the axis {axis!r}, which shards the rows; `dp({axis!r}, zero=3)` shards parameters over it."
+        for rule, spec in of_params
+        for axis in axes_of(spec)
+        if axis in rows
+    ]
+    return faults
 
-    Errors: ShardingError with every rule that matches no parameter, every parameter that no rule matches, every spec
-      that does not fit its parameter.
+
+def specs_of_params(rules: BoundRules, params: Shapes) -> dict[str, Spec]:
+    """The spec that the rules give each parameter along the axes that do not shard rows; replicated ones are left out.
+
+    Errors: ShardingError with every rule that matches no parameter, every parameter that matches no rule, and every
+      spec that does not fit its parameter.
     """
     found: dict[str, Spec] = {}
-    matched: set[str] = set()
-    faults, hints = [], []
+    applied: set[str] = set()
+    faults: list[str] = []
+    hints: list[str | None] = []
     for path, leaf in params:
-        rule = next((rule for rule in laid.layout.params if matches(rule[0], path)), None)
+        rule = next((rule for rule in rules.layout.params if matches(rule[0], path)), None)
         if rule is not None:
-            matched.add(rule[0])
-        spec = laid.layout.default if rule is None else rule[1]
+            applied.add(rule[0])
+        spec = rules.layout.default if rule is None else rule[1]
         if spec is None:
-            faults.append(f"no rule matches the parameter `{path}`, {_described(leaf)}.")
-            hints.append("`tp(..., default=P())` leaves what no rule matches whole.")
+            faults.append(f"`{path}` ({describe_leaf(leaf)}) matches no rule.")
+            hints.append("`tp(..., default=P())` replicates what matches no rule.")
         else:
-            by = "the default" if rule is None else f"the rule {rule[0]!r}"
-            faults += _fit_faults(path, leaf, spec, dict(laid.sizes), by)
+            by = f"the default, {spec_text(spec)}," if rule is None else _rule(*rule)
+            faults += _fit_faults(path, leaf, spec, rules, by)
             found[path] = normalized_spec(spec)
-    for pattern, spec in laid.layout.params:
-        if pattern not in matched and not any(matches(pattern, path) for path, _ in params):
-            faults.append(f"the rule {pattern!r}: {spec_text(spec)} matches no parameter.")
-            hints.append(did_you_mean(pattern, [path for path, _ in params]) or "")
-        elif pattern not in matched:
-            faults.append(f"the rule {pattern!r}: {spec_text(spec)} never holds: a rule before it does, always.")
+    for pattern, spec in rules.layout.params:
+        if pattern in applied:
+            continue
+        if any(matches(pattern, path) for path, _ in params):
+            faults.append(f"{_rule(pattern, spec)} never applies: earlier rules match the same parameters.")
+        else:
+            faults.append(f"{_rule(pattern, spec)} matches no parameter.")
+            hints.append(did_you_mean(pattern, [path for path, _ in params]))
     if faults:
-        raise _error(faults, dict(laid.sizes), of="the rules", hints=hints)
+        raise _error(faults, dict(rules.sizes), of="the sharding rules", hints=hints)
     return {path: spec for path, spec in found.items() if spec}
 
 
-def shard_dimension(leaf: Any, spec: Spec, laid: BoundRules) -> int:  # Any: what has a shape and a dtype
-    """Along which dimension a leaf lies in parts; -1 if it stays whole.
+def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it has a shape and a dtype
+    """The dimension that `zero` shards; -1 if the leaf stays replicated.
 
-    One that no other axis divides and that divides evenly; of those, one that a TPU can scatter without a relayout (it
-    is a major one, or a part of it fills its tiles of 32 bytes), then the largest, then the first. Where layers are
-    gathered one at a time, the first dimension of a stack is that of the layers.
+    It is one that no other axis shards and that divides evenly. Among several: one that a TPU scatters without a
+    relayout (a major one, or one whose shard fills tiles of 32 bytes), then the largest, then the first. Where layers
+    are gathered one at a time, the first dimension of a stack counts the layers and is never sharded.
     """
-    num_parts, stacked = laid.num_parts, laid.layout.gather == "layer" and leaf.ndim > 1
+    num_shards, is_stack = rules.num_parts, rules.layout.gather == "layer" and leaf.ndim > 1
     rows_of_a_tile = max(32 // leaf.dtype.itemsize, 1)
     ranks = [
-        (dim < leaf.ndim - 2 or (size // num_parts) % rows_of_a_tile == 0, size, -dim)
+        (dim < leaf.ndim - 2 or (size // num_shards) % rows_of_a_tile == 0, size, -dim)
         for dim, size in enumerate(leaf.shape)
-        if size and size % num_parts == 0 and (dim >= len(spec) or spec[dim] is None) and not (stacked and dim == 0)
+        if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None) and not (is_stack and dim == 0)
     ]
-    return -max(ranks)[-1] if ranks and num_parts > 1 else -1
+    return -max(ranks)[-1] if ranks and num_shards > 1 else -1
 
 
-def specs_of_batch(laid: BoundRules, batch: Shapes, leading: int) -> dict[str, Spec]:
-    """How each leaf of a batch lies, its first dimension along the axes of the rows after `leading` whole ones.
+def mirrored_params(paths: Sequence[str], params: Iterable[str]) -> dict[str, str]:
+    """The parameter that each leaf of a state mirrors, for those that mirror one.
 
-    Errors: ShardingError with every rule that matches no leaf, every spec that does not fit.
-    """
-    rows = laid.rows[0] if len(laid.rows) == 1 else laid.rows or None
-    found: dict[str, Spec] = {}
-    faults, hints = [], []
-    for path, leaf in batch:
-        rule = next((rule for rule in laid.layout.batch if matches(rule[0], path)), None)
-        spec = (rows,) if rule is None else rule[1]
-        if (spec[0] if spec else None) != rows and rule is not None:
-            faults.append(f"the rule {rule[0]!r}: {spec_text(spec)} of the batch: its rows lie along {_entry(rows)}.")
-            hints.append(f"Write `{spec_text((rows, *spec[1:]))}`.")
-        spec = (*([None] * leading), *spec)
-        if rule is not None or laid.layout.automatic:
-            by = "the place of its rows" if rule is None else f"the rule {rule[0]!r}"
-            faults += _fit_faults(path, leaf, spec, dict(laid.sizes), by)
-        found[path] = normalized_spec(spec)
-    for pattern, spec in laid.layout.batch:
-        if not any(matches(pattern, path) for path, _ in batch):
-            faults.append(f"the rule {pattern!r}: {spec_text(spec)} matches no leaf of the batch.")
-            hints.append(did_you_mean(pattern, [path for path, _ in batch]) or "")
-    if faults:
-        raise _error(faults, dict(laid.sizes), of="the rules of the batch", hints=hints)
-    return found
-
-
-def mirrors(paths: Sequence[str], params: Iterable[str]) -> dict[str, str]:
-    """Which parameter each leaf of a state mirrors, of those that mirror one.
-
-    A leaf mirrors a parameter whose path its own ends in. Where it ends in several, the one that makes what is left of
-    the path the home of most mirrors: a copy of the tree of the parameters, whole or masked.
+    A leaf mirrors a parameter whose path is the end of its own. If several are, the one whose prefix leads to the most
+    mirrors wins: that prefix holds a copy of the parameter tree, complete or masked.
     """
     known = set(params)
-    homes = {path: [(path[: len(path) - len(end)], end) for end in _ends(path) if end in known] for path in paths}
-    crowd = Counter(home for found in homes.values() for home, _ in found)
-    return {path: max(found, key=lambda one: crowd[one[0]])[1] for path, found in homes.items() if found}
+    found: dict[str, list[tuple[str, str]]] = {}  # (prefix, parameter) pairs
+    for path in paths:
+        keys = path.split("/")
+        ends = ("/".join(keys[start:]) for start in range(1, len(keys) + 1))
+        if pairs := [(path[: len(path) - len(end)], end) for end in ends if end in known]:
+            found[path] = pairs
+    mirrors = Counter(prefix for pairs in found.values() for prefix, _ in pairs)
+    return {path: max(pairs, key=lambda pair: mirrors[pair[0]])[1] for path, pairs in found.items()}
 
 
-def followed(shape: tuple[int, ...], like: tuple[int, ...], spec: Spec) -> Spec | None:
-    """How a leaf lies that mirrors a parameter of shape `like`: as it does, or, if one of its dimensions is gone, as
-    the rest of them do; None where its shape does not tell."""
+def mirrored_spec(shape: tuple[int, ...], like: tuple[int, ...], spec: Spec) -> Spec | None:
+    """The spec of a leaf that mirrors a parameter of shape `like` and of this spec.
+
+    A leaf without one of the dimensions, such as a factored moment, keeps the spec of the others. None if its shape
+    does not determine which dimension is missing.
+    """
     if shape == like:
         return spec
     full = (*spec, *([None] * (len(like) - len(spec))))
@@ -177,6 +187,36 @@ def followed(shape: tuple[int, ...], like: tuple[int, ...], spec: Spec) -> Spec 
     return rest.pop() if len(rest) == 1 else None
 
 
+def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, Spec]:
+    """The spec of each batch leaf: its rows sharded over the axes of the rows, after `leading` replicated dimensions.
+
+    Errors: ShardingError with every rule that matches no leaf, and every spec that does not fit.
+    """
+    rows = rules.rows[0] if len(rules.rows) == 1 else rules.rows or None
+    found: dict[str, Spec] = {}
+    faults: list[str] = []
+    hints: list[str | None] = []
+    for path, leaf in batch:
+        rule = next((rule for rule in rules.layout.batch if matches(rule[0], path)), None)
+        spec = (rows,) if rule is None else rule[1]
+        if rule is not None and (spec[0] if spec else None) != rows:
+            over = "no axis" if rows is None else " and ".join(map(repr, rules.rows))
+            faults.append(f"{_rule(*rule, of='batch ')} must shard dimension 0, the rows, over {over}.")
+            hints.append(f"Write `{spec_text((rows, *spec[1:]))}`.")
+        spec = (*([None] * leading), *spec)
+        if rule is not None or rules.layout.automatic:
+            by = f"{spec_text(spec)}, the sharding of the rows," if rule is None else _rule(*rule, of="batch ")
+            faults += _fit_faults(path, leaf, spec, rules, by)
+        found[path] = normalized_spec(spec)
+    for pattern, spec in rules.layout.batch:
+        if not any(matches(pattern, path) for path, _ in batch):
+            faults.append(f"{_rule(pattern, spec, of='batch ')} matches no leaf of the batch.")
+            hints.append(did_you_mean(pattern, [path for path, _ in batch]))
+    if faults:
+        raise _error(faults, dict(rules.sizes), of="the sharding of the batch", hints=hints)
+    return found
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether a path matches: `*` stands for anything within a key, `**` across keys."""
     parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
@@ -184,67 +224,29 @@ def matches(pattern: str, path: str) -> bool:
     return re.fullmatch("".join(means.get(part, re.escape(part)) for part in parts), path) is not None
 
 
-def _ends(path: str) -> list[str]:
-    keys = path.split("/")
-    return ["/".join(keys[start:]) for start in range(1, len(keys) + 1)]
-
-
-def _rule_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[str, ...]) -> list[str]:
-    default: Rules = () if layout.default is None else (("the default", layout.default),)
-    faults = []
-    for pattern, spec in (*layout.params, *default):
-        rule = f"the rule {pattern!r}: {spec_text(spec)}"
-        faults += _axis_faults(rule, spec, sizes)
-        faults += [
-            f"{rule} names the axis {axis!r}, along which rows lie: `dp({axis!r}, zero=3)` has parameters in parts."
-            for axis in axes_of(spec)
-            if axis in rows
-        ]
-    for pattern, spec in layout.batch:
-        faults += _axis_faults(f"the rule {pattern!r}: {spec_text(spec)} of the batch", spec, sizes)
-    return faults
-
-
-def _axis_faults(rule: str, spec: Spec, sizes: Mapping[str, int]) -> list[str]:
-    times = Counter(axes_of(spec))
-    faults = [f"{rule} names the axis {axis!r}, which the mesh does not have." for axis in times if axis not in sizes]
-    return faults + [f"{rule} names the axis {axis!r} twice." for axis, often in times.items() if often > 1]
-
-
-def _fit_faults(path: str, leaf: Any, spec: Spec, sizes: Mapping[str, int], by: str) -> list[str]:
-    shape = tuple(leaf.shape)
+def _fit_faults(path: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes
+    shape, sizes, described = tuple(leaf.shape), dict(rules.sizes), f"`{path}` ({describe_leaf(leaf)})"
     if len(normalized_spec(spec)) > len(shape):
-        return [f"`{path}`, {_described(leaf)}, has {len(shape)} dimensions, and {by} gives {spec_text(spec)}."]
+        return [f"{described} has too few dimensions for {by.removesuffix(',')}."]
     return [
-        f"`{path}`, {_described(leaf)}: dimension {dim} of {size} does not divide by {_product(entry, sizes)}, "
-        f"as {by} asks with {spec_text(spec)}."
+        f"{described}: dimension {dim}, of size {size}, does not divide by {_product(entry, sizes)}, as {by} requires."
         for dim, (size, entry) in enumerate(zip(shape, spec, strict=False))
         if size % prod(sizes[axis] for axis in axes_of((entry,)))
     ]
 
 
-def _product(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> str:
+def _product(entry: Entry, sizes: Mapping[str, int]) -> str:
     axes = axes_of((entry,))
     named = " × ".join(f"{sizes[axis]} (axis {axis!r})" for axis in axes)
     return named if len(axes) == 1 else f"{prod(sizes[axis] for axis in axes)} = {named}"
 
 
-def _error(faults: list[str], sizes: Mapping[str, int], *, of: str, hints: Iterable[str]) -> ShardingError:
+def _rule(pattern: str, spec: Spec, *, of: str = "") -> str:
+    return f"the {of}rule {pattern!r}: {spec_text(spec)}"
+
+
+def _error(faults: list[str], sizes: Mapping[str, int], *, of: str, hints: Iterable[str | None]) -> ShardingError:
     what = faults_in_one(faults, of=of)
-    have = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "none was given to compile"
+    mesh = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "none was given to compile"
     suggestion = " ".join(dict.fromkeys(hint for hint in hints if hint)) or None
-    return ShardingError(what[:1].upper() + what[1:], facts=(("mesh", have),), suggestion=suggestion)
-
-
-def _hints(layout: ShardingRules, sizes: Mapping[str, int]) -> list[str]:
-    specs = [spec for _, spec in (*layout.params, *layout.batch)] + [layout.default or ()]
-    unknown = sorted({axis for spec in specs for axis in axes_of(spec)} - set(sizes))
-    return [did_you_mean(axis, sizes) or "" for axis in unknown]
-
-
-def _entry(entry: str | tuple[str, ...] | None) -> str:
-    return "no axis" if entry is None else " and ".join(map(repr, axes_of((entry,))))
-
-
-def _described(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
+    return ShardingError(what[:1].upper() + what[1:], facts=(("mesh", mesh),), suggestion=suggestion)

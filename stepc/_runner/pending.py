@@ -40,7 +40,7 @@ class StepDiagnostics(Protocol):
 class CompiledStep(Protocol):
     """What `run` makes use of in a compiled step, beyond calling it."""
 
-    why_traced_again: str
+    retrace_reason: str
 
     @property
     def traces(self) -> int: ...
@@ -58,7 +58,7 @@ class CompiledStep(Protocol):
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]: ...  # Any: a state
 
-    def watched(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, StepDiagnostics | None]:  # Any: as above
+    def step_with_diagnostics(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, StepDiagnostics | None]:  # Any: as above
         """A call, with its diagnostics."""
         ...
 
@@ -83,7 +83,7 @@ class PlainStep:
     def __repr__(self) -> str:
         return repr(self.function)
 
-    def watched(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, None]:  # Any: a state
+    def step_with_diagnostics(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, None]:  # Any: a state
         return *self.function(state, batch), None
 
     def put(self, batch: Batch, /) -> Batch:

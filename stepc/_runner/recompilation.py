@@ -90,7 +90,7 @@ class RecompilationMonitor:
         recompiles = traces - self._first_traces
         if recompiles == self._reported:
             return
-        self._reported, why = recompiles, step.why_traced_again
+        self._reported, why = recompiles, step.retrace_reason
         self.events.event("recompiled", number, times=recompiles, why=why)
         if self.max_recompiles is not None and recompiles > self.max_recompiles:
             what = f"Step {number} was compiled again: {recompiles} times in this run, {self.max_recompiles} allowed."

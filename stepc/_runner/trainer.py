@@ -147,7 +147,7 @@ class Trainer:
         if not item.is_hole:
             try:
                 self.monitor.prepare(self.number, self.run.state, item.batch)
-                state, metrics, diagnostics = self.step.watched(self.run.state, item.batch)
+                state, metrics, diagnostics = self.step.step_with_diagnostics(self.run.state, item.batch)
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.wait(0)
                 is_alive = not deleted_leaves(self.run.state)

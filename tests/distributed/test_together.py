@@ -79,7 +79,7 @@ def test_program_that_differs_is_refused_on_both(two: list[dict[str, Any]]) -> N
 def test_uneven_rows_are_refused_on_both(two: list[dict[str, Any]]) -> None:
     texts = [found["refused"]["uneven"] for found in two]
     assert texts[0] == texts[1]
-    assert texts[0].startswith("BatchError: The processes do not have rows that fit together.")
+    assert texts[0].startswith("BatchError: The batches of the processes have different signatures.")
     assert "x  process 0: float32[8, 8]; process 1: float32[6, 8]" in texts[0]
 
 

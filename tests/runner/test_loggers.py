@@ -254,7 +254,7 @@ def test_batches_read_ahead_are_placed_by_the_reading_thread(monkeypatch: pytest
         sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(lambda params, batch: jnp.mean(params * batch)),
         mesh=mesh,
     )
-    put, watched = step.put, step.watched
+    put, watched = step.put, step.step_with_diagnostics
     threads: list[str] = []
     specs: list[object] = []
 

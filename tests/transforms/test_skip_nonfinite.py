@@ -74,13 +74,15 @@ def test_nan_in_one_row_of_step_seven_leaves_the_run_in_which_it_did_not_happen(
 def test_step_that_is_skipped_says_which_microbatch_which_device_and_which_leaves() -> None:
     pipeline = sc.skip_nonfinite() @ ADAM @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(over_rows)
     step = sc.compile(pipeline, mesh=mesh_of(data=8))
-    _, _, watch = step.watched(step.init(probe_params()), poisoned(37))  # row 37 is row 5 of 8 on device 4
+    _, _, watch = step.step_with_diagnostics(
+        step.init(probe_params()), poisoned(37)
+    )  # row 37 is row 5 of 8 on device 4
     assert not bool(watch.finite)
     facts = dict(watch.describe())
     assert facts["microbatches"] == "1 on device 4 (of 4, counted from 0)"
     assert facts["gradient"] == "not finite in b, w (2 of 2 leaves)"
     assert facts["gradient norm"] == "nan"
-    _, _, watch = step.watched(step.init(probe_params()), probe_batch(64))
+    _, _, watch = step.step_with_diagnostics(step.init(probe_params()), probe_batch(64))
     assert bool(watch.finite)
     assert dict(watch.describe())["gradient"] == "every leaf is finite"
 
@@ -91,7 +93,7 @@ def test_gradient_that_is_not_finite_where_the_loss_is_names_its_leaf() -> None:
 
     step = sc.compile(sc.skip_nonfinite() @ ADAM @ sc.accumulate(2) @ sc.grad(loss))
     before = bits(step.init(probe_params()).params)
-    state, metrics, watch = step.watched(step.init(probe_params()), probe_batch(8))
+    state, metrics, watch = step.step_with_diagnostics(step.init(probe_params()), probe_batch(8))
     assert np.isfinite(metrics["loss"])
     assert int(metrics["skipped"]) == 1
     assert bits(state.params) == before

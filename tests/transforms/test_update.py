@@ -44,6 +44,6 @@ def test_init_of_a_step_and_of_its_reference_agree(seed: int) -> None:
     step = sc.compile(sc.update(optax.adam(1e-3)) @ sc.grad(LOSS))
     params = jax.tree.map(jnp.asarray, probe_params())
     assert_equal_trees(
-        step.init(params, seed=seed), step.meaning.init(params, seed=seed), tolerance=0.0, of="two inits"
+        step.init(params, seed=seed), step.reference.init(params, seed=seed), tolerance=0.0, of="two inits"
     )
     assert step.init(params, seed=seed).rng == jax.random.key(seed)
