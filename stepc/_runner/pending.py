@@ -58,7 +58,9 @@ class CompiledStep(Protocol):
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]: ...  # Any: a state
 
-    def step_with_diagnostics(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, StepDiagnostics | None]:  # Any: as above
+    def step_with_diagnostics(
+        self, state: Any, batch: Batch, /
+    ) -> tuple[Any, Metrics, StepDiagnostics | None]:  # Any: as above
         """A call, with its diagnostics."""
         ...
 
