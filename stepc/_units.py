@@ -2,7 +2,8 @@
 
 import re
 
-from stepc.errors import FieldTypeError, FieldValueError
+from stepc.errors import FieldTypeError
+from stepc.errors import FieldValueError
 
 _UNITS = {
     "B": 1,

@@ -25,7 +25,8 @@ from stepc._compiler.validation import bind
 from stepc._language.pipeline import expand_transforms
 from stepc.testing import assert_equal_trees
 from stepc.testing.evaluate import evaluate
-from stepc.testing.house import as_seen, world_of
+from stepc.testing.house import as_seen
+from stepc.testing.house import world_of
 
 SGD = sc.update(optax.sgd(0.5))
 ROWS = 32

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 import stepc as sc
 from stepc._compiler.normalize import normalize
 from stepc._core.laws import LAWS
-from stepc.testing import assert_equal_trees, assert_equivalent
+from stepc.testing import assert_equal_trees
+from stepc.testing import assert_equivalent
 from stepc.testing.evaluate import evaluate
-from stepc.testing.house import as_seen, world_of
-from stepc.testing.strategies import batches, meshes, pipelines
+from stepc.testing.house import as_seen
+from stepc.testing.house import world_of
+from stepc.testing.strategies import batches
+from stepc.testing.strategies import meshes
+from stepc.testing.strategies import pipelines
 
 SGD = sc.update(optax.sgd(0.5))
 DATA = sc.shard(sc.dp("data"))

@@ -25,7 +25,7 @@ def is_legal(outer: str, inner: str) -> bool:
     one, two = SAMPLES[outer], SAMPLES[inner]
     if outer == "rows" and inner.startswith(SPLITS) and inner != "accumulate_one":
         return False
-    if type(one) is type(two) and one.stands != "anywhere":
+    if type(one) is type(two) and one.position != "anywhere":
         return False
     if (outer, inner) == ("cast_any", "cast"):
         return False  # what the outer one narrows, the inner one takes for masters, and refuses

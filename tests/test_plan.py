@@ -12,7 +12,10 @@ from conftest import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
-from stepc.testing.probes import WIDE, terms, tokens, wide_params
+from stepc.testing.probes import WIDE
+from stepc.testing.probes import terms
+from stepc.testing.probes import tokens
+from stepc.testing.probes import wide_params
 
 loss = PROBES["over_rows"]
 tx = optax.adamw(3e-4)

@@ -17,8 +17,11 @@ from jax.sharding import PartitionSpec as P
 import stepc as sc
 from stepc._language.state import leaves_by_path
 from stepc.testing import assert_equivalent
-from stepc.testing.probes import WIDE, wide_params
-from stepc.testing.strategies import batches, meshes, pipelines
+from stepc.testing.probes import WIDE
+from stepc.testing.probes import wide_params
+from stepc.testing.strategies import batches
+from stepc.testing.strategies import meshes
+from stepc.testing.strategies import pipelines
 
 LEVELS: dict[str, dict[str, Any]] = {
     "zero0": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}, "zero3": {"zero": 3},

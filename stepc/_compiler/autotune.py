@@ -8,15 +8,29 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 
-from stepc._compiler.search import CandidatePrograms, SearchResult, find_smallest_fit, live_bytes
+from stepc._compiler.search import CandidatePrograms
+from stepc._compiler.search import SearchResult
+from stepc._compiler.search import find_smallest_fit
+from stepc._compiler.search import live_bytes
 from stepc._compiler.stages import Lowered
-from stepc._compiler.validation import BatchSignature, batch_signature, check_batch
-from stepc._core.nodes import MeanNode, OverMesh, Program, RepeatNode, UnderVmap
+from stepc._compiler.validation import BatchSignature
+from stepc._compiler.validation import batch_signature
+from stepc._compiler.validation import check_batch
+from stepc._core.nodes import MeanNode
+from stepc._core.nodes import OverMesh
+from stepc._core.nodes import Program
+from stepc._core.nodes import RepeatNode
+from stepc._core.nodes import UnderVmap
 from stepc._language.kinds import Batch
-from stepc._language.pipeline import AutotuneRequest, Pipeline, Transform, transforms_of
+from stepc._language.pipeline import AutotuneRequest
+from stepc._language.pipeline import Pipeline
+from stepc._language.pipeline import Transform
+from stepc._language.pipeline import transforms_of
 from stepc._language.state import State
-from stepc.errors import BudgetError, ConfigError
-from stepc.inspect.memory import Memory, memory
+from stepc.errors import BudgetError
+from stepc.errors import ConfigError
+from stepc.inspect.memory import Memory
+from stepc.inspect.memory import memory
 
 _LOG = logging.getLogger("stepc")
 
@@ -48,7 +62,7 @@ def autotune_request(pipeline: Transform | Pipeline) -> tuple[int, AutotuneReque
     """
     transforms = transforms_of(pipeline)
     asking = [
-        (place, question) for place, transform in enumerate(transforms) if (question := transform.asks()) is not None
+        (place, question) for place, transform in enumerate(transforms) if (question := transform.autotune_request()) is not None
     ]
     if len(asking) > 1:
         named = " and ".join(f"`{transforms[place]!r}`" for place, _ in asking)
@@ -118,7 +132,7 @@ class Autotuner(Generic[Steps]):
 
         def lower(parts: int) -> Lowered:
             if parts not in lowered:
-                transform = self._question.answered(parts)
+                transform = self._question.resolved(parts)
                 steps[parts] = self._made(replace_request(self._pipeline, self._place, transform))
                 lowered[parts] = steps[parts].lower(state, batch)
             return lowered[parts]
@@ -131,7 +145,7 @@ class Autotuner(Generic[Steps]):
         )
         tried, chosen = find_smallest_fit(programs, self._question.most_bytes)
         asked = transforms_of(self._pipeline)[self._place]
-        answer = "" if chosen is None else repr(self._question.answered(chosen))
+        answer = "" if chosen is None else repr(self._question.resolved(chosen))
         found = SearchResult(repr(asked), answer, self._question.most_bytes, tuple(programs.counts), tried, chosen)
         if chosen is None:
             raise _nothing_fits(found)

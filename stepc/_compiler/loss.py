@@ -13,28 +13,29 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from stepc._compiler.schedule import LossSignature
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
-from stepc._language.kinds import Params, Rows
+from stepc._language.kinds import Params
+from stepc._language.kinds import BatchRows
 from stepc._language.state import leaves_by_path
-from stepc._language.terms import (
-    AbstractTerms,
-    Last,
-    LossOutcome,
-    Max,
-    Mean,
-    Metric,
-    Min,
-    Sum,
-    is_static,
-    loss_outcome,
-    merge_terms,
-)
-from stepc.errors import LossError, ShardingError, faults_in_one
+from stepc._language.terms import AbstractTerms
+from stepc._language.terms import Last
+from stepc._language.terms import LossOutcome
+from stepc._language.terms import Max
+from stepc._language.terms import Mean
+from stepc._language.terms import Metric
+from stepc._language.terms import Min
+from stepc._language.terms import Sum
+from stepc._language.terms import is_static
+from stepc._language.terms import loss_outcome
+from stepc._language.terms import merge_terms
+from stepc.errors import LossError
+from stepc.errors import ShardingError
+from stepc.errors import faults_in_one
 
 # What else a step reports under a name of its own.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Implementations whose draws for one key do not depend on how many keys are drawn from side by side.
 BATCH_STABLE = ("threefry2x32",)
-Call = Callable[[Params, Rows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
+Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
 
 def checked_loss(node: DifferentiateNode) -> Call:
@@ -43,7 +44,7 @@ def checked_loss(node: DifferentiateNode) -> Call:
     Errors: LossError; what the loss itself raises passes through unchanged, with a note.
     """
 
-    def call(params: Params, rows: Rows, keys: Any, model_state: Any) -> LossOutcome:
+    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
         given = (*(() if node.rng is None else (keys,)), *((model_state,) if node.model_state else ()))
         try:
             returned = node.function(params, rows, *given)
@@ -64,7 +65,7 @@ def checked_loss(node: DifferentiateNode) -> Call:
 
 
 def trace_loss_signature(
-    node: DifferentiateNode, params: Params, rows: Rows, key: Any, model_state: Any, manual: tuple[str, ...]
+    node: DifferentiateNode, params: Params, rows: BatchRows, key: Any, model_state: Any, manual: tuple[str, ...]
 ) -> LossSignature:
     """What a loss returns for such rows.
 
@@ -82,7 +83,7 @@ def trace_loss_signature(
     return signature
 
 
-def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: Rows, keys: Any) -> list[jax.Array]:
+def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any) -> list[jax.Array]:
     """The counts of the terms of the loss that the rows decide, at no cost but that of counting."""
     _, traced, outputs = _traced(node, params, model_state, rows, keys)
     counts = depends_on(traced, outputs=outputs)[1](jax.tree.leaves((params, model_state, rows, keys)))
@@ -90,12 +91,12 @@ def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: R
 
 
 def _traced(
-    node: DifferentiateNode, params: Params, model_state: Any, rows: Rows, keys: Any
+    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any
 ) -> tuple[LossSignature, Any, range]:
     """What the loss returned, its operations, and which of their results are counts that the rows decide."""
     signatures: list[LossSignature] = []
 
-    def totals_and_counts(params: Params, model_state: Any, rows: Rows, keys: Any) -> tuple[list[Any], list[Any]]:
+    def totals_and_counts(params: Params, model_state: Any, rows: BatchRows, keys: Any) -> tuple[list[Any], list[Any]]:
         outcome = checked_loss(node)(params, rows, keys, model_state)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
         signatures.append(
@@ -157,7 +158,7 @@ def keys_of(node: DifferentiateNode, key: Any, numbers: Any) -> Any:  # Any: typ
     return jax.random.fold_in(key, numbers[0])
 
 
-def num_rows(rows: Rows) -> int:
+def num_rows(rows: BatchRows) -> int:
     """How many rows a cell has."""
     return jax.tree.leaves(rows)[0].shape[0]
 
@@ -248,7 +249,7 @@ def _names_an_axis(error: NameError, node: DifferentiateNode) -> LossError:
     )
 
 
-def _noted(error: Exception, node: DifferentiateNode, rows: Rows) -> Exception:
+def _noted(error: Exception, node: DifferentiateNode, rows: BatchRows) -> Exception:
     shapes = ", ".join(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
     error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced on one cell: {shapes}")
     return error

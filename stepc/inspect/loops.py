@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from stepc.inspect.hlo import Computation, Instruction, Module
+from stepc.inspect.hlo import Computation
+from stepc.inspect.hlo import Instruction
+from stepc.inspect.hlo import Module
 
 # What one instruction takes by itself, of anything that adds up.
 Measure: TypeAlias = Callable[[Computation, Instruction], int]

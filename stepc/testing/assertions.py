@@ -8,8 +8,10 @@ import numpy as np
 
 from stepc._compiler.step import Step
 from stepc._language.kinds import Batch
-from stepc._language.state import State, leaves_by_path
-from stepc.errors import EquivalenceError, faults_in_one
+from stepc._language.state import State
+from stepc._language.state import leaves_by_path
+from stepc.errors import EquivalenceError
+from stepc.errors import faults_in_one
 from stepc.inspect.budget import Budget
 
 

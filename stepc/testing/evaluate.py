@@ -14,34 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stepc._core.nodes import (
-    DifferentiateNode,
-    FollowNode,
-    GuardNode,
-    InScan,
-    MapNode,
-    MeanNode,
-    OverMesh,
-    Program,
-    RepeatNode,
-    RescaleNode,
-    ScaleNode,
-    UnderVmap,
-    UpdateNode,
-    named,
-)
-from stepc._language.terms import (
-    LossOutcome,
-    Metric,
-    Sums,
-    accumulation_dtype,
-    combine_metrics,
-    divide_by_count,
-    loss_outcome,
-    metric_value,
-    sum_arrays,
-    sum_of_squares,
-)
+from stepc._core.nodes import DifferentiateNode
+from stepc._core.nodes import FollowNode
+from stepc._core.nodes import GuardNode
+from stepc._core.nodes import InScan
+from stepc._core.nodes import MapNode
+from stepc._core.nodes import MeanNode
+from stepc._core.nodes import OverMesh
+from stepc._core.nodes import Program
+from stepc._core.nodes import RepeatNode
+from stepc._core.nodes import RescaleNode
+from stepc._core.nodes import ScaleNode
+from stepc._core.nodes import UnderVmap
+from stepc._core.nodes import UpdateNode
+from stepc._core.nodes import named
+from stepc._language.terms import LossOutcome
+from stepc._language.terms import Metric
+from stepc._language.terms import Sums
+from stepc._language.terms import accumulation_dtype
+from stepc._language.terms import combine_metrics
+from stepc._language.terms import divide_by_count
+from stepc._language.terms import loss_outcome
+from stepc._language.terms import metric_value
+from stepc._language.terms import sum_arrays
+from stepc._language.terms import sum_of_squares
 from stepc._language.terms import Mean as Term
 
 Tree: TypeAlias = Any  # any pytree of arrays

@@ -7,18 +7,26 @@ import jax
 import optax
 
 from stepc._compiler.step import compile as compile_step
-from stepc._core.nodes import Node, Wrap, show
+from stepc._core.nodes import Node
+from stepc._core.nodes import Wrap
+from stepc._core.nodes import show
 from stepc._language.kinds import Kind
-from stepc._language.pipeline import Pipeline, Transform, expand_transforms
+from stepc._language.pipeline import Pipeline
+from stepc._language.pipeline import Transform
+from stepc._language.pipeline import expand_transforms
 from stepc._language.reference import reference
 from stepc._language.state import State
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.grad import grad
 from stepc._language.transforms.update import update
 from stepc.errors import EquivalenceError
-from stepc.testing.assertions import assert_equal_trees, assert_equivalent
-from stepc.testing.evaluate import EvaluationState, evaluate
-from stepc.testing.probes import PROBES, probe_batch, probe_params
+from stepc.testing.assertions import assert_equal_trees
+from stepc.testing.assertions import assert_equivalent
+from stepc.testing.evaluate import EvaluationState
+from stepc.testing.evaluate import evaluate
+from stepc.testing.probes import PROBES
+from stepc.testing.probes import probe_batch
+from stepc.testing.probes import probe_params
 
 _NUM_ROWS = 16
 

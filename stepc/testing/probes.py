@@ -15,8 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from stepc._language.terms import Last, Max, Mean, Min, Sum, Sums
-from stepc._language.transforms.grad import Grad, grad
+from stepc._language.terms import Last
+from stepc._language.terms import Max
+from stepc._language.terms import Mean
+from stepc._language.terms import Min
+from stepc._language.terms import Sum
+from stepc._language.terms import Sums
+from stepc._language.transforms.grad import Grad
+from stepc._language.transforms.grad import grad
 
 Probe: TypeAlias = Callable[[Any, Any], Float[Array, ""]]  # Any, twice: the trees of `probe_params` and `probe_batch`
 Tree: TypeAlias = dict[str, Any]  # Any: arrays

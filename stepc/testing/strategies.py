@@ -11,24 +11,36 @@ import optax
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from stepc._core.nodes import InScan, MeanNode, RepeatNode, UnderVmap
-from stepc._language.pipeline import Pipeline, Transform, expand_transforms
-from stepc._language.sharding import GATHERS, DataParallel, dp
+from stepc._core.nodes import InScan
+from stepc._core.nodes import MeanNode
+from stepc._core.nodes import RepeatNode
+from stepc._core.nodes import UnderVmap
+from stepc._language.pipeline import Pipeline
+from stepc._language.pipeline import Transform
+from stepc._language.pipeline import expand_transforms
+from stepc._language.sharding import GATHERS
+from stepc._language.sharding import DataParallel
+from stepc._language.sharding import dp
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
-from stepc._language.transforms.grad import Grad, grad
+from stepc._language.transforms.grad import Grad
+from stepc._language.transforms.grad import grad
 from stepc._language.transforms.loss_scale import loss_scale
 from stepc._language.transforms.noise import noise
 from stepc._language.transforms.remat import remat
 from stepc._language.transforms.repeat import repeat
 from stepc._language.transforms.rows import rows
 from stepc._language.transforms.scale import scale
-from stepc._language.transforms.shard import Shard, shard
+from stepc._language.transforms.shard import Shard
+from stepc._language.transforms.shard import shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
-from stepc.testing.probes import EXACT_SOURCES, SOURCES, Probe, probe_batch
+from stepc.testing.probes import EXACT_SOURCES
+from stepc.testing.probes import SOURCES
+from stepc.testing.probes import Probe
+from stepc.testing.probes import probe_batch
 
 MOST_CELLS = 32  # a reference runs every cell on its own
 

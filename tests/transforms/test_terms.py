@@ -12,7 +12,8 @@ from conftest import mesh_of
 
 import stepc as sc
 from stepc.testing import assert_equal_trees
-from stepc.testing.probes import terms, tokens
+from stepc.testing.probes import terms
+from stepc.testing.probes import tokens
 
 GRADIENT = sc.update(optax.trace(0.0))  # an optimizer that keeps the gradient it is given
 DATA = sc.shard(sc.dp("data"))
