@@ -15,8 +15,7 @@ import jax
 from measuring import arguments, begin, finish, show
 
 import stepc as sc
-from stepc.programs import gpt
-from stepc.programs import text
+from stepc.programs import gpt, text
 from stepc.programs.job import Job
 from stepc.programs.train import pipeline_of
 

@@ -2,8 +2,7 @@
 
 import re
 
-from stepc.errors import FieldTypeError
-from stepc.errors import FieldValueError
+from stepc.errors import FieldTypeError, FieldValueError
 
 _UNITS = {
     "B": 1,

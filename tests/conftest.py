@@ -30,7 +30,7 @@ DOORS = (
     "stepc._runner.policies",
     "stepc._runner.run",
     "stepc.inspect.budget",
-    "stepc.testing.house",
+    "stepc.testing.transforms",
     # hypothesis types `draw` by a protocol that cannot be checked at run time
     "stepc.testing.strategies",
 )

@@ -23,11 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 import stepc as sc
 from stepc.inspect.budget import reductions_of
-from stepc.testing import assert_equal_trees
-from stepc.testing import check_transform
-from stepc.testing.probes import WIDE
-from stepc.testing.probes import drawing
-from stepc.testing.probes import wide_params
+from stepc.testing import assert_equal_trees, check_transform
+from stepc.testing.probes import WIDE, drawing, wide_params
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)

@@ -25,8 +25,7 @@ from stepc._compiler.validation import bind
 from stepc._language.pipeline import expand_transforms
 from stepc.testing import assert_equal_trees
 from stepc.testing.evaluate import evaluate
-from stepc.testing.house import as_seen
-from stepc.testing.house import world_of
+from stepc.testing.transforms import compared_leaves, evaluation_state
 
 SGD = sc.update(optax.sgd(0.5))
 ROWS = 32
@@ -41,9 +40,9 @@ def both_readings(pipeline: sc.Pipeline, *, tolerance: float) -> None:
     state = meaning.init(params, seed=3, model_state=model_state)
     program = bind(expand_transforms(pipeline.transforms), AXES)
     after, metrics = meaning(state, batch)
-    got, told = evaluate(program, world_of(state), batch)
-    expected = (as_seen(world_of(after)), metrics)
-    assert_equal_trees((as_seen(got), told), expected, tolerance=tolerance, of=repr(pipeline))
+    got, told = evaluate(program, evaluation_state(state), batch)
+    expected = (compared_leaves(evaluation_state(after)), metrics)
+    assert_equal_trees((compared_leaves(got), told), expected, tolerance=tolerance, of=repr(pipeline))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -74,7 +73,7 @@ def test_expansion_of_an_update_means_what_the_update_means(name: str) -> None:
 
 
 def test_reference_equals_manual_averaging() -> None:
-    loss = PROBES["sharing_a_cell"]
+    loss = PROBES["coupling_rows"]
     pipeline = SGD @ sc.accumulate(2) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
     meaning = sc.reference(pipeline, axes={"data": 2})
     params, batch = jax.tree.map(jnp.asarray, (probe_params(), probe_batch(8)))

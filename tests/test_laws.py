@@ -15,20 +15,20 @@ from catalogue import PROBES, probe_batch, probe_params
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stepc._compiler.normalize import AppliedLaw
-from stepc._compiler.normalize import apply_laws
-from stepc._core.laws import LAWS
-from stepc._core.laws import Law
-from stepc._core.nodes import DifferentiateNode
-from stepc._core.nodes import InScan
-from stepc._core.nodes import MapNode
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import Node
-from stepc._core.nodes import OverMesh
-from stepc._core.nodes import Program
-from stepc._core.nodes import ScaleNode
-from stepc._core.nodes import UnderVmap
-from stepc._core.nodes import show
+from stepc._compiler.normalize import AppliedLaw, apply_laws
+from stepc._core.laws import LAWS, Law
+from stepc._core.nodes import (
+    DifferentiateNode,
+    InScan,
+    MapNode,
+    MeanNode,
+    Node,
+    OverMesh,
+    Program,
+    ScaleNode,
+    UnderVmap,
+    show,
+)
 from stepc.errors import EquivalenceError
 from stepc.testing import assert_equal_trees
 from stepc.testing import evaluate as reader
@@ -181,7 +181,7 @@ def test_defer_reduce_across_a_nonlinear_node_is_caught() -> None:
         MeanNode(InScan(4)),
         MapNode(signs),
         MeanNode(OverMesh(("a",), 2)),
-        DifferentiateNode(PROBES["sharing_a_cell"]),
+        DifferentiateNode(PROBES["coupling_rows"]),
     )
     assert not apply_laws(program, (BY_NAME["defer-reduce"],))
     moved = (program[2], program[0], program[1], program[3])

@@ -16,7 +16,7 @@ import stepc as sc
 from stepc.testing import assert_equivalent
 
 NAMES = [*LOSSES, *EXACT, *ROUNDED, *STEPS]
-PROBES = ("over_rows", "sharing_a_cell", "drawing")  # rows, which rows share a cell, keys
+PROBES = ("over_rows", "coupling_rows", "drawing")  # rows, which rows share a cell, keys
 SPLITS = ("accumulate", "shard")
 
 

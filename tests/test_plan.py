@@ -12,10 +12,7 @@ from conftest import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
-from stepc.testing.probes import WIDE
-from stepc.testing.probes import terms
-from stepc.testing.probes import tokens
-from stepc.testing.probes import wide_params
+from stepc.testing.probes import WIDE, terms, tokens, wide_params
 
 loss = PROBES["over_rows"]
 tx = optax.adamw(3e-4)
@@ -41,7 +38,7 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         sc.update(tx) @ sc.noise(0.1) @ sc.accumulate(4) @ DATA @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss), {"data": 8}
     ),
     "measuring": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["measuring"], {"data": 8}),
-    "carrying": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["carrying"], {"data": 8}),
+    "carrying": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["stateful"], {"data": 8}),
     "repeated": (sc.repeat(2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
     "parts": (
         sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4)

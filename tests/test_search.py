@@ -8,11 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepc._compiler.search import CandidatePrograms
-from stepc._compiler.search import SearchResult
-from stepc._compiler.search import SearchTrial
-from stepc._compiler.search import find_smallest_fit
-from stepc._compiler.search import live_bytes
+from stepc._compiler.search import CandidatePrograms, SearchResult, SearchTrial, find_smallest_fit, live_bytes
 from stepc.inspect import Memory
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)

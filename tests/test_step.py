@@ -16,8 +16,7 @@ from conftest import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 import stepc as sc
-from stepc.testing import assert_equal_trees
-from stepc.testing import assert_equivalent
+from stepc.testing import assert_equal_trees, assert_equivalent
 
 LOSS = PROBES["over_rows"]
 ADAM = sc.update(optax.adam(1e-3))

@@ -8,29 +8,15 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 
-from stepc._compiler.search import CandidatePrograms
-from stepc._compiler.search import SearchResult
-from stepc._compiler.search import find_smallest_fit
-from stepc._compiler.search import live_bytes
+from stepc._compiler.search import CandidatePrograms, SearchResult, find_smallest_fit, live_bytes
 from stepc._compiler.stages import Lowered
-from stepc._compiler.validation import BatchSignature
-from stepc._compiler.validation import batch_signature
-from stepc._compiler.validation import check_batch
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import OverMesh
-from stepc._core.nodes import Program
-from stepc._core.nodes import RepeatNode
-from stepc._core.nodes import UnderVmap
+from stepc._compiler.validation import BatchSignature, batch_signature, check_batch
+from stepc._core.nodes import MeanNode, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch
-from stepc._language.pipeline import AutotuneRequest
-from stepc._language.pipeline import Pipeline
-from stepc._language.pipeline import Transform
-from stepc._language.pipeline import transforms_of
+from stepc._language.pipeline import AutotuneRequest, Pipeline, Transform, transforms_of
 from stepc._language.state import State
-from stepc.errors import BudgetError
-from stepc.errors import ConfigError
-from stepc.inspect.memory import Memory
-from stepc.inspect.memory import memory
+from stepc.errors import BudgetError, ConfigError
+from stepc.inspect.memory import Memory, memory
 
 _LOG = logging.getLogger("stepc")
 
@@ -62,7 +48,9 @@ def autotune_request(pipeline: Transform | Pipeline) -> tuple[int, AutotuneReque
     """
     transforms = transforms_of(pipeline)
     asking = [
-        (place, question) for place, transform in enumerate(transforms) if (question := transform.autotune_request()) is not None
+        (place, question)
+        for place, transform in enumerate(transforms)
+        if (question := transform.autotune_request()) is not None
     ]
     if len(asking) > 1:
         named = " and ".join(f"`{transforms[place]!r}`" for place, _ in asking)

@@ -15,19 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from stepc._compiler.gradient import GradientSum
-from stepc._compiler.gradient import StepInputs
-from stepc._compiler.gradient import scale_counts
+from stepc._compiler.gradient import GradientSum, StepInputs, scale_counts
 from stepc._compiler.layers import by_layer
-from stepc._compiler.metrics import extreme_values
-from stepc._compiler.metrics import has_last_metrics
-from stepc._compiler.metrics import mask_last_metrics
-from stepc._compiler.metrics import replace_extremes
-from stepc._compiler.schedule import AllGather
-from stepc._compiler.schedule import AllReduce
-from stepc._compiler.schedule import AverageModelState
-from stepc._compiler.schedule import Compute
-from stepc._compiler.schedule import ReduceScatter
+from stepc._compiler.metrics import extreme_values, has_last_metrics, mask_last_metrics, replace_extremes
+from stepc._compiler.schedule import AllGather, AllReduce, AverageModelState, Compute, ReduceScatter
 from stepc._core.sharding import sharded_spec
 from stepc._language.terms import accumulation_dtype
 

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stepc._compiler.metrics import MetricAccumulators
-from stepc._compiler.metrics import add_metrics
-from stepc._compiler.metrics import reduce_vmap_metrics
-from stepc._compiler.metrics import scale_metric_counts
-from stepc._compiler.metrics import zero_metrics
-from stepc._language.kinds import Grads
-from stepc._language.kinds import Params
-from stepc._language.kinds import BatchRows
+from stepc._compiler.metrics import (
+    MetricAccumulators,
+    add_metrics,
+    reduce_vmap_metrics,
+    scale_metric_counts,
+    zero_metrics,
+)
+from stepc._language.kinds import BatchRows, Grads, Params
 
 
 @jax.tree_util.register_dataclass

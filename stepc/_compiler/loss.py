@@ -13,23 +13,22 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from stepc._compiler.schedule import LossSignature
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
-from stepc._language.kinds import Params
-from stepc._language.kinds import BatchRows
+from stepc._language.kinds import BatchRows, Params
 from stepc._language.state import leaves_by_path
-from stepc._language.terms import AbstractTerms
-from stepc._language.terms import Last
-from stepc._language.terms import LossOutcome
-from stepc._language.terms import Max
-from stepc._language.terms import Mean
-from stepc._language.terms import Metric
-from stepc._language.terms import Min
-from stepc._language.terms import Sum
-from stepc._language.terms import is_static
-from stepc._language.terms import loss_outcome
-from stepc._language.terms import merge_terms
-from stepc.errors import LossError
-from stepc.errors import ShardingError
-from stepc.errors import faults_in_one
+from stepc._language.terms import (
+    AbstractTerms,
+    Last,
+    LossOutcome,
+    Max,
+    Mean,
+    Metric,
+    Min,
+    Sum,
+    is_static,
+    loss_outcome,
+    merge_terms,
+)
+from stepc.errors import LossError, ShardingError, faults_in_one
 
 # What else a step reports under a name of its own.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")

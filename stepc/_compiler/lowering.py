@@ -10,69 +10,68 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from stepc._compiler.collectives import ManualRegion
-from stepc._compiler.collectives import all_gather
-from stepc._compiler.collectives import all_reduce
-from stepc._compiler.collectives import average_model_state
-from stepc._compiler.collectives import axis_index
-from stepc._compiler.collectives import gather_by_layer
-from stepc._compiler.collectives import reduce_scatter
-from stepc._compiler.gradient import GradientSum
-from stepc._compiler.gradient import LocalMicrobatch
-from stepc._compiler.gradient import StepInputs
-from stepc._compiler.gradient import add_sums
-from stepc._compiler.gradient import scale_counts
-from stepc._compiler.gradient import sum_over_vmap
-from stepc._compiler.gradient import zero_sum
-from stepc._compiler.loss import Call
-from stepc._compiler.loss import checked_loss
-from stepc._compiler.loss import counts_of
-from stepc._compiler.loss import keys_of
-from stepc._compiler.loss import num_rows
-from stepc._compiler.metrics import Diagnostics
-from stepc._compiler.metrics import MetricAccumulator
-from stepc._compiler.metrics import accumulate_metric
-from stepc._compiler.metrics import final_metrics
-from stepc._compiler.schedule import AllGather
-from stepc._compiler.schedule import AllReduce
-from stepc._compiler.schedule import Apply
-from stepc._compiler.schedule import AverageModelState
-from stepc._compiler.schedule import Compute
-from stepc._compiler.schedule import Count
-from stepc._compiler.schedule import CountFirst
-from stepc._compiler.schedule import DivideByCount
-from stepc._compiler.schedule import Instruction
-from stepc._compiler.schedule import Multiply
-from stepc._compiler.schedule import Optimize
-from stepc._compiler.schedule import ReduceScatter
-from stepc._compiler.schedule import RepeatSteps
-from stepc._compiler.schedule import ScanMicrobatches
-from stepc._compiler.schedule import Schedule
-from stepc._compiler.schedule import Unscale
-from stepc._compiler.schedule import Vmap
-from stepc._compiler.schedule import draws
-from stepc._compiler.schedule import gradient_is_sharded
-from stepc._compiler.schedule import has_reduction
-from stepc._compiler.validation import check_fixed_point
-from stepc._compiler.validation import check_gradient
-from stepc._core.nodes import DifferentiateNode
-from stepc._core.nodes import MapNode
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Grads
-from stepc._language.kinds import Metrics
-from stepc._language.kinds import Params
+from stepc._compiler.collectives import (
+    ManualRegion,
+    all_gather,
+    all_reduce,
+    average_model_state,
+    axis_index,
+    gather_by_layer,
+    reduce_scatter,
+)
+from stepc._compiler.gradient import (
+    GradientSum,
+    LocalMicrobatch,
+    StepInputs,
+    add_sums,
+    scale_counts,
+    sum_over_vmap,
+    zero_sum,
+)
+from stepc._compiler.loss import Call, checked_loss, counts_of, keys_of, num_rows
+from stepc._compiler.metrics import (
+    Diagnostics,
+    MetricAccumulator,
+    accumulate_metric,
+    final_metrics,
+)
+from stepc._compiler.schedule import (
+    AllGather,
+    AllReduce,
+    Apply,
+    AverageModelState,
+    Compute,
+    Count,
+    CountFirst,
+    DivideByCount,
+    Instruction,
+    Multiply,
+    Optimize,
+    ReduceScatter,
+    RepeatSteps,
+    ScanMicrobatches,
+    Schedule,
+    Unscale,
+    Vmap,
+    draws,
+    gradient_is_sharded,
+    has_reduction,
+)
+from stepc._compiler.validation import check_fixed_point, check_gradient
+from stepc._core.nodes import DifferentiateNode, MapNode
+from stepc._language.kinds import Batch, Grads, Metrics, Params
 from stepc._language.semantics import draw_tag
-from stepc._language.state import SkipCounts
-from stepc._language.state import State
-from stepc._language.state import leaves_by_path
-from stepc._language.terms import LossOutcome
-from stepc._language.terms import Sums
-from stepc._language.terms import accumulation_dtype
-from stepc._language.terms import divide_by_count
-from stepc._language.terms import is_static
-from stepc._language.terms import merge_terms
-from stepc._language.terms import sum_arrays
-from stepc._language.terms import sum_of_squares
+from stepc._language.state import SkipCounts, State, leaves_by_path
+from stepc._language.terms import (
+    LossOutcome,
+    Sums,
+    accumulation_dtype,
+    divide_by_count,
+    is_static,
+    merge_terms,
+    sum_arrays,
+    sum_of_squares,
+)
 
 
 def compute_gradient(instruction: Compute, call: Call, cell: LocalMicrobatch, given: StepInputs) -> GradientSum:

@@ -12,15 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc._language.terms import AbstractTerms
-from stepc._language.terms import Last
-from stepc._language.terms import Max
-from stepc._language.terms import Metric
-from stepc._language.terms import Min
-from stepc._language.terms import Sum
-from stepc._language.terms import divide_by_count
-from stepc._language.terms import is_static
-from stepc._language.terms import sum_arrays
+from stepc._language.terms import AbstractTerms, Last, Max, Metric, Min, Sum, divide_by_count, is_static, sum_arrays
 
 SUMMED_KINDS = ("mean", "sum", "last")  # those that a sum over devices adds up
 

@@ -14,14 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from stepc._compiler.validation import check_batch
 from stepc._core.nodes import Program
-from stepc._distributed.coordination import ADDRESS
-from stepc._distributed.coordination import key_value_store
-from stepc._distributed.coordination import poll
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Params
+from stepc._distributed.coordination import ADDRESS, key_value_store, poll
+from stepc._language.kinds import Batch, Params
 from stepc._language.state import leaves_by_path
-from stepc.errors import BatchError
-from stepc.errors import ConfigError
+from stepc.errors import BatchError, ConfigError
 
 MOST_LINES, SHOWN = 5000, 200  # of a program, of a line
 NOT_JOINED = "The mesh lies on {} processes, and they have not found each other."

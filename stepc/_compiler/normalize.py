@@ -9,35 +9,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stepc._compiler.loss import trace_loss_signature
-from stepc._compiler.schedule import LossSignature
-from stepc._compiler.schedule import Schedule
-from stepc._compiler.schedule import batch_axes
-from stepc._compiler.schedule import schedule
-from stepc._compiler.schedule import shard_schedule
-from stepc._compiler.sharding import BoundRules
-from stepc._compiler.sharding import bind_rules
+from stepc._compiler.schedule import LossSignature, Schedule, batch_axes, schedule, shard_schedule
+from stepc._compiler.sharding import BoundRules, bind_rules
 from stepc._compiler.validation import bind
-from stepc._core.laws import LAWS
-from stepc._core.laws import Law
-from stepc._core.nodes import DifferentiateNode
-from stepc._core.nodes import FollowNode
-from stepc._core.nodes import GuardNode
-from stepc._core.nodes import MapNode
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import Program
-from stepc._core.nodes import RepeatNode
-from stepc._core.nodes import RescaleNode
-from stepc._core.nodes import UnderVmap
-from stepc._core.nodes import UpdateNode
-from stepc._core.nodes import named
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Params
-from stepc._language.pipeline import Pipeline
-from stepc._language.pipeline import Transform
-from stepc._language.pipeline import expand_transforms
+from stepc._core.laws import LAWS, Law
+from stepc._core.nodes import (
+    DifferentiateNode,
+    FollowNode,
+    GuardNode,
+    MapNode,
+    MeanNode,
+    Program,
+    RepeatNode,
+    RescaleNode,
+    UnderVmap,
+    UpdateNode,
+    named,
+)
+from stepc._language.kinds import Batch, Params
+from stepc._language.pipeline import Pipeline, Transform, expand_transforms
 from stepc._language.reference import complete_transforms
-from stepc._language.state import SkipCounts
-from stepc._language.state import State
+from stepc._language.state import SkipCounts, State
 
 
 @dataclass(frozen=True)

@@ -12,32 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from stepc._compiler.multihost import RowSharding
-from stepc._compiler.multihost import check_program
-from stepc._compiler.multihost import checked_global_batch
-from stepc._compiler.multihost import global_batch
-from stepc._compiler.multihost import mesh_processes
-from stepc._compiler.normalize import NormalForm
-from stepc._compiler.normalize import shape_of
+from stepc._compiler.multihost import RowSharding, check_program, checked_global_batch, global_batch, mesh_processes
+from stepc._compiler.normalize import NormalForm, shape_of
 from stepc._compiler.plan import PlannedLeaf
-from stepc._compiler.sharding import BoundRules
-from stepc._compiler.sharding import followed
-from stepc._compiler.sharding import mirrors
-from stepc._compiler.sharding import shard_dimension
-from stepc._compiler.sharding import specs_of_batch
-from stepc._compiler.sharding import specs_of_params
+from stepc._compiler.sharding import BoundRules, followed, mirrors, shard_dimension, specs_of_batch, specs_of_params
 from stepc._compiler.validation import check_batch
-from stepc._core.sharding import Spec
-from stepc._core.sharding import axes_of
-from stepc._core.sharding import normalized_spec
-from stepc._core.sharding import sharded_spec
-from stepc._core.sharding import spec_text
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Params
-from stepc._language.state import Placement
-from stepc._language.state import State
-from stepc._language.state import leaves_by_path
-from stepc._language.state import path_of
+from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec, spec_text
+from stepc._language.kinds import Batch, Params
+from stepc._language.state import Placement, State, leaves_by_path, path_of
 
 _MOST_PARTS = 8  # of a dimension that is drawn part by part
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")

@@ -9,26 +9,27 @@ from math import prod
 from typing import TypeAlias, assert_never
 
 from stepc._compiler.normalize import AppliedLaw
-from stepc._compiler.schedule import AllGather
-from stepc._compiler.schedule import AllReduce
-from stepc._compiler.schedule import Apply
-from stepc._compiler.schedule import AverageModelState
-from stepc._compiler.schedule import Compute
-from stepc._compiler.schedule import Count
-from stepc._compiler.schedule import CountFirst
-from stepc._compiler.schedule import DivideByCount
-from stepc._compiler.schedule import Instruction
-from stepc._compiler.schedule import Multiply
-from stepc._compiler.schedule import Optimize
-from stepc._compiler.schedule import ReduceScatter
-from stepc._compiler.schedule import RepeatSteps
-from stepc._compiler.schedule import ScanMicrobatches
-from stepc._compiler.schedule import Schedule
-from stepc._compiler.schedule import Unscale
-from stepc._compiler.schedule import Vmap
+from stepc._compiler.schedule import (
+    AllGather,
+    AllReduce,
+    Apply,
+    AverageModelState,
+    Compute,
+    Count,
+    CountFirst,
+    DivideByCount,
+    Instruction,
+    Multiply,
+    Optimize,
+    ReduceScatter,
+    RepeatSteps,
+    ScanMicrobatches,
+    Schedule,
+    Unscale,
+    Vmap,
+)
 from stepc._compiler.search import SearchResult
-from stepc._core.nodes import Program
-from stepc._core.nodes import show
+from stepc._core.nodes import Program, show
 
 _LAYERED = "a layer at a time where the loss scans over layers"
 

@@ -5,21 +5,23 @@ from math import prod
 from typing import TypeAlias, assert_never
 
 from stepc._compiler.sharding import BoundRules
-from stepc._core.nodes import DifferentiateNode
-from stepc._core.nodes import FollowNode
-from stepc._core.nodes import GuardNode
-from stepc._core.nodes import InScan
-from stepc._core.nodes import MapNode
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import Node
-from stepc._core.nodes import OverMesh
-from stepc._core.nodes import Program
-from stepc._core.nodes import RepeatNode
-from stepc._core.nodes import RescaleNode
-from stepc._core.nodes import ScaleNode
-from stepc._core.nodes import UnderVmap
-from stepc._core.nodes import UpdateNode
-from stepc._core.nodes import named
+from stepc._core.nodes import (
+    DifferentiateNode,
+    FollowNode,
+    GuardNode,
+    InScan,
+    MapNode,
+    MeanNode,
+    Node,
+    OverMesh,
+    Program,
+    RepeatNode,
+    RescaleNode,
+    ScaleNode,
+    UnderVmap,
+    UpdateNode,
+    named,
+)
 
 
 @dataclass(frozen=True)

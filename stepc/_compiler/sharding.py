@@ -10,18 +10,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import OverMesh
-from stepc._core.nodes import Program
-from stepc._core.sharding import Rules
-from stepc._core.sharding import ShardingRules
-from stepc._core.sharding import Spec
-from stepc._core.sharding import axes_of
-from stepc._core.sharding import normalized_spec
-from stepc._core.sharding import spec_text
-from stepc.errors import ShardingError
-from stepc.errors import did_you_mean
-from stepc.errors import faults_in_one
+from stepc._core.nodes import MeanNode, OverMesh, Program
+from stepc._core.sharding import Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
+from stepc.errors import ShardingError, did_you_mean, faults_in_one
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # Any: what has a shape and a dtype; pairs with paths
 

@@ -9,21 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from stepc import inspect
-from stepc import report
-from stepc._compiler.plan import Plan
-from stepc._compiler.plan import PlannedLeaf
-from stepc.inspect.budget import Measure
-from stepc.inspect.budget import reductions_of
+from stepc import inspect, report
+from stepc._compiler.plan import Plan, PlannedLeaf
+from stepc.inspect.budget import Measure, reductions_of
 from stepc.inspect.collectives import Collectives
 from stepc.inspect.donation import DonatedLeaf
-from stepc.inspect.hlo import Computation
-from stepc.inspect.hlo import Module
-from stepc.inspect.hlo import Shape
-from stepc.inspect.hlo import parse
-from stepc.inspect.hlo import text_of
-from stepc.inspect.memory import Memory
-from stepc.inspect.memory import MemoryPart
+from stepc.inspect.hlo import Computation, Module, Shape, parse, text_of
+from stepc.inspect.memory import Memory, MemoryPart
 
 _NAMES = {"params": "parameters", "opt_state": "optimizer state"}
 _REST_OF_STATE, _BATCH, _PADDING = "rest of the state", "batch", "padding"

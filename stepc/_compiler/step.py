@@ -10,59 +10,50 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stepc._compiler.autotune import Autotuner
-from stepc._compiler.autotune import autotune_request
-from stepc._compiler.autotune import replace_request
+from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
 from stepc._compiler.collectives import ManualRegion
-from stepc._compiler.lowering import StepOutputs
-from stepc._compiler.lowering import lower_schedule
+from stepc._compiler.lowering import StepOutputs, lower_schedule
 from stepc._compiler.metrics import Diagnostics
 from stepc._compiler.multihost import check_start
-from stepc._compiler.normalize import NormalForm
-from stepc._compiler.normalize import normalize
-from stepc._compiler.placement import BatchPlacement
-from stepc._compiler.placement import ShardingTable
-from stepc._compiler.placement import gradient_shapes
-from stepc._compiler.placement import model_axis_specs
-from stepc._compiler.placement import place_on_devices
-from stepc._compiler.placement import placement_of_state
-from stepc._compiler.placement import planned_leaves
-from stepc._compiler.placement import shapes_of
-from stepc._compiler.placement import shapes_with
-from stepc._compiler.placement import shard_dimensions
-from stepc._compiler.placement import sharding_table
-from stepc._compiler.placement import shardings_of
-from stepc._compiler.placement import specs_by_path
-from stepc._compiler.placement import with_automatic_axes
-from stepc._compiler.placement import without_weak_types
+from stepc._compiler.normalize import NormalForm, normalize
+from stepc._compiler.placement import (
+    BatchPlacement,
+    ShardingTable,
+    gradient_shapes,
+    model_axis_specs,
+    place_on_devices,
+    placement_of_state,
+    planned_leaves,
+    shapes_of,
+    shapes_with,
+    shard_dimensions,
+    sharding_table,
+    shardings_of,
+    specs_by_path,
+    with_automatic_axes,
+    without_weak_types,
+)
 from stepc._compiler.plan import Plan
-from stepc._compiler.schedule import accumulator_is_sharded
-from stepc._compiler.schedule import draws
-from stepc._compiler.schedule import sharding_notes
-from stepc._compiler.stages import Compiled
-from stepc._compiler.stages import Lowered
-from stepc._compiler.validation import BatchSignature
-from stepc._compiler.validation import batch_signature
-from stepc._compiler.validation import check_batch
-from stepc._compiler.validation import check_fixed_point
-from stepc._compiler.validation import check_model_state
-from stepc._compiler.validation import check_option
-from stepc._compiler.validation import check_params
-from stepc._compiler.validation import check_seed
-from stepc._compiler.validation import check_state
-from stepc._compiler.validation import refuse_state
-from stepc._compiler.validation import retrace_reason
-from stepc._compiler.validation import signature_text
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Metrics
-from stepc._language.kinds import Params
-from stepc._language.pipeline import Pipeline
-from stepc._language.pipeline import Transform
-from stepc._language.reference import Reference
-from stepc._language.reference import complete_transforms
-from stepc._language.reference import reference
-from stepc._language.state import KEYS
-from stepc._language.state import State
+from stepc._compiler.schedule import accumulator_is_sharded, draws, sharding_notes
+from stepc._compiler.stages import Compiled, Lowered
+from stepc._compiler.validation import (
+    BatchSignature,
+    batch_signature,
+    check_batch,
+    check_fixed_point,
+    check_model_state,
+    check_option,
+    check_params,
+    check_seed,
+    check_state,
+    refuse_state,
+    retrace_reason,
+    signature_text,
+)
+from stepc._language.kinds import Batch, Metrics, Params
+from stepc._language.pipeline import Pipeline, Transform
+from stepc._language.reference import Reference, complete_transforms, reference
+from stepc._language.state import KEYS, State
 from stepc.inspect.budget import Budget
 
 

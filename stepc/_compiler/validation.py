@@ -11,24 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc._core.nodes import DifferentiateNode
-from stepc._core.nodes import InScan
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import Node
-from stepc._core.nodes import OverMesh
-from stepc._core.nodes import Program
-from stepc._core.nodes import RepeatNode
-from stepc._core.nodes import UnderVmap
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Params
-from stepc._language.state import State
-from stepc._language.state import describe_tied_leaves
-from stepc._language.state import leaves_by_path
-from stepc.errors import BatchError
-from stepc.errors import ConfigError
-from stepc.errors import ShardingError
-from stepc.errors import did_you_mean
-from stepc.errors import faults_in_one
+from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
+from stepc._language.kinds import Batch, Params
+from stepc._language.state import State, describe_tied_leaves, leaves_by_path
+from stepc.errors import BatchError, ConfigError, ShardingError, did_you_mean, faults_in_one
 
 # The tree, and the shape and dtype of each leaf. Any: a jax.tree_util.PyTreeDef, and what numpy calls a dtype.
 BatchSignature: TypeAlias = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]

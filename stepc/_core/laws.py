@@ -8,12 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from stepc._core.nodes import InScan
-from stepc._core.nodes import MeanNode
-from stepc._core.nodes import Node
-from stepc._core.nodes import OverMesh
-from stepc._core.nodes import ScaleNode
-from stepc._core.nodes import UnderVmap
+from stepc._core.nodes import InScan, MeanNode, Node, OverMesh, ScaleNode, UnderVmap
 
 
 @dataclass(frozen=True)

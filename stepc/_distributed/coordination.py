@@ -20,10 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepc._jax import Client
-from stepc._jax import membership
-from stepc.errors import Facts
-from stepc.errors import PeerError
+from stepc._jax import Client, membership
+from stepc.errors import Facts, PeerError
 
 PATIENCE_SECONDS = 300.0  # how long the others may take to come to the same place: they load data, they compile
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # where an object lies in memory: no two processes agree on that

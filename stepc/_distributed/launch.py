@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from stepc._distributed.start import COORDINATOR
-from stepc._distributed.start import NUM_PROCESSES
-from stepc._distributed.start import PROCESS_ID
+from stepc._distributed.start import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from stepc.errors import ConfigError
 
 LOOK_SECONDS = 0.05

@@ -7,8 +7,7 @@ from typing import TypeGuard
 import jax.numpy as jnp
 import numpy as np
 
-from stepc.errors import FieldTypeError
-from stepc.errors import FieldValueError
+from stepc.errors import FieldTypeError, FieldValueError
 
 
 def is_positive_integer(value: object) -> TypeGuard[int]:

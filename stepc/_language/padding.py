@@ -9,8 +9,7 @@ from jaxtyping import Bool
 from stepc._language.fields import is_positive_integer
 from stepc._language.kinds import Batch
 from stepc._language.state import leaves_by_path
-from stepc.errors import BatchError
-from stepc.errors import faults_in_one
+from stepc.errors import BatchError, faults_in_one
 
 Mask: TypeAlias = Bool[np.ndarray, " rows"]
 

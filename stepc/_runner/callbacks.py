@@ -12,8 +12,7 @@ import numpy as np
 
 from stepc._language.kinds import Batch
 from stepc._runner.events import EventLog
-from stepc._runner.pending import copy_state
-from stepc._runner.pending import deleted_leaves
+from stepc._runner.pending import copy_state, deleted_leaves
 from stepc.errors import StepError
 
 

@@ -17,9 +17,7 @@ from stepc._language.state import leaves_by_path
 from stepc._runner.data import DataFingerprint
 from stepc._runner.events import EventLog
 from stepc._runner.policies import FailureCounts
-from stepc.errors import CheckpointError
-from stepc.errors import ConfigError
-from stepc.errors import ResumeError
+from stepc.errors import CheckpointError, ConfigError, ResumeError
 
 
 def check_saveable(state: Any) -> None:  # Any: a state

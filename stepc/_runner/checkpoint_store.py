@@ -17,22 +17,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from stepc._distributed.coordination import FailureBroadcast
-from stepc._distributed.coordination import KeyValueStore
-from stepc._distributed.coordination import poll
-from stepc._runner.checkpoint import bare_leaves
-from stepc._runner.checkpoint import check_fits
-from stepc._runner.checkpoint import check_saveable
-from stepc._runner.checkpoint import digest
-from stepc._runner.checkpoint import names_of
-from stepc._runner.checkpoint import rows_of
-from stepc._runner.checkpoint import with_key_type
-from stepc._runner.data import DataFingerprint
-from stepc._runner.data import decode_position
-from stepc._runner.data import encode_position
+from stepc._distributed.coordination import FailureBroadcast, KeyValueStore, poll
+from stepc._runner.checkpoint import bare_leaves, check_fits, check_saveable, digest, names_of, rows_of, with_key_type
+from stepc._runner.data import DataFingerprint, decode_position, encode_position
 from stepc._runner.pending import copy_state
-from stepc.errors import CheckpointError
-from stepc.errors import ResumeError
+from stepc.errors import CheckpointError, ResumeError
 
 LOOK_SECONDS = 0.02
 

@@ -20,10 +20,7 @@ import numpy as np
 from stepc._language.kinds import Batch
 from stepc._language.padding import pad_batch
 from stepc._language.state import leaves_by_path
-from stepc.errors import BatchError
-from stepc.errors import CheckpointError
-from stepc.errors import DataError
-from stepc.errors import ResumeError
+from stepc.errors import BatchError, CheckpointError, DataError, ResumeError
 
 MISSING, MASK = "nothing", "mask"
 

@@ -11,30 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc._distributed.coordination import FailureBroadcast
-from stepc._distributed.coordination import FailureCause
-from stepc._distributed.coordination import KeyValueStore
-from stepc._distributed.coordination import listen
-from stepc._distributed.coordination import poll
+from stepc._distributed.coordination import FailureBroadcast, FailureCause, KeyValueStore, listen, poll
 from stepc._language.state import leaves_by_path
 from stepc._runner.checkpoint_store import GroupCommit
-from stepc._runner.data import BatchSpec
-from stepc._runner.data import DataItem
-from stepc._runner.data import DataReader
-from stepc._runner.data import EndOfData
-from stepc._runner.data import Read
-from stepc._runner.data import ReadFailure
+from stepc._runner.data import BatchSpec, DataItem, DataReader, EndOfData, Read, ReadFailure
 from stepc._runner.signals import SignalWatch
-from stepc.errors import BatchError
-from stepc.errors import BuildError
-from stepc.errors import CheckpointError
-from stepc.errors import ConfigError
-from stepc.errors import DataError
-from stepc.errors import DeviceError
-from stepc.errors import NonFiniteError
-from stepc.errors import PeerError
-from stepc.errors import StepcError
-from stepc.errors import StepError
+from stepc.errors import (
+    BatchError,
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    NonFiniteError,
+    PeerError,
+    StepcError,
+    StepError,
+)
 
 SPREAD = 2654435761  # an odd number near 2**32 times the golden ratio: neighbours get weights that are far apart
 

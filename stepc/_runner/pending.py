@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stepc._language.kinds import Batch
-from stepc._language.kinds import Metrics
+from stepc._language.kinds import Batch, Metrics
 from stepc._language.state import leaves_by_path
 from stepc._runner.data import DataItem
 from stepc._runner.events import floats_of
-from stepc.errors import BuildError
-from stepc.errors import DeviceError
-from stepc.errors import NonFiniteError
-from stepc.errors import StepError
+from stepc.errors import (
+    BuildError,
+    DeviceError,
+    NonFiniteError,
+    StepError,
+)
 
 
 @runtime_checkable

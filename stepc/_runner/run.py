@@ -15,57 +15,39 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from stepc._language.kinds import Batch
-from stepc._language.state import State
-from stepc._language.state import describe_tied_leaves
-from stepc._language.state import leaves_by_path
-from stepc._runner.callbacks import Callbacks
-from stepc._runner.callbacks import Evaluation
-from stepc._runner.callbacks import Hook
-from stepc._runner.callbacks import Profile
-from stepc._runner.checkpoint import CheckpointKeeper
-from stepc._runner.checkpoint import Checkpoints
-from stepc._runner.checkpoint import is_positive
-from stepc._runner.data import DataReader
-from stepc._runner.data import Positioned
-from stepc._runner.data import Source
-from stepc._runner.data import check_data
-from stepc._runner.data import go_to
+from stepc._language.state import State, describe_tied_leaves, leaves_by_path
+from stepc._runner.callbacks import Callbacks, Evaluation, Hook, Profile
+from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints, is_positive
+from stepc._runner.data import DataReader, Positioned, Source, check_data, go_to
 from stepc._runner.events import EventLog
 from stepc._runner.events import Logger as Logger
-from stepc._runner.multihost import Peers
-from stepc._runner.multihost import peers_for
-from stepc._runner.multihost import replica_digests
-from stepc._runner.pending import Bad
-from stepc._runner.pending import DiagnosableStep
-from stepc._runner.pending import Runnable
-from stepc._runner.pending import batch_placer
-from stepc._runner.pending import call_of
-from stepc._runner.pending import copy_state
-from stepc._runner.pending import deleted_leaves
-from stepc._runner.pending import mesh_of
-from stepc._runner.pending import skip_limit_of
-from stepc._runner.pending import steps_per_call_of
-from stepc._runner.policies import FailureCounts
-from stepc._runner.policies import Policy
-from stepc._runner.policies import Raise
-from stepc._runner.policies import Rollback
-from stepc._runner.policies import faults_of
-from stepc._runner.policies import policies_of
+from stepc._runner.multihost import Peers, peers_for, replica_digests
+from stepc._runner.pending import (
+    Bad,
+    DiagnosableStep,
+    Runnable,
+    batch_placer,
+    call_of,
+    copy_state,
+    deleted_leaves,
+    mesh_of,
+    skip_limit_of,
+    steps_per_call_of,
+)
+from stepc._runner.policies import FailureCounts, Policy, Raise, Rollback, faults_of, policies_of
 from stepc._runner.recompilation import RecompilationMonitor
-from stepc._runner.signals import SignalWatch
-from stepc._runner.signals import watched_signals
-from stepc._runner.trainer import Run
-from stepc._runner.trainer import Trainer
-from stepc._runner.trainer import abandon_after_error
-from stepc._runner.trainer import end_reason
-from stepc._runner.trainer import fill_in_run
-from stepc._runner.trainer import finish_after_error
-from stepc._runner.trainer import run_or_exit
-from stepc._runner.watchdog import StallWatcher
-from stepc._runner.watchdog import log_watchdog_firings
-from stepc.errors import ConfigError
-from stepc.errors import DataError
-from stepc.errors import StepError
+from stepc._runner.signals import SignalWatch, watched_signals
+from stepc._runner.trainer import (
+    Run,
+    Trainer,
+    abandon_after_error,
+    end_reason,
+    fill_in_run,
+    finish_after_error,
+    run_or_exit,
+)
+from stepc._runner.watchdog import StallWatcher, log_watchdog_firings
+from stepc.errors import ConfigError, DataError, StepError
 
 SMALL_TOO = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 WANTED = ("jax_compilation_cache_dir", *SMALL_TOO)

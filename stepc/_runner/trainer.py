@@ -9,50 +9,49 @@ from typing import Any, assert_never
 
 import jax
 
-from stepc._runner.callbacks import Callbacks
-from stepc._runner.callbacks import is_due
+from stepc._runner.callbacks import Callbacks, is_due
 from stepc._runner.checkpoint import CheckpointKeeper
-from stepc._runner.data import DataItem
-from stepc._runner.data import DataReader
-from stepc._runner.data import EndOfData
-from stepc._runner.data import ReadFailure
-from stepc._runner.data import data_failure
-from stepc._runner.data import data_fingerprint
+from stepc._runner.data import (
+    DataItem,
+    DataReader,
+    EndOfData,
+    ReadFailure,
+    data_failure,
+    data_fingerprint,
+)
 from stepc._runner.events import EventLog
 from stepc._runner.events import Logger as Logger
 from stepc._runner.multihost import Peers
-from stepc._runner.pending import Bad
-from stepc._runner.pending import Call
-from stepc._runner.pending import PendingStep
-from stepc._runner.pending import Snapshot
-from stepc._runner.pending import StepStatus
-from stepc._runner.pending import changes_of_names
-from stepc._runner.pending import check_metrics
-from stepc._runner.pending import check_verdict
-from stepc._runner.pending import copy_state
-from stepc._runner.pending import deleted_leaves
-from stepc._runner.pending import nonfinite_failure
-from stepc._runner.pending import step_failure
-from stepc._runner.pending import wait_for_step
-from stepc._runner.policies import FailureCounts
-from stepc._runner.policies import Raise
-from stepc._runner.policies import Retry
-from stepc._runner.policies import Rollback
-from stepc._runner.policies import Skip
+from stepc._runner.pending import (
+    Bad,
+    Call,
+    PendingStep,
+    Snapshot,
+    StepStatus,
+    changes_of_names,
+    check_metrics,
+    check_verdict,
+    copy_state,
+    deleted_leaves,
+    nonfinite_failure,
+    step_failure,
+    wait_for_step,
+)
+from stepc._runner.policies import FailureCounts, Raise, Retry, Rollback, Skip
 from stepc._runner.recompilation import RecompilationMonitor
-from stepc._runner.signals import LeaveLoop
-from stepc._runner.signals import SignalWatch
-from stepc._runner.watchdog import StallWatcher
-from stepc._runner.watchdog import log_watchdog_firings
-from stepc.errors import CheckpointError
-from stepc.errors import DataError
-from stepc.errors import DeviceError
-from stepc.errors import Interrupted
-from stepc.errors import NonFiniteError
-from stepc.errors import PeerError
-from stepc.errors import Preempted
-from stepc.errors import ResumeError
-from stepc.errors import StepError
+from stepc._runner.signals import LeaveLoop, SignalWatch
+from stepc._runner.watchdog import StallWatcher, log_watchdog_firings
+from stepc.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    Interrupted,
+    NonFiniteError,
+    PeerError,
+    Preempted,
+    ResumeError,
+    StepError,
+)
 
 KINDS = {DataError: "data", NonFiniteError: "nonfinite", DeviceError: "device"}
 EXHAUSTED = "the policy is to raise"

@@ -9,19 +9,10 @@ from typing import TypeAlias
 
 import jax
 
-from stepc._units import bytes_of
-from stepc._units import readable
-from stepc.errors import BudgetError
-from stepc.errors import ConfigError
-from stepc.errors import FieldTypeError
-from stepc.errors import FieldValueError
-from stepc.errors import did_you_mean
-from stepc.inspect.collectives import Collective
-from stepc.inspect.collectives import Collectives
-from stepc.inspect.collectives import collectives
-from stepc.inspect.memory import Memory
-from stepc.inspect.memory import cost
-from stepc.inspect.memory import memory
+from stepc._units import bytes_of, readable
+from stepc.errors import BudgetError, ConfigError, FieldTypeError, FieldValueError, did_you_mean
+from stepc.inspect.collectives import Collective, Collectives, collectives
+from stepc.inspect.memory import Memory, cost, memory
 
 Size: TypeAlias = int | str
 _MOST_LINES = 5

@@ -10,14 +10,8 @@ import numpy as np
 
 from stepc._units import readable
 from stepc.inspect.cost import flops_of
-from stepc.inspect.hlo import Computation
-from stepc.inspect.hlo import Instruction
-from stepc.inspect.hlo import Module
-from stepc.inspect.hlo import Shape
-from stepc.inspect.hlo import parse
-from stepc.inspect.hlo import text_of
-from stepc.inspect.loops import Execution
-from stepc.inspect.loops import executions
+from stepc.inspect.hlo import Computation, Instruction, Module, Shape, parse, text_of
+from stepc.inspect.loops import Execution, executions
 
 KINDS = (
     "all-gather",

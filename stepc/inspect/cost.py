@@ -6,12 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from stepc.inspect.hlo import Computation
-from stepc.inspect.hlo import Instruction
-from stepc.inspect.hlo import Module
-from stepc.inspect.hlo import Shape
-from stepc.inspect.loops import over_instruction
-from stepc.inspect.loops import over_program
+from stepc.inspect.hlo import Computation, Instruction, Module, Shape
+from stepc.inspect.loops import over_instruction, over_program
 
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _GEMMS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")

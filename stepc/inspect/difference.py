@@ -8,11 +8,9 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import jax
 
 from stepc._units import readable
-from stepc.inspect.collectives import Collective
-from stepc.inspect.collectives import collectives
+from stepc.inspect.collectives import Collective, collectives
 from stepc.inspect.donation import aliases
-from stepc.inspect.memory import cost
-from stepc.inspect.memory import memory
+from stepc.inspect.memory import cost, memory
 
 
 @runtime_checkable

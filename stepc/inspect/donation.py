@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
-from stepc.inspect.hlo import parse
-from stepc.inspect.hlo import text_of
+from stepc.inspect.hlo import parse, text_of
 
 _ALIAS = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{([\d,\s]*)\}")
 _DONOR = re.compile(r"\((\d+),\s*\{([\d,\s]*)\}\)")

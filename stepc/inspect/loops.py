@@ -5,9 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from stepc.inspect.hlo import Computation
-from stepc.inspect.hlo import Instruction
-from stepc.inspect.hlo import Module
+from stepc.inspect.hlo import Computation, Instruction, Module
 
 # What one instruction takes by itself, of anything that adds up.
 Measure: TypeAlias = Callable[[Computation, Instruction], int]

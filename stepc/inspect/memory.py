@@ -5,11 +5,8 @@ from dataclasses import dataclass
 import jax
 
 from stepc._units import readable
-from stepc.inspect.cost import flops
-from stepc.inspect.cost import traffic
-from stepc.inspect.cost import uncounted
-from stepc.inspect.hlo import parse
-from stepc.inspect.hlo import text_of
+from stepc.inspect.cost import flops, traffic, uncounted
+from stepc.inspect.hlo import parse, text_of
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from stepc.errors import ConfigError
-from stepc.errors import did_you_mean
+from stepc.errors import ConfigError, did_you_mean
 from stepc.inspect.collectives import Collective
-from stepc.inspect.memory import Cost
-from stepc.inspect.memory import Memory
+from stepc.inspect.memory import Cost, Memory
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,11 @@ from typing import TypeAlias
 
 import jax
 
-from stepc.inspect.collectives import Collective
-from stepc.inspect.collectives import collectives
-from stepc.inspect.cost import flops_of
-from stepc.inspect.cost import moved_by
-from stepc.inspect.hlo import Computation
-from stepc.inspect.hlo import Instruction
-from stepc.inspect.hlo import Module
-from stepc.inspect.hlo import parse
-from stepc.inspect.hlo import text_of
-from stepc.inspect.loops import named
-from stepc.inspect.loops import turns
-from stepc.inspect.roofline import Device
-from stepc.inspect.roofline import wire_bytes
+from stepc.inspect.collectives import Collective, collectives
+from stepc.inspect.cost import flops_of, moved_by
+from stepc.inspect.hlo import Computation, Instruction, Module, parse, text_of
+from stepc.inspect.loops import named, turns
+from stepc.inspect.roofline import Device, wire_bytes
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,8 @@ from stepc._distributed.coordination import ending_all
 from stepc._distributed.start import is_launched
 from stepc._runner.loggers.console import Console
 from stepc._runner.loggers.files import JSONL
-from stepc.programs import curve
-from stepc.programs import gpt
-from stepc.programs import text
-from stepc.programs.folder import Folder
-from stepc.programs.folder import found
+from stepc.programs import curve, gpt, text
+from stepc.programs.folder import Folder, found
 from stepc.programs.job import Job
 
 LOGS = 150  # how often a whole run is logged

@@ -6,23 +6,12 @@ import jax
 from jax.sharding import Mesh
 
 from stepc._compiler.plan import Plan
-from stepc.inspect.collectives import Collectives
-from stepc.inspect.collectives import collectives
-from stepc.inspect.donation import DonatedLeaf
-from stepc.inspect.donation import donated_leaves
+from stepc.inspect.collectives import Collectives, collectives
+from stepc.inspect.donation import DonatedLeaf, donated_leaves
 from stepc.inspect.hlo import text_of
-from stepc.inspect.memory import Cost
-from stepc.inspect.memory import Memory
-from stepc.inspect.memory import cost
-from stepc.inspect.memory import memory
-from stepc.inspect.roofline import DEVICES
-from stepc.inspect.roofline import Device
-from stepc.inspect.roofline import Roofline
-from stepc.inspect.roofline import device_named
-from stepc.inspect.roofline import device_of
-from stepc.inspect.roofline import roofline
-from stepc.inspect.timeline import Segment
-from stepc.inspect.timeline import timeline
+from stepc.inspect.memory import Cost, Memory, cost, memory
+from stepc.inspect.roofline import DEVICES, Device, Roofline, device_named, device_of, roofline
+from stepc.inspect.timeline import Segment, timeline
 
 # Where a program is for a device without a row in the table, such as a CPU.
 _OTHERWISE = "tpu:v5e"

@@ -13,9 +13,7 @@ import jax
 from stepc._core.nodes import show
 from stepc._units import readable
 from stepc.inspect.collectives import Collective
-from stepc.inspect.roofline import Roofline
-from stepc.inspect.roofline import duration
-from stepc.inspect.roofline import wire_bytes
+from stepc.inspect.roofline import Roofline, duration, wire_bytes
 from stepc.report import pictures
 from stepc.report.known import ProgramFacts
 from stepc.report.text import donation

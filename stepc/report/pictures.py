@@ -7,12 +7,8 @@ from typing import assert_never
 
 from stepc._units import readable
 from stepc.inspect.memory import Memory
-from stepc.inspect.roofline import Device
-from stepc.inspect.roofline import duration
-from stepc.inspect.timeline import CollectiveSegment
-from stepc.inspect.timeline import ComputeSegment
-from stepc.inspect.timeline import LoopSegment
-from stepc.inspect.timeline import Segment
+from stepc.inspect.roofline import Device, duration
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment, Segment
 
 # A loop is drawn turn by turn as long as that many bars can be told apart.
 _MOST_BARS = 240

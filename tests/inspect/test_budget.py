@@ -15,11 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import stepc as sc
 from stepc._units import bytes_of
-from stepc.inspect import Collective
-from stepc.inspect import Collectives
-from stepc.inspect import check
-from stepc.inspect.budget import Measure
-from stepc.inspect.budget import reductions_of
+from stepc.inspect import Collective, Collectives, check
+from stepc.inspect.budget import Measure, reductions_of
 from stepc.inspect.hlo import Shape
 from stepc.testing import assert_within_budget
 

@@ -10,9 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stepc.inspect import Collective
-from stepc.inspect import Collectives
-from stepc.inspect import collectives
+from stepc.inspect import Collective, Collectives, collectives
 
 AXES = {1: ("data",), 2: ("data", "model"), 3: ("data", "fsdp", "model")}
 SIZES = {1: (8,), 2: (4, 2), 3: (2, 2, 2)}

@@ -6,8 +6,7 @@ import pytest
 from jax.sharding import Mesh
 
 from stepc.inspect import collectives
-from stepc.inspect.collectives import axes_of
-from stepc.inspect.collectives import groups
+from stepc.inspect.collectives import axes_of, groups
 from stepc.inspect.hlo import parse
 
 

@@ -8,9 +8,7 @@ from by_hand import BYTES, DUMPS, PODS, STEPS, WIDTH, Facts, compiled, mesh_of_r
 from test_topology import HAS
 
 import stepc as sc
-from stepc.inspect import Collective
-from stepc.inspect import Collectives
-from stepc.inspect import collectives
+from stepc.inspect import Collective, Collectives, collectives
 
 SAVED = sorted(DUMPS.glob("*.txt"))
 LIVE = [(name, rank) for name, step in STEPS.items() for rank in step.ranks]

@@ -6,12 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stepc.inspect.hlo import CalledComputation
-from stepc.inspect.hlo import Shape
-from stepc.inspect.hlo import parse
-from stepc.inspect.hlo import text_of
-from stepc.inspect.loops import Execution
-from stepc.inspect.loops import executions
+from stepc.inspect.hlo import CalledComputation, Shape, parse, text_of
+from stepc.inspect.loops import Execution, executions
 
 ONCE = Execution(1, in_loop=False, conditional=False, asynchronous=False)
 

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from stepc.inspect import Cost
-from stepc.inspect import Memory
-from stepc.inspect import cost
-from stepc.inspect import memory
+from stepc.inspect import Cost, Memory, cost, memory
 
 TYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 

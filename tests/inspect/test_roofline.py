@@ -3,13 +3,8 @@
 import pytest
 
 import stepc as sc
-from stepc.inspect import Collective
-from stepc.inspect import Cost
-from stepc.inspect import Memory
-from stepc.inspect import roofline
-from stepc.inspect.roofline import Device
-from stepc.inspect.roofline import duration
-from stepc.inspect.roofline import wire_bytes
+from stepc.inspect import Collective, Cost, Memory, roofline
+from stepc.inspect.roofline import Device, duration, wire_bytes
 
 ROUND = Device("round", "", 1e12, 1000, 1e9, 1e6, "ours")
 

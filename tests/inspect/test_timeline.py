@@ -7,16 +7,9 @@ import jax.numpy as jnp
 import pytest
 from by_hand import BYTES, DUMPS, LAYERS, K, compiled, mesh_of_rank
 
-from stepc.inspect import collectives
-from stepc.inspect import cost
-from stepc.inspect.roofline import DEVICES
-from stepc.inspect.roofline import Device
-from stepc.inspect.roofline import wire_bytes
-from stepc.inspect.timeline import CollectiveSegment
-from stepc.inspect.timeline import ComputeSegment
-from stepc.inspect.timeline import LoopSegment
-from stepc.inspect.timeline import Segment
-from stepc.inspect.timeline import timeline
+from stepc.inspect import collectives, cost
+from stepc.inspect.roofline import DEVICES, Device, wire_bytes
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment, Segment, timeline
 
 ROUND = Device("round", "", 10.0, 1, 1000.0, 4.0, "ours")
 

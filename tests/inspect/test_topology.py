@@ -8,8 +8,7 @@ import optax
 import pytest
 
 import stepc as sc
-from stepc.inspect.roofline import DEVICES
-from stepc.inspect.roofline import device_of
+from stepc.inspect.roofline import DEVICES, device_of
 
 HAS = {
     "tpu": importlib.util.find_spec("libtpu") is not None,

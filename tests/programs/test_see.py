@@ -7,10 +7,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from stepc.cli import LESSONS
-from stepc.cli import _parser
-from stepc.cli import compiled
-from stepc.cli import main
+from stepc.cli import LESSONS, _parser, compiled, main
 from stepc.report import terminal
 
 MINE = """

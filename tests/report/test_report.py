@@ -15,12 +15,9 @@ from conftest import mesh_of
 
 import stepc as sc
 from stepc import report
-from stepc.inspect import Memory
-from stepc.inspect import MemoryPart
+from stepc.inspect import Memory, MemoryPart
 from stepc.inspect.roofline import Device
-from stepc.inspect.timeline import CollectiveSegment
-from stepc.inspect.timeline import ComputeSegment
-from stepc.inspect.timeline import LoopSegment
+from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment
 from stepc.report import pictures
 
 ADAM = sc.update(optax.adam(1e-3))

@@ -15,12 +15,9 @@ from catalogue import PROBES, probe_batch, probe_params
 from conftest import mesh_of
 
 import stepc as sc
-from stepc._compiler.search import CandidatePrograms
-from stepc._compiler.search import find_smallest_fit
-from stepc._compiler.search import live_bytes
+from stepc._compiler.search import CandidatePrograms, find_smallest_fit, live_bytes
 from stepc.programs import gpt
-from stepc.testing import assert_equal_trees
-from stepc.testing import assert_equivalent
+from stepc.testing import assert_equal_trees, assert_equivalent
 
 DATA = sc.shard(sc.dp("data"))
 SGD = sc.update(optax.sgd(0.5))

@@ -11,8 +11,7 @@ from catalogue import probe_batch, probe_params
 from conftest import mesh_of
 
 import stepc as sc
-from stepc.testing.probes import drawing
-from stepc.testing.probes import over_rows
+from stepc.testing.probes import drawing, over_rows
 
 DATA = sc.shard(sc.dp("data"))
 ADAM = sc.update(optax.adam(optax.cosine_decay_schedule(1e-2, 20)))
