@@ -108,4 +108,5 @@ def _check_positions(transforms: tuple[Transform, ...]) -> None:
         count = sum(type(one) is type(transform) for one in transforms)
         if transform.position == "once" and count > 1:
             name = transform_name(type(transform))
-            raise ConfigError(f"A pipeline takes `{name}` at most once, and this one has {count}.", where=where)
+            what = f"`{name}` may appear only once in a pipeline, and it appears {count} times here."
+            raise ConfigError(what, where=where)
