@@ -1,4 +1,4 @@
-"""`accumulate(memory=...)`: the k that is found, what it costs to find it, and that nothing else knows it was asked."""
+"""`accumulate(memory=...)`: the k it picks, what the search costs, and that the step is that of `accumulate(k)`."""
 
 import re
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def total(k: int, num_rows: int = ROWS) -> int:
     return step.lower(step.init(WIDE), rows_of(num_rows)).compile().memory().total
 
 
-def asking(memory: int | str, **options: Any) -> sc.Step:
+def autotuned(memory: int | str, **options: Any) -> sc.Step:
     return sc.compile(SGD @ sc.accumulate(memory=memory) @ sc.grad(wide), **options)
 
 
@@ -60,19 +60,19 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("k", [1, 2, 4, 64])
 def test_memory_of_a_program_finds_its_k(k: int) -> None:
-    plan = asking(total(k)).lower(asking(1).init(WIDE), rows_of(ROWS)).plan
+    plan = autotuned(total(k)).lower(autotuned(1).init(WIDE), rows_of(ROWS)).plan
     assert plan.search is not None
     assert (plan.search.chosen, plan.search.counts) == (k, (1, 2, 4, 8, 16, 32, 64))
     assert plan.loop_length == k
 
 
 def test_memory_one_byte_short_finds_the_next_k() -> None:
-    plan = asking(total(4) - 1).lower(asking(1).init(WIDE), rows_of(ROWS)).plan
+    plan = autotuned(total(4) - 1).lower(autotuned(1).init(WIDE), rows_of(ROWS)).plan
     assert plan.loop_length == 8
 
 
 def test_memory_compiles_what_the_search_says_and_nothing_twice() -> None:
-    step = asking(total(8))
+    step = autotuned(total(8))
     state = step.init(WIDE)
     with compilations() as events:
         for _ in range(3):
@@ -86,7 +86,7 @@ def test_memory_compiles_what_the_search_says_and_nothing_twice() -> None:
 
 
 def test_memory_is_found_again_for_another_batch_and_kept() -> None:
-    step = asking(total(4))
+    step = autotuned(total(4))
     state = step.init(WIDE)
     for num_rows in (ROWS, 2 * ROWS, ROWS, 2 * ROWS):
         state, _ = step(state, rows_of(num_rows))
@@ -95,8 +95,8 @@ def test_memory_is_found_again_for_another_batch_and_kept() -> None:
     assert step.traces == 2
 
 
-def test_memory_that_is_searched_for_twice_is_never_silent(caplog: pytest.LogCaptureFixture) -> None:
-    step = asking("1GiB")
+def test_second_search_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    step = autotuned("1GiB")
     state = step.init(WIDE)
     step.lower(state, rows_of(ROWS))
     assert not caplog.records
@@ -104,14 +104,14 @@ def test_memory_that_is_searched_for_twice_is_never_silent(caplog: pytest.LogCap
     assert "became accumulate(1)" in caplog.text
 
 
-def test_memory_twice_finds_the_same() -> None:
-    plans = [asking(total(8)).lower(asking(1).init(WIDE), rows_of(ROWS)).plan for _ in range(2)]
+def test_memory_twice_picks_the_same_k() -> None:
+    plans = [autotuned(total(8)).lower(autotuned(1).init(WIDE), rows_of(ROWS)).plan for _ in range(2)]
     assert plans[0].search == plans[1].search
 
 
-def test_plan_says_the_answer_and_how_it_was_found() -> None:
+def test_plan_shows_k_and_the_search() -> None:
     memory = total(4)
-    step = asking(memory)
+    step = autotuned(memory)
     lowered = step.lower(step.init(WIDE), rows_of(ROWS))
     assert repr(step.pipeline) == f"update(optax.sgd(0.5)) @ accumulate(memory={memory}) @ grad(wide)"
     assert lowered.plan.pipeline == "update(optax.sgd(0.5)) @ accumulate(4) @ grad(wide)"
@@ -120,8 +120,8 @@ def test_plan_says_the_answer_and_how_it_was_found() -> None:
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_memory_is_the_step_that_says_its_number(probe: str) -> None:
-    """Bitwise, on whole numbers: also for a loss that depends on which rows share a cell."""
+def test_memory_gives_the_step_of_the_k_it_picks(probe: str) -> None:
+    """Bitwise, on whole numbers: also for a loss that depends on which rows share a call."""
     source, mesh, batch = sc.grad(PROBES[probe]), mesh_of(data=2), probe_batch(1024)
     if probe == "drawing":
         source = sc.grad(PROBES[probe], rng="example")
@@ -129,10 +129,13 @@ def test_memory_is_the_step_that_says_its_number(probe: str) -> None:
     too_much = whole.lower(whole.init(probe_params()), batch).compile().memory().total
     step = sc.compile(SGD @ sc.accumulate(memory=too_much - 1) @ DATA @ source, mesh=mesh)
     lowered = step.lower(step.init(probe_params()), batch)
-    said = sc.compile(SGD @ sc.accumulate(lowered.plan.loop_length) @ DATA @ source, mesh=mesh)
+    explicit = sc.compile(SGD @ sc.accumulate(lowered.plan.loop_length) @ DATA @ source, mesh=mesh)
     assert lowered.plan.loop_length > 1
     assert_equal_trees(
-        step(step.init(probe_params()), batch), said(said.init(probe_params()), batch), tolerance=0.0, of="two steps"
+        step(step.init(probe_params()), batch),
+        explicit(explicit.init(probe_params()), batch),
+        tolerance=0.0,
+        of="two steps",
     )
     assert_equivalent(step, step.init(probe_params()), batch)
 
@@ -155,14 +158,14 @@ def test_memory_under_repeat_counts_the_rows_of_one_step() -> None:
 
 
 def test_memory_of_shapes_alone_is_found() -> None:
-    step = asking(total(4))
+    step = autotuned(total(4))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), WIDE)
     batch = {"x": jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)}
     assert step.lower(step.init(shapes), batch).plan.loop_length == 4
 
 
 def test_memory_that_nothing_fits_leaves_the_state_alive() -> None:
-    step = asking("100 B")
+    step = autotuned("100 B")
     state = step.init(WIDE)
     with pytest.raises(sc.BudgetError) as raised:
         step(state, rows_of(ROWS))
@@ -172,15 +175,15 @@ def test_memory_that_nothing_fits_leaves_the_state_alive() -> None:
 
 def test_memory_that_the_error_names_does_fit() -> None:
     with pytest.raises(sc.BudgetError) as raised:
-        asking("100 B").lower(asking(1).init(WIDE), rows_of(ROWS))
+        autotuned("100 B").lower(autotuned(1).init(WIDE), rows_of(ROWS))
     (named,) = re.findall(r"`memory=(\d+)` is enough", str(raised.value))
-    asking(int(named)).lower(asking(1).init(WIDE), rows_of(ROWS))
+    autotuned(int(named)).lower(autotuned(1).init(WIDE), rows_of(ROWS))
     with pytest.raises(sc.BudgetError):
-        asking(int(named) - 1).lower(asking(1).init(WIDE), rows_of(ROWS))
+        autotuned(int(named) - 1).lower(autotuned(1).init(WIDE), rows_of(ROWS))
 
 
 def test_memory_and_a_budget_hold_together() -> None:
-    step = asking(total(4), budget=sc.Budget(traces=1, donated=True, total_bytes=total(4)))
+    step = autotuned(total(4), budget=sc.Budget(traces=1, donated=True, total_bytes=total(4)))
     state, _ = step(step.init(WIDE), rows_of(ROWS))
     with pytest.raises(sc.BudgetError, match=r"traces +1 +2"):
         step(state, rows_of(2 * ROWS))
@@ -203,14 +206,14 @@ def test_memory_that_a_pod_does_not_have_is_refused_by_its_compiler_and_the_sear
 
 
 def test_memory_in_run_trains() -> None:
-    step = asking(total(4))
+    step = autotuned(total(4))
     run = sc.run(step, step.init(WIDE), [rows_of(ROWS)] * 3)
     assert (run.steps, step.traces) == (3, 1)
 
 
-def test_meaning_of_a_question_is_refused() -> None:
+def test_reference_without_k_is_refused() -> None:
     with pytest.raises(sc.ConfigError, match=r"has no k yet"):
-        asking("1GiB").meaning  # noqa: B018
+        autotuned("1GiB").meaning  # noqa: B018
 
 
 SIZE = gpt.Size(layers=1, width=16, heads=2, context=16)
