@@ -14,8 +14,8 @@ from stepc._compiler.normalize import normalize
 from stepc._core.laws import LAWS
 from stepc.testing import assert_equal_trees, assert_equivalent
 from stepc.testing.evaluate import evaluate
-from stepc.testing.transforms import compared_leaves, evaluation_state
 from stepc.testing.strategies import batches, meshes, pipelines
+from stepc.testing.transforms import compared_leaves, evaluation_state
 
 SGD = sc.update(optax.sgd(0.5))
 DATA = sc.shard(sc.dp("data"))
