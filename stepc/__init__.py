@@ -3,84 +3,156 @@
 update(optax.adamw(3e-4)) @ clip(1.0) @ accumulate(4) @ shard(dp("data")) @ grad(loss)
 """
 
-from stepc import inspect as inspect
-from stepc import report as report
-from stepc import testing as testing
-from stepc._compiler.stages import Compiled as Compiled
-from stepc._compiler.stages import Lowered as Lowered
-from stepc._compiler.step import Step as Step
-from stepc._compiler.step import compile as compile
-from stepc._core import nodes as nodes
-from stepc._distributed.start import init_distributed as init_distributed
-from stepc._language.kinds import Kind as Kind
-from stepc._language.padding import pad_batch as pad_batch
-from stepc._language.pipeline import Pipeline as Pipeline
-from stepc._language.pipeline import Transform as Transform
-from stepc._language.reference import Reference as Reference
-from stepc._language.reference import reference as reference
-from stepc._language.semantics import Fn as Fn
-from stepc._language.semantics import Gradient as Gradient
-from stepc._language.semantics import Microbatch as Microbatch
-from stepc._language.semantics import StepResult as StepResult
-from stepc._language.sharding import dp as dp
-from stepc._language.sharding import tp as tp
-from stepc._language.state import State as State
-from stepc._language.terms import Last as Last
-from stepc._language.terms import Max as Max
-from stepc._language.terms import Mean as Mean
-from stepc._language.terms import Min as Min
-from stepc._language.terms import Sum as Sum
-from stepc._language.transforms.accumulate import accumulate as accumulate
-from stepc._language.transforms.cast import cast as cast
-from stepc._language.transforms.clip import clip as clip
-from stepc._language.transforms.ema import ema as ema
-from stepc._language.transforms.grad import grad as grad
-from stepc._language.transforms.loss_scale import loss_scale as loss_scale
-from stepc._language.transforms.noise import noise as noise
-from stepc._language.transforms.remat import remat as remat
-from stepc._language.transforms.repeat import repeat as repeat
-from stepc._language.transforms.rows import rows as rows
-from stepc._language.transforms.scale import scale as scale
-from stepc._language.transforms.shard import shard as shard
-from stepc._language.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
-from stepc._language.transforms.update import update as update
-from stepc._runner.callbacks import Eval as Eval
-from stepc._runner.callbacks import Profile as Profile
-from stepc._runner.checkpoint import Checkpoints as Checkpoints
-from stepc._runner.loggers.console import Console as Console
-from stepc._runner.loggers.files import CSV as CSV
-from stepc._runner.loggers.files import JSONL as JSONL
-from stepc._runner.loggers.picture import Picture as Picture
-from stepc._runner.loggers.tensorboard import TensorBoard as TensorBoard
-from stepc._runner.policies import Raise as Raise
-from stepc._runner.policies import Retry as Retry
-from stepc._runner.policies import Rollback as Rollback
-from stepc._runner.policies import Skip as Skip
-from stepc._runner.run import Buffers as Buffers
-from stepc._runner.run import Data as Data
-from stepc._runner.run import run as run
-from stepc._runner.trainer import Run as Run
-from stepc._runner.watchdog import Watchdog as Watchdog
-from stepc.errors import BatchError as BatchError
-from stepc.errors import BudgetError as BudgetError
-from stepc.errors import BuildError as BuildError
-from stepc.errors import CheckpointError as CheckpointError
-from stepc.errors import ConfigError as ConfigError
-from stepc.errors import DataError as DataError
-from stepc.errors import DeviceError as DeviceError
-from stepc.errors import EquivalenceError as EquivalenceError
-from stepc.errors import FieldTypeError as FieldTypeError
-from stepc.errors import FieldValueError as FieldValueError
-from stepc.errors import Interrupted as Interrupted
-from stepc.errors import LossError as LossError
-from stepc.errors import NonFiniteError as NonFiniteError
-from stepc.errors import PeerError as PeerError
-from stepc.errors import PipelineTypeError as PipelineTypeError
-from stepc.errors import Preempted as Preempted
-from stepc.errors import RejectedError as RejectedError
-from stepc.errors import ResumeError as ResumeError
-from stepc.errors import ShardingError as ShardingError
-from stepc.errors import StepcError as StepcError
-from stepc.errors import StepError as StepError
-from stepc.inspect.budget import Budget as Budget
-from stepc.inspect.topology import topology as topology
+from importlib import metadata as _metadata
+
+from stepc import errors, inspect, nodes, report, testing
+from stepc._compiler.stages import Compiled, Lowered
+from stepc._compiler.step import Step, compile
+from stepc._distributed.start import init_distributed
+from stepc._language.kinds import Kind
+from stepc._language.padding import pad_batch
+from stepc._language.pipeline import Pipeline, Transform
+from stepc._language.reference import Reference, reference
+from stepc._language.semantics import Fn, Gradient, Microbatch, StepResult
+from stepc._language.sharding import dp, tp
+from stepc._language.state import State
+from stepc._language.terms import Last, Max, Mean, Min, Sum
+from stepc._language.transforms.accumulate import accumulate
+from stepc._language.transforms.cast import cast
+from stepc._language.transforms.clip import clip
+from stepc._language.transforms.ema import ema
+from stepc._language.transforms.grad import grad
+from stepc._language.transforms.loss_scale import loss_scale
+from stepc._language.transforms.noise import noise
+from stepc._language.transforms.remat import remat
+from stepc._language.transforms.repeat import repeat
+from stepc._language.transforms.rows import rows
+from stepc._language.transforms.scale import scale
+from stepc._language.transforms.shard import shard
+from stepc._language.transforms.skip_nonfinite import skip_nonfinite
+from stepc._language.transforms.update import update
+from stepc._runner.callbacks import Eval, Profile
+from stepc._runner.checkpoint import Checkpoints
+from stepc._runner.loggers.console import Console
+from stepc._runner.loggers.files import CSV, JSONL
+from stepc._runner.loggers.picture import Picture
+from stepc._runner.loggers.tensorboard import TensorBoard
+from stepc._runner.policies import Raise, Retry, Rollback, Skip
+from stepc._runner.run import Buffers, Data, run
+from stepc._runner.trainer import Run
+from stepc._runner.watchdog import Watchdog
+from stepc.errors import (
+    BatchError,
+    BudgetError,
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    EquivalenceError,
+    FieldTypeError,
+    FieldValueError,
+    Interrupted,
+    LossError,
+    NonFiniteError,
+    PeerError,
+    PipelineTypeError,
+    Preempted,
+    RejectedError,
+    ResumeError,
+    ShardingError,
+    StepcError,
+    StepError,
+)
+from stepc.inspect.budget import Budget
+from stepc.inspect.topology import topology
+
+try:
+    __version__ = _metadata.version("stepc")
+except _metadata.PackageNotFoundError:
+    __version__ = "0+not.installed"  # imported from a checkout that pip does not know
+
+__all__ = [
+    "BatchError",
+    "Budget",
+    "BudgetError",
+    "Buffers",
+    "BuildError",
+    "CSV",
+    "CheckpointError",
+    "Checkpoints",
+    "Compiled",
+    "ConfigError",
+    "Console",
+    "Data",
+    "DataError",
+    "DeviceError",
+    "EquivalenceError",
+    "Eval",
+    "FieldTypeError",
+    "FieldValueError",
+    "Fn",
+    "Gradient",
+    "Interrupted",
+    "JSONL",
+    "Kind",
+    "Last",
+    "LossError",
+    "Lowered",
+    "Max",
+    "Mean",
+    "Microbatch",
+    "Min",
+    "NonFiniteError",
+    "PeerError",
+    "Picture",
+    "Pipeline",
+    "PipelineTypeError",
+    "Preempted",
+    "Profile",
+    "Raise",
+    "Reference",
+    "RejectedError",
+    "ResumeError",
+    "Retry",
+    "Rollback",
+    "Run",
+    "ShardingError",
+    "Skip",
+    "State",
+    "Step",
+    "StepError",
+    "StepResult",
+    "StepcError",
+    "Sum",
+    "TensorBoard",
+    "Transform",
+    "Watchdog",
+    "accumulate",
+    "cast",
+    "clip",
+    "compile",
+    "dp",
+    "ema",
+    "errors",
+    "grad",
+    "init_distributed",
+    "inspect",
+    "loss_scale",
+    "nodes",
+    "noise",
+    "pad_batch",
+    "reference",
+    "remat",
+    "repeat",
+    "report",
+    "rows",
+    "run",
+    "scale",
+    "shard",
+    "skip_nonfinite",
+    "testing",
+    "topology",
+    "tp",
+    "update",
+]

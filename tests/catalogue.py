@@ -1,4 +1,4 @@
-"""Every transform at least once, the probe losses, and the axis sizes that samples name. The ladder is climbed for each."""
+"""A sample of every transform, the probe losses, and the axis sizes that samples name. Tests run over all of them."""
 
 import jax.numpy as jnp
 import optax

@@ -36,7 +36,7 @@ DOORS = (
     "stepc._runner.run",
     "stepc._runner.watchdog",
     "stepc.inspect.budget",
-    "stepc.testing.house",
+    "stepc.testing.transforms",
     # hypothesis types `draw` by a protocol that cannot be checked at run time
     "stepc.testing.strategies",
 )

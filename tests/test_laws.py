@@ -1,6 +1,6 @@
-"""Rung 2: wherever a law fires in a random core program, the program means the same after it, bitwise.
+"""Rung 2: wherever a law applies in a random core program, the program evaluates to the same bits after it.
 
-And the test of the test: a wrong variant of each law, and of the split, is caught by the same check.
+The test of the test: the same check catches a wrong variant of each law, and of the split.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ from stepc._core.nodes import (
 )
 from stepc.errors import EquivalenceError
 from stepc.testing import assert_equal_trees
-from stepc.testing import evaluate as reader
+from stepc.testing import evaluate as evaluator
 
 NUM_ROWS = 32
-WORLD = reader.EvaluationState(jax.tree.map(jnp.asarray, probe_params()), None)
+STATE = evaluator.EvaluationState(jax.tree.map(jnp.asarray, probe_params()), None)
 BY_NAME = {law.name: law for law in LAWS}
 
 
@@ -44,13 +44,13 @@ def signs(grads: object) -> tuple[object, dict[str, jax.Array]]:
 
 
 def programs(probe: Callable[..., jax.Array]) -> st.SearchStrategy[Program]:
-    times = st.sampled_from([1, 2, 4]).map(lambda k: MeanNode(InScan(k)))
+    scans = st.sampled_from([1, 2, 4]).map(lambda k: MeanNode(InScan(k)))
     scales = st.sampled_from([1.0, 0.5, -2.0]).map(ScaleNode)
-    spaces = st.sampled_from(["a", "b"]).flatmap(
+    meshes = st.sampled_from(["a", "b"]).flatmap(
         lambda axis: st.sampled_from([1, 2, 4]).map(lambda size: MeanNode(OverMesh((axis,), size)))
     )
     nodes = st.lists(
-        st.one_of(times, scales, spaces, st.just(MeanNode(UnderVmap())), st.just(MapNode(signs))),
+        st.one_of(scans, scales, meshes, st.just(MeanNode(UnderVmap())), st.just(MapNode(signs))),
         min_size=1,
         max_size=6,
     )
@@ -60,29 +60,30 @@ def programs(probe: Callable[..., jax.Array]) -> st.SearchStrategy[Program]:
 def _is_well_formed(program: Program) -> bool:
     means = [node for node in program if isinstance(node, MeanNode)]
     axes = [axis for node in means if isinstance(node.place, OverMesh) for axis in node.place.axes]
-    single = next((n for n, node in enumerate(means) if isinstance(node.place, UnderVmap)), len(means))
-    whole = all(isinstance(node.place, UnderVmap) or node.size == 1 for node in means[single:])  # one row has no parts
+    vmap = next((n for n, node in enumerate(means) if isinstance(node.place, UnderVmap)), len(means))
+    # Inside a vmap there is one row, which has no parts.
+    splits_no_row = all(isinstance(node.place, UnderVmap) or node.size == 1 for node in means[vmap:])
     divides = NUM_ROWS % prod(node.size for node in means if not isinstance(node.place, UnderVmap)) == 0
-    return whole and divides and len(axes) == len(set(axes))
+    return splits_no_row and divides and len(axes) == len(set(axes))
 
 
-def assert_means_the_same(one: AppliedLaw) -> None:
+def assert_evaluates_to_the_same(one: AppliedLaw) -> None:
     batch = jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS, seed=1))
-    before, after = (reader.gradient(program, WORLD, batch) for program in (one.before, one.after))
+    before, after = (evaluator.gradient(program, STATE, batch) for program in (one.before, one.after))
     assert_equal_trees(after, before, tolerance=0.0, of=f"{one.law.name}: `{show(one.before)}` = `{show(one.after)}`")
 
 
 @pytest.mark.parametrize("probe", PROBES)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_laws_keep_the_meaning_wherever_they_fire(probe: str, data: st.DataObject) -> None:
+def test_laws_change_no_bit_wherever_they_apply(probe: str, data: st.DataObject) -> None:
     trace = apply_laws(data.draw(programs(PROBES[probe])), LAWS)
     for one in trace:
-        assert_means_the_same(one)
+        assert_evaluates_to_the_same(one)
 
 
-# For each law a program on which it fires; a law without one fails the test below.
-FIRES: dict[str, tuple[Node, ...]] = {
+# A program on which each law applies; a law without one fails the test below.
+APPLIES: dict[str, tuple[Node, ...]] = {
     "drop-unit-mean": (MeanNode(InScan(1)),),
     "drop-unit-scale": (ScaleNode(1.0),),
     "merge-scan": (MeanNode(InScan(2)), MeanNode(InScan(4))),
@@ -96,10 +97,10 @@ FIRES: dict[str, tuple[Node, ...]] = {
 
 @pytest.mark.parametrize("name", BY_NAME)
 @pytest.mark.parametrize("probe", PROBES)
-def test_law_alone_keeps_the_meaning(name: str, probe: str) -> None:
-    (one, *_) = apply_laws((*FIRES[name], DifferentiateNode(PROBES[probe])), (BY_NAME[name],))
+def test_law_alone_changes_no_bit(name: str, probe: str) -> None:
+    (one, *_) = apply_laws((*APPLIES[name], DifferentiateNode(PROBES[probe])), (BY_NAME[name],))
     assert one.law.name == name
-    assert_means_the_same(one)
+    assert_evaluates_to_the_same(one)
 
 
 def _law(name: str, rewrite_: Callable[..., tuple[Node, ...] | None]) -> Law:
@@ -113,9 +114,9 @@ WRONG = {
     "merge-mesh": _law(
         "merge-mesh", lambda a, b: (MeanNode(OverMesh(("a",), a.size)),) if _both(a, b, OverMesh) else None
     ),
-    # Neither of the two is left: the rows share a cell.
+    # It drops both, so the rows share a call.
     "merge-vmap": _law("merge-vmap", lambda a, b: () if isinstance(a, MeanNode) and a == b else None),
-    # The reduction that leaves the loop and takes the division with it only once.
+    # The reduction leaves the loop, and the loop is gone.
     "defer-reduce": _law(
         "defer-reduce", lambda a, b: (b,) if isinstance(a, MeanNode) and isinstance(b, MeanNode) and a != b else None
     ),
@@ -138,7 +139,7 @@ def _is_scale(*nodes: Node) -> bool:
     return all(isinstance(node, ScaleNode) for node in nodes)
 
 
-WRONG_ON = {**FIRES, "drop-unit-mean": (MeanNode(InScan(2)),), "drop-unit-scale": (ScaleNode(0.5),)}
+WRONG_ON = {**APPLIES, "drop-unit-mean": (MeanNode(InScan(2)),), "drop-unit-scale": (ScaleNode(0.5),)}
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -148,30 +149,30 @@ def test_wrong_variant_of_a_law_is_caught(name: str) -> None:
         program = (*WRONG_ON[name], DifferentiateNode(probe))
         (one, *_) = apply_laws(program, (WRONG[name],))
         try:
-            assert_means_the_same(one)
+            assert_evaluates_to_the_same(one)
         except EquivalenceError:
             caught += 1
     assert caught, f"no probe sees that {name} is wrong"
 
 
-@pytest.mark.parametrize("split", ["contiguous in time", "strided in space", "rows reversed"])
+@pytest.mark.parametrize("split", ["contiguous in the scan", "strided on the mesh", "rows reversed"])
 def test_wrong_split_is_caught(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(mean: MeanNode, rows: np.ndarray) -> list[np.ndarray]:
         match split, mean.place:
-            case ("contiguous in time", InScan(size)):
+            case ("contiguous in the scan", InScan(size)):
                 return list(rows.reshape(size, -1))
-            case ("strided in space", OverMesh()):
+            case ("strided on the mesh", OverMesh()):
                 return list(rows.reshape(-1, mean.size).T)
             case ("rows reversed", InScan()):
                 return [part[::-1] for part in right(mean, rows)]
             case _:
                 return right(mean, rows)
 
-    right, batch = reader._split, jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS))
+    right, batch = evaluator._split, jax.tree.map(jnp.asarray, probe_batch(NUM_ROWS))
     program = (MeanNode(InScan(4)), MeanNode(OverMesh(("a",), 2)))
-    expected = [reader.gradient((*program, DifferentiateNode(probe)), WORLD, batch) for probe in PROBES.values()]
-    monkeypatch.setattr(reader, "_split", wrong)
-    got = [reader.gradient((*program, DifferentiateNode(probe)), WORLD, batch) for probe in PROBES.values()]
+    expected = [evaluator.gradient((*program, DifferentiateNode(probe)), STATE, batch) for probe in PROBES.values()]
+    monkeypatch.setattr(evaluator, "_split", wrong)
+    got = [evaluator.gradient((*program, DifferentiateNode(probe)), STATE, batch) for probe in PROBES.values()]
     with pytest.raises(EquivalenceError):
         assert_equal_trees(got, expected, tolerance=0.0, of=split)
 
@@ -181,12 +182,12 @@ def test_defer_reduce_across_a_nonlinear_node_is_caught() -> None:
         MeanNode(InScan(4)),
         MapNode(signs),
         MeanNode(OverMesh(("a",), 2)),
-        DifferentiateNode(PROBES["sharing_a_cell"]),
+        DifferentiateNode(PROBES["coupling_rows"]),
     )
     assert not apply_laws(program, (BY_NAME["defer-reduce"],))
     moved = (program[2], program[0], program[1], program[3])
     with pytest.raises(EquivalenceError):
-        assert_means_the_same(AppliedLaw(BY_NAME["defer-reduce"], program, moved))
+        assert_evaluates_to_the_same(AppliedLaw(BY_NAME["defer-reduce"], program, moved))
 
 
 @settings(max_examples=200)
@@ -197,7 +198,7 @@ def test_laws_come_to_an_end_in_the_normal_form(program: Program) -> None:
     normal = trace[-1].after
     assert not apply_laws(normal, LAWS)
     assert len(normal) <= len(program)
-    # Between two nodes that are not linear: at most one constant, one mean over space, one loop, one over lanes.
+    # Between two nodes that are not linear: at most one constant, one mean over the mesh, one scan, one vmap.
     rank = {ScaleNode: 0, OverMesh: 1, InScan: 2, UnderVmap: 3}
     for one, two in zip(normal, normal[1:], strict=False):
         ranks = [rank.get(type(node.place if isinstance(node, MeanNode) else node)) for node in (one, two)]

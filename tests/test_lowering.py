@@ -14,8 +14,8 @@ from stepc._compiler.normalize import normalize
 from stepc._core.laws import LAWS
 from stepc.testing import assert_equal_trees, assert_equivalent
 from stepc.testing.evaluate import evaluate
-from stepc.testing.house import as_seen, world_of
 from stepc.testing.strategies import batches, meshes, pipelines
+from stepc.testing.transforms import compared_leaves, evaluation_state
 
 SGD = sc.update(optax.sgd(0.5))
 DATA = sc.shard(sc.dp("data"))
@@ -27,11 +27,11 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
         step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, laws))
         state = fresh(step)
         before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
-        expected, told = evaluate(step.normal_form.core, world_of(jax.tree.map(jnp.copy, before)), batch_)
+        expected, told = evaluate(step.normal_form.core, evaluation_state(jax.tree.map(jnp.copy, before)), batch_)
         after, metrics = step(state, batch)
         of = f"{pipeline!r} on {dict(mesh.shape)} with {'all' if laws else 'no'} laws"
-        got = (as_seen(world_of(after)), metrics)
-        assert_equal_trees(got, (as_seen(expected), told), tolerance=0.0, of=of)
+        got = (compared_leaves(evaluation_state(after)), metrics)
+        assert_equal_trees(got, (compared_leaves(expected), told), tolerance=0.0, of=of)
 
 
 def fresh(step: sc.Step, *, seed: int = 0) -> sc.State:

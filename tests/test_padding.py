@@ -1,4 +1,4 @@
-"""`pad_batch`: a short batch, filled up, gives the gradient of the rows that are there."""
+"""`pad_batch`: a padded batch gives the gradient of its real rows."""
 
 from typing import Any
 

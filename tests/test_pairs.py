@@ -1,4 +1,4 @@
-"""Every transform and every pair of transforms, in both orders where both are legal: compiled, it equals its reference."""
+"""Every transform, and every pair in both orders where legal: the compiled step equals its reference."""
 
 from itertools import product
 from typing import Any
@@ -16,19 +16,19 @@ import stepc as sc
 from stepc.testing import assert_equivalent
 
 NAMES = [*LOSSES, *EXACT, *ROUNDED, *STEPS]
-PROBES = ("over_rows", "sharing_a_cell", "drawing")  # rows, which rows share a cell, keys
+PROBES = ("over_rows", "coupling_rows", "drawing")  # rows, which rows share a call, keys
 SPLITS = ("accumulate", "shard")
 
 
 def is_legal(outer: str, inner: str) -> bool:
-    """What the language refuses: one row split again, a transform that stands once twice, `repeat` inside."""
+    """The language refuses to split one row again, what may appear once twice, and `repeat` inside."""
     one, two = SAMPLES[outer], SAMPLES[inner]
     if outer == "rows" and inner.startswith(SPLITS) and inner != "accumulate_one":
         return False
-    if type(one) is type(two) and one.stands != "anywhere":
+    if type(one) is type(two) and one.position != "anywhere":
         return False
     if (outer, inner) == ("cast_any", "cast"):
-        return False  # what the outer one narrows, the inner one takes for masters, and refuses
+        return False  # the inner one refuses what the outer one narrowed: it is not float32
     return not (inner == "repeat" and outer in STEPS)
 
 
@@ -36,7 +36,7 @@ PAIRS = [pair for pair in product(NAMES, NAMES) if is_legal(*pair)]
 
 
 def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
-    """Both transforms at their places, `outer` on the left of `inner` where they have the same kind."""
+    """Both transforms in a pipeline, `outer` on the left of `inner` where they have the same kind."""
     names = (outer,) if outer == inner else (outer, inner)
     transforms = [
         SAMPLES[name] if name != "shard" or n == 0 else sc.shard(sc.dp("data")) for n, name in enumerate(names)
@@ -48,7 +48,7 @@ def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
     pipeline: Any = sc.grad(loss, rng=source.rng)
     for name, transform in reversed(list(zip(names, transforms, strict=True))):
         pipeline = transform @ pipeline if name in (*EXACT, *ROUNDED) else pipeline
-    # On the right of everything that splits, single rows; else two microbatches outside.
+    # A single row has no parts, so with `rows` nothing else splits the batch.
     pipeline = sc.update(optax.sgd(0.5)) @ (pipeline if "rows" in names else sc.accumulate(2) @ pipeline)
     for name, transform in reversed(list(zip(names, transforms, strict=True))):
         pipeline = transform @ pipeline if name in STEPS else pipeline
@@ -62,19 +62,19 @@ def assert_pair(outer: str, inner: str, probe: str) -> None:
     if step.steps_per_call > 1:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
     is_narrow = {outer, inner} & {"accumulate_narrow", "cast", "cast_any"}
-    # Narrow types hold 8 or 11 bits, and round in another order in a compiled program. Where a parameter and its update
-    # nearly cancel, one rounding is large beside what is left: 3e-5 of it was seen. A wrong transform is off by more.
+    # Narrow dtypes hold 8 or 11 bits, and a compiled program rounds in another order. Where a parameter and its update
+    # nearly cancel, one rounding is large relative to the rest: 3e-5 of it was seen. A wrong transform is off by more.
     assert_equivalent(step, step.init(probe_params()), batch, tolerance=0.2 if is_narrow else 1e-3)
 
 
 @settings(max_examples=60)
 @given(pair=st.sampled_from(PAIRS), probe=st.sampled_from(PROBES))
-def test_pair_of_words_equals_its_reference(pair: tuple[str, str], probe: str) -> None:
+def test_pair_of_transforms_equals_its_reference(pair: tuple[str, str], probe: str) -> None:
     assert_pair(*pair, probe)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize(("outer", "inner"), PAIRS)
-def test_every_pair_of_words_equals_its_reference(outer: str, inner: str, probe: str) -> None:
+def test_every_pair_of_transforms_equals_its_reference(outer: str, inner: str, probe: str) -> None:
     assert_pair(outer, inner, probe)

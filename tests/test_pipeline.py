@@ -59,12 +59,12 @@ def test_calling_is_composing() -> None:
     assert (sc.update(ADAM) @ sc.clip(1.0))(gradient) == sc.update(ADAM) @ sc.clip(1.0) @ gradient
 
 
-def test_recipe_is_a_value_that_completes_twice() -> None:
-    recipe = sc.update(ADAM) @ sc.clip(1.0)
-    assert recipe @ sc.grad(LOSS) == recipe @ sc.grad(LOSS)
-    assert recipe.takes is sc.Kind.GRADIENT
-    assert recipe.gives is sc.Kind.STEP
-    assert (recipe @ sc.grad(LOSS)).takes is None
+def test_partial_pipeline_is_a_value_that_completes_twice() -> None:
+    partial = sc.update(ADAM) @ sc.clip(1.0)
+    assert partial @ sc.grad(LOSS) == partial @ sc.grad(LOSS)
+    assert partial.takes is sc.Kind.GRADIENT
+    assert partial.gives is sc.Kind.STEP
+    assert (partial @ sc.grad(LOSS)).takes is None
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -76,7 +76,7 @@ def test_transform_compares_and_hashes_by_its_fields(name: str) -> None:
     assert sum(transform == other for other in SAMPLES.values()) == 1
 
 
-def test_words_made_on_different_lines_are_equal() -> None:
+def test_transforms_made_on_different_lines_are_equal() -> None:
     one = sc.accumulate(4)
     two = sc.accumulate(4)
     assert one == two
@@ -90,27 +90,27 @@ def test_transform_cannot_be_changed() -> None:
         sc.accumulate(4).k = 8  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_recipe_of_plain_fields_survives_pickling() -> None:
-    recipe = sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data"))
-    assert pickle.loads(pickle.dumps(recipe)) == recipe
+def test_partial_pipeline_of_plain_fields_survives_pickling() -> None:
+    partial = sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data"))
+    assert pickle.loads(pickle.dumps(partial)) == partial
 
 
 @pytest.mark.parametrize("name", ["clip", "scale", "accumulate", "noise", "update", "ema", "skip_nonfinite", "remat"])
-def test_transform_keeps_the_rules_of_the_house(name: str) -> None:
+def test_transform_passes_check_transform(name: str) -> None:
     check_transform(SAMPLES[name])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Signed(sc.Transform):
-    """A transform of a user's own, as the README shows it."""
+    """A user's own transform, as the README shows it."""
 
     takes = sc.Kind.GRADIENT
     gives = sc.Kind.GRADIENT
     rate: float
 
     def reference(self, inner: sc.Fn) -> sc.Fn:
-        def apply(state: sc.State, cell: sc.Microbatch) -> sc.Gradient:
-            return inner.apply(state, cell).map(signs, self.rate)
+        def apply(state: sc.State, microbatch: sc.Microbatch) -> sc.Gradient:
+            return inner.apply(state, microbatch).map(signs, self.rate)
 
         return sc.Fn(inner.init, apply, inner.axes, inner.names)
 
@@ -122,20 +122,20 @@ def signs(grads: object, rate: float) -> tuple[object, dict[str, jax.Array]]:
     return jax.tree.map(lambda leaf: rate * jax.numpy.sign(leaf), grads), {}
 
 
-def test_transform_of_a_user_keeps_the_rules_of_the_house() -> None:
+def test_users_own_transform_passes_check_transform() -> None:
     check_transform(Signed(0.5), tolerance=0.0)
 
 
-class Forgetful(Signed):
-    """Its expansion does not mean what it means."""
+class Doubled(Signed):
+    """Its expansion is not its reference."""
 
     def expand(self) -> tuple[sc.nodes.MapNode, ...]:
         return (sc.nodes.MapNode(signs, (2 * self.rate,)),)
 
 
 def test_transform_whose_expansion_differs_is_caught() -> None:
-    with pytest.raises(sc.EquivalenceError, match="meaning of .*expansion"):
-        check_transform(Forgetful(0.5), tolerance=0.0)
+    with pytest.raises(sc.EquivalenceError, match="reference of .*expansion"):
+        check_transform(Doubled(0.5), tolerance=0.0)
 
 
 class Linear(Signed):

@@ -38,7 +38,7 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         sc.update(tx) @ sc.noise(0.1) @ sc.accumulate(4) @ DATA @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss), {"data": 8}
     ),
     "measuring": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["measuring"], {"data": 8}),
-    "model_state": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["carrying"], {"data": 8}),
+    "model_state": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["stateful"], {"data": 8}),
     "repeated": (sc.repeat(2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
     "zero2": (
         sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4)

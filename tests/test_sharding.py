@@ -292,7 +292,7 @@ def test_automatic_mode_leaves_the_sum_to_xla_and_the_plan_says_what_that_costs(
     assert_equivalent(again, again.init(mlp_params()), mlp_batch(256), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("probe", ["over_rows", "sharing_a_cell"])
+@pytest.mark.parametrize("probe", ["over_rows", "coupling_rows"])
 def test_automatic_mode_gives_the_loss_the_rows_of_all_devices(probe: str) -> None:
     step = sc.compile(SGD @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(WIDE[probe]), mesh=mesh_of(data=4))
     assert_equivalent(step, step.init(wide_params()), probe_batch(16), tolerance=0.0)

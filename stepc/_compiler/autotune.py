@@ -47,7 +47,7 @@ def autotune_request(pipeline: Transform | Pipeline) -> tuple[int, AutotuneReque
     Errors: ConfigError if two transforms do, or if one would split a single row.
     """
     transforms = transforms_of(pipeline)
-    requests = [(n, request) for n, transform in enumerate(transforms) if (request := transform.asks()) is not None]
+    requests = [(n, request) for n, transform in enumerate(transforms) if (request := transform.autotune_request()) is not None]
     if not requests:
         return None
     if len(requests) > 1:
@@ -116,7 +116,7 @@ class Autotuner(Generic[Steps]):
 
         def lower(k: int) -> Lowered:
             if k not in lowered:
-                steps[k] = self._make(replace_request(self._pipeline, self._position, self._request.answered(k)))
+                steps[k] = self._make(replace_request(self._pipeline, self._position, self._request.resolved(k)))
                 lowered[k] = steps[k].lower(state, batch)
             return lowered[k]
 
@@ -133,7 +133,7 @@ class Autotuner(Generic[Steps]):
         )
         tried, chosen = find_smallest_fit(programs, self._request.most_bytes)
         request = repr(transforms_of(self._pipeline)[self._position])
-        tuned = "" if chosen is None else repr(self._request.answered(chosen))
+        tuned = "" if chosen is None else repr(self._request.resolved(chosen))
         result = SearchResult(request, tuned, self._request.most_bytes, tuple(programs.counts), tried, chosen)
         if chosen is None:
             raise _nothing_fits(result)

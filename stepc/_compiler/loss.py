@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from stepc._compiler.schedule import LossStructure
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
-from stepc._language.kinds import Params, Rows
+from stepc._language.kinds import BatchRows, Params
 from stepc._language.state import leaves_by_path
 from stepc._language.terms import (
     AbstractTerms,
@@ -35,7 +35,7 @@ from stepc.errors import LossError, ShardingError, faults_in_one
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Key implementations whose draws for one key do not depend on how many keys are vmapped over.
 BATCH_STABLE = ("threefry2x32",)
-Call = Callable[[Params, Rows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
+Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
 
 def checked_loss(node: DifferentiateNode) -> Call:
@@ -44,7 +44,7 @@ def checked_loss(node: DifferentiateNode) -> Call:
     Errors: LossError for what it returns; what the loss itself raises passes through unchanged, with a note.
     """
 
-    def call(params: Params, rows: Rows, keys: Any, model_state: Any) -> LossOutcome:
+    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
         options = (*(() if node.rng is None else (keys,)), *((model_state,) if node.model_state else ()))
         try:
             returned = node.function(params, rows, *options)
@@ -66,7 +66,7 @@ def checked_loss(node: DifferentiateNode) -> Call:
 
 
 def trace_loss_structure(
-    node: DifferentiateNode, params: Params, rows: Rows, key: Any, model_state: Any, manual_axes: tuple[str, ...]
+    node: DifferentiateNode, params: Params, rows: BatchRows, key: Any, model_state: Any, manual_axes: tuple[str, ...]
 ) -> LossStructure:
     """What a loss returns for one local microbatch, from the shapes of its arguments.
 
@@ -86,7 +86,7 @@ def trace_loss_structure(
     return structure
 
 
-def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: Rows, keys: Any) -> list[jax.Array]:
+def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any) -> list[jax.Array]:
     """The counts that the rows decide, one per term. The rest of the loss is dead code, and is not run."""
     _, traced, outputs = _trace(node, params, model_state, rows, keys)
     counts = depends_on(traced, outputs=outputs)[1](jax.tree.leaves((params, model_state, rows, keys)))
@@ -94,12 +94,12 @@ def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: R
 
 
 def _trace(
-    node: DifferentiateNode, params: Params, model_state: Any, rows: Rows, keys: Any
+    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any
 ) -> tuple[LossStructure, ClosedJaxpr, range]:
     """What the loss returned, its jaxpr, and which outputs of that are counts that the rows decide."""
     structures: list[LossStructure] = []
 
-    def totals_and_counts(params: Params, model_state: Any, rows: Rows, keys: Any) -> tuple[list[Any], list[Any]]:
+    def totals_and_counts(params: Params, model_state: Any, rows: BatchRows, keys: Any) -> tuple[list[Any], list[Any]]:
         outcome = checked_loss(node)(params, rows, keys, model_state)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
         structures.append(
@@ -163,7 +163,7 @@ def keys_of(node: DifferentiateNode, key: Any, numbers: Any) -> Any:  # Any: typ
     return jax.random.fold_in(key, numbers[0])
 
 
-def num_rows(rows: Rows) -> int:
+def num_rows(rows: BatchRows) -> int:
     """The number of rows of a local microbatch."""
     return jax.tree.leaves(rows)[0].shape[0]
 
@@ -254,7 +254,7 @@ def _names_an_axis(error: NameError, node: DifferentiateNode) -> LossError:
     )
 
 
-def _add_note(error: Exception, node: DifferentiateNode, rows: Rows) -> None:
+def _add_note(error: Exception, node: DifferentiateNode, rows: BatchRows) -> None:
     shapes = ", ".join(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
     error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced for one microbatch: {shapes}")
 

@@ -58,7 +58,7 @@ from stepc._compiler.schedule import (
     reduces,
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient
-from stepc._language.kinds import Batch, Grads, Metrics, Params, Rows
+from stepc._language.kinds import Batch, Grads, Metrics, Params, BatchRows
 from stepc._language.semantics import draw_tag
 from stepc._language.state import SkipCounts, State, leaves_by_path
 from stepc._language.terms import (
@@ -95,7 +95,7 @@ class LocalMicrobatch:
       numbers: int32 `[rows]`, their positions in the whole batch; None if nothing depends on them.
     """
 
-    rows: Rows
+    rows: BatchRows
     numbers: Any  # Any: an array, or None
 
 

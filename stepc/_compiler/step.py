@@ -90,7 +90,7 @@ def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget:
         return Step(answered, mesh, normalize(answered.transforms, mesh))
 
     position, question = request
-    one_part = normalize(replace_request(pipeline, position, question.answered(1)).transforms, mesh)
+    one_part = normalize(replace_request(pipeline, position, question.resolved(1)).transforms, mesh)
     return Step(pipeline, mesh, one_part, gate, Autotuner(pipeline, position, question, one_part.core, step_of))
 
 

@@ -1,1 +1,1 @@
-"""The closed middle: a few nodes, what they mean, and the laws between them. It knows no transform."""
+"""The closed core: a few nodes and the laws between them. It knows no transform."""

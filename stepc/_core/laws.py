@@ -1,7 +1,7 @@
-"""The laws: equations between core programs, one row each. They belong to no transform, so they stand here.
+"""The laws: equations between core programs, one row each. They belong to no transform, so no transform holds one.
 
-A law looks at one node or at two neighbours and says what may stand in their place. It must hold for every
-loss, also one that depends on which rows share a cell; the ladder in `tests/test_laws.py` holds it to that.
+A law looks at one node, or at two neighbours, and says what may replace them. It must hold for every loss, including
+one that depends on which rows share a microbatch; `tests/test_laws.py` checks that, bitwise.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from stepc._core.nodes import InScan, MeanNode, Node, OverMesh, ScaleNode, Under
 
 @dataclass(frozen=True)
 class Law:
-    """One equation, read from left to right.
+    """One equation, applied from left to right.
 
     Args:
-      name: kebab-case, as it is printed in plans.
-      formula: the equation; t is a mean over time, s and r are means over mesh axes, l over lanes, c a constant.
-      condition: what must be true of the nodes for the law to hold.
-      reason: why one wants the right-hand side.
-      width: how many neighbouring nodes it looks at.
-      keeps_order: whether the cells come in the same order after it. Model state that passes through the cells one
-        after another depends on that, so other laws do not apply to a loss that carries.
-      rewrite: the nodes it looked at, outermost first, to their replacement; None where it does not apply.
+      name: kebab-case, as plans print it.
+      formula: the equation. `scan a`, `mesh a` and `vmap` are means there, `mean` is any of them, and c a constant.
+      condition: what must be true of the nodes for the equation to hold.
+      reason: why the right-hand side is better.
+      width: how many neighbouring nodes the law looks at.
+      keeps_order: whether the local microbatches keep their order. Model state passes through them one after another,
+        so a law that reorders them does not apply to a loss with model state.
+      rewrite: from the nodes, outermost first, to their replacement; None where the law does not apply.
     """
 
     name: str
@@ -61,9 +61,18 @@ def _merge_scan(outer: Node, inner: Node) -> tuple[Node, ...] | None:
             return None
 
 
+def _merge_vmap(outer: Node, inner: Node) -> tuple[Node, ...] | None:
+    match outer, inner:
+        # The only part of a single row is that row.
+        case MeanNode(UnderVmap()), MeanNode(UnderVmap()):
+            return (outer,)
+        case _:
+            return None
+
+
 def _merge_mesh(outer: Node, inner: Node) -> tuple[Node, ...] | None:
     match outer, inner:
-        # Contiguous parts of contiguous parts are contiguous parts. No bound program names an axis twice.
+        # Contiguous parts of contiguous parts are contiguous. A bound program names each axis at most once.
         case MeanNode(OverMesh(a)), MeanNode(OverMesh(b)):
             place = OverMesh((*a, *b), prod((outer.size, inner.size)))
             return (MeanNode(place, written=f"{outer.written} @ {inner.written}"),)
@@ -73,19 +82,10 @@ def _merge_mesh(outer: Node, inner: Node) -> tuple[Node, ...] | None:
 
 def _defer_reduce(outer: Node, inner: Node) -> tuple[Node, ...] | None:
     match outer, inner:
-        # Row i lies in part i // (B/n) of space and in part i mod k of time. B/n is a multiple of k, so
-        # the local row number has the same residue: either order gives the same k n cells.
+        # Row i is in part i // (B/n) on the mesh and in part i mod k of the scan. B/n is a multiple of k, so the local
+        # row number has the same residue: either order gives the same k n local microbatches.
         case MeanNode(InScan()), MeanNode(OverMesh()):
             return (inner, outer)
-        case _:
-            return None
-
-
-def _merge_vmap(outer: Node, inner: Node) -> tuple[Node, ...] | None:
-    match outer, inner:
-        # A row is one row: it has no parts but itself.
-        case MeanNode(UnderVmap()), MeanNode(UnderVmap()):
-            return (outer,)
         case _:
             return None
 
@@ -109,23 +109,27 @@ def _merge_scale(outer: Node, inner: Node) -> tuple[Node, ...] | None:
 LAWS: tuple[Law, ...] = (
     Law(
         "drop-unit-mean", "mean[1] = id", "a mean of one part",
-        "a loop of one turn or an axis of one device is nothing", 1, _drop_unit_mean,
+        "a loop of one iteration, or an axis of one device, does nothing", 1, _drop_unit_mean,
     ),
     Law("drop-unit-scale", "1 g = g", "a factor of 1", "no multiplication", 1, _drop_unit_scale),
     Law(
-        "merge-scan", "t(a) . t(b) = t(a b)", "strided parts that add up in one type, and no model_state",
+        "merge-scan", "scan a . scan b = scan (a b)", "strided parts, accumulated in one dtype, and no model state",
         "one loop instead of a loop in a loop", 2, _merge_scan, keeps_order=False,
     ),
-    Law("merge-vmap", "l . l = l", "single rows", "one row has no parts", 2, _merge_vmap),
+    Law("merge-vmap", "vmap . vmap = vmap", "single rows", "one row has no parts", 2, _merge_vmap),
     Law(
-        "merge-mesh", "s . r = (s r)", "different axes, contiguous parts", "one reduction over both axes",
-        2, _merge_mesh,
+        "merge-mesh", "mesh a . mesh b = mesh (a b)", "different axes, contiguous parts",
+        "one reduction over both axes", 2, _merge_mesh,
     ),
     Law(
-        "defer-reduce", "t . s = s . t", "equal parts, strided in time and contiguous in space, and no model_state",
+        "defer-reduce", "scan . mesh = mesh . scan",
+        "equal parts, strided in the scan and contiguous on the mesh, and no model state",
         "the reduction leaves the loop: once a step instead of once a microbatch",
         2, _defer_reduce, keeps_order=False,
     ),
-    Law("scale-past-mean", "t . c = c . t", "any mean: it is linear", "one multiplication a step", 2, _scale_past_mean),
+    Law(
+        "scale-past-mean", "mean . c = c . mean", "any mean: it is linear", "one multiplication a step",
+        2, _scale_past_mean,
+    ),
     Law("merge-scale", "a (b g) = (a b) g", "two constants", "one multiplication", 2, _merge_scale),
 )  # fmt: skip

@@ -1,11 +1,11 @@
-"""The core language: what every pipeline becomes before anything is decided. It knows no transform, and no jax.
+"""The core language: the form that every pipeline takes before it is compiled. It knows no transform, and no jax.
 
-A program is a tuple of nodes, outermost first, as a pipeline is read. Every node but the last maps what
-stands on its right; the last one computes a gradient from rows.
+A program is a tuple of nodes, outermost first, in the order of the pipeline. Every node but the last maps what its
+right neighbour gives; the last one computes a gradient from rows.
 
     program  ::=  repeat? (guard | follow)* update? node* differentiate
     node     ::=  mean[place] | scale(c) | map(f) | rescale
-    place    ::=  time k | space axes | lanes
+    place    ::=  scan k | mesh axes | vmap
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ class InScan:
 
 @dataclass(frozen=True)
 class OverMesh:
-    """Parts side by side along mesh axes, the first one outermost: row `i` of `B` goes to part `i // (B / size)`.
+    """Parts on the devices along mesh axes, the first axis outermost: row `i` of `B` goes to part `i // (B / size)`.
 
-    The size belongs to a mesh, so it is None until the program is bound to one. The layout is for the compiler, which
-    takes it when it binds: a bound program has none.
+    The mesh gives the size, so it is None until the program is bound to one. The compiler takes the sharding rules out
+    when it binds; a bound program has none.
     """
 
     axes: tuple[str, ...]
@@ -46,7 +46,7 @@ class OverMesh:
 
 @dataclass(frozen=True)
 class UnderVmap:
-    """Every row a part of its own, side by side on one device. Their number belongs to a batch."""
+    """Every row is a part of its own, side by side on one device. The batch gives their number."""
 
     size: None = None
 
@@ -56,9 +56,9 @@ class UnderVmap:
 
 @dataclass(frozen=True)
 class Wrap:
-    """A function of the loss, between it and its gradient: `function(loss, *arguments)` is a loss.
+    """A transformation of the loss, applied before it is differentiated: `function(loss, *arguments)` is a loss.
 
-    A module-level function and a tuple, not a closure: so two equal transforms expand to equal wraps.
+    A module-level function and a tuple instead of a closure, because equal transforms must expand to equal wraps.
     """
 
     function: Callable[..., Callable[..., Any]]  # Any: a loss takes the user's own trees
@@ -68,14 +68,14 @@ class Wrap:
 
 @dataclass(frozen=True)
 class DifferentiateNode:
-    """The value and the gradient of a loss on the rows it is given.
+    """The value and the gradient of a loss, on the rows it is given.
 
     Args:
       loss: the user's own function.
-      wraps: what stands between the loss and its gradient, outermost first.
-      has_aux: whether it returns metrics beside its value.
-      rng: "example" for one key a row, "microbatch" for one key a cell, None for none.
-      model_state: whether it takes and returns model state.
+      wraps: the transformations of the loss, outermost first.
+      has_aux: whether the loss returns metrics beside its value.
+      rng: "example" for one key per row, "microbatch" for one key per call of the loss, None for none.
+      model_state: whether the loss takes and returns model state.
     """
 
     loss: Callable[..., Any]  # Any: a loss takes the user's own trees
@@ -102,8 +102,8 @@ class MeanNode:
     """The mean over equal parts of the rows. Linear.
 
     Args:
-      place: where the parts lie.
-      dtype: in which gradients are added up over time, by name; None for float32, or theirs if that is wider.
+      place: where the parts are computed: in a scan, over mesh axes, or under vmap.
+      dtype: of the accumulator of a scan, by name; None for float32, or the dtype of the gradient if that is wider.
     """
 
     place: InScan | OverMesh | UnderVmap
@@ -116,13 +116,13 @@ class MeanNode:
     @property
     def size(self) -> int:
         if self.place.size is None:
-            raise ValueError(f"{self} has no size yet: a mesh gives space its size, and a batch gives it to lanes")
+            raise ValueError(f"{self} has no size yet: the mesh gives that of `mesh`, and the batch that of `vmap`")
         return self.place.size
 
 
 @dataclass(frozen=True)
 class ScaleNode:
-    """Multiply the gradient by a constant. Linear. The loss is only reported, so it stays as it is."""
+    """Multiply the gradient by a constant. Linear. The loss is only reported, so it is not scaled."""
 
     factor: float
     written: Written = field(default="scale", compare=False)
@@ -133,14 +133,18 @@ class ScaleNode:
 
 @dataclass(frozen=True)
 class MapNode:
-    """A function of the gradient that is not linear: it needs the value, so every sum must be paid before it.
+    """A function of the gradient that is not linear: it needs the reduced gradient, so no reduction may be pending.
 
-    `function(grads, *arguments)` returns the new gradient and the metrics named in `adds`, all scalars. With `draws`
-    it is `function(grads, key, *arguments)`, the key from the seed, the step, the cell and the node's own name.
-    With `measure`, what it needs of the whole gradient stands apart from what it does to each number of it:
-    `measure(grads, *arguments)` returns a value and the metrics, and `function(grads, value, *arguments)` the gradient.
-    With `keeps_finite` the norm of what it gives is finite if and only if that of what it takes is.
-    A module-level function and a tuple, not a closure: so two equal transforms expand to equal nodes.
+    Args:
+      function: `function(grads, *arguments)` returns the new gradient, and the metrics named in `adds`, all scalars.
+      arguments: the rest of its arguments. A module-level function and a tuple instead of a closure, because equal
+        transforms must expand to equal nodes.
+      adds: the names of the metrics.
+      draws: the function takes a key, `function(grads, key, *arguments)`, folded from the seed, the step, the local
+        microbatch and the name of the node.
+      keeps_finite: the norm of the new gradient is finite if and only if that of the old one is.
+      measure: what the function needs of the whole gradient, apart from what it does to each element:
+        `measure(grads, *arguments)` returns a value and the metrics, `function(grads, value, *arguments)` the gradient.
     """
 
     function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of scalars)
@@ -156,13 +160,11 @@ class MapNode:
         return self.written
 
     def measured(self, grads: Any) -> tuple[Any, dict[str, Any]]:  # Any: trees of arrays, and scalars
-        """What it needs of the whole gradient, and the metrics; nothing without `measure`."""
+        """The value that `measure` takes of the whole gradient, and the metrics; nothing without `measure`."""
         return (None, {}) if self.measure is None else self.measure(grads, *self.arguments)
 
-    def applied(
-        self, grads: Any, value: Any, *key: Any
-    ) -> Any:  # Any: as above; what a transform returns is checked later
-        """The new gradient, of what was measured; and the metrics, if nothing was."""
+    def applied(self, grads: Any, value: Any, *key: Any) -> Any:  # Any: as above; checked by the caller
+        """The new gradient, given the measured value; and the metrics, if there was no `measure`."""
         if self.measure is None:
             return self.function(grads, *key, *self.arguments)
         return self.function(grads, value, *key, *self.arguments), {}
@@ -170,7 +172,7 @@ class MapNode:
 
 @dataclass(frozen=True)
 class RescaleNode:
-    """The loss times a number that the state keeps, and the gradient divided by it: nothing but rounding changes.
+    """Multiply the loss by a number kept in the state, and divide the gradient by it: only rounding changes.
 
     `advance(slot, loss_is_finite, gradient_is_finite)` is the slot after a step; its first leaf is the number.
     """
@@ -187,7 +189,7 @@ class RescaleNode:
 
 @dataclass(frozen=True)
 class UpdateNode:
-    """One step of an optimizer: the gradient becomes new parameters and a new optimizer state."""
+    """One step of an optimizer: from the gradient to new parameters and a new optimizer state."""
 
     optimizer: Any  # Any: an optax GradientTransformation; the core imports no library
     written: Written = field(default="update", compare=False)
@@ -212,7 +214,7 @@ class FollowNode:
 
 @dataclass(frozen=True)
 class GuardNode:
-    """A step whose loss or gradient is not finite did not happen: the state stays as it was, but for the count."""
+    """Skip a step whose loss or gradient is not finite: the state stays as it was, but for the count of skips."""
 
     limit: int | None
     name: str = "skip_nonfinite"
@@ -224,7 +226,7 @@ class GuardNode:
 
 @dataclass(frozen=True)
 class RepeatNode:
-    """Whole steps one after another in one dispatch, over a leading axis of the batch."""
+    """Several steps in one dispatch, one after another, over a leading axis of the batch."""
 
     size: int
     written: Written = field(default="repeat", compare=False)
@@ -240,12 +242,12 @@ Program = tuple[Node, ...]
 
 
 def show(program: Program) -> str:
-    """The program as a formula, read as in mathematics: the rightmost acts first."""
+    """The program as a formula, read as in mathematics: the rightmost node acts first."""
     return " . ".join(str(node) for node in program)
 
 
 def named(program: Program) -> dict[str, MapNode | RescaleNode | FollowNode | GuardNode]:
-    """The nodes that keep a slot of the state, or draw, by names that tell them apart: the second `ema` is `ema_2`."""
+    """The nodes that keep a slot of the state, or draw, by unique name: the second `ema` is `ema_2`."""
     found: dict[str, MapNode | RescaleNode | FollowNode | GuardNode] = {}
     for node in reversed(program):
         match node:
@@ -257,7 +259,7 @@ def named(program: Program) -> dict[str, MapNode | RescaleNode | FollowNode | Gu
 
 
 def unique_name(name: str, taken: tuple[str, ...]) -> str:
-    """`name`, or with the first number from 2 on that makes it unlike those taken."""
+    """`name`, with the first suffix from `_2` on that is not taken, if it is taken itself."""
     number, found = 1, name
     while found in taken:
         number += 1

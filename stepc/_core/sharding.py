@@ -1,10 +1,10 @@
-"""Where things lie that a mean over space speaks about. It changes no number, so no law and no reader asks for it."""
+"""What a mean over mesh axes says about sharding. It changes no number, so neither laws nor the evaluator read it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-# One entry for each dimension, as in a jax PartitionSpec: the mesh axes that it lies along, or None.
+# One entry per dimension, as in a jax PartitionSpec: the mesh axes that shard it, or None.
 Entry: TypeAlias = str | tuple[str, ...] | None
 Spec: TypeAlias = tuple[Entry, ...]
 Rules: TypeAlias = tuple[tuple[str, Spec], ...]
@@ -12,17 +12,17 @@ Rules: TypeAlias = tuple[tuple[str, Spec], ...]
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """Where parameters, optimizer state, accumulator and batch lie.
+    """How parameters, optimizer state, accumulator and batch are sharded.
 
     Args:
-      zero: 0, nothing lies in parts along the innermost axis of the mean; 1, the optimizer state; 2, the accumulator
+      zero: what is sharded along the innermost axis of the mean: 0, nothing; 1, the optimizer state; 2, the accumulator
         too; 3, the parameters too.
-      gather: "step" or "microbatch", how often parameters that lie in parts are made whole.
-      reduce_dtype: in which gradients are added up over devices, by name; None for the type they are added up in.
-      params: for a pattern of paths, how parameters lie along other axes; the first that matches holds.
-      default: the same for what no pattern matches; None where every parameter must be matched.
-      batch: for a pattern of paths, how a leaf of the batch lies along all axes.
-      automatic: axes that rows lie along although no mean is taken over them: XLA partitions the loss.
+      gather: "step", "microbatch" or "layer": how often sharded parameters are gathered.
+      reduce_dtype: in which gradients are added up over devices, by name; None for the dtype they are accumulated in.
+      params: for a path pattern, how parameters are sharded along other axes; the first pattern that matches applies.
+      default: the spec of a parameter that no pattern matches; None if every parameter must match one.
+      batch: for a path pattern, how a leaf of the batch is sharded along all axes.
+      automatic: axes that shard the rows without a mean over them: XLA partitions the loss.
     """
 
     zero: int = 0
@@ -40,7 +40,7 @@ def axes_of(spec: Iterable[Entry]) -> list[str]:
 
 
 def normalized_spec(spec: Iterable[Entry]) -> Spec:
-    """As jax writes the shardings of results: one spec, one spelling, one compilation."""
+    """The spec as jax writes those of results. One spelling for one spec, or jit compiles twice."""
     entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry or None for entry in spec]
     while entries and entries[-1] is None:
         entries.pop()
@@ -48,7 +48,7 @@ def normalized_spec(spec: Iterable[Entry]) -> Spec:
 
 
 def sharded_spec(spec: Spec, dimension: int, axis: str | None) -> Spec:
-    """The spec with `axis` along this dimension; the same if there is no axis, or the leaf stays whole."""
+    """The spec with `dimension` sharded along `axis`; unchanged without an axis, or for a negative dimension."""
     if axis is None or dimension < 0:
         return spec
     full = (*spec, *([None] * (dimension + 1 - len(spec))))
@@ -56,11 +56,11 @@ def sharded_spec(spec: Spec, dimension: int, axis: str | None) -> Spec:
 
 
 def spec_text(spec: Spec) -> str:
-    """A spec as it is written in source."""
-    return f"P({', '.join(_entry(one) for one in spec)})"
+    """The spec as source code."""
+    return f"P({', '.join(_entry_text(entry) for entry in spec)})"
 
 
-def _entry(entry: Entry) -> str:
+def _entry_text(entry: Entry) -> str:
     if isinstance(entry, tuple):
-        return f"({', '.join(map(_entry, entry))}{',' if len(entry) == 1 else ''})"
+        return f"({', '.join(map(_entry_text, entry))}{',' if len(entry) == 1 else ''})"
     return "None" if entry is None else f'"{entry}"'

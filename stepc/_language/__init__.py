@@ -1,1 +1,1 @@
-"""What a user writes, and what it means. It knows nothing of the compiler."""
+"""What a user writes: transforms, pipelines, losses, and the reference semantics. It knows no law and no pass."""

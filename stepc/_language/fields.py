@@ -1,6 +1,8 @@
-"""Checks of the fields of transforms, made when a transform is made. All faults have the same form."""
+"""Checks of a transform's fields, made when the transform is. It knows no transform: every fault has the same form."""
 
 import math
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,54 +10,69 @@ import numpy as np
 from stepc.errors import FieldTypeError, FieldValueError
 
 
+def is_positive_integer(value: object) -> TypeGuard[int]:
+    """Whether `value` counts something: an int of at least 1, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def positive_integer(transform: str, field: str, value: object) -> int:
-    """`value`, if it is a whole number of at least 1; a bool is not a number of anything."""
-    facts = (("field", field), ("expected", "a positive integer"), ("got", repr(value)))
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FieldTypeError(f"`{transform}({value!r})`: {field} is not an integer.", facts=facts)
-    if value < 1:
-        raise FieldValueError(f"`{transform}({value!r})`: {field} is not positive.", facts=facts)
-    return value
+    """`value`, if it is an int of at least 1; a bool counts nothing."""
+    if is_positive_integer(value):
+        return value
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    raise (_value_error if is_integer else _type_error)(transform, field, "a positive integer", value)
 
 
 def finite_number(transform: str, field: str, value: object, *, positive: bool) -> float:
-    """`value` as a float, if it is a finite real number, above 0 if `positive`."""
+    """`value` as a float, if it is a finite real number, and above 0 if `positive`."""
     expected = "a positive finite number" if positive else "a finite number"
-    facts = (("field", field), ("expected", expected), ("got", repr(value)))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FieldTypeError(f"`{transform}({value!r})`: {field} is not a number.", facts=facts)
+        raise _type_error(transform, field, expected, value)
     if not math.isfinite(value) or (positive and value <= 0):
-        raise FieldValueError(f"`{transform}({value!r})`: {field} is not {expected}.", facts=facts)
+        raise _value_error(transform, field, expected, value)
     return float(value)
 
 
 def boolean(transform: str, field: str, value: object) -> bool:
     """`value`, if it is True or False."""
     if not isinstance(value, bool):
-        facts = (("field", field), ("expected", "True or False"), ("got", repr(value)))
-        raise FieldTypeError(f"`{transform}({field}={value!r})`: {field} is not a claim.", facts=facts)
+        raise _type_error(transform, field, "True or False", value)
     return value
 
 
 def floating_dtype(transform: str, field: str, value: object, *, optional: bool = True) -> np.dtype | None:
-    """`value` as a dtype, if it is a floating-point one; None stays None if that is allowed."""
+    """`value` as a dtype, if it is a floating-point one; None stays None if `optional`."""
     if value is None and optional:
         return None
-    facts = (("field", field), ("expected", "a floating-point dtype, such as jnp.bfloat16"), ("got", repr(value)))
+    expected = "a floating-point dtype, such as jnp.bfloat16"
     try:
         dtype = jnp.dtype(value)  # pyright: ignore[reportCallIssue, reportArgumentType]
     except TypeError:
-        raise FieldTypeError(f"`{transform}`: {field} is not a dtype.", facts=facts) from None
+        raise _type_error(transform, field, expected, value) from None
     if value is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise FieldValueError(f"`{transform}`: {field} is not a floating-point dtype.", facts=facts)
+        raise _value_error(transform, field, expected, value)
     return dtype
 
 
 def axis_name(transform: str, field: str, value: object) -> str:
     """`value`, if it is the name of a mesh axis: a string that is not empty."""
-    facts = (("field", field), ("expected", "the name of a mesh axis"), ("got", repr(value)))
     if not isinstance(value, str):
-        raise FieldTypeError(f"`{transform}({value!r})`: {field} is not a string.", facts=facts)
+        raise _type_error(transform, field, "the name of a mesh axis", value)
     if not value:
-        raise FieldValueError(f"`{transform}({value!r})`: {field} is empty.", facts=facts)
+        raise _value_error(transform, field, "the name of a mesh axis", value)
     return value
+
+
+def one_of(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse a value that is not one of the choices; `name` says what they are, such as "gather mode"."""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        *first, last = map(repr, choices)
+        raise FieldValueError(f"Unknown {name} {value!r}: expected {', '.join(first)} or {last}.")
+
+
+def _type_error(transform: str, field: str, expected: str, value: object) -> FieldTypeError:
+    return FieldTypeError(f"`{transform}`: {field} must be {expected}.", facts=(("got", repr(value)),))
+
+
+def _value_error(transform: str, field: str, expected: str, value: object) -> FieldValueError:
+    return FieldValueError(f"`{transform}`: {field} must be {expected}.", facts=(("got", repr(value)),))

@@ -1,13 +1,13 @@
-"""The three kinds of value that flow between transforms, and the names of the trees they are made of."""
+"""The three kinds of value that flow between transforms, and the names of the trees in annotations."""
 
 from enum import Enum
 from typing import Any, TypeAlias
 
-# Any, five times: these are the user's own pytrees; stepc checks their leaves and never names their type.
+# Any: these are the user's own pytrees. stepc checks their leaves and never names their type.
 Params: TypeAlias = Any  # parameters: floating-point leaves
 Grads: TypeAlias = Any  # gradients: the tree, shapes and dtypes of the parameters
-Batch: TypeAlias = Any  # one batch: every leaf has the same number of rows on axis 0
-Rows: TypeAlias = Any  # some rows of a batch: the same tree
+Batch: TypeAlias = Any  # a batch: every leaf has the same number of rows on axis 0
+BatchRows: TypeAlias = Any  # some rows of a batch: the same tree
 Metrics: TypeAlias = dict[str, Any]  # scalars by name
 
 

@@ -1,7 +1,7 @@
-"""Where in the user's source a transform was written, and how. It knows no transform.
+"""Transforms and pipelines as values: composition with `@`, and printing as the source that made them.
 
-A transform that is given a function cannot print it from its value: optax returns closures. So the text of the
-argument is read from the call itself (the byte code keeps its columns), and kept for printing only.
+It knows no particular transform. A transform that is given a function cannot print it from its value, since optax
+returns closures. So the text of the argument is read from the call itself, whose columns the byte code keeps.
 """
 
 import ast
@@ -22,7 +22,11 @@ from stepc._language.kinds import Kind
 from stepc._language.semantics import Fn
 from stepc.errors import PipelineTypeError, caret
 
+# What may be on either side of `@`. A plain function is accepted so that the error can name the remedy.
+Operand: TypeAlias = "Transform | Pipeline | Callable[..., Any]"
+
 _LONGEST_QUOTE = 60  # columns; a longer argument is printed by its name
+_LONGEST_NAME = 40  # columns; messages name a longer value by its type
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,178 @@ class SourceSite:
     line: int
 
     def __str__(self) -> str:
-        # A notebook cell or a prompt has a file name that is nowhere.
+        # The file name of a notebook cell or a prompt is not that of a file.
         return f"{Path(self.file).name}:{self.line}" if Path(self.file).exists() else f"line {self.line}"
 
 
 @dataclass(frozen=True)
 class QuotedArgument:
-    """A value that prints as the source that made it. The text takes no part in `==` and `hash`."""
+    """A value that prints as the source that made it. `==` and `hash` ignore the text."""
 
     value: Any  # Any: an optimizer or a loss, whose own type says nothing
     text: str = field(compare=False)
 
     def __repr__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class AutotuneRequest:
+    """A number of parts that a transform leaves to the compiler: the smallest with which the compiled step fits.
+
+    Args:
+      most_bytes: what the program may hold at once, on one device.
+      resolved: the transform with that number filled in.
+    """
+
+    most_bytes: int
+    resolved: Callable[[int], "Transform"]
+
+
+@dataclass(frozen=True, repr=False)
+class Transform(ABC):
+    """One transform of the language: a frozen value with two kinds, a reference semantics and an expansion.
+
+    To write your own, subclass it as a frozen dataclass, set `takes` and `gives`, check the fields in `__post_init__`,
+    and test the result with `stepc.testing.check_transform`.
+    """
+
+    takes: ClassVar[Kind | None]  # None: nothing stands on its right
+    gives: ClassVar[Kind]
+    # Where in a pipeline it may be, within what its kinds allow: "anywhere", "once", or "outermost".
+    position: ClassVar[str] = "anywhere"
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        # Not a field: the site is not compared, hashed or printed, and a subclass need not know about it.
+        self = super().__new__(cls)
+        object.__setattr__(self, "_site", site_of_caller())
+        return self
+
+    @property
+    def site(self) -> SourceSite:
+        """The line of the user's source where it was made."""
+        return self.__dict__["_site"]
+
+    @abstractmethod
+    def reference(self, inner: Fn) -> Fn:
+        """The definition, as plain Python loops: no jit, no scan, no mesh."""
+
+    @abstractmethod
+    def expand(self) -> tuple[Node | Wrap, ...]:
+        """The transform in core nodes (`stepc.nodes`), outermost first; a transform of losses in `Wrap`s."""
+
+    def autotune_request(self) -> AutotuneRequest | None:
+        """What it leaves to the compiler, which then replaces it; None if it leaves nothing."""
+        return None
+
+    def __matmul__(self, inner: Operand) -> "Pipeline":
+        return compose(self, inner)
+
+    def __rmatmul__(self, outer: Operand) -> "Pipeline":
+        return compose(outer, self)
+
+    def __call__(self, inner: Operand) -> "Pipeline":
+        """`accumulate(4)(g)` is `accumulate(4) @ g`."""
+        return compose(self, inner)
+
+    def __repr__(self) -> str:
+        return f"{transform_name(type(self))}({', '.join(self._arguments())})"
+
+    def _arguments(self) -> Iterator[str]:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.default is not MISSING and value == one.default:
+                continue
+            yield f"{one.name}={_source_of(value)}" if one.kw_only else _source_of(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Objective(Transform):
+    """A plain loss as the innermost transform, as in `grad(cast(jnp.bfloat16) @ loss)`. It prints as the function."""
+
+    takes: ClassVar = None
+    gives: ClassVar = Kind.LOSS
+    loss: QuotedArgument
+
+    def reference(self, inner: Fn) -> Fn:
+        return Fn(inner.init, self.loss.value, inner.axes)
+
+    def expand(self) -> tuple[Node, ...]:
+        return ()  # the loss itself is a field of `DifferentiateNode`
+
+    def __repr__(self) -> str:
+        return repr(self.loss)
+
+
+@dataclass(frozen=True, repr=False)
+class Pipeline:
+    """Two or more transforms, outermost first, as written. A partial pipeline still takes something on its right."""
+
+    transforms: tuple[Transform, ...]
+
+    def __matmul__(self, inner: Operand) -> "Pipeline":
+        return compose(self, inner)
+
+    def __rmatmul__(self, outer: Operand) -> "Pipeline":
+        return compose(outer, self)
+
+    def __call__(self, inner: Operand) -> "Pipeline":
+        """`pipeline(g)` is `pipeline @ g`."""
+        return compose(self, inner)
+
+    def __repr__(self) -> str:
+        return " @ ".join(map(repr, self.transforms))
+
+    @property
+    def takes(self) -> Kind | None:
+        """What its rightmost transform takes; None for a complete pipeline."""
+        return self.transforms[-1].takes
+
+    @property
+    def gives(self) -> Kind:
+        """What its leftmost transform gives."""
+        return self.transforms[0].gives
+
+
+def compose(outer: Operand, inner: Operand) -> Pipeline:
+    """`outer @ inner`, read as in mathematics: `inner` acts first.
+
+    Errors: PipelineTypeError if `inner` does not give what `outer` takes.
+    """
+    left, right = transforms_of(outer), transforms_of(inner)
+    if left and not right and left[-1].takes is Kind.LOSS and callable(inner):
+        right = (Objective(QuotedArgument(inner, function_name(inner))),)
+    if left and right and left[-1].takes is right[0].gives:
+        return Pipeline((*left, *right))
+    if left and right:
+        raise _kind_mismatch(outer, inner, left, right)
+    raise _not_a_transform(outer, inner)
+
+
+def transforms_of(operand: object) -> tuple[Transform, ...]:
+    """The transforms of a transform or a pipeline; none for anything else."""
+    match operand:
+        case Transform():
+            return (operand,)
+        case Pipeline(transforms):
+            return transforms
+        case _:
+            return ()
+
+
+def expand_transforms(transforms: Iterable[Transform]) -> Program:
+    """The core program of these transforms."""
+    return tuple(node for transform in transforms for node in transform.expand() if not isinstance(node, Wrap))
+
+
+def transform_name(kind: type) -> str:
+    """The name that a user writes for a transform class: `skip_nonfinite` for `SkipNonfinite`."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).lstrip("_")
+
+
+def function_name(loss: Callable[..., Any]) -> str:
+    """How a function prints when its source text cannot be read."""
+    return loss.__name__ if isinstance(loss, FunctionType) else type(loss).__name__
 
 
 def site_of_caller() -> SourceSite:
@@ -56,7 +219,7 @@ def site_of_caller() -> SourceSite:
 
 def quoted_argument(value: object, *, position: int, keyword: str, otherwise: str) -> QuotedArgument:
     """`value`, printed as the argument was written in the call outside stepc that is being executed."""
-    code = _code_of(_frame_of_caller())
+    code = _source_of_call(_frame_of_caller())
     call = _parsed_call(code)
     if call is None:
         return QuotedArgument(value, otherwise)
@@ -79,22 +242,22 @@ def _frame_of_caller() -> FrameType:
 def _is_ours(frame: FrameType) -> bool:
     module = str(frame.f_globals.get("__name__", ""))
     package = module.partition(".")[0]
-    # The programs that come with stepc write pipelines as any user does. The checkers of annotations in our
-    # tests put frames of their own between the user and us.
+    # The programs that come with stepc write pipelines as any user does. The annotation checkers in our tests put
+    # frames of their own between the user and us.
     if package == "stepc":
         return not module.startswith("stepc.programs")
     return package in ("beartype", "jaxtyping") or frame.f_code.co_filename.startswith("<@beartype")
 
 
-def _code_of(frame: FrameType) -> str:
-    """The text of the expression that the frame is evaluating; empty where it cannot be read."""
+def _source_of_call(frame: FrameType) -> str:
+    """The text of the expression that the frame is evaluating; empty if it cannot be read."""
     line, end_line, start, end = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
     if line is None or end_line is None or start is None or end is None:
         return ""
     lines = [text.encode() for text in linecache.getlines(frame.f_code.co_filename)[line - 1 : end_line]]
     if not lines:
         return ""
-    lines[-1] = lines[-1][:end]  # first: on one line, the start moves the end
+    lines[-1] = lines[-1][:end]  # the end first: on a single line, cutting the start moves it
     lines[0] = lines[0][start:]
     return b"".join(lines).decode()
 
@@ -107,18 +270,7 @@ def _parsed_call(code: str) -> ast.Call | None:
     return expression if isinstance(expression, ast.Call) else None
 
 
-# What may stand beside `@`; a plain function is accepted only to be refused with a remedy.
-Operand: TypeAlias = "Transform | Pipeline | Callable[..., Any]"
-
-_LONGEST_NAME = 40  # columns; whatever prints longer is named by its type in messages
-
-
-def transform_name(kind: type) -> str:
-    """The transform that a class is written as: `SkipNonfinite` is `skip_nonfinite`."""
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).lstrip("_")
-
-
-def _shown(value: object) -> str:
+def _source_of(value: object) -> str:
     match value:
         case str():
             return f'"{value}"'
@@ -128,187 +280,27 @@ def _shown(value: object) -> str:
             return repr(value)
 
 
-@dataclass(frozen=True)
-class AutotuneRequest:
-    """What a transform leaves to the compiler: the least number of parts with which the compiled step fits.
-
-    Args:
-      most_bytes: what the program may hold at once, on one device.
-      answered: the transform that says the number itself.
-    """
-
-    most_bytes: int
-    answered: Callable[[int], "Transform"]
-
-
-@dataclass(frozen=True, repr=False)
-class Transform(ABC):
-    """One transform of the language: a frozen value with two kinds, a meaning and an expansion.
-
-    Subclass it as a frozen dataclass, set `takes` and `gives`, check the fields in `__post_init__`, and
-    hold the result to the house with `stepc.testing.check_transform`.
-    """
-
-    takes: ClassVar[Kind | None]  # None: nothing stands on its right
-    gives: ClassVar[Kind]
-    stands: ClassVar[str] = "anywhere"  # that its kinds allow; or "once" in a pipeline, or only "outermost"
-
-    def __new__(cls, *_: object, **__: object) -> Self:
-        # The site is no field: it is not compared, hashed or printed, and a subclass need not know of it.
-        self = super().__new__(cls)
-        object.__setattr__(self, "site", site_of_caller())
-        return self
-
-    @abstractmethod
-    def reference(self, inner: Fn) -> Fn:
-        """The definition, as plain Python loops: no jit, no scan, no mesh."""
-
-    @abstractmethod
-    def expand(self) -> tuple[Node | Wrap, ...]:
-        """The transform in core nodes, outermost first; `stepc.core.nodes` lists them. A transform of losses: in wraps."""
-
-    def asks(self) -> AutotuneRequest | None:
-        """What it leaves to the compiler, which puts the answer in its place; None if it leaves nothing."""
-        return None
-
-    def __matmul__(self, inner: Operand) -> "Pipeline":
-        return compose(self, inner)
-
-    def __rmatmul__(self, outer: Operand) -> "Pipeline":
-        return compose(outer, self)
-
-    def __call__(self, inner: Operand) -> "Pipeline":
-        """`accumulate(4)(g)` is `accumulate(4) @ g`."""
-        return compose(self, inner)
-
-    def __repr__(self) -> str:
-        return f"{transform_name(type(self))}({', '.join(self._arguments())})"
-
-    def _arguments(self) -> Iterator[str]:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.default is not MISSING and value == one.default:
-                continue
-            yield f"{one.name}={_shown(value)}" if one.kw_only else _shown(value)
-
-
-@dataclass(frozen=True, repr=False)
-class Objective(Transform):
-    """A plain loss as the innermost transform, as in `grad(cast(jnp.bfloat16) @ loss)`. It prints as the function."""
-
-    takes: ClassVar = None
-    gives: ClassVar = Kind.LOSS
-    loss: QuotedArgument
-
-    def reference(self, inner: Fn) -> Fn:
-        return Fn(inner.init, self.loss.value, inner.axes)
-
-    def expand(self) -> tuple[Node, ...]:
-        return ()  # the loss itself is a field of `Differentiate`
-
-    def __repr__(self) -> str:
-        return repr(self.loss)
-
-
-@dataclass(frozen=True, repr=False)
-class Pipeline:
-    """Two or more transforms, outermost first, as they are written. Incomplete ones are recipes."""
-
-    transforms: tuple[Transform, ...]
-
-    def __matmul__(self, inner: Operand) -> "Pipeline":
-        return compose(self, inner)
-
-    def __rmatmul__(self, outer: Operand) -> "Pipeline":
-        return compose(outer, self)
-
-    def __call__(self, inner: Operand) -> "Pipeline":
-        """`recipe(g)` is `recipe @ g`."""
-        return compose(self, inner)
-
-    def __repr__(self) -> str:
-        return " @ ".join(map(repr, self.transforms))
-
-    @property
-    def takes(self) -> Kind | None:
-        """What its rightmost transform takes; None for a complete pipeline."""
-        return self.transforms[-1].takes
-
-    @property
-    def gives(self) -> Kind:
-        """What its leftmost transform gives."""
-        return self.transforms[0].gives
-
-
-def compose(outer: Operand, inner: Operand) -> Pipeline:
-    """`outer @ inner`, read as in mathematics: `inner` acts first.
-
-    Errors: PipelineTypeError if what `inner` gives is not what `outer` takes.
-    """
-    left, right = transforms_of(outer), transforms_of(inner)
-    if left and not right and left[-1].takes is Kind.LOSS and callable(inner):
-        right = (Objective(QuotedArgument(inner, function_name(inner))),)
-    if left and right and left[-1].takes is right[0].gives:
-        return Pipeline((*left, *right))
-    raise _mismatch(outer, inner, site_of_caller())
-
-
-def expand_transforms(transforms: Iterable[Transform]) -> Program:
-    """The core program of these transforms."""
-    return tuple(node for transform in transforms for node in transform.expand() if not isinstance(node, Wrap))
-
-
-def function_name(loss: Callable[..., Any]) -> str:
-    """How a function prints where its text in the source is not to be had."""
-    return loss.__name__ if isinstance(loss, FunctionType) else type(loss).__name__
-
-
-def transforms_of(operand: object) -> tuple[Transform, ...]:
-    """The transforms of a transform or a pipeline; none for anything else."""
-    match operand:
-        case Transform():
-            return (operand,)
-        case Pipeline(transforms):
-            return transforms
-        case _:
-            return ()
-
-
-def _mismatch(outer: Operand, inner: Operand, site: SourceSite) -> PipelineTypeError:
-    left, right = transforms_of(outer), transforms_of(inner)
-    if not (left and right):
-        return _not_a_word(outer, inner, site)
-    meet, other = left[-1], right[0]
-    what = f"`{meet!r}` takes {meet.takes}, but the stage on its right gives {other.gives}."
-    if meet.takes is None:
-        what = f"`{meet!r}` takes nothing from its right: it is where {meet.gives} begins."
-    facts = (("expected", meet.takes.value if meet.takes else "nothing"), ("got", other.gives.value))
-    remedy = _well_typed_order(left, right)
-    where = caret(repr(Pipeline((*left, *right))), repr(meet), str(site))
-    suggestion = f"Write `{remedy!r}`." if remedy else None
-    match meet.takes, other.gives:
+def _kind_mismatch(
+    outer: Operand, inner: Operand, left: tuple[Transform, ...], right: tuple[Transform, ...]
+) -> PipelineTypeError:
+    taker, giver = left[-1], right[0]
+    what = f"`{taker!r}` takes {taker.takes}, but the stage on its right returns {giver.gives}."
+    if taker.takes is None:
+        what = f"`{taker!r}` must be the rightmost stage: it takes no other on its right."
+    reordered = _well_typed_order(left, right)
+    match taker.takes, giver.gives:
         case Kind.GRADIENT, Kind.LOSS:
             suggestion = f"Write `{outer!r} @ grad({inner!r})`."
         case Kind.LOSS, _:
-            suggestion = f"Write `grad({outer!r} @ loss)`: transforms of losses stand inside of `grad`."
+            suggestion = f"Write `grad({outer!r} @ loss)`: transforms of the loss go inside `grad`."
         case _:
-            pass
-    return PipelineTypeError(what, where=where, facts=facts, suggestion=suggestion)
-
-
-def _not_a_word(outer: Operand, inner: Operand, site: SourceSite) -> PipelineTypeError:
-    wrong, transform = (outer, inner) if transforms_of(inner) else (inner, outer)
-    name = wrong.__name__ if isinstance(wrong, FunctionType) else repr(wrong)
-    name = name if len(name) <= _LONGEST_NAME else type(wrong).__name__
-    shown, neighbour = (f"{transform!r} @ {name}", transforms_of(transform)[-1])
-    if wrong is outer:
-        shown, neighbour = f"{name} @ {transform!r}", transforms_of(transform)[0]
-    facts = (("expected", "a transform or a pipeline"), ("got", type(wrong).__name__))
-    where = caret(shown, name, str(site))
-    if wrong is inner and callable(wrong) and neighbour.takes is Kind.GRADIENT:
-        what = f"`{neighbour!r}` takes a gradient, but `{name}` on its right is a plain function: a loss."
-        return PipelineTypeError(what, where=where, suggestion=f"Write `{transform!r} @ grad({name})`.")
-    return PipelineTypeError(f"`{name}` is not a transform of stepc.", where=where, facts=facts)
+            suggestion = f"Write `{reordered!r}`." if reordered else None
+    return PipelineTypeError(
+        what,
+        where=caret(repr(Pipeline((*left, *right))), repr(taker), str(site_of_caller())),
+        facts=(("expected", taker.takes.value if taker.takes else "nothing"), ("got", giver.gives.value)),
+        suggestion=suggestion,
+    )
 
 
 def _well_typed_order(left: tuple[Transform, ...], right: tuple[Transform, ...]) -> Pipeline | None:
@@ -318,3 +310,17 @@ def _well_typed_order(left: tuple[Transform, ...], right: tuple[Transform, ...])
         if all(one.takes is two.gives for one, two in zip(transforms, transforms[1:], strict=False)):
             return Pipeline(transforms)
     return None
+
+
+def _not_a_transform(outer: Operand, inner: Operand) -> PipelineTypeError:
+    wrong, stage = (outer, inner) if transforms_of(inner) else (inner, outer)
+    name = wrong.__name__ if isinstance(wrong, FunctionType) else repr(wrong)
+    name = name if len(name) <= _LONGEST_NAME else type(wrong).__name__
+    written = f"{name} @ {stage!r}" if wrong is outer else f"{stage!r} @ {name}"
+    where = caret(written, name, str(site_of_caller()))
+    neighbour = transforms_of(stage)[-1]
+    if wrong is inner and callable(wrong) and neighbour.takes is Kind.GRADIENT:
+        what = f"`{neighbour!r}` takes a gradient, but `{name}` on its right is a loss function."
+        return PipelineTypeError(what, where=where, suggestion=f"Write `{stage!r} @ grad({name})`.")
+    facts = (("expected", "a transform or a pipeline"), ("got", type(wrong).__name__))
+    return PipelineTypeError(f"`{name}` is not a transform.", where=where, facts=facts)

@@ -1,4 +1,4 @@
-"""What a step takes and returns besides metrics: one value that holds all that training changes."""
+"""The state of training, and how its leaves are named, printed and unwrapped. It knows no transform and no mesh."""
 
 import zlib
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from jax.sharding import PartitionSpec
 
 from stepc._language.kinds import Params
 
-# Where the leaves lie that do not lie whole on every device: (path, spec), sorted by path.
+# The leaves that are not replicated: (path, spec), sorted by path.
 Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
 
-# The implementation of keys that a number as a seed makes. Named here, not taken from jax's configuration: no ambient
-# state changes what a pipeline means.
+# The implementation of the key that an integer seed makes. Fixed here instead of taken from jax's configuration: no
+# ambient state changes what a pipeline means.
 KEYS = "threefry2x32"
 
 
 class SkipCounts(NamedTuple):
-    """How many steps were skipped, in all and in a row, by `skip_nonfinite`."""
+    """How many steps `skip_nonfinite` has skipped: in total, and in a row."""
 
     total: Any  # Any, twice: an int32 scalar, or its shape
     consecutive: Any
@@ -29,31 +29,31 @@ class SkipCounts(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """All that a step changes.
+    """Everything that a step changes.
 
-    Shapes: `params` and `opt_state` are trees of the user and of optax; `step` is an int32 scalar, so that
-    any number of steps is one trace; `rng` is a scalar typed key, the seed: it never changes, keys are folded from
-    it and the step; `model_state` is the model's own state, None without `grad(loss, model_state=True)`; `slots` has what each
+    Shapes: `params` and `opt_state` are trees of the user and of optax. `step` is an int32 scalar, so any number of
+    steps is one trace. `rng` is a scalar typed key, the seed; it never changes, since keys are folded from it and the
+    step. `model_state` is the model's own state, None without `grad(loss, model_state=True)`. `slots` holds what each
     stateful transform keeps, by the transform's name.
-    Errors: a state that was given to a step is donated: its arrays are deleted, use the returned one.
+    Errors: a step donates its state, which deletes the arrays: use the state that the step returns.
     """
 
     params: Params
-    opt_state: Any  # Any: whatever tree the optimizer keeps
+    opt_state: Any  # Any: the optimizer's own tree
     step: Any  # Any: an int32 scalar, or its shape when nothing is computed
     rng: Any  # Any: a typed key, or its shape
-    model_state: Any = None  # Any: whatever tree the model keeps
+    model_state: Any = None  # Any: the model's own tree
     slots: dict[str, Any] = field(default_factory=dict)  # Any: by transform
     # Part of the tree's type, not of its leaves: another placement is another program.
     placement: Placement = field(default=(), metadata={"static": True})
 
 
-def path_of(keys: tuple[Any, ...]) -> str:
-    """A leaf's path as stepc prints it: its keys joined by `/`."""
+def path_of(keys: tuple[Any, ...]) -> str:  # Any: the key types of jax.tree_util
+    """The path of a leaf as stepc prints it: its keys joined by `/`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def leaves_by_path(tree: object) -> list[tuple[str, Any]]:
+def leaves_by_path(tree: object) -> list[tuple[str, Any]]:  # Any: leaves of the user
     """Every leaf of a tree with its path, in the order of `jax.tree.leaves`."""
     return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -66,12 +66,12 @@ def describe_leaf(leaf: object) -> str:
 
 
 def describe_tied_leaves(tree: object) -> str | None:
-    """Which leaves of a tree are one array, in words, with its bytes; None if none are."""
-    same: dict[int, list[tuple[str, Any]]] = {}
+    """Which leaves of a tree are the same array, with its bytes, for a message; None if none are."""
+    by_identity: dict[int, list[tuple[str, Any]]] = {}
     for path, leaf in leaves_by_path(tree):
-        same.setdefault(id(leaf), []).append((path, leaf))
-    tied = [found for found in same.values() if len(found) > 1 and getattr(found[0][1], "nbytes", 0)]
-    texts = [f"{' and '.join(path for path, _ in found)} ({found[0][1].nbytes:,} bytes)" for found in tied]
+        by_identity.setdefault(id(leaf), []).append((path, leaf))
+    tied = [same for same in by_identity.values() if len(same) > 1 and getattr(same[0][1], "nbytes", 0)]
+    texts = [f"{' and '.join(path for path, _ in same)} ({same[0][1].nbytes:,} bytes)" for same in tied]
     return ", ".join(texts) or None
 
 

@@ -1,7 +1,7 @@
-"""How what a loss returns adds up over cells: the terms of its value, and its metrics.
+"""How the results of a loss add up over its calls: the terms of its value, and its metrics. Arithmetic only.
 
-A cell is the rows that one call of a loss is given. Whatever the loss returns is kept as sums until the last cell has
-been added, and divided once. Arithmetic only: this file knows no transform, no loop and no mesh.
+What a loss returns for each local microbatch is kept as sums until the last one has been added, and divided once.
+Nothing here knows a transform, a loop or a mesh.
 """
 
 from abc import ABC, abstractmethod
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 Number: TypeAlias = Any  # a scalar: an array, a numpy number, an int or a float
-# Counts that are the same in every cell, whatever its rows hold.
+# Counts that are the same for every local microbatch, whatever its rows hold.
 STATIC = (int, float, np.number)
 
 
 class AbstractTerms(ABC):
-    """What adds and multiplies as terms do: `Mean`, and the sums and multiples of them."""
+    """What adds and multiplies as terms do: `Mean`, and sums and multiples of it."""
 
     __array_ufunc__ = None  # numpy leaves `number * Mean` to us
 
@@ -38,14 +38,14 @@ class AbstractTerms(ABC):
 
     def __mul__(self, factor: Number) -> "Sums":
         if isinstance(factor, AbstractTerms):
-            raise TypeError("two means do not multiply: a loss is a sum of terms, each with a count of its own")
+            raise TypeError("cannot multiply two means: a loss is a sum of terms, each with its own count")
         return Sums(tuple(Mean(term.total * factor, term.count) for term in self.terms))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Number) -> "Sums":
         if isinstance(divisor, AbstractTerms):
-            raise TypeError("two means do not divide: a loss is a sum of terms, each with a count of its own")
+            raise TypeError("cannot divide two means: a loss is a sum of terms, each with its own count")
         return Sums(tuple(Mean(term.total / divisor, term.count) for term in self.terms))
 
     def __neg__(self) -> "Sums":
@@ -61,24 +61,24 @@ class AbstractTerms(ABC):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mean(AbstractTerms):
-    """A total and the count that it is to be divided by, once, after the last cell.
+    """A total and a count, divided once, after the totals and counts of all local microbatches have been added.
 
-    Meaning: over any cells, sum(total) / sum(count), and the gradient of that; 0 where the counts add up to 0.
-    Why: a mean over tokens is right only if it is divided by all tokens of the batch: the mean of the means of its
-      microbatches is another number as soon as their lengths differ.
+    Meaning: over any split, sum(total) / sum(count), and the gradient of that; 0 where the counts add up to 0.
+    Why: a mean over tokens must be divided by all tokens of the batch. The mean of the microbatches' means is another
+      number as soon as their lengths differ.
 
     Args:
-      total: a floating-point scalar, a sum over the rows of the cell, such as `(nll * mask).sum()`.
-      count: how much it counts: a scalar such as `mask.sum()`, or a number. It may not depend on the parameters.
+      total: a floating-point scalar, a sum over the rows that the loss is given, such as `(nll * mask).sum()`.
+      count: a scalar such as `mask.sum()`, or a number. It may not depend on the parameters.
     Errors: LossError at the first call if the count depends on the parameters, or if either is not a scalar.
     Sums and multiples of means are losses too, and each term keeps its own count:
-      `Mean(nll, tokens) + 0.01 * Mean(balance, layers) + 1e-4 * z`; a plain scalar is a term that counts 1 a cell.
-    A total that is not finite stays so, also where the count is 0: write `(nll * mask).sum()` so that it is 0 there.
+      `Mean(nll, tokens) + 0.01 * Mean(balance, layers) + 1e-4 * z`. A plain scalar is a term whose count is 1 per call.
+    A total that is not finite stays so, even where the count is 0: mask inside the sum, as in `(nll * mask).sum()`.
     Example:
       >>> Mean(total=6.0, count=3)
       Mean(total=6.0, count=3)
 
-    Source: ours; sums before the division as in MaxText, for every term instead of one.
+    Source: ours; MaxText sums before it divides, for one term.
     """
 
     total: Number
@@ -92,7 +92,7 @@ class Mean(AbstractTerms):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums(AbstractTerms):
-    """A sum of terms. Written with `+`, `-` and `*`, not by name."""
+    """A sum of terms, made by `+`, `-` and `*`."""
 
     each: tuple[Mean, ...]
 
@@ -119,7 +119,7 @@ class Sum:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Max:
-    """A metric of which the largest over microbatches and devices is kept. Over devices it is a reduction of its own.
+    """A metric whose maximum over microbatches and devices is reported. Over devices that is a reduction of its own.
 
     Args:
       value: a scalar.
@@ -134,7 +134,7 @@ class Max:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Min:
-    """A metric of which the smallest over microbatches and devices is kept. Over devices it is a reduction of its own.
+    """A metric whose minimum over microbatches and devices is reported. Over devices that is a reduction of its own.
 
     Args:
       value: a scalar.
@@ -149,7 +149,7 @@ class Min:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Last:
-    """A metric of which the last one is kept: of the last microbatch, on the last device.
+    """A metric whose last value is reported: that of the last microbatch, on the last device.
 
     Args:
       value: a scalar.
@@ -165,52 +165,58 @@ Metric: TypeAlias = AbstractTerms | Sum | Max | Min | Last
 
 
 class LossOutcome(NamedTuple):
-    """What one call of a loss gives: the terms of its value, its metrics, its model_state."""
+    """What one call of a loss gives: the terms of its value, its metrics, its model state."""
 
     terms: tuple[Mean, ...]
     metrics: dict[str, Metric]
-    model_state: Any  # Any: a tree of the user's; None if there is none
+    model_state: Any  # Any: the model's own tree; None if there is none
 
 
-def loss_outcome(returned: Any, *, has_aux: bool, model_state: bool) -> LossOutcome:
-    """Take apart what a loss returned: `value`, `(value, metrics)`, `(value, model_state)` or `(value, metrics, model_state)`."""
+def loss_outcome(returned: Any, *, has_aux: bool, model_state: bool) -> LossOutcome:  # Any: whatever a loss returns
+    """Take apart what a loss returned: the value, then metrics if `has_aux`, then model state if `model_state`."""
     value, *rest = returned if has_aux or model_state else (returned,)
     metrics = dict(rest[0]) if has_aux else {}
-    kept = {name: _summed(one if isinstance(one, Metric) else Mean(one, 1)) for name, one in metrics.items()}
-    return LossOutcome(tuple(map(_wide_term, terms_of(value))), kept, rest[-1] if model_state else None)
+    widened = {name: _wide_metric(one if isinstance(one, Metric) else Mean(one, 1)) for name, one in metrics.items()}
+    return LossOutcome(tuple(map(_wide_term, terms_of(value))), widened, rest[-1] if model_state else None)
 
 
-def terms_of(value: Any) -> tuple[Mean, ...]:
-    """The terms of a loss; a scalar is one that counts 1."""
+def terms_of(value: Any) -> tuple[Mean, ...]:  # Any: terms, or a scalar
+    """The terms of a loss; a scalar is one whose count is 1."""
     return value.terms if isinstance(value, AbstractTerms) else (Mean(value, 1),)
 
 
 def is_static(count: Number) -> bool:
-    """Whether a count is the same number in every cell, known before anything runs."""
+    """Whether a count is the same number for every local microbatch, known at trace time."""
     return isinstance(count, STATIC)
 
 
 def merge_terms(terms: tuple[Mean, ...]) -> tuple[Mean, ...]:
-    """Terms with the same count as one term: a/n + b/n = (a + b)/n. A count that is 0 everywhere leaves nothing."""
-    kept = _joined(tuple(term for term in terms if not (is_static(term.count) and term.count == 0)))
-    if sum(is_static(term.count) for term in kept) > 1:
-        kept = _joined(tuple(Mean(one.total / one.count, 1) if is_static(one.count) else one for one in kept))
-    return kept or (Mean(jnp.zeros_like(terms[0].total), 1),)
+    """Merge the terms that share a count: a/n + b/n = (a + b)/n. Terms whose count is always 0 are dropped."""
+    merged = _merge_equal_counts(tuple(term for term in terms if not (is_static(term.count) and term.count == 0)))
+    if sum(is_static(term.count) for term in merged) > 1:
+        merged = _merge_equal_counts(
+            tuple(Mean(term.total / term.count, 1) if is_static(term.count) else term for term in merged)
+        )
+    return merged or (Mean(jnp.zeros_like(terms[0].total), 1),)
 
 
-def _joined(terms: tuple[Mean, ...]) -> tuple[Mean, ...]:
-    kept: list[Mean] = []
+def _merge_equal_counts(terms: tuple[Mean, ...]) -> tuple[Mean, ...]:
+    merged: list[Mean] = []
     for term in terms:
-        same = next((n for n, one in enumerate(kept) if _is_same(one.count, term.count)), None)
+        same = next((n for n, one in enumerate(merged) if _is_same(one.count, term.count)), None)
         if same is None:
-            kept.append(term)
+            merged.append(term)
         else:
-            kept[same] = Mean(kept[same].total + term.total, term.count)
-    return tuple(kept)
+            merged[same] = Mean(merged[same].total + term.total, term.count)
+    return tuple(merged)
+
+
+def _is_same(count: Number, other: Number) -> bool:
+    return count is other or (is_static(count) and is_static(other) and count == other)
 
 
 def combine_metrics(first: Metric, second: Metric) -> Metric:
-    """Two cells, or two groups of cells, the first one before the second."""
+    """The metric of two local microbatches, or of two groups of them, the first one before the second."""
     match first, second:
         case Mean(), Mean():
             return Mean(first.total + second.total, first.count + second.count)
@@ -226,26 +232,25 @@ def combine_metrics(first: Metric, second: Metric) -> Metric:
         case Last(), Last():
             return second
         case _:
-            raise TypeError(f"{first} and {second} are metrics of two kinds")
+            raise TypeError(f"cannot combine two kinds of metric: {first} and {second}")
 
 
 def metric_value(metric: Metric) -> jax.Array:
-    """What is reported once all cells are added."""
+    """The number that is reported, once all local microbatches have been added."""
     match metric:
         case AbstractTerms():
-            values = [divide_by_count(term.total, term.count) for term in metric.terms]
-            return sum_arrays(values)
+            return sum_arrays([divide_by_count(term.total, term.count) for term in metric.terms])
         case Sum(value) | Max(value) | Min(value) | Last(value):
             return jnp.asarray(value)
 
 
 def sum_arrays(parts: Sequence[Any]) -> Any:  # Any: arrays
-    """The parts added up, one after another."""
+    """The sum, from left to right."""
     return reduce(add, parts)
 
 
-def divide_by_count(total: Any, count: Number) -> jax.Array:
-    """`total / count`, and 0 where the count is 0; divided in float32 at least."""
+def divide_by_count(total: Any, count: Number) -> jax.Array:  # Any: an array or a number
+    """`total / count`, in float32 at least; 0 where the count is 0."""
     total = jnp.asarray(total)
     total = total.astype(accumulation_dtype(total.dtype))
     if is_static(count):
@@ -255,23 +260,23 @@ def divide_by_count(total: Any, count: Number) -> jax.Array:
 
 
 def sum_of_squares(leaf: jax.Array) -> jax.Array:
-    """Of one leaf of a gradient, in float32 at least. It is finite if and only if the leaf has a norm that is.
+    """Of one leaf of a gradient, in float32 at least. It is finite if and only if the norm of the leaf is.
 
-    That is what a finite gradient means here. To ask each number of a large leaf took seven times as long on a CPU, and
-    a temporary of a quarter of its size (XLA of jaxlib 0.10.2).
+    That is what a finite gradient means here. Testing each element of a large leaf took seven times as long on a CPU,
+    and a temporary of a quarter of its size (XLA of jaxlib 0.10.2).
     """
     return jnp.sum(jnp.square(leaf.astype(accumulation_dtype(leaf.dtype))))
 
 
-def accumulation_dtype(dtype: Any) -> Any:
-    """The type in which numbers of this type are added up: float32 at least for floats, int32 for what counts."""
+def accumulation_dtype(dtype: Any) -> Any:  # Any, twice: whatever numpy takes for a dtype
+    """The dtype in which values of this dtype are added up: at least float32 for floats, int32 for integers."""
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.promote_types(dtype, jnp.float32)
     return jnp.promote_types(dtype, jnp.int32)
 
 
-def _summed(metric: Metric) -> Metric:
-    """In the types in which it is added up. Counts are float32, so that they ride in the gradient's own reduction."""
+def _wide_metric(metric: Metric) -> Metric:
+    """In its accumulation dtype. Counts are float32, because they share the reduction of the gradient."""
     match metric:
         case Mean():
             return _wide_term(metric)
@@ -281,14 +286,10 @@ def _summed(metric: Metric) -> Metric:
             value = jnp.asarray(value)
             return type(metric)(value.astype(accumulation_dtype(value.dtype)))
         case _:
-            raise TypeError(f"{metric!r} is no metric")
+            raise TypeError(f"{metric!r} is not a metric")
 
 
 def _wide_term(term: Mean) -> Mean:
     total = jnp.asarray(term.total)
     total = total.astype(jnp.promote_types(accumulation_dtype(total.dtype), jnp.float32))
     return Mean(total, term.count if is_static(term.count) else jnp.asarray(term.count).astype(total.dtype))
-
-
-def _is_same(count: Number, other: Number) -> bool:
-    return count is other or (is_static(count) and is_static(other) and count == other)

@@ -1,7 +1,7 @@
-"""What a core program means, by naive loops over its nodes. It shares no control flow with the reference.
+"""The naive evaluator of core programs, by loops over nodes. It shares no control flow with the reference.
 
-The reference slices batches; this reader never does: it carries the *numbers* of the rows and takes them
-from the whole batch only where the loss is computed.
+The reference slices batches. The evaluator never does: it passes on the *numbers* of rows, and takes the rows from the
+whole batch only where the loss is computed.
 """
 
 import zlib
@@ -32,6 +32,7 @@ from stepc._core.nodes import (
 )
 from stepc._language.terms import (
     LossOutcome,
+    Mean,
     Metric,
     Sums,
     accumulation_dtype,
@@ -42,17 +43,16 @@ from stepc._language.terms import (
     sum_arrays,
     sum_of_squares,
 )
-from stepc._language.terms import Mean as Term
 
 Tree: TypeAlias = Any  # any pytree of arrays
 
 
 @dataclass(frozen=True)
 class EvaluationState:
-    """All that a program reads and changes besides the batch.
+    """Everything that a program reads and changes, besides the batch.
 
     Args:
-      step: how many steps were made.
+      step: the number of steps made.
       rng: a typed key.
       model_state: the model's own state, if the loss has one.
       slots: what the nodes of a program keep, by the names that `named` gives them.
@@ -60,141 +60,158 @@ class EvaluationState:
 
     params: Tree
     opt_state: Tree
-    step: Any = 0
-    rng: Any = None
+    step: Any = 0  # Any: a number, or an array
+    rng: Any = None  # Any: a typed key
     model_state: Tree = None
-    slots: dict[str, Any] = field(default_factory=dict)
+    slots: dict[str, Any] = field(default_factory=dict)  # Any: by node
 
 
 @dataclass(frozen=True)
-class _Flow:
-    """A gradient in flight: for each term the sum of its gradients and of its counts; the metrics likewise."""
+class _SummedGradient:
+    """A gradient before division: for each term the sum of its gradients and of its counts; the metrics likewise."""
 
-    terms: tuple[tuple[Tree, Any], ...]
+    terms: tuple[tuple[Tree, Any], ...]  # Any: a number, or an array
     metrics: dict[str, Metric]
     model_state: Tree
 
+    def value(self, params: Tree) -> Tree:
+        """Every term divided by its count, and added up, in the dtypes of the parameters."""
+        means = [
+            jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in self.terms
+        ]
+        return jax.tree.map(lambda like, *terms: sum_arrays(terms).astype(like.dtype), params, *means)
 
-def evaluate(program: Program, world: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
-    """One dispatch of a whole program: the world after it, and the metrics."""
+    def reported(self) -> dict[str, Any]:  # Any: arrays
+        """The metrics, as numbers."""
+        return {name: metric_value(metric) for name, metric in self.metrics.items()}
+
+    def linear(self, function: Any) -> "_SummedGradient":  # Any: of a leaf
+        """The function of every leaf of every sum."""
+        return replace(self, terms=tuple((jax.tree.map(function, total), count) for total, count in self.terms))
+
+
+def evaluate(program: Program, state: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
+    """One dispatch of a whole program: the state after it, and the metrics."""
     match program:
         case (RepeatNode(size), *rest):
-            told = []
-            for turn in range(size):
-                world, metrics = evaluate(tuple(rest), world, jax.tree.map(lambda leaf, turn=turn: leaf[turn], batch))
-                told.append(metrics)
-            return world, jax.tree.map(lambda *one: jnp.stack(one), *told)
+            each = []
+            for j in range(size):
+                state, metrics = _one_step(tuple(rest), state, jax.tree.map(lambda leaf, j=j: leaf[j], batch))
+                each.append(metrics)
+            return state, jax.tree.map(lambda *values: jnp.stack(values), *each)
         case _:
-            return _one_step(program, world, batch)
+            return _one_step(program, state, batch)
 
 
-def gradient(program: Program, world: EvaluationState, batch: Tree) -> tuple[Tree, dict[str, Any]]:
-    """The gradient that a program without its update computes from a batch, and its metrics."""
-    flow = _on_rows(program, world, batch, np.arange(len(jax.tree.leaves(batch)[0])))
-    return _value(flow, world.params), _reported(flow)
+def gradient(program: Program, state: EvaluationState, batch: Tree) -> tuple[Tree, dict[str, Any]]:
+    """The gradient that a program without an update computes from a batch, and its metrics."""
+    summed = _gradient_of_rows(program, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
+    return summed.value(state.params), summed.reported()
 
 
-def _one_step(program: Program, world: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
+def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
     names = {id(node): name for name, node in named(program).items()}
     place = next(n for n, node in enumerate(program) if isinstance(node, UpdateNode))
-    outer, update, rest = program[:place], program[place], program[place + 1 :]
-    flow = _on_rows(rest, world, batch, np.arange(len(jax.tree.leaves(batch)[0])))
-    grads, metrics = _value(flow, world.params), _reported(flow)
-    squares = sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
-    fine = bool(jnp.isfinite(metrics["loss"])), bool(jnp.isfinite(squares))
+    outer, update, inner = program[:place], program[place], program[place + 1 :]
     guards = [node for node in outer if isinstance(node, GuardNode)]
-    scales = [node for node in rest if isinstance(node, RescaleNode)]
-    happened = all(fine) if guards else fine[1] or not scales
-    slots = dict(world.slots)
+    scales = [node for node in inner if isinstance(node, RescaleNode)]
+    summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
+    grads, metrics = summed.value(state.params), summed.reported()
+    squares = sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
+    finite = bool(jnp.isfinite(metrics["loss"])), bool(jnp.isfinite(squares))
+    happens = all(finite) if guards else finite[1] or not scales
+    slots = dict(state.slots)
     for node in scales:
-        metrics[names[id(node)]] = jax.tree.leaves(slots[names[id(node)]])[0]
-        slots[names[id(node)]] = node.advance(slots[names[id(node)]], *map(jnp.asarray, fine), *node.arguments)
-    if happened:
+        name = names[id(node)]
+        metrics[name] = jax.tree.leaves(slots[name])[0]
+        slots[name] = node.advance(slots[name], *map(jnp.asarray, finite), *node.arguments)
+    if happens:
         optimizer = optax.with_extra_args_support(update.optimizer)  # pyright: ignore[reportAttributeAccessIssue]
-        updates, opt_state = optimizer.update(grads, world.opt_state, world.params, value=metrics["loss"], grad=grads)
-        params = optax.apply_updates(world.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=metrics["loss"], grad=grads)
+        params = optax.apply_updates(state.params, updates)
         for node in outer:
             if isinstance(node, FollowNode):
                 slots[names[id(node)]] = node.advance(slots[names[id(node)]], params, *node.arguments)
-        world = replace(world, params=params, opt_state=opt_state, step=world.step + 1, model_state=flow.model_state)
+        state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=summed.model_state)
     for node in guards:
-        total, in_a_row = slots[names[id(node)]]
-        count = 0 if happened else 1
-        slots[names[id(node)]] = type(slots[names[id(node)]])(total + count, 0 * in_a_row if happened else in_a_row + 1)
+        name, count = names[id(node)], 0 if happens else 1
+        total, consecutive = slots[name]
+        slots[name] = type(slots[name])(total + count, (consecutive + count) * count)
         metrics["skipped"] = jnp.asarray(count, jnp.int32)
-    return replace(world, slots=slots), metrics
+    return replace(state, slots=slots), metrics
 
 
-def _on_rows(program: Program, world: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any = 1.0) -> _Flow:
+def _gradient_of_rows(
+    program: Program, state: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any = 1.0
+) -> _SummedGradient:  # Any: what the loss is multiplied by
     node, inner = program[0], program[1:]
     match node:
         case DifferentiateNode():
-            return _differentiated(node, world, batch, rows, factor)
+            return _differentiated(node, state, batch, rows, factor)
         case MeanNode():
-            return _averaged(node, inner, world, batch, rows, factor)
+            return _averaged(node, inner, state, batch, rows, factor)
         case ScaleNode(by):
-            flow = _on_rows(inner, world, batch, rows, factor)
-            return replace(flow, terms=_each(flow.terms, lambda leaf: leaf * by))
-        case MapNode():
-            flow = _on_rows(inner, world, batch, rows, factor)
-            key = (_key(world, zlib.crc32(_name(program, node).encode()) | 2**31, rows[0]),) if node.draws else ()
-            value, told = node.measured(_value(flow, world.params))
-            grads, added = node.applied(_value(flow, world.params), value, *key)
-            return replace(flow, terms=((_wide(grads), 1),), metrics={**flow.metrics, **_scalars({**told, **added})})
+            return _gradient_of_rows(inner, state, batch, rows, factor).linear(lambda leaf: leaf * by)
         case RescaleNode():
-            by = jax.tree.leaves(world.slots[_name(program, node)])[0]
-            flow = _on_rows(inner, world, batch, rows, factor * by)
-            return replace(flow, terms=_each(flow.terms, lambda leaf: leaf / by))
+            by = jax.tree.leaves(state.slots[_name(program, node)])[0]
+            return _gradient_of_rows(inner, state, batch, rows, factor * by).linear(lambda leaf: leaf / by)
+        case MapNode():
+            summed = _gradient_of_rows(inner, state, batch, rows, factor)
+            value = summed.value(state.params)
+            key = (_key(state, zlib.crc32(_name(program, node).encode()) | 2**31, rows[0]),) if node.draws else ()
+            measured, before = node.measured(value)
+            grads, after = node.applied(value, measured, *key)
+            added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
+            return replace(summed, terms=((_widened(grads), 1),), metrics={**summed.metrics, **added})
         case UpdateNode() | FollowNode() | GuardNode() | RepeatNode():
-            raise ValueError(f"`{node}` stands outside of the gradient, and only once")
+            raise ValueError(f"`{node}` must be outside the gradient, and appear once")
         case _:
             assert_never(node)
 
 
 def _differentiated(
-    node: DifferentiateNode, world: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any
-) -> _Flow:
-    cell = jax.tree.map(lambda leaf: leaf[rows], batch)
+    node: DifferentiateNode, state: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any
+) -> _SummedGradient:
+    microbatch = jax.tree.map(lambda leaf: leaf[rows], batch)
     keys = ()
     if node.rng is not None:
-        drawn = [_key(world, row) for row in (rows if node.rng == "example" else rows[:1])]
+        drawn = [_key(state, row) for row in (rows if node.rng == "example" else rows[:1])]
         keys = (jnp.stack(drawn) if node.rng == "example" else drawn[0],)
 
     def outcome(params: Tree) -> LossOutcome:
-        model_state = (world.model_state,) if node.model_state else ()
-        return loss_outcome(
-            node.function(params, cell, *keys, *model_state), has_aux=node.has_aux, model_state=node.model_state
-        )
+        model_state = (state.model_state,) if node.model_state else ()
+        returned = node.function(params, microbatch, *keys, *model_state)
+        return loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state)
 
-    found = outcome(world.params)
+    found = outcome(state.params)
     terms = []
     for number, term in enumerate(found.terms):
-        grads = jax.grad(lambda params, number=number: outcome(params).terms[number].total * factor)(world.params)
-        terms.append((_wide(grads), term.count))
-    return _Flow(tuple(terms), {"loss": Sums(found.terms), **found.metrics}, found.model_state)
+        grads = jax.grad(lambda params, number=number: outcome(params).terms[number].total * factor)(state.params)
+        terms.append((_widened(grads), term.count))
+    return _SummedGradient(tuple(terms), {"loss": Sums(found.terms), **found.metrics}, found.model_state)
 
 
 def _averaged(
-    mean: MeanNode, inner: Program, world: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any
-) -> _Flow:
-    parts: list[_Flow] = []
+    mean: MeanNode, inner: Program, state: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any
+) -> _SummedGradient:
+    parts: list[_SummedGradient] = []
     for part in _split(mean, rows):
-        parts.append(_on_rows(inner, world, batch, part, factor))
+        parts.append(_gradient_of_rows(inner, state, batch, part, factor))
         if isinstance(mean.place, InScan):
-            world = replace(world, model_state=parts[-1].model_state)
+            state = replace(state, model_state=parts[-1].model_state)
 
     def add(one: Any, two: Any) -> Any:
-        narrow = mean.dtype or one.dtype
-        return one.astype(narrow) + two.astype(narrow)
+        dtype = mean.dtype or one.dtype
+        return one.astype(dtype) + two.astype(dtype)
 
-    def both(one: _Flow, two: _Flow) -> _Flow:
+    def both(one: _SummedGradient, two: _SummedGradient) -> _SummedGradient:
         pairs = zip(one.terms, two.terms, strict=True)
         terms = tuple((jax.tree.map(add, a[0], b[0]), a[1] + b[1]) for a, b in pairs)
-        return _Flow(terms, {name: combine_metrics(one.metrics[name], two.metrics[name]) for name in one.metrics}, None)
+        metrics = {name: combine_metrics(one.metrics[name], two.metrics[name]) for name in one.metrics}
+        return _SummedGradient(terms, metrics, None)
 
-    model_state = (
-        parts[-1].model_state if isinstance(mean.place, InScan) else _mean([part.model_state for part in parts])
-    )
+    model_states = [part.model_state for part in parts]
+    model_state = model_states[-1] if isinstance(mean.place, InScan) else _mean(model_states)
     return replace(reduce(both, parts), model_state=model_state)
 
 
@@ -211,34 +228,17 @@ def _split(mean: MeanNode, rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _mean(trees: list[Tree]) -> Tree:
-    return jax.tree.map(lambda *one: (sum_arrays(one) / len(one)).astype(one[0].dtype), *trees)
+    return jax.tree.map(lambda *leaves: (sum_arrays(leaves) / len(leaves)).astype(leaves[0].dtype), *trees)
 
 
-def _value(flow: _Flow, params: Tree) -> Tree:
-    whole = [jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), grads) for grads, count in flow.terms]
-    return jax.tree.map(lambda like, *parts: sum_arrays(parts).astype(like.dtype), params, *whole)
-
-
-def _reported(flow: _Flow) -> dict[str, Any]:
-    return {name: metric_value(metric) for name, metric in flow.metrics.items()}
-
-
-def _each(terms: tuple[tuple[Tree, Any], ...], function: Any) -> tuple[tuple[Tree, Any], ...]:
-    return tuple((jax.tree.map(function, grads), count) for grads, count in terms)
-
-
-def _wide(grads: Tree) -> Tree:
+def _widened(grads: Tree) -> Tree:
     return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads)
 
 
-def _scalars(added: dict[str, Any]) -> dict[str, Metric]:
-    return {name: Term(value, 1) for name, value in added.items()}
-
-
-def _name(program: Program, node: Any) -> str:
-    # By identity: two equal nodes have two names. What stands on the left does not change the names on the right.
+def _name(program: Program, node: Any) -> str:  # Any: a node with a name
+    # By identity, since two equal nodes have two names. Nodes on the left do not change the names on the right.
     return next(name for name, one in named(program).items() if one is node)
 
 
-def _key(world: EvaluationState, *numbers: Any) -> Any:
-    return reduce(jax.random.fold_in, numbers, jax.random.fold_in(world.rng, world.step))
+def _key(state: EvaluationState, *numbers: Any) -> Any:  # Any: integers; a typed key
+    return reduce(jax.random.fold_in, numbers, jax.random.fold_in(state.rng, state.step))

@@ -1,9 +1,8 @@
-"""Losses that find a wrong split or a wrong law, and whole numbers on which sums are exact.
+"""Probe losses, which expose a wrong split or a wrong law, and batches of whole numbers on which sums are exact.
 
-A mean over rows alone is blind: a batch split wrongly has the same mean. So there is a loss that depends on which
-rows share a cell, one that depends on their order in it, and one that depends on the keys it is given. Batches hold
-small whole numbers, so with part counts that are powers of two every sum is exact in float32, and results are
-compared with `==`.
+A mean over rows alone is blind: a wrongly split batch has the same mean. So one probe depends on which rows share a
+call, one on the order of the rows, and one on the keys it is given. Batches hold small whole numbers. With part counts
+that are powers of two every sum is then exact in float32, and results are compared with `==`.
 """
 
 from collections.abc import Callable
@@ -23,36 +22,36 @@ Tree: TypeAlias = dict[str, Any]  # Any: arrays
 
 
 def over_rows(params: Tree, rows: Tree) -> Float[Array, ""]:
-    """A mean over rows: the half square of a linear prediction's error."""
+    """A mean over rows: half the squared error of a linear prediction."""
     error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
     return jnp.mean(error * error) * 0.5
 
 
-def sharing_a_cell(params: Tree, rows: Tree) -> Float[Array, ""]:
-    """A product of two means: it depends on which rows share a cell."""
+def coupling_rows(params: Tree, rows: Tree) -> Float[Array, ""]:
+    """A product of two means: it depends on which rows share a call."""
     return jnp.mean(jnp.matmul(rows["x"], params["w"]) + params["b"]) * jnp.mean(rows["y"])
 
 
 def in_order(params: Tree, rows: Tree) -> Float[Array, ""]:
-    """A sum weighted by the place of a row in its cell: it depends on the order as well."""
+    """A mean weighted by the position of each row: it depends on the order of the rows as well."""
     weights = jnp.arange(rows["y"].shape[0], dtype=jnp.float32)
     return jnp.mean(weights * (jnp.matmul(rows["x"], params["w"]) + params["b"]) * rows["y"])
 
 
-def drawing(params: Tree, rows: Tree, keys: Any) -> Float[Array, ""]:  # Any: typed keys, one a row
+def drawing(params: Tree, rows: Tree, keys: Any) -> Float[Array, ""]:  # Any: typed keys, one per row
     """A mean over rows with dropout: it depends on the key of each row."""
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (3,)))(keys)
     error = jnp.matmul(rows["x"] * kept * 2.0, params["w"]) + params["b"] - rows["y"]
     return jnp.mean(error * error) * 0.5
 
 
-def drawing_a_cell(params: Tree, rows: Tree, key: Any) -> Float[Array, ""]:  # Any: a typed key
-    """The same with one key a cell."""
+def drawing_per_call(params: Tree, rows: Tree, key: Any) -> Float[Array, ""]:  # Any: a typed key
+    """The same, with one key per call."""
     return drawing(params, rows, jax.random.split(key, rows["y"].shape[0]))
 
 
 def tokens(params: Tree, rows: Tree) -> Mean:
-    """A mean over the rows whose `y` is positive: whole cells may count nothing."""
+    """A mean over the rows whose `y` is positive: a whole microbatch may count nothing."""
     error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
     mask = (rows["y"] > 0).astype(jnp.float32)
     return Mean(jnp.sum(error * error * mask), jnp.sum(mask))
@@ -69,7 +68,7 @@ def terms(params: Tree, rows: Tree) -> Sums:
 def measuring(params: Tree, rows: Tree) -> tuple[Float[Array, ""], Tree]:
     """A mean over rows that reports a metric of every kind."""
     error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
-    told = {
+    metrics = {
         "plain": jnp.mean(error),
         "mean": Mean(jnp.sum(error), jnp.sum(rows["y"] > 0)),
         "sum": Sum(jnp.sum(error)),
@@ -78,25 +77,25 @@ def measuring(params: Tree, rows: Tree) -> tuple[Float[Array, ""], Tree]:
         "min": Min(jnp.min(rows["y"])),
         "last": Last(error[-1]),
     }
-    return over_rows(params, rows), told
+    return over_rows(params, rows), metrics
 
 
-def carrying(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array, ""], Tree]:
-    """A loss that depends on what the cells before it have seen."""
-    seen = {"seen": model_state["seen"] + jnp.sum(rows["y"]), "cells": model_state["cells"] + 1}
-    return over_rows(params, rows) + model_state["seen"] * params["b"], seen
+def stateful(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array, ""], Tree]:
+    """A loss with model state: it depends on what the calls before it have seen."""
+    new = {"seen": model_state["seen"] + jnp.sum(rows["y"]), "calls": model_state["calls"] + 1}
+    return over_rows(params, rows) + model_state["seen"] * params["b"], new
 
 
-PROBES = MappingProxyType({"over_rows": over_rows, "sharing_a_cell": sharing_a_cell, "in_order": in_order})
-# With the transforms that they begin a pipeline with. Exact ones give the same bits in any order of summation; the others
-# divide by counts that are no powers of two, and XLA multiplies by the reciprocal where it likes.
+PROBES = MappingProxyType({"over_rows": over_rows, "coupling_rows": coupling_rows, "in_order": in_order})
+# The same as `grad(...)`. Exact ones give the same bits in any order of summation. The others divide by counts that are
+# not powers of two, where XLA may multiply by the reciprocal.
 EXACT_SOURCES = MappingProxyType(
     {
         **{name: grad(probe) for name, probe in PROBES.items()},
         "drawing": grad(drawing, rng="example"),
-        "drawing_a_cell": grad(drawing_a_cell, rng="microbatch"),
+        "drawing_per_call": grad(drawing_per_call, rng="microbatch"),
         "measuring": grad(measuring, has_aux=True),
-        "carrying": grad(carrying, model_state=True),
+        "stateful": grad(stateful, model_state=True),
     }
 )
 SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "tokens": grad(tokens), "terms": grad(terms)})
@@ -108,8 +107,8 @@ def probe_params() -> dict[str, np.ndarray]:
 
 
 def probe_model_state(source: Grad) -> dict[str, np.ndarray] | None:
-    """What `carrying` carries at first; None for a loss that carries nothing."""
-    return {"seen": np.zeros((), np.float32), "cells": np.zeros((), np.int32)} if source.model_state else None
+    """The initial model state of `stateful`; None for a loss without model state."""
+    return {"seen": np.zeros((), np.float32), "calls": np.zeros((), np.int32)} if source.model_state else None
 
 
 def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -120,9 +119,9 @@ def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def wide(probe: Probe) -> Probe:
-    """A probe with parameters that can lie in parts: the vector of three is a weighted sum over two axes of eight.
+    """A probe whose parameters can be sharded: the vector of three is a weighted sum over two axes of eight.
 
-    Every number of a parameter has a gradient of its own, so a part in the wrong place shows.
+    Every element of a parameter has a different gradient, so a misplaced shard shows.
     """
     across, along = np.array([1, -1, 2, -2, 1, -1, 2, 1], np.float32), np.array([1, 2, -1, 1, -2, 1, 1, -1], np.float32)
 

@@ -1,8 +1,8 @@
-"""Hypothesis strategies: well-typed pipelines, meshes and batches. Needs hypothesis, the extra `test`."""
+"""Hypothesis strategies for well-typed pipelines, meshes and batches. It needs hypothesis, from the extra `test`."""
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from stepc._core.nodes import InScan, MeanNode, RepeatNode, UnderVmap
+from stepc._core.nodes import InScan, MeanNode, OverMesh, RepeatNode, UnderVmap
 from stepc._language.pipeline import Pipeline, Transform, expand_transforms
 from stepc._language.sharding import GATHERS, DataParallel, dp
 from stepc._language.transforms.accumulate import accumulate
@@ -30,11 +30,11 @@ from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
 from stepc.testing.probes import EXACT_SOURCES, SOURCES, Probe, probe_batch
 
-MOST_CELLS = 32  # a reference runs every cell on its own
+MAX_MICROBATCHES = 32  # the reference calls the loss for each of them
 
 
 def meshes(*, axes: tuple[str, ...] = ("data", "replica"), most_devices: int | None = None) -> st.SearchStrategy[Mesh]:
-    """Meshes over these axes, in either order, of any sizes that are powers of two and fit the devices."""
+    """Meshes over these axes, in any order, whose sizes are powers of two and fit the devices."""
     devices = jax.devices()[:most_devices]
     sizes = st.tuples(*(st.sampled_from([1, 2, 4, 8]) for _ in axes)).filter(lambda shape: prod(shape) <= len(devices))
 
@@ -45,23 +45,20 @@ def meshes(*, axes: tuple[str, ...] = ("data", "replica"), most_devices: int | N
 
 
 def sources(*, exact: bool = False) -> st.SearchStrategy[Grad]:
-    """The gradients of the probe losses, plain, cast and rematerialised.
+    """The gradients of the probe losses: plain, cast and rematerialised.
 
-    A narrow type rounds wherever it is summed, so what is drawn here casts to float32: the transforms, not the rounding.
+    A narrow dtype rounds wherever it is summed, so the casts are to float32: this is about the transform, not rounding.
     """
     plain = st.sampled_from(list((EXACT_SOURCES if exact else SOURCES).values()))
-    wraps = [
-        lambda transform: transform,
-        lambda transform: _inside(remat(), transform),
-        lambda transform: _inside(cast(jnp.float32), transform),
-    ]
-    wraps += [lambda transform: _inside(cast(jnp.float32) @ remat("dots_saveable"), transform)]
-    return st.builds(lambda wrap, transform: wrap(transform), st.sampled_from(wraps), plain)
+    inside = [None, remat(), cast(jnp.float32), cast(jnp.float32) @ remat("dots_saveable")]
+    return st.builds(_with_loss_transforms, plain, st.sampled_from(inside))
 
 
-def _inside(transforms: Transform | Pipeline, source: Grad) -> Grad:
+def _with_loss_transforms(source: Grad, inside: Transform | Pipeline | None) -> Grad:
+    if inside is None:
+        return source
     loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
-    return grad(transforms @ loss, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
+    return grad(inside @ loss, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
 
 
 @st.composite
@@ -74,14 +71,14 @@ def pipelines(
     transforms: tuple[Transform, ...] = (),
     longest: int = 5,
 ) -> Pipeline:
-    """Well-typed pipelines over a mesh with these axes, with at most 32 cells.
+    """Well-typed pipelines over a mesh with these axes, with at most 32 local microbatches.
 
     Args:
-      axes: the size of each mesh axis; each is named at most once.
+      axes: the size of each mesh axis; a pipeline names each at most once.
       loss: the loss; None for any of the probes.
-      exact: only transforms whose results are exact on whole numbers, so that results compare bitwise.
-      transforms: transforms of your own, from gradient to gradient, to mix in.
-      longest: number of transforms between `update` and `grad` at most.
+      exact: only transforms that are exact on whole numbers, so that results compare bitwise.
+      transforms: your own transforms, from gradient to gradient, to mix in.
+      longest: the largest number of transforms between `update` and `grad`.
     """
     chosen = draw(_gradient_transforms(axes, exact, transforms, longest))
     optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5)]
@@ -102,29 +99,30 @@ def pipelines(
 def _gradient_transforms(
     draw: st.DrawFn, axes: Mapping[str, int], exact: bool, transforms: tuple[Transform, ...], longest: int
 ) -> list[Transform]:
-    free, cells, divided, chosen = dict(axes), 1, False, []
+    free, count, is_sharded, chosen = dict(axes), 1, False, []
     for _ in range(draw(st.integers(0, longest))):
-        single = rows() in chosen  # one row has no parts
-        sizes = [k for k in (1, 2, 4, 8) if cells * k <= MOST_CELLS] if not single else [1]
-        spaces = [axis for axis, size in free.items() if cells * size <= MOST_CELLS and not (single and size > 1)]
+        single = rows() in chosen  # what is left to split is one row, which has no parts
+        sizes = [k for k in (1, 2, 4, 8) if count * k <= MAX_MICROBATCHES] if not single else [1]
+        fitting = [
+            axis for axis, size in free.items() if count * size <= MAX_MICROBATCHES and not (single and size > 1)
+        ]
         options: list[st.SearchStrategy[Any]] = [
             st.sampled_from(sizes).map(accumulate),
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
-            *([_shards(spaces, levels=[0, 0, 1, 2, 3] if not divided else [0])] if spaces else []),
+            *([_shards(fitting, levels=[0, 0, 1, 2, 3] if not is_sharded else [0])] if fitting else []),
             *([st.just(loss_scale(initial=8.0))] if loss_scale(initial=8.0) not in chosen else []),
-            *([st.just(rows())] if cells <= MOST_CELLS // 4 else []),
+            *([st.just(rows())] if count <= MAX_MICROBATCHES // 4 else []),
             *([] if exact else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
             st.sampled_from(sizes).map(lambda k: accumulate(k, dtype=jnp.float32)),
             *([st.sampled_from(transforms)] if transforms else []),
         ]
         transform = draw(st.one_of(options))
         chosen.append(transform)
-        cells *= num_parts(transform, axes)
-        rules = (
-            [rule for rule in transform.rules if isinstance(rule, DataParallel)] if isinstance(transform, Shard) else []
-        )
-        free = {axis: size for axis, size in free.items() if not any(axis in rule.axes for rule in rules)}
-        divided = divided or any(rule.zero for rule in rules)
+        count *= num_parts(transform, axes)
+        rules = transform.rules if isinstance(transform, Shard) else ()
+        data = [rule for rule in rules if isinstance(rule, DataParallel)]
+        free = {axis: size for axis, size in free.items() if not any(axis in rule.axes for rule in data)}
+        is_sharded = is_sharded or any(rule.zero for rule in data)
     return chosen
 
 
@@ -139,25 +137,33 @@ def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:
     """Whole-number batches for the probes, with as many rows as the pipeline can split."""
-    cells = prod(num_parts(transform, axes) for transform in pipeline.transforms)
-    times = [node.size for node in expand_transforms(pipeline.transforms) if isinstance(node, RepeatNode)]
-    # Powers of two, so that a mean over the rows of a cell is exact.
-    num_rows = st.sampled_from([1, 2, 4]).map(lambda each: each * cells)
+    count = prod(num_parts(transform, axes) for transform in pipeline.transforms)
+    repeats = [node.size for node in expand_transforms(pipeline.transforms) if isinstance(node, RepeatNode)]
+    # Powers of two, so that a mean over the rows of a local microbatch is exact.
+    num_rows = st.sampled_from([1, 2, 4]).map(lambda each: each * count)
 
     def made(number: int, seed: int) -> dict[str, Any]:
-        if not times:
+        if not repeats:
             return probe_batch(number, seed=seed)
-        steps = [probe_batch(number, seed=seed + turn) for turn in range(times[0])]
+        steps = [probe_batch(number, seed=seed + step) for step in range(repeats[0])]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
 
     return st.builds(made, num_rows, st.integers(0, 2**16))
 
 
 def num_parts(transform: Transform, axes: Mapping[str, int]) -> int:
-    """Into how many parts a transform splits its rows; a transform that takes single rows is counted as one."""
-    places = [
-        node.place
-        for node in transform.expand()
-        if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)
-    ]
-    return prod(one.size if isinstance(one, InScan) else prod(axes[axis] for axis in one.axes) for one in places)
+    """The number of parts that a transform splits its rows into; 1 for `rows()`, whose number the batch gives."""
+    places = (node.place for node in transform.expand() if isinstance(node, MeanNode))
+    return prod(_num_parts_of(place, axes) for place in places)
+
+
+def _num_parts_of(place: InScan | OverMesh | UnderVmap, axes: Mapping[str, int]) -> int:
+    match place:
+        case InScan(size):
+            return size
+        case OverMesh(names):
+            return prod(axes[name] for name in names)
+        case UnderVmap():
+            return 1
+        case _:
+            assert_never(place)

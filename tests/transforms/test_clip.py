@@ -1,6 +1,6 @@
-"""What is peculiar to `clip`: its closed form, against optax and by hand. The ladder cannot see a wrong definition."""
+"""`clip` against optax and by hand: the ladder cannot see that a definition itself is wrong."""
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,14 +14,13 @@ GRADS = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
 def test_clip_above_the_norm_changes_nothing() -> None:
     clipped, added = clip_to_norm(GRADS, 5.0)
     assert added["grad_norm"] == 5.0
-    assert jax.tree.all(jax.tree.map(lambda got, want: bool((got == want).all()), clipped, GRADS))
+    chex.assert_trees_all_equal(clipped, GRADS)
 
 
 def test_clip_below_the_norm_scales_to_it() -> None:
     clipped, added = clip_to_norm(GRADS, 2.5)
     assert added["grad_norm"] == 5.0
-    assert np.array_equal(clipped["a"], [1.5, 0.0])
-    assert np.array_equal(clipped["b"], [[2.0]])
+    chex.assert_trees_all_equal(clipped, {"a": jnp.array([1.5, 0.0]), "b": jnp.array([[2.0]])})
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 5.0, 100.0])
@@ -29,8 +28,8 @@ def test_clip_agrees_with_optax(max_norm: float) -> None:
     tx = optax.clip_by_global_norm(max_norm)
     expected, _ = tx.update(GRADS, tx.init(GRADS))
     clipped, _ = clip_to_norm(GRADS, max_norm)
-    # Both divide and multiply, in another order: one rounding apart.
-    assert jax.tree.all(jax.tree.map(lambda got, want: bool(np.allclose(got, want, rtol=1e-6)), clipped, expected))
+    # The two divide and multiply in another order: one rounding apart.
+    chex.assert_trees_all_close(clipped, expected, rtol=1e-6)
 
 
 def test_clip_of_half_precision_takes_its_sum_of_squares_in_float32() -> None:

@@ -1,4 +1,4 @@
-"""Metrics: reduced over microbatches and devices as they are declared."""
+"""Metrics are reduced over microbatches and devices as declared."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ DATA = sc.shard(sc.dp("data"))
 def expected_metrics(batch: Any, k: int, devices: int) -> dict[str, float]:
     params = probe_params()
     error = batch["x"] @ params["w"] + params["b"] - batch["y"]
-    last = np.arange(len(error)).reshape(devices, -1)[-1][k - 1 :: k][-1]  # the last row of the last cell
+    last = np.arange(len(error)).reshape(devices, -1)[-1][k - 1 :: k][-1]  # the last row of the last local microbatch
     return {
         "plain": error.mean(), "mean": error.sum() / (batch["y"] > 0).sum(), "sum": error.sum(),
         "num": (batch["y"] > 0).sum(), "max": error.max(), "min": batch["y"].min(), "last": error[last],
@@ -40,17 +40,17 @@ def test_metrics_are_reduced_as_declared(k: int, devices: int) -> None:
         assert metrics["num"].dtype == jnp.int32
 
 
-def test_sums_ride_in_the_reduction_of_the_gradient_and_extremes_do_not() -> None:
+def test_sums_share_the_reduction_of_the_gradient_and_extremes_do_not() -> None:
     def loss(params: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
         error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
-        told = {"mean": sc.Mean(jnp.sum(error), jnp.sum(rows["y"] > 0)), "sum": sc.Sum(jnp.sum(error))}
-        return jnp.mean(error**2), {**told, "last": sc.Last(error[-1]), "plain": jnp.mean(error)}
+        sums = {"mean": sc.Mean(jnp.sum(error), jnp.sum(rows["y"] > 0)), "sum": sc.Sum(jnp.sum(error))}
+        return jnp.mean(error**2), {**sums, "last": sc.Last(error[-1]), "plain": jnp.mean(error)}
 
     for source, number in ((sc.grad(loss, has_aux=True), 1), (SOURCES["measuring"], 4)):
         step = sc.compile(UPDATE @ sc.accumulate(4) @ DATA @ source, mesh=mesh_of(data=8))
         lowered = step.lower(step.init(probe_params()), probe_batch(64))
         rows = lowered.compile().collectives()
-        # Besides the gradient: a largest, a smallest, and a sum of whole numbers, which stay whole numbers.
+        # Besides the gradient: a maximum, a minimum, and a sum of integers, which stays an integer.
         assert len(rows) == number
         assert all(not row.in_loop for row in rows)
     assert sum("not a sum of the gradient's type" in one.reason for one in lowered.plan.collectives) == 3

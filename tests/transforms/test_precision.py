@@ -1,4 +1,4 @@
-"""`cast`, `remat` and the type of the accumulator, as the program has them."""
+"""`cast`, `remat` and the dtype of the accumulator, read from the program."""
 
 import re
 from typing import Any
@@ -30,7 +30,7 @@ def lowered(source: sc.Transform, k: int = 2, *, dtype: Any = None, params: Any 
 
 
 def carried(jaxpr: Any) -> set[str]:
-    """The types of the matrices in the carries of all loops, those inside other operations too."""
+    """The dtypes of the matrices in the carries of all loops, nested ones too."""
     found: set[str] = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
@@ -56,7 +56,7 @@ def test_cast_computes_in_bfloat16_and_keeps_everything_else_in_float32() -> Non
 
 
 @pytest.mark.parametrize(("dtype", "kind", "size"), [(None, "float32", 4), (jnp.bfloat16, "bfloat16", 2)])
-def test_accumulator_has_the_type_that_was_asked_for(dtype: Any, kind: str, size: int) -> None:
+def test_accumulator_has_the_given_dtype(dtype: Any, kind: str, size: int) -> None:
     stage = lowered(sc.grad(network), dtype=dtype)
     assert carried(stage.jaxpr().jaxpr) == {kind}
     gradient = 4 * 8 + 8
@@ -80,7 +80,7 @@ def test_gradients_of_bfloat16_parameters_are_added_up_in_float32() -> None:
     assert float(state.opt_state.trace["w"]) == 0.25  # 256 + 1 is 256 in eight bits
 
 
-def test_cast_refuses_parameters_that_are_no_masters() -> None:
+def test_cast_refuses_narrow_master_parameters() -> None:
     params = {"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(())}
     step = sc.compile(ADAM @ sc.grad(sc.cast(jnp.bfloat16) @ over_rows))
     with pytest.raises(sc.ConfigError, match="`w` is bfloat16, expected float32"):
@@ -100,7 +100,7 @@ def test_remat_computes_again_what_its_policy_does_not_keep() -> None:
     assert dots(sc.grad(sc.remat("everything_saveable") @ network)) == plain
 
 
-def test_remat_keeps_numbers_as_counts() -> None:
+def test_remat_keeps_static_counts_static() -> None:
     def loss(params: Any, rows: Any) -> Any:
         return sc.Mean(jnp.sum((rows["x"] @ params["w"]) ** 2), rows["y"].shape[0]) + params["b"] ** 2
 

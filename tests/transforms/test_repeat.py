@@ -1,4 +1,4 @@
-"""`repeat`: the same bits as step after step, in one dispatch."""
+"""`repeat`: the same bits as single steps, in one dispatch."""
 
 import jax
 import numpy as np
@@ -24,10 +24,8 @@ def test_repeated_steps_are_single_steps(devices: int) -> None:
     for batch in batches:
         state, metrics = single(state, batch)
         losses.append(metrics["loss"])
-    together, stacked, watch = many.step_with_diagnostics(
-        many.init(probe_params()), jax.tree.map(lambda *x: np.stack(x), *batches)
-    )
-    assert_equal_trees(together, state, tolerance=0.0, of="three steps at once and one after another")
+    together, stacked, watch = many.step_with_diagnostics(many.init(probe_params()), jax.tree.map(lambda *x: np.stack(x), *batches))
+    assert_equal_trees(together, state, tolerance=0.0, of="three steps in one dispatch and in three")
     assert np.array_equal(stacked["loss"], np.stack(losses), equal_nan=True)
     assert list(np.asarray(stacked["skipped"])) == [0, 1, 0]
     assert list(np.asarray(watch.finite)) == [True, False, True]

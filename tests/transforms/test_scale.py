@@ -1,4 +1,4 @@
-"""What is peculiar to `scale`: it multiplies the gradient and leaves the metrics."""
+"""`scale` multiplies the gradient and leaves the metrics."""
 
 import jax.numpy as jnp
 import numpy as np

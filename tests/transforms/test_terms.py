@@ -1,4 +1,4 @@
-"""Terms: each is divided by its own count over the whole batch, whatever the split."""
+"""Each term of a loss is divided by its own count over the whole batch, whatever the split."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ DATA = sc.shard(sc.dp("data"))
 
 
 def batch_of(num_rows: int, *, seed: int, masked: str = "random") -> dict[str, np.ndarray]:
-    """Rows of tokens with a mask: random, nothing in half of the rows and so in whole cells, or nothing at all."""
+    """Rows of tokens with a mask: random; empty for half of the rows, so for whole microbatches; or all empty."""
     random = np.random.default_rng(seed)
     mask = random.integers(0, 2, size=(num_rows, 5)).astype(np.float32)
-    if masked == "cells":
+    if masked == "microbatches":
         mask[: num_rows // 2] = 0.0
     if masked == "all":
         mask[:] = 0.0
@@ -79,7 +79,7 @@ def assert_close(got: Any, expected: Any) -> None:
 @pytest.mark.parametrize("devices", [1, 2, 5, 8])
 def test_tokens_equal_the_whole_batch_for_any_k(devices: int) -> None:
     for k in (1, 2, 3, 8):
-        masked = ("random", "cells", "all")[(k + devices) % 3]
+        masked = ("random", "microbatches", "all")[(k + devices) % 3]
         batch = batch_of(2 * k * devices, seed=k, masked=masked)
         got, value = gradient_and_loss(token_loss, batch, k, devices)
         expected, grads = jax.value_and_grad(whole)(probe_params(), batch, (1.0,))
@@ -93,7 +93,7 @@ def test_tokens_equal_the_whole_batch_for_any_k(devices: int) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_equal_the_whole_batch_for_every_k_and_mesh(name: str, k: int, devices: int) -> None:
     loss, weights = LOSSES[name]
-    for masked in ("random", "cells", "all"):
+    for masked in ("random", "microbatches", "all"):
         batch = batch_of(2 * k * devices, seed=k, masked=masked)
         got, value = gradient_and_loss(loss, batch, k, devices)
         expected, grads = jax.value_and_grad(whole)(probe_params(), batch, weights)
@@ -101,7 +101,7 @@ def test_losses_equal_the_whole_batch_for_every_k_and_mesh(name: str, k: int, de
         assert abs(float(value - expected)) <= 2e-6 * max(abs(float(expected)), 1e-6)
 
 
-@pytest.mark.parametrize("masked", ["random", "cells", "all"])
+@pytest.mark.parametrize("masked", ["random", "microbatches", "all"])
 @pytest.mark.parametrize(("k", "devices"), [(4, 1), (1, 8), (3, 5)])
 def test_several_terms_equal_the_whole_batch(k: int, devices: int, masked: str) -> None:
     batch = batch_of(2 * k * devices, seed=3, masked=masked)
@@ -114,14 +114,14 @@ def test_several_terms_equal_the_whole_batch(k: int, devices: int, masked: str) 
 @pytest.mark.parametrize(("k", "devices"), [(2, 1), (8, 1), (1, 8), (4, 4), (8, 2)])
 def test_tokens_are_exact_on_whole_numbers(k: int, devices: int) -> None:
     batch = probe_batch(64)
-    # Sixteen rows that count, wherever they lie: a division by a power of two is exact.
+    # Sixteen rows count, wherever they are: a division by a power of two is exact.
     batch["y"] = np.random.default_rng(1).permutation([2.0] * 16 + [-1.0] * 48).astype(np.float32)
     got = gradient_and_loss(tokens, batch, k, devices)
     assert_equal_trees(got, gradient_and_loss(tokens, batch, 1, 1), tolerance=0.0, of="a split and the whole batch")
 
 
 def test_mean_of_means_is_another_number() -> None:
-    """What the transform `Mean` is for: the test would be worth nothing on masks for which both agree."""
+    """What `Mean` is for. A test on masks for which both agree would show nothing."""
     batch = batch_of(16, seed=0)
 
     def mean(params: Any, rows: Any) -> jax.Array:
@@ -139,7 +139,7 @@ def compiled(source: sc.Transform, mesh: Any, num_rows: int = 64) -> tuple[Any, 
     return lowered, lowered.compile()
 
 
-def test_one_count_is_no_further_reduction() -> None:
+def test_one_count_needs_no_further_reduction() -> None:
     lowered, program = compiled(sc.grad(tokens), mesh_of(data=8))
     (row,) = program.collectives()
     assert (row.kind, row.executions, row.in_loop) == ("all-reduce", 1, False)
@@ -147,7 +147,7 @@ def test_one_count_is_no_further_reduction() -> None:
     assert "divide by the count that was added up with it" in str(lowered.plan)
 
 
-def test_several_counts_are_one_more_reduction_of_scalars() -> None:
+def test_several_counts_need_one_more_reduction_of_scalars() -> None:
     lowered, program = compiled(SOURCES["terms"], mesh_of(data=8))
     first, second = sorted(program.collectives(), key=lambda row: row.bytes)
     assert (first.bytes, first.executions, first.in_loop) == (4 * 2, 1, False)  # the two counts that rows decide
@@ -192,7 +192,7 @@ def test_number_as_a_count_needs_no_counting() -> None:
     assert_close(got, expected(probe_params(), probe_batch(64)))
 
 
-def test_loss_that_prints_is_no_loss_whose_count_depends_on_parameters() -> None:
+def test_loss_that_prints_parameters_is_not_taken_for_a_count_that_depends_on_them() -> None:
     def loss(params: Any, rows: Any) -> Any:
         jax.debug.callback(lambda _: None, params["w"])
         return jax.jit(terms)(params, rows)
@@ -202,7 +202,7 @@ def test_loss_that_prints_is_no_loss_whose_count_depends_on_parameters() -> None
     assert_close(got, expected)
 
 
-def test_clip_inside_makes_values_that_weigh_equally() -> None:
+def test_clip_inside_makes_values_of_equal_weight() -> None:
     batch = probe_batch(32)
     step = sc.compile(GRADIENT @ sc.accumulate(4) @ sc.clip(1.0) @ sc.grad(tokens))
     state, _ = step(step.init(probe_params()), batch)
@@ -223,5 +223,5 @@ def test_arithmetic_of_terms() -> None:
     assert [term.total for term in (np.float32(2) * one).terms] == [12.0]
     assert [term.total for term in sum([one, two]).terms] == [0, 6.0, 8.0]
     for wrong in (lambda: one * two, lambda: one / two):
-        with pytest.raises(TypeError, match="two means do not"):
+        with pytest.raises(TypeError, match="cannot (multiply|divide) two means"):
             wrong()

@@ -1,4 +1,4 @@
-"""What is peculiar to `update`: it is optax's own step, extra args and all, and `init` is the same both ways."""
+"""`update` is optax's own step, extra args included, and a step and its reference agree on `init`."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def by_hand(optimizer: optax.GradientTransformation) -> Any:
 def test_update_is_the_step_of_optax(optimizer: optax.GradientTransformation) -> None:
     step = sc.compile(sc.update(optimizer) @ sc.grad(LOSS))
     state, _ = step(step.init(probe_params()), probe_batch(8))
-    # One fused program against single operations: rounding.
+    # One fused program rounds in another way than single operations.
     assert_equal_trees((state.params, state.opt_state), by_hand(optimizer), tolerance=1e-6, of="stepc and optax")
 
 

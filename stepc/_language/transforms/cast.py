@@ -1,4 +1,4 @@
-"""`cast`: compute in a narrow type, keep the parameters in a wide one."""
+"""`cast`: compute in a narrow dtype, keep the parameters in a wide one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import numpy as np
 
 from stepc._core.nodes import Wrap
 from stepc._language.fields import floating_dtype
-from stepc._language.kinds import Kind, Params, Rows
+from stepc._language.kinds import BatchRows, Kind, Params
 from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn
 from stepc._language.state import leaves_by_path
@@ -22,7 +22,7 @@ FLOAT32 = np.dtype("float32")
 
 @dataclass(frozen=True, repr=False)
 class Cast(Transform):
-    """Parameters and rows in a narrow type inside the loss."""
+    """Parameters and rows in a narrow dtype inside the loss."""
 
     takes: ClassVar = Kind.LOSS
     gives: ClassVar = Kind.LOSS
@@ -34,44 +34,55 @@ class Cast(Transform):
         object.__setattr__(self, "params", floating_dtype("cast", "params", self.params))
 
     def reference(self, inner: Fn) -> Fn:
-        return Fn(inner.init, computed_in(inner.apply, self.compute, self.params), inner.axes, inner.names)
+        return Fn(inner.init, cast_loss(inner.apply, self.compute, self.params), inner.axes, inner.names)
 
     def expand(self) -> tuple[Wrap, ...]:
-        return (Wrap(computed_in, (self.compute, self.params), written=repr(self)),)
+        return (Wrap(cast_loss, (self.compute, self.params), written=repr(self)),)
 
 
-def computed_in(loss: Callable[..., Any], compute: np.dtype, master: np.dtype | None) -> Callable[..., Any]:
-    """The loss on parameters and rows in the type `compute`; what it returns is float32 at least."""
+def cast_loss(loss: Callable[..., Any], compute: np.dtype, master: np.dtype | None) -> Callable[..., Any]:
+    """The loss on parameters and rows of dtype `compute`; its results are float32 at least."""
 
     def narrow(leaf: Any) -> Any:
         return leaf.astype(compute) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     def widen(leaf: Any) -> Any:
-        is_narrow = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(accumulation_dtype(leaf.dtype)) if is_narrow else leaf
+        is_floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(accumulation_dtype(leaf.dtype)) if is_floating else leaf
 
-    def cast_loss(params: Params, rows: Rows, *rest: Any) -> Any:
-        _check_master(params, master)
+    def narrow_loss(params: Params, rows: BatchRows, *rest: Any) -> Any:
+        _check_master_parameters(params, master)
         return jax.tree.map(widen, loss(jax.tree.map(narrow, params), jax.tree.map(narrow, rows), *rest))
 
-    return cast_loss
+    return narrow_loss
+
+
+def _check_master_parameters(params: Params, master: np.dtype | None) -> None:
+    faults = [
+        f"`{path}` is {leaf.dtype}, expected {master}."
+        for path, leaf in leaves_by_path(params)
+        if master is not None and leaf.dtype != master
+    ]
+    if faults:
+        suggestion = f"Give `init` {master} parameters, or write `cast(..., params=None)`."
+        raise ConfigError(faults_in_one(faults, of="the master parameters"), suggestion=suggestion)
 
 
 def cast(compute: Any, *, params: Any = FLOAT32) -> Cast:  # Any, twice: whatever numpy takes for a dtype
-    """Compute the loss in a narrow type; parameters, gradients, accumulator and reduction stay in a wide one.
+    """Compute the loss in a narrow dtype; parameters, gradients, accumulator and reduction stay in a wide one.
 
-    Meaning: loss(params.astype(compute), rows.astype(compute)), floating-point leaves only, as a float32.
-    Why: half the memory of activations and faster matrix products, while small updates are not lost in rounding.
+    Meaning: loss(params.astype(compute), rows.astype(compute)), floating-point leaves only, as float32.
+    Why: half the memory for activations and faster matrix products, and small updates are not lost to rounding.
 
     Args:
-      compute: the type inside the loss, such as `jnp.bfloat16`.
-      params: the type that the master parameters must have; None for any. It is checked, nothing is cast to it.
-    Shapes: unchanged. Keys, whole numbers and the model's own state (`model_state=True`) are not cast; results are widened.
+      compute: the dtype inside the loss, such as `jnp.bfloat16`.
+      params: the dtype that the master parameters must have; None for any. It is checked, nothing is cast to it.
+    Shapes: unchanged. Keys, integers and model state are not cast; results are widened.
     Units: unchanged.
     Type: loss -> loss
-    Errors: FieldTypeError, FieldValueError for a bad type; PipelineTypeError outside of `grad`; ConfigError at the
-      first call with every parameter that is not of the type `params`.
-    float16 also needs `loss_scale()`. A sum inside the loss is taken in the narrow type, unless the loss widens it.
+    Errors: FieldTypeError, FieldValueError for a bad dtype; PipelineTypeError outside `grad`; ConfigError at the first
+      call, with every parameter whose dtype is not `params`.
+    float16 also needs `loss_scale()`. A sum inside the loss is taken in the narrow dtype, unless the loss widens it.
     Example:
       >>> grad(cast(jnp.bfloat16) @ loss)
       grad(cast(jnp.bfloat16) @ loss)
@@ -79,14 +90,3 @@ def cast(compute: Any, *, params: Any = FLOAT32) -> Cast:  # Any, twice: whateve
     Source: Micikevicius et al., "Mixed Precision Training", 2018, https://arxiv.org/abs/1710.03740.
     """
     return Cast(compute, params=params)
-
-
-def _check_master(params: Params, master: np.dtype | None) -> None:
-    wrong = [
-        f"`{path}` is {leaf.dtype}, expected {master}."
-        for path, leaf in leaves_by_path(params)
-        if master is not None and leaf.dtype != master
-    ]
-    if wrong:
-        suggestion = "Give `init` parameters of that type, or write `cast(..., params=None)`."
-        raise ConfigError(faults_in_one(wrong, of="the master parameters"), suggestion=suggestion)

@@ -17,7 +17,7 @@ from stepc._language.terms import sum_arrays, sum_of_squares
 
 @dataclass(frozen=True, repr=False)
 class Clip(Transform):
-    """Scale the gradient to a global norm of at most `max_norm`."""
+    """Scale the gradient down to a global norm of at most `max_norm`."""
 
     takes: ClassVar = Kind.GRADIENT
     gives: ClassVar = Kind.GRADIENT
@@ -27,54 +27,59 @@ class Clip(Transform):
         finite_number("clip", "max_norm", self.max_norm, positive=True)
 
     def reference(self, inner: Fn) -> Fn:
-        def apply(state: State, cell: Microbatch) -> Gradient:
-            return inner.apply(state, cell).map(clip_to_norm, self.max_norm)
+        def apply(state: State, microbatch: Microbatch) -> Gradient:
+            return inner.apply(state, microbatch).map(clip_to_norm, self.max_norm)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[MapNode, ...]:
         return (
             MapNode(
-                scaled, (self.max_norm,), adds=("grad_norm",), keeps_finite=True, measure=factor_of, written=repr(self)
+                multiply,
+                (self.max_norm,),
+                adds=("grad_norm",),
+                keeps_finite=True,
+                measure=clipping_factor,
+                written=repr(self),
             ),
         )
 
 
 def clip_to_norm(grads: Grads, max_norm: float) -> tuple[Grads, Metrics]:
     """The gradient times min(1, max_norm / norm), and its norm before. A norm that is not finite makes it all NaN."""
-    factor, added = factor_of(grads, max_norm)
-    return scaled(grads, factor, max_norm), added
+    factor, added = clipping_factor(grads, max_norm)
+    return multiply(grads, factor, max_norm), added
 
 
-def factor_of(grads: Grads, max_norm: float) -> tuple[jax.Array, Metrics]:
-    """What the gradient is multiplied by, and its norm before."""
+def clipping_factor(grads: Grads, max_norm: float) -> tuple[jax.Array, Metrics]:
+    """What to multiply the gradient by, and its norm before."""
     norm = jnp.sqrt(sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)]))
-    # Infinity would make a factor of 0: an update of nothing, and nobody would see why.
+    # An infinite norm would give a factor of 0: an update of zero, and nobody would see why.
     factor = jnp.where(norm > max_norm, max_norm / jnp.where(jnp.isinf(norm), jnp.nan, norm), jnp.ones_like(norm))
     return factor, {"grad_norm": norm}
 
 
-def scaled(grads: Grads, factor: jax.Array, _: float) -> Grads:
+def multiply(grads: Grads, factor: jax.Array, _: float) -> Grads:
     """The gradient times the factor."""
     return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
 
 
 def clip(max_norm: float) -> Clip:
-    """Scale the gradient to a global norm of at most `max_norm`.
+    """Scale the gradient down to a global norm of at most `max_norm`.
 
-    Meaning: g * min(1, max_norm / norm(g)), norm(g) the root of the sum of all squares of all leaves.
+    Meaning: g * min(1, max_norm / norm(g)), where norm(g) is the root of the sum of squares over all leaves.
     Why: one bad batch cannot throw the parameters far away.
 
     Args:
       max_norm: the largest norm that passes unchanged; a positive finite number.
     Shapes: those of the gradient.
-    Units: of the gradient.
+    Units: those of the gradient.
     Type: gradient -> gradient; adds the metric `grad_norm`, the norm before clipping
-    Errors: FieldTypeError, FieldValueError for a bad `max_norm`; PipelineTypeError if the stage on its right gives
+    Errors: FieldTypeError, FieldValueError for a bad `max_norm`; PipelineTypeError if the stage on its right returns
       no gradient.
-    Not linear, so its place matters: `clip(c) @ accumulate(k)` clips the average once, `accumulate(k) @ clip(c)`
-    clips each microbatch, and to the right of `shard` each device's part. A gradient whose norm is not finite comes
-    out as NaN, every leaf.
+    It is not linear, so its position matters: `clip(c) @ accumulate(k)` clips the average once, `accumulate(k) @
+    clip(c)` clips each microbatch, and to the right of `shard` it clips each device's part. A gradient whose norm is
+    not finite becomes NaN in every leaf.
     Example:
       >>> clip(1.0) @ accumulate(4) @ grad(loss)
       clip(1.0) @ accumulate(4) @ grad(loss)

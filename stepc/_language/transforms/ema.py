@@ -27,35 +27,35 @@ class Ema(Transform):
     def __post_init__(self) -> None:
         finite_number("ema", "decay", self.decay, positive=False)
         if not 0 <= self.decay < 1:
-            facts = (("field", "decay"), ("expected", "at least 0 and below 1"), ("got", repr(self.decay)))
-            raise FieldValueError(f"`ema({self.decay!r})`: decay is out of range.", facts=facts)
+            what = "`ema`: decay must be at least 0 and below 1."
+            raise FieldValueError(what, facts=(("got", repr(self.decay)),))
 
     def reference(self, inner: Fn) -> Fn:
         name = inner.fresh_name("ema")
 
         def init(state: State) -> State:
             state = inner.init(state)
-            return replace(state, slots={**state.slots, name: copied(state.params)})
+            return replace(state, slots={**state.slots, name: initial_average(state.params)})
 
         def apply(state: State, batch: Batch) -> StepResult:
-            made = inner.apply(state, batch)
-            if not made.happened:
-                return made
-            slot = moved(state.slots[name], made.state.params, self.decay)
-            return made._replace(state=replace(made.state, slots={**made.state.slots, name: slot}))
+            result = inner.apply(state, batch)
+            if not result.happened:
+                return result
+            average = moved_average(state.slots[name], result.state.params, self.decay)
+            return result._replace(state=replace(result.state, slots={**result.state.slots, name: average}))
 
         return Fn(init, apply, inner.axes, (*inner.names, name))
 
     def expand(self) -> tuple[FollowNode, ...]:
-        return (FollowNode(copied, moved, (self.decay,), name="ema", written=repr(self)),)
+        return (FollowNode(initial_average, moved_average, (self.decay,), name="ema", written=repr(self)),)
 
 
-def copied(params: Params) -> Any:  # Any: the tree of the parameters, float32 at least
-    """Where the average begins: at the parameters."""
+def initial_average(params: Params) -> Any:  # Any: the tree of the parameters, float32 at least
+    """A copy of the parameters."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, accumulation_dtype(jnp.result_type(leaf))), params)
 
 
-def moved(average: Any, params: Params, decay: float) -> Any:  # Any: as above
+def moved_average(average: Any, params: Params, decay: float) -> Any:  # Any: as above
     """decay * average + (1 - decay) * params."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new.astype(old.dtype), average, params)
 
@@ -63,18 +63,18 @@ def moved(average: Any, params: Params, decay: float) -> Any:  # Any: as above
 def ema(decay: float) -> Ema:
     """Keep an exponential moving average of the parameters.
 
-    Meaning: average = decay * average + (1 - decay) * params, after each step; it begins at the first parameters.
-    Why: the average is often the better model, and it costs one more copy of the parameters and no communication.
+    Meaning: average = decay * average + (1 - decay) * params after each step, from the initial parameters on.
+    Why: the average is often the better model. It costs a second copy of the parameters, and no communication.
 
     Args:
-      decay: how much of the average is kept at each step; at least 0 and below 1.
-    Shapes: the state keeps `slots["ema"]`, a tree like `params`, in float32 at least; it lies as the parameters lie. A
-      second `ema` keeps `slots["ema_2"]`.
-    Units: of the parameters.
+      decay: how much of the average each step keeps; at least 0 and below 1.
+    Shapes: the state keeps `slots["ema"]`, a tree like `params`, in float32 at least, and sharded as they are. A second
+      `ema` keeps `slots["ema_2"]`.
+    Units: those of the parameters.
     Type: step -> step
-    Errors: FieldTypeError, FieldValueError for a bad `decay`; PipelineTypeError if the stage on its right gives no
+    Errors: FieldTypeError, FieldValueError for a bad `decay`; PipelineTypeError if the stage on its right returns no
       step.
-    A step that `skip_nonfinite` skips does not move it, on whichever side it stands.
+    A step that `skip_nonfinite` skips does not move the average, whichever of the two is on the left.
     Example:
       >>> ema(0.999) @ update(optax.adamw(3e-4)) @ grad(loss)
       ema(0.999) @ update(optax.adamw(3e-4)) @ grad(loss)

@@ -1,4 +1,4 @@
-"""`loss_scale`: keep small gradients out of the underflow of float16."""
+"""`loss_scale`: keep small float16 gradients from underflowing."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -11,13 +11,13 @@ from stepc._language.kinds import Kind
 from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn, Gradient, Microbatch
 from stepc._language.state import State
-from stepc._language.terms import Mean as MeanOf
+from stepc._language.terms import Mean
 
 SMALLEST, LARGEST = 2.0**-14, 2.0**24
 
 
 class LossScaleState(NamedTuple):
-    """The scale, and how many steps in a row were finite since it last changed."""
+    """The scale, and the number of consecutive finite steps since it last changed."""
 
     scale: Any  # Any, twice: a float32 and an int32 scalar, or their shapes
     steps: Any
@@ -29,7 +29,7 @@ class LossScale(Transform):
 
     takes: ClassVar = Kind.GRADIENT
     gives: ClassVar = Kind.GRADIENT
-    stands: ClassVar = "once"
+    position: ClassVar = "once"
     dynamic: bool = True
     initial: float = field(default=2.0**15, kw_only=True)
     interval: int = field(default=2000, kw_only=True)
@@ -44,38 +44,42 @@ class LossScale(Transform):
 
         def init(state: State) -> State:
             state = inner.init(state)
-            return replace(state, slots={**state.slots, name: fresh(self.initial)})
+            return replace(state, slots={**state.slots, name: initial_scale(self.initial)})
 
-        def apply(state: State, cell: Microbatch) -> Gradient:
-            scale = state.slots[name].scale
-            found = inner.apply(state, replace(cell, factor=cell.factor * scale)).linear(lambda leaf: leaf / scale)
-            metrics = {**found.metrics, name: MeanOf(scale, 1)}
+        def apply(state: State, microbatch: Microbatch) -> Gradient:
+            slot = state.slots[name]
+            scaled = inner.apply(state, replace(microbatch, factor=microbatch.factor * slot.scale))
+            gradient = scaled.linear(lambda leaf: leaf / slot.scale)
 
-            def after(loss_is_finite: Any, gradient_is_finite: Any) -> LossScaleState:
-                slot = state.slots[name]
-                return advanced(slot, jnp.asarray(loss_is_finite), jnp.asarray(gradient_is_finite), *self._numbers)
+            def advance(loss_is_finite: Any, gradient_is_finite: Any) -> LossScaleState:
+                finite = jnp.asarray(loss_is_finite), jnp.asarray(gradient_is_finite)
+                return advance_scale(slot, *finite, *self._arguments_of_advance)
 
-            return replace(found, metrics=metrics, advances={**found.advances, name: after})
+            return replace(
+                gradient,
+                metrics={**gradient.metrics, name: Mean(slot.scale, 1)},
+                advances={**gradient.advances, name: advance},
+            )
 
         return Fn(init, apply, inner.axes, (*inner.names, name))
 
     def expand(self) -> tuple[RescaleNode, ...]:
-        return (RescaleNode(fresh, advanced, self._numbers, written=repr(self)),)
+        return (RescaleNode(initial_scale, advance_scale, self._arguments_of_advance, written=repr(self)),)
 
     @property
-    def _numbers(self) -> tuple[float, bool, int]:
+    def _arguments_of_advance(self) -> tuple[float, bool, int]:
         return self.initial, self.dynamic, self.interval
 
 
-def fresh(initial: float, *_: object) -> LossScaleState:
+def initial_scale(initial: float, *_: object) -> LossScaleState:
     """The scale of a fresh state."""
     return LossScaleState(jnp.asarray(initial, jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def advanced(
+def advance_scale(
     slot: LossScaleState, loss_is_finite: Any, gradient_is_finite: Any, _: float, dynamic: bool, interval: int
 ) -> LossScaleState:
-    """The scale after a step: half after an overflow, double after `interval` finite steps in a row."""
+    """The scale after a step: halved after an overflow, doubled after `interval` consecutive finite steps."""
     if not dynamic:
         return slot
     overflowed = loss_is_finite & ~gradient_is_finite
@@ -87,25 +91,25 @@ def advanced(
 
 
 def loss_scale(dynamic: bool = True, *, initial: float = 2.0**15, interval: int = 2000) -> LossScale:
-    """Multiply the loss by a scale before its gradient is taken, and divide the gradient by it.
+    """Multiply the loss by a scale before it is differentiated, and divide the gradient by it.
 
-    Meaning: g / s, with g the gradient of s * loss. A step whose gradient is not finite is not made; if its loss is
-      finite, the scale overflowed: s becomes s / 2. After `interval` finite steps in a row s becomes 2 s. `run` raises
-      NonFiniteError for an overflow at the smallest scale, 2 ** -14: it would make no further step.
-    Why: in float16 small gradients become 0; times a power of two they do not, and nothing else changes. bfloat16 has
-      the range of float32 and needs no scale.
+    Meaning: g / s, where g is the gradient of s * loss. A step whose gradient is not finite is skipped; if its loss is
+      finite, the scale overflowed and s becomes s / 2. After `interval` consecutive finite steps s becomes 2 s. `run`
+      raises NonFiniteError for an overflow at the smallest scale, 2 ** -14, since no further step could succeed.
+    Why: small gradients underflow to 0 in float16; multiplied by a power of two they do not, and nothing else changes.
+      bfloat16 has the range of float32 and needs no scale.
 
     Args:
-      dynamic: False keeps the scale at `initial`; steps that overflow are not made either way.
-      initial: the first scale, a positive finite number; a power of two rounds nothing.
-      interval: how many finite steps in a row double the scale.
+      dynamic: False keeps the scale at `initial`; steps that overflow are skipped either way.
+      initial: the first scale, a positive finite number; a power of two causes no rounding.
+      interval: the number of consecutive finite steps after which the scale doubles.
     Shapes: those of the gradient. The state keeps `slots["loss_scale"]`: the scale, and the steps since it changed.
     Units: those of the gradient.
     Type: gradient -> gradient; adds the metric `loss_scale`, the scale that was used
-    Errors: FieldTypeError, FieldValueError for bad fields; PipelineTypeError if the stage on its right gives no
-      gradient; ConfigError at `compile` if it stands twice.
-    Linear in the gradient, so the reduction is not moved by it. A transform on its right sees the scaled gradient: write
-    `clip` on its left. A loss that is itself not finite is no matter of the scale, and leaves it as it is.
+    Errors: FieldTypeError, FieldValueError for bad fields; PipelineTypeError if the stage on its right returns no
+      gradient; ConfigError at `compile` if it appears twice.
+    It is linear in the gradient, so it does not hold up a pending reduction. Transforms on its right see the scaled
+    gradient, so write `clip` on its left. A loss that is itself not finite leaves the scale as it is.
     Example:
       >>> clip(1.0) @ loss_scale() @ grad(cast(jnp.float16) @ loss)
       clip(1.0) @ loss_scale() @ grad(cast(jnp.float16) @ loss)

@@ -16,7 +16,7 @@ from stepc._language.terms import accumulation_dtype
 
 @dataclass(frozen=True, repr=False)
 class Noise(Transform):
-    """Add Gaussian noise of a standard deviation."""
+    """Add Gaussian noise of a given standard deviation."""
 
     takes: ClassVar = Kind.GRADIENT
     gives: ClassVar = Kind.GRADIENT
@@ -28,34 +28,32 @@ class Noise(Transform):
     def reference(self, inner: Fn) -> Fn:
         name = inner.fresh_name("noise")
 
-        def apply(state: State, cell: Microbatch) -> Gradient:
-            key = key_of(state, draw_tag(name), cell.numbers[0])
-            return inner.apply(state, cell).map(with_noise, key, self.stddev)
+        def apply(state: State, microbatch: Microbatch) -> Gradient:
+            key = key_of(state, draw_tag(name), microbatch.numbers[0])
+            return inner.apply(state, microbatch).map(add_noise, key, self.stddev)
 
         return Fn(inner.init, apply, inner.axes, (*inner.names, name))
 
     def expand(self) -> tuple[MapNode, ...]:
-        return (MapNode(with_noise, (self.stddev,), draws=True, keeps_finite=True, name="noise", written=repr(self)),)
+        return (MapNode(add_noise, (self.stddev,), draws=True, keeps_finite=True, name="noise", written=repr(self)),)
 
 
-def with_noise(grads: Grads, key: Any, stddev: float) -> tuple[Grads, Metrics]:  # Any: a typed key
-    """The gradient plus `stddev` times standard normal numbers, every leaf with a key of its own."""
+def add_noise(grads: Grads, key: Any, stddev: float) -> tuple[Grads, Metrics]:  # Any: a typed key
+    """The gradient plus `stddev` times standard normal numbers, each leaf with its own key."""
     leaves, tree = jax.tree.flatten(grads)
-    noisy = [
-        leaf
-        + (stddev * jax.random.normal(jax.random.fold_in(key, n), leaf.shape, accumulation_dtype(leaf.dtype))).astype(
-            leaf.dtype
-        )
-        for n, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(tree, noisy), {}
+
+    def noisy(number: int, leaf: jax.Array) -> jax.Array:
+        drawn = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, accumulation_dtype(leaf.dtype))
+        return leaf + (stddev * drawn).astype(leaf.dtype)
+
+    return jax.tree.unflatten(tree, [noisy(number, leaf) for number, leaf in enumerate(leaves)]), {}
 
 
 def noise(stddev: float) -> Noise:
     """Add Gaussian noise to the gradient, drawn inside the program from the state's key.
 
-    Meaning: g + stddev * normal(key), the key folded from (seed, step, the transform, number of the first row of the cell).
-    Why: differential privacy: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c) @ grad(loss)` draws once a step,
+    Meaning: g + stddev * normal(key), the key folded from (seed, step, the transform, number of the first row).
+    Why: differential privacy. `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c) @ grad(loss)` draws once a step,
       after the reduction, the same on every device. With `s = noise_multiplier * c / batch_size` that is DP-SGD.
 
     Args:
@@ -63,10 +61,10 @@ def noise(stddev: float) -> Noise:
     Shapes: those of the gradient.
     Units: those of the gradient.
     Type: gradient -> gradient
-    Errors: FieldTypeError, FieldValueError for a bad `stddev`; PipelineTypeError if the stage on its right gives no
+    Errors: FieldTypeError, FieldValueError for a bad `stddev`; PipelineTypeError if the stage on its right returns no
       gradient.
-    Not linear: what is owed is paid before it, and it stands where it is written. Inside `accumulate` it draws for
-    every microbatch. It keeps no account of privacy spent.
+    It is not linear: pending reductions happen before it, and inside `accumulate` it draws for every microbatch. It
+    does not track the privacy budget.
     Example:
       >>> noise(0.1) @ grad(loss)
       noise(0.1) @ grad(loss)

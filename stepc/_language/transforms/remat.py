@@ -1,4 +1,4 @@
-"""`remat`: forget activations, compute them again."""
+"""`remat`: recompute activations in the backward pass instead of keeping them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn
 from stepc.errors import FieldTypeError, FieldValueError, did_you_mean
 
-# Those of `jax.checkpoint_policies` that are policies; the others there are functions that make one.
+# The names in `jax.checkpoint_policies` that are policies; the others are functions that make one.
 POLICIES = (
     "everything_saveable",
     "nothing_saveable",
@@ -33,55 +33,55 @@ class Remat(Transform):
 
     def __post_init__(self) -> None:
         if self.policy is not None and not isinstance(self.policy, str):
-            facts = (("expected", "the name of a policy, or None"), ("got", type(self.policy).__name__))
-            raise FieldTypeError("`remat`: policy is not a name.", facts=facts)
+            facts = (("got", type(self.policy).__name__),)
+            raise FieldTypeError("`remat`: policy must be the name of a policy, or None.", facts=facts)
         if self.policy is not None and self.policy not in POLICIES:
             facts = (("expected", ", ".join(POLICIES)), ("got", repr(self.policy)))
             hint = did_you_mean(self.policy, POLICIES)
-            raise FieldValueError(f'`remat("{self.policy}")`: there is no such policy.', facts=facts, suggestion=hint)
+            raise FieldValueError(f"Unknown remat policy {self.policy!r}.", facts=facts, suggestion=hint)
 
     def reference(self, inner: Fn) -> Fn:
         return inner  # the same numbers, computed twice
 
     def expand(self) -> tuple[Wrap, ...]:
-        return (Wrap(rematerialised, (self.policy,), written=repr(self)),)
+        return (Wrap(rematerialised_loss, (self.policy,), written=repr(self)),)
 
 
-def rematerialised(loss: Callable[..., Any], policy: str | None) -> Callable[..., Any]:
-    """`jax.checkpoint` of the loss. Numbers that are no arrays, such as counts, pass around it and stay numbers."""
+def rematerialised_loss(loss: Callable[..., Any], policy: str | None) -> Callable[..., Any]:
+    """`jax.checkpoint` of the loss. Results that are not arrays, such as a static count, bypass it."""
 
     def remat_loss(*given: Any) -> Any:
-        kept: dict[int, Any] = {}
+        numbers: dict[int, Any] = {}
         trees: list[Any] = []
 
         def arrays(*given: Any) -> list[Any]:
             leaves, tree = jax.tree.flatten(loss(*given))
             trees.append(tree)
-            kept.update({n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)})
+            numbers.update({n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)})
             return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
         rule = None if policy is None else getattr(jax.checkpoint_policies, policy)
         found = iter(jax.checkpoint(arrays, policy=rule)(*given))
-        leaves = [kept[n] if n in kept else next(found) for n in range(trees[-1].num_leaves)]
+        leaves = [numbers[n] if n in numbers else next(found) for n in range(trees[-1].num_leaves)]
         return jax.tree.unflatten(trees[-1], leaves)
 
     return remat_loss
 
 
 def remat(policy: str | None = None) -> Remat:
-    """Do not keep the activations of the loss for its backward pass: compute them again.
+    """Recompute the activations of the loss in its backward pass instead of keeping them.
 
     Meaning: loss(params, rows), the same numbers.
-    Why: less memory for more computation. A policy keeps what is dear to compute, such as matrix products.
+    Why: less memory for more computation. A policy keeps what is expensive to recompute, such as matrix products.
 
     Args:
       policy: a name from `jax.checkpoint_policies`; None keeps nothing but the arguments.
     Shapes: unchanged.
     Units: unchanged.
     Type: loss -> loss
-    Errors: FieldTypeError, FieldValueError for a policy that is not there; PipelineTypeError outside of `grad`.
-    Around a whole loss it frees little by itself: while the backward pass runs, all activations exist again. It gains
-    with `accumulate`, or with a policy; `jax.checkpoint` around each layer, inside the model, frees most.
+    Errors: FieldTypeError, FieldValueError for an unknown policy; PipelineTypeError outside `grad`.
+    Around a whole loss it saves little by itself, since all activations exist again during the backward pass. It helps
+    with `accumulate`, or with a policy; `jax.checkpoint` around each layer, inside the model, saves most.
     Example:
       >>> grad(cast(jnp.bfloat16) @ remat("dots_saveable") @ loss)
       grad(cast(jnp.bfloat16) @ remat("dots_saveable") @ loss)

@@ -1,4 +1,4 @@
-"""`repeat`: whole steps, many in one dispatch."""
+"""`repeat`: several steps in one dispatch."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,11 +16,11 @@ from stepc._language.state import State
 
 @dataclass(frozen=True, repr=False)
 class Repeat(Transform):
-    """`n` whole steps in one dispatch."""
+    """`n` steps in one dispatch."""
 
     takes: ClassVar = Kind.STEP
     gives: ClassVar = Kind.STEP
-    stands: ClassVar = "outermost"
+    position: ClassVar = "outermost"
     n: int
 
     def __post_init__(self) -> None:
@@ -28,12 +28,12 @@ class Repeat(Transform):
 
     def reference(self, inner: Fn) -> Fn:
         def apply(state: State, batch: Batch) -> StepResult:
-            made: list[StepResult] = []
+            results: list[StepResult] = []
             for j in range(self.n):
-                made.append(inner.apply(state, jax.tree.map(lambda leaf, j=j: leaf[j], batch)))
-                state = made[-1].state
-            metrics = jax.tree.map(lambda *one: jnp.stack(one), *[one.metrics for one in made])
-            return made[-1]._replace(metrics=metrics)
+                results.append(inner.apply(state, jax.tree.map(lambda leaf, j=j: leaf[j], batch)))
+                state = results[-1].state
+            metrics = jax.tree.map(lambda *values: jnp.stack(values), *[one.metrics for one in results])
+            return results[-1]._replace(metrics=metrics)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 
@@ -42,19 +42,19 @@ class Repeat(Transform):
 
 
 def repeat(n: int) -> Repeat:
-    """Make `n` whole steps in one dispatch, each on its own batch.
+    """Make `n` steps in one dispatch, each on its own batch.
 
     Meaning: for j in range(n): state, metrics[j] = step(state, batch[j]).
-    Why: a dispatch costs tens of microseconds; a step of a tiny model costs less than that.
+    Why: a dispatch costs tens of microseconds, which is more than a step of a tiny model.
 
     Args:
       n: number of steps, a positive integer.
     Shapes: every batch leaf is `[n, batch, ...]`; every metric is `[n]`.
     Units: `state.step` counts steps, not dispatches.
     Type: step -> step
-    Errors: FieldTypeError, FieldValueError for a bad `n`; PipelineTypeError if the stage on its right gives no step;
-      ConfigError at `compile` if it does not stand outermost; BatchError if the first axis is not `n`.
-    The gain is gone where a step takes longer than its dispatch. `run` looks at errors, signals and limits between
+    Errors: FieldTypeError, FieldValueError for a bad `n`; PipelineTypeError if the stage on its right returns no step;
+      ConfigError at `compile` if it is not the outermost transform; BatchError if the first axis is not `n`.
+    It gains nothing if a step takes longer than its dispatch. `run` checks for errors, signals and limits between
     dispatches, so up to `n` steps later.
     Example:
       >>> repeat(32) @ update(optax.sgd(0.1)) @ grad(loss)

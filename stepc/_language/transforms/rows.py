@@ -18,9 +18,9 @@ class Rows(Transform):
     gives: ClassVar = Kind.GRADIENT
 
     def reference(self, inner: Fn) -> Fn:
-        def apply(state: State, cell: Microbatch) -> Gradient:
-            singles = (cell.part(lambda leaf, j=j: leaf[j : j + 1]) for j in range(cell.num_rows))
-            parts = [inner.apply(state, one) for one in singles]
+        def apply(state: State, microbatch: Microbatch) -> Gradient:
+            singles = (microbatch.part(lambda leaf, j=j: leaf[j : j + 1]) for j in range(microbatch.num_rows))
+            parts = [inner.apply(state, single) for single in singles]
             return replace(sum_gradients(parts), model_state=mean_model_states(parts))
 
         return Fn(inner.init, apply, inner.axes, inner.names)
@@ -30,19 +30,19 @@ class Rows(Transform):
 
 
 def rows() -> Rows:
-    """Average the gradient over single rows, side by side: what stands on its right sees one row at a time.
+    """Average the gradient over single rows, side by side: the transforms on its right see one row at a time.
 
     Meaning: mean(inner(params, rows[j:j + 1]) for j in range(number of rows)).
-    Why: per-example gradients, for transforms that are not linear: `rows() @ clip(c)` clips the gradient of every example,
-      which is what DP-SGD asks for: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c) @ grad(loss)`.
+    Why: per-example gradients, for transforms that are not linear. `rows() @ clip(c)` clips the gradient of every
+      example, as DP-SGD asks: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c) @ grad(loss)`.
 
-    Shapes: what stands on its right sees batch leaves `[1, ...]`.
+    Shapes: the stage on its right sees batch leaves `[1, ...]`.
     Units: the gradient is per example (a mean), not a sum.
     Type: gradient -> gradient
-    Errors: PipelineTypeError if the stage on its right gives no gradient; ConfigError at `compile` if a transform on its
-      right splits the rows again.
-    The gradients of all rows of a microbatch exist at once: rows times the memory of the parameters. `accumulate` on
-    its left makes microbatches smaller.
+    Errors: PipelineTypeError if the stage on its right returns no gradient; ConfigError at `compile` if a transform on
+      its right splits the rows again.
+    The gradients of all rows of a microbatch exist at once: as many copies of the parameters as there are rows. Use
+    `accumulate` on its left to make microbatches smaller.
     Example:
       >>> rows() @ clip(1.0) @ grad(loss)
       rows() @ clip(1.0) @ grad(loss)

@@ -23,8 +23,8 @@ class Scale(Transform):
         finite_number("scale", "c", self.c, positive=False)
 
     def reference(self, inner: Fn) -> Fn:
-        def apply(state: State, cell: Microbatch) -> Gradient:
-            return inner.apply(state, cell).linear(lambda leaf: leaf * self.c)
+        def apply(state: State, microbatch: Microbatch) -> Gradient:
+            return inner.apply(state, microbatch).linear(lambda leaf: leaf * self.c)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 
@@ -35,17 +35,17 @@ class Scale(Transform):
 def scale(c: float) -> Scale:
     """Multiply the gradient by a constant.
 
-    Meaning: c * inner(params, rows). The metrics stay as they are: the loss is reported, not scaled.
-    Why: to weigh a gradient before a transform that is not linear, or to turn descent into ascent.
+    Meaning: c * inner(params, rows). Metrics are not scaled, and neither is the reported loss.
+    Why: to weight a gradient before a transform that is not linear, or to turn descent into ascent.
 
     Args:
       c: a finite number; it may be negative or 0.
     Shapes: those of the gradient.
     Units: those of the gradient, times those of `c`.
     Type: gradient -> gradient
-    Errors: FieldTypeError, FieldValueError for a bad `c`; PipelineTypeError if the stage on its right gives no
+    Errors: FieldTypeError, FieldValueError for a bad `c`; PipelineTypeError if the stage on its right returns no
       gradient.
-    Linear, so the compiler moves it past every mean: it costs one multiplication a step.
+    It is linear, so the compiler moves it past every mean: it costs one multiplication a step.
     Example:
       >>> scale(0.5) @ grad(loss)
       scale(0.5) @ grad(loss)

@@ -1,12 +1,13 @@
-"""`shard`: a mean over space, and where things lie."""
+"""`shard`: a mean over mesh axes, and the sharding of the state."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, assert_never
 
 from stepc._core.nodes import MeanNode, OverMesh
 from stepc._core.sharding import ShardingRules
+from stepc._language.fields import one_of
 from stepc._language.kinds import Kind
 from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn, Gradient, Microbatch, mean_model_states, sum_gradients
@@ -19,7 +20,7 @@ MODES = ("manual", "auto")
 
 @dataclass(frozen=True, repr=False)
 class Shard(Transform):
-    """The mean over the parts of a batch that lie along mesh axes, and where things lie."""
+    """The mean over the parts of a batch along mesh axes, and how the state is sharded."""
 
     takes: ClassVar = Kind.GRADIENT
     gives: ClassVar = Kind.GRADIENT
@@ -29,51 +30,59 @@ class Shard(Transform):
     def __post_init__(self) -> None:
         for rule in self.rules or (None,):
             if not isinstance(rule, DataParallel | TensorParallel):
-                facts = (("expected", "dp(axis) or tp(rules)"), ("got", repr(rule)))
+                facts = (("expected", "dp(axis) or tp(rules)"), ("got", repr(rule) if self.rules else "nothing"))
                 suggestion = f'Write `shard(dp("{rule}"))`.' if isinstance(rule, str) else None
-                raise FieldTypeError("`shard` takes a rule.", facts=facts, suggestion=suggestion)
+                raise FieldTypeError("`shard` takes rules.", facts=facts, suggestion=suggestion)
         if len({type(rule) for rule in self.rules}) < len(self.rules):
-            facts = (("expected", "one dp and one tp at most"), ("got", ", ".join(map(repr, self.rules))))
-            raise FieldValueError("`shard` takes one rule of a kind; compose two transforms for two.", facts=facts)
-        if self.mode not in MODES:
-            facts = (("field", "mode"), ("expected", " or ".join(map(repr, MODES))), ("got", repr(self.mode)))
-            raise FieldValueError(f"`shard(mode={self.mode!r})` is no mode.", facts=facts)
-        rows = self._rows()
-        if self.mode == "auto" and (rows is None or rows.zero or rows.reduce_dtype is not None):
-            facts = (("expected", "dp(axis) without zero and reduce_dtype"), ("got", repr(rows)))
-            raise FieldValueError("`shard(mode='auto')` leaves the sum of the gradient to XLA.", facts=facts)
+            facts = (("expected", "at most one dp and one tp"), ("got", ", ".join(map(repr, self.rules))))
+            suggestion = "Compose two `shard` transforms."
+            raise FieldValueError("`shard` takes one rule of each kind.", facts=facts, suggestion=suggestion)
+        one_of("shard mode", self.mode, MODES)
+        data = self._data_parallel
+        if self.mode == "auto" and (data is None or data.zero or data.reduce_dtype is not None):
+            facts = (("expected", "dp(axis) without zero and reduce_dtype"), ("got", repr(data)))
+            what = "`shard(mode='auto')` leaves the reduction of the gradient to XLA."
+            raise FieldValueError(what, facts=facts)
 
     def reference(self, inner: Fn) -> Fn:
-        size = prod(inner.axes[axis] for axis in self._averaged())
+        if not self._mean_axes:
+            return inner
+        size = prod(inner.axes[axis] for axis in self._mean_axes)
 
-        def apply(state: State, cell: Microbatch) -> Gradient:
-            width = cell.num_rows // size
-            cells = [cell.part(lambda leaf, j=j: leaf[j * width : (j + 1) * width]) for j in range(size)]
-            parts = [inner.apply(state, one) for one in cells]
+        def apply(state: State, microbatch: Microbatch) -> Gradient:
+            width = microbatch.num_rows // size
+            parts = []
+            for j in range(size):
+                part = microbatch.part(lambda leaf, j=j: leaf[j * width : (j + 1) * width])
+                parts.append(inner.apply(state, part))
             return replace(sum_gradients(parts), model_state=mean_model_states(parts))
 
-        return Fn(inner.init, apply if self._averaged() else inner.apply, inner.axes, inner.names)
+        return Fn(inner.init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[MeanNode, ...]:
-        layout = ShardingRules()
+        rules = ShardingRules()
         for rule in self.rules:
             match rule:
                 case DataParallel(axes, zero, gather, dtype, batch):
-                    name = None if dtype is None else dtype.name
+                    reduce_dtype = None if dtype is None else dtype.name
                     automatic = axes if self.mode == "auto" else ()
-                    layout = replace(
-                        layout, zero=zero, gather=gather, reduce_dtype=name, batch=batch, automatic=automatic
+                    rules = replace(
+                        rules, zero=zero, gather=gather, reduce_dtype=reduce_dtype, batch=batch, automatic=automatic
                     )
-                case TensorParallel(rules, default):
-                    layout = replace(layout, params=rules, default=default)
-        return (MeanNode(OverMesh(self._averaged(), layout=layout), written=repr(self)),)
+                case TensorParallel(params, default):
+                    rules = replace(rules, params=params, default=default)
+                case _:
+                    assert_never(rule)
+        return (MeanNode(OverMesh(self._mean_axes, layout=rules), written=repr(self)),)
 
-    def _averaged(self) -> tuple[str, ...]:
+    @property
+    def _mean_axes(self) -> tuple[str, ...]:
         """The axes that the mean is taken over."""
-        rows = self._rows()
-        return () if rows is None or self.mode == "auto" else rows.axes
+        data = self._data_parallel
+        return () if data is None or self.mode == "auto" else data.axes
 
-    def _rows(self) -> DataParallel | None:
+    @property
+    def _data_parallel(self) -> DataParallel | None:
         return next((rule for rule in self.rules if isinstance(rule, DataParallel)), None)
 
     def _arguments(self) -> Iterator[str]:
@@ -83,29 +92,29 @@ class Shard(Transform):
 
 
 def shard(*rules: DataParallel | TensorParallel, mode: str = "manual") -> Shard:
-    """Average the gradient over the parts of a batch that lie along mesh axes, and say where things lie.
+    """Average the gradient over the parts of a batch along mesh axes, and say how the state is sharded.
 
     Meaning: mean(inner(params, rows[j * B // n : (j + 1) * B // n]) for j in range(n)), n the size of the axes of
       `dp`; without `dp`, or with `mode="auto"`, inner itself.
-    Why: n devices compute side by side; they exchange one reduction a step, whatever stands in time.
+    Why: n devices compute side by side, and reduce the gradient once a step, however many microbatches there are.
 
     Args:
       rules: `dp(axis)`, `tp(patterns)`, or both. The mesh is an argument of `compile`, so the same pipeline runs on one
-        device or many.
-      mode: "manual", the compiler places the one reduction of the gradient itself; "auto", the loss is given the rows
-        of all devices at once and XLA partitions it and places reductions: at least one a microbatch, for losses that
-        cannot stand in a region that is manual over the axis. It is then no mean over parts: a loss that depends on
-        which rows share a cell sees the whole microbatch.
+        device or on many.
+      mode: "manual": the compiler places the one reduction of the gradient itself. "auto": the loss is called once for
+        the rows of all devices, and XLA partitions it and places the reductions, at least one a microbatch. That is
+        for losses that cannot be in a region that is manual over the axis. It is then no mean over parts: a loss that
+        depends on which rows share a call sees the whole microbatch.
     Shapes: every batch leaf `[batch, ...]`; the gradient has the shapes of `params`.
     Units: the gradient is per example (a mean), not a sum.
     Type: gradient -> gradient
-    Errors: FieldTypeError, FieldValueError if `rules` are no rules; ShardingError at `compile` if they do not fit the
+    Errors: FieldTypeError, FieldValueError if `rules` are not rules; ShardingError at `compile` if they do not fit the
       mesh, or at `init` if they do not fit the parameters; BatchError if the batch does not divide.
-    A loss may not name an axis of `dp` itself (`lax.pmean(..., "data")`): in the reference there is no such axis.
+    A loss may not name an axis of `dp` itself (`lax.pmean(..., "data")`): the reference has no such axis.
     Example:
       >>> shard(dp("data")) @ grad(loss)
       shard(dp("data")) @ grad(loss)
 
-    Source: ours; the lowering is manual over the axes, so the reduction is placed and not hoped for.
+    Source: ours; the lowering is manual over the axes, so the compiler decides where the reduction is, not XLA.
     """
     return Shard(rules, mode=mode)

@@ -1,4 +1,4 @@
-"""`skip_nonfinite`: a step that is not finite did not happen."""
+"""`skip_nonfinite`: skip a step whose loss or gradient is not finite."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -19,7 +19,7 @@ class SkipNonfinite(Transform):
 
     takes: ClassVar = Kind.STEP
     gives: ClassVar = Kind.STEP
-    stands: ClassVar = "once"
+    position: ClassVar = "once"
     limit: int = field(default=10, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -33,13 +33,13 @@ class SkipNonfinite(Transform):
             return replace(state, slots={**state.slots, name: SkipCounts(jnp.int32(0), jnp.int32(0))})
 
         def apply(state: State, batch: Batch) -> StepResult:
-            made, before = inner.apply(state, batch), state.slots[name]
-            skipped = 0 if made.is_finite else 1
-            counted = SkipCounts(before.total + skipped, (before.consecutive + skipped) * skipped)
-            kept = made.state if made.is_finite else replace(state, slots={**state.slots, **made.always})
-            kept = replace(kept, slots={**kept.slots, name: counted})
-            metrics = {**made.metrics, "skipped": jnp.int32(skipped)}
-            return made._replace(state=kept, metrics=metrics, happened=made.is_finite)
+            result, before = inner.apply(state, batch), state.slots[name]
+            skipped = 0 if result.is_finite else 1
+            counts = SkipCounts(before.total + skipped, (before.consecutive + skipped) * skipped)
+            after = result.state if result.is_finite else replace(state, slots={**state.slots, **result.always})
+            after = replace(after, slots={**after.slots, name: counts})
+            metrics = {**result.metrics, "skipped": jnp.int32(skipped)}
+            return result._replace(state=after, metrics=metrics, happened=result.is_finite)
 
         return Fn(init, apply, inner.axes, (*inner.names, name))
 
@@ -48,22 +48,23 @@ class SkipNonfinite(Transform):
 
 
 def skip_nonfinite(*, limit: int = 10) -> SkipNonfinite:
-    """Leave every leaf of the state as it was, if the loss or the gradient of a step is not finite, and count it.
+    """Leave every leaf of the state as it was if the loss or the gradient of a step is not finite, and count the skip.
 
-    Meaning: the step, if its loss and the norm of its gradient are finite; else the state it was given. Decided after
-      the reduction, so every device decides alike.
-    Why: one bad batch writes NaN into the parameters, the moments and the averages, for ever.
+    Meaning: the step, if its loss and the norm of its gradient are finite; else the state it was given. This is decided
+      after the reduction, so all devices decide alike.
+    Why: one bad batch would write NaN into the parameters, the moments and the averages for good.
 
     Args:
-      limit: how many skips in a row raise NonFiniteError from `run`; a positive integer.
-    Shapes: the state keeps `slots["skip_nonfinite"]`: the number of skips in all, and in a row.
+      limit: the number of skips in a row at which `run` raises NonFiniteError; a positive integer.
+    Shapes: the state keeps `slots["skip_nonfinite"]`: the number of skips in total, and in a row.
     Units: steps.
     Type: step -> step; adds the metric `skipped`, 1 for a step that was skipped and else 0
-    Errors: FieldTypeError, FieldValueError for a bad `limit`; PipelineTypeError if the stage on its right gives no
-      step; ConfigError at `compile` if it stands twice. A program cannot raise: `limit` is read by `run`.
-    Bitwise: parameters, optimizer state and its count, the step counter and so the keys of the next step, the averages,
-    the model_state: as if the batch had not been there. Transforms on its left see no step either. Two slots do move: its own, and
-    the scale of `loss_scale` where the loss is finite and the gradient overflowed, or it could never recover.
+    Errors: FieldTypeError, FieldValueError for a bad `limit`; PipelineTypeError if the stage on its right returns no
+      step; ConfigError at `compile` if it appears twice. A program cannot raise, so it is `run` that applies `limit`.
+    The state is the same, bit for bit, as without the batch: parameters, optimizer state and its count, the step
+    counter and thereby the keys of the next step, the averages, the model state. Transforms on its left see no step
+    either. Two slots do change: its own, and the scale of `loss_scale` if the loss is finite and the gradient
+    overflowed, since it could never recover otherwise.
     Example:
       >>> skip_nonfinite(limit=3) @ update(optax.adamw(3e-4)) @ grad(loss)
       skip_nonfinite(limit=3) @ update(optax.adamw(3e-4)) @ grad(loss)

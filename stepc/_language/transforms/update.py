@@ -1,4 +1,4 @@
-"""`update`: the gradient becomes a step."""
+"""`update`: from a gradient to a step, with an optimizer."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -24,10 +24,7 @@ class Update(Transform):
 
     def __post_init__(self) -> None:
         if not isinstance(self.optimizer.value, optax.GradientTransformation):
-            facts = (
-                ("expected", "an optax GradientTransformation"),
-                ("got", type(self.optimizer.value).__name__),
-            )
+            facts = (("expected", "an optax GradientTransformation"), ("got", type(self.optimizer.value).__name__))
             raise FieldTypeError(f"`update({self.optimizer!r})`: this is not an optimizer.", facts=facts)
 
     def reference(self, inner: Fn) -> Fn:
@@ -37,24 +34,21 @@ class Update(Transform):
             return replace(inner.init(state), opt_state=optimizer.init(state.params))
 
         def apply(state: State, batch: Batch) -> StepResult:
-            found = inner.apply(state, whole_batch(batch))
-            grads, metrics = found.value, found.reported
+            gradient = inner.apply(state, whole_batch(batch))
+            grads, metrics = gradient.value, gradient.reported
             loss_is_finite, gradient_is_finite = bool(jnp.isfinite(metrics["loss"])), is_finite(grads)
-            # What advances in any case, such as the scale of the loss; where there is any, a bad step is not made.
-            always = {name: after(loss_is_finite, gradient_is_finite) for name, after in found.advances.items()}
-            told = StepResult(
-                replace(state, slots={**state.slots, **always}), metrics, loss_is_finite and gradient_is_finite,
-                gradient_is_finite or not always, always,
-            )  # fmt: skip
-            if not told.happened:
-                return told
-            extra = {"value": metrics["loss"], "grad": grads}
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
-            params = optax.apply_updates(state.params, updates)
-            new = replace(
-                told.state, params=params, opt_state=opt_state, step=state.step + 1, model_state=found.model_state
-            )
-            return told._replace(state=new)
+            # These slots advance in any case, such as the loss scale; where there are any, an overflow is skipped.
+            always = {name: advance(loss_is_finite, gradient_is_finite) for name, advance in gradient.advances.items()}
+            state = replace(state, slots={**state.slots, **always})
+            all_finite, happens = loss_is_finite and gradient_is_finite, gradient_is_finite or not always
+            if happens:
+                extra = {"value": metrics["loss"], "grad": grads}
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
+                params = optax.apply_updates(state.params, updates)
+                state = replace(
+                    state, params=params, opt_state=opt_state, step=state.step + 1, model_state=gradient.model_state
+                )
+            return StepResult(state, metrics, all_finite, happens, always)
 
         return Fn(init, apply, inner.axes, inner.names)
 
@@ -67,15 +61,15 @@ def update(optimizer: optax.GradientTransformation) -> Update:
 
     Meaning: updates, opt_state = optimizer.update(grads, opt_state, params, value=loss, grad=grads);
       params = optax.apply_updates(params, updates); step = step + 1.
-    Why: the last transform of every pipeline that trains.
+    Why: it makes a step of a gradient, so every pipeline that trains has one.
 
     Args:
       optimizer: any optax `GradientTransformation`; one with extra args is passed `value` and `grad`.
     Shapes: the gradient has the shapes of `params`; `opt_state` is the optimizer's own tree.
     Units: the optimizer's: it sees the mean gradient, not a sum.
     Type: gradient -> step
-    Errors: FieldTypeError if it is not an optimizer; PipelineTypeError if the stage on its right gives no gradient.
-    An optimizer that needs `value_fn` (a line search) cannot be given one: the batch is gone when it runs.
+    Errors: FieldTypeError if it is not an optimizer; PipelineTypeError if the stage on its right returns no gradient.
+    An optimizer that needs `value_fn` (a line search) does not work: the batch is no longer there when it runs.
     Example:
       >>> update(optax.adamw(3e-4)) @ grad(loss)
       update(optax.adamw(3e-4)) @ grad(loss)

@@ -1,0 +1,39 @@
+"""The core nodes, for the `expand` method of your own transform: `sc.nodes.MapNode(function, (self.rate,))`.
+
+A transform that is linear in the gradient expands to `ScaleNode` or `MeanNode`, any other to `MapNode`; a transform of
+losses expands to `Wrap`. Nodes are frozen values, and the set is closed: `Node` is their union.
+"""
+
+from stepc._core.nodes import (
+    DifferentiateNode,
+    FollowNode,
+    GuardNode,
+    InScan,
+    MapNode,
+    MeanNode,
+    Node,
+    OverMesh,
+    RepeatNode,
+    RescaleNode,
+    ScaleNode,
+    UnderVmap,
+    UpdateNode,
+    Wrap,
+)
+
+__all__ = [
+    "DifferentiateNode",
+    "FollowNode",
+    "GuardNode",
+    "InScan",
+    "MapNode",
+    "MeanNode",
+    "Node",
+    "OverMesh",
+    "RepeatNode",
+    "RescaleNode",
+    "ScaleNode",
+    "UnderVmap",
+    "UpdateNode",
+    "Wrap",
+]
