@@ -35,7 +35,7 @@ from measuring import (
 from models import Loss, Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs.gpt import Size
+from examples.gpt.model import Size
 
 MAX_NORM = 1.0
 STEP, COMPILE, MEMORY = 1.03, 1.10, 1.00  # targets: stepc / by hand

@@ -36,7 +36,7 @@ from measuring import (
 from models import Loss, Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs.gpt import Size
+from examples.gpt.model import Size
 
 try:
     from optax import microbatching

@@ -27,7 +27,7 @@ from measuring import (
 from models import Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs.gpt import Size
+from examples.gpt.model import Size
 
 NUM_DEVICES, ROWS_PER_CELL = 8, 2
 COUNTS = (2, 4, 8, 32)

@@ -34,7 +34,7 @@ from measuring import arguments, begin, finish, show
 from models import Model, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs import gpt
+from examples.gpt import model as gpt
 
 BUDGETS = 20
 MEASURED = 8  # the k whose program is run

@@ -1,6 +1,6 @@
 """Does a model learn as well in bfloat16?
 
-The GPT of `stepc train`, smaller, with the transforms that the command uses: for each seed one run in float32 and one with
+The demo's GPT, smaller, in the demo's pipeline: for each seed one run in float32 and one with
 `cast(jnp.bfloat16)`, on the same parameters and batches. Validation is in float32, on held-out files. The difference of
 the two, seed by seed, is held against the spread of the float32 runs between seeds. A CPU emulates bfloat16, so the
 times printed here say nothing about hardware that has it. A round is a seed.
@@ -15,9 +15,10 @@ import jax
 from measuring import arguments, begin, finish, show
 
 import stepc as sc
-from stepc.programs import gpt, text
-from stepc.programs.job import Job
-from stepc.programs.train import pipeline_of
+from examples.gpt import model as gpt
+from examples.gpt import text
+from examples.gpt.job import Job
+from examples.gpt.train import pipeline_of
 
 JOB = Job(steps=400, batch=16, k=2, devices=1, layers=2, width=32, heads=2, context=64, text_bytes=4_000_000)
 VALIDATION_ROWS, VALIDATIONS = 32, 16

@@ -43,8 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_runner": ("_distributed", "_language.kinds", "_language.padding", "_language.state", "_runner", "_units",
         "errors", "inspect"),
     "testing": ("_compiler", "_core", "_language", "errors", "inspect", "testing"),
-    "programs": ("", "_distributed", "_runner", "errors", "programs"),
-    "cli": ("", "_distributed", "_runner", "_units", "errors", "inspect", "programs", "report"),
+    "cli": ("", "_distributed", "_runner", "_units", "errors", "inspect", "report"),
     "__main__": ("cli",),
 }  # fmt: skip
 ONLY_THE_LOWERING_NAMES = {"scan", "shard_map", "psum"}

@@ -54,7 +54,7 @@ class Console:
         # By name, and not at the top: `import stepc` must not need it.
         progress = importlib.import_module("rich.progress")
         self.terminal = importlib.import_module("rich.console").Console() if terminal is None else terminal
-        # By itself rich ends the process: `stepc train | head` would end a training.
+        # By itself rich ends the process: `python train.py | head` would end a training.
         self.terminal.on_broken_pipe = self._go_quiet
         self.steps = steps
         counted = [(tokens_per_step, "tokens"), (examples_per_step, "examples"), (1, "steps")]

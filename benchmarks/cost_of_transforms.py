@@ -36,11 +36,11 @@ from measuring import verdict as at_most
 from models import Loss, Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs import gpt
+from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
 SKIP, EXAMPLE, REPEAT = 1.02, 1.15, 3.0  # targets
-DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of `stepc train`
+DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def main() -> None:
     ):
         results.append(measured())
         tell(results[-1])
-    finish("cost_of_words", setting, results, quick=quick, save=options.save)
+    finish("cost_of_transforms", setting, results, quick=quick, save=options.save)
 
 
 if __name__ == "__main__":

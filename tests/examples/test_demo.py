@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: help, a whole run, mistakes, Ctrl-C, and no extra."""
+"""The demo as a user meets it: help, a whole run, mistakes, Ctrl-C and resuming, and no extra."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from stepc.cli import main
+from examples.gpt.__main__ import main
 
 SMALL = (
     "--batch=8 --k=2 --layers=1 --width=16 --heads=2 --context=16 --text-bytes=200000 "
@@ -25,7 +25,7 @@ def eight_devices() -> None:
 
 
 def command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "stepc", "train", *SMALL, f"--out={folder}", *words]
+    return [sys.executable, "-m", "examples.gpt", *SMALL, f"--out={folder}", *words]
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -44,14 +44,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return folder, subprocess.run(command(folder, "--steps=6"), capture_output=True, text=True, timeout=300)
 
 
-def test_train_small_succeeds(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_demo_small_succeeds(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, ended = finished
     assert ended.returncode == 0, ended.stderr
     # What jax says where its CUDA plugin is installed without CUDA, as by the extra `pods`, is not ours.
     assert ended.stderr.replace("cuda_plugin_extension is not found.\n", "") == ""
 
 
-def test_train_prints_what_it_does_in_order(
+def test_demo_prints_what_it_does_in_order(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, ended = finished
@@ -74,7 +74,7 @@ def test_train_prints_what_it_does_in_order(
         rest = rest.partition(landmark)[2]
 
 
-def test_train_reduces_once_outside_the_loop(
+def test_demo_reduces_once_outside_the_loop(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     _, ended = finished
@@ -83,7 +83,7 @@ def test_train_reduces_once_outside_the_loop(
     assert (axis, executions, in_loop) == ("data", "1", "no")
 
 
-def test_train_leaves_metrics_and_a_picture(
+def test_demo_leaves_metrics_and_a_picture(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = finished
@@ -92,64 +92,64 @@ def test_train_leaves_metrics_and_a_picture(
     assert is_png(folder / "loss.png")
 
 
-def test_train_finished_run_says_so_and_stays(
+def test_demo_finished_run_says_so_and_stays(
     finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
-    assert main(["train", *SMALL, f"--out={folder}", "--steps=6"]) == 0
-    assert f"{folder} holds a finished run of 6 steps: nothing is left to do." in capsys.readouterr().out
+    assert main([*SMALL, f"--out={folder}", "--steps=6"]) == 0
+    assert f"{folder} holds a finished run of 6 steps." in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_train_folder_that_cannot_be_made_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_folder_that_cannot_be_made_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert main(["train", *SMALL, f"--out={tmp_path / 'file' / 'run'}", "--steps=1"]) == 2
-    assert "run cannot be made: Not a directory." in capsys.readouterr().err
+    assert main([*SMALL, f"--out={tmp_path / 'file' / 'run'}", "--steps=1"]) == 2
+    assert "run: Not a directory." in capsys.readouterr().err
 
 
-def test_train_fresh_forgets_the_run_that_is_there(tmp_path: Path) -> None:
-    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=3"]) == 0
-    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=2", "--fresh"]) == 0
+def test_demo_fresh_forgets_the_run_that_is_there(tmp_path: Path) -> None:
+    assert main([*SMALL, f"--out={tmp_path}", "--steps=3"]) == 0
+    assert main([*SMALL, f"--out={tmp_path}", "--steps=2", "--fresh"]) == 0
     assert sorted(steps_in(tmp_path)) == [0, 1, 1, 2, 2]
 
 
-def test_train_another_job_in_the_folder_of_a_run_is_refused(
+def test_demo_another_job_in_the_folder_of_a_run_is_refused(
     finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = finished
-    assert main(["train", *SMALL, f"--out={folder}", "--steps=7", "--seed=1"]) == 2
+    assert main([*SMALL, f"--out={folder}", "--steps=7", "--seed=1"]) == 2
     shown = capsys.readouterr().err
-    assert f"{folder} holds another run." in shown
-    assert "steps  began with 6, asked for 7" in shown
-    assert "seed   began with 0, asked for 1" in shown
+    assert f"{folder} holds a run with other options." in shown
+    assert "steps  began with 6, now 7" in shown
+    assert "seed   began with 0, now 1" in shown
 
 
-def test_train_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    assert main(["train", *SMALL, f"--out={tmp_path}", "--steps=1", "--fresh"]) == 2
+    assert main([*SMALL, f"--out={tmp_path}", "--steps=1", "--fresh"]) == 2
     assert "never overwrites" in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_train_no_folder_named_makes_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_no_folder_named_makes_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *SMALL, "--steps=1"]) == 0
-    assert main(["train", *SMALL, "--steps=1"]) == 0
+    assert main([*SMALL, "--steps=1"]) == 0
+    assert main([*SMALL, "--steps=1"]) == 0
     folders = list(Path("runs").iterdir())
     assert len(folders) == 2
     assert all(steps_in(folder) == [0, 1, 1] for folder in folders)
 
 
-def test_train_uneven_batch_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *SMALL, f"--out={tmp_path / 'run'}", "--batch=7"]) == 2
-    assert capsys.readouterr().err.startswith("stepc: BatchError: 7 rows do not divide by 4 =")
+def test_demo_uneven_batch_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, f"--out={tmp_path / 'run'}", "--batch=7"]) == 2
+    assert capsys.readouterr().err.startswith("examples.gpt: BatchError: 7 rows do not divide by 4 =")
     assert not (tmp_path / "run").exists()
 
 
-def test_train_more_devices_than_jax_has_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *SMALL, "--devices=9"]) == 2
-    assert "9 devices cannot be simulated: jax is running already, with 8." in capsys.readouterr().err
+def test_demo_more_devices_than_jax_has_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--devices=9"]) == 2
+    assert "Cannot simulate 9 devices: jax is running already, with 8." in capsys.readouterr().err
 
 
 def interrupted(folder: Path, *words: str) -> tuple[str, str]:
@@ -167,7 +167,7 @@ def interrupted(folder: Path, *words: str) -> tuple[str, str]:
     return rest, errors
 
 
-def test_train_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+def test_demo_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with subprocess.Popen(
         command(folder, "--steps=30"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -190,7 +190,7 @@ def test_command_that_nobody_reads_on_ends_without_a_traceback(tmp_path: Path) -
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_train_ctrl_c_keeps_the_curve_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_demo_ctrl_c_keeps_the_curve_and_says_how_to_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     rest, errors = interrupted(folder, "--steps=1000000")
     assert "Interrupted after step" in errors
@@ -208,7 +208,7 @@ def digests_of_last(folder: Path) -> list[object]:
     return [last, json.loads(json.loads(meta.read_text())["body"])["leaves"]]
 
 
-def test_train_interrupted_and_run_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_demo_interrupted_and_run_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     words = ("--steps=1500", "--dropout=0.1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     subprocess.run(command(whole, *words), capture_output=True, check=True, timeout=300)
@@ -225,50 +225,43 @@ def test_train_interrupted_and_run_again_ends_as_if_it_had_not_been(tmp_path: Pa
     assert told[0] == told[1]
 
 
-def test_train_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for option in ("--steps STEPS", "--batch ROWS", "--k PARTS", "--devices DEVICES", "--seed SEED", "--out FOLDER"):
+    for option in ("--steps STEPS", "--batch ROWS", "--k COUNT", "--devices DEVICES", "--seed SEED", "--out DIRECTORY"):
         assert option in shown
     assert "--dropout RATE" in shown
     assert "--bf16 compute the loss in bfloat16" in shown
-    assert "microbatches in one step, one after another (default: 4)" in shown
+    assert "microbatches per step, one after another (default: 4)" in shown
     assert "(default: runs/<date>-<time>)" in shown
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib", "orbax"])
-def test_train_without_extra_says_what_to_install(
+def test_demo_without_extra_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)  # Python's own way to say: not installed
-    assert main(["train"]) == 1
+    assert main([]) == 1
     assert capsys.readouterr().err == (
-        f"stepc: `stepc train` needs {missing}. Install it with: pip install 'stepc[demo]'\n"
+        f"examples.gpt: The demo needs {missing}. Install with: pip install -e '.[demo]'\n"
     )
 
 
-def test_train_impossible_numbers_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--steps=0", "--devices=-1"]) == 2
+def test_demo_impossible_numbers_are_all_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--steps=0", "--devices=-1"]) == 2
     shown = capsys.readouterr().err
     assert "steps    expected at least 1, got 0" in shown
     assert "devices  expected at least 1, got -1" in shown
 
 
-def test_train_dropout_of_everything_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--dropout=1"]) == 2
+def test_demo_dropout_of_everything_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dropout=1"]) == 2
     assert "dropout  expected at least 0 and below 1, got 1.0" in capsys.readouterr().err
 
 
-def test_train_dropout_and_bf16_end_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *SMALL, f"--out={tmp_path / 'run'}", "--steps=2", "--dropout=0.5", "--bf16"]) == 0
+def test_demo_dropout_and_bf16_end_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, f"--out={tmp_path / 'run'}", "--steps=2", "--dropout=0.5", "--bf16"]) == 0
     assert '@ grad(cast(jnp.bfloat16) @ loss, rng="example")\n' in capsys.readouterr().out
     assert sorted(steps_in(tmp_path / "run")) == [0, 1, 1, 2, 2]
-
-
-def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([])
-    assert stop.value.code == 2
-    assert "usage: stepc" in capsys.readouterr().err
