@@ -166,7 +166,7 @@ def test_help_teaches_names_exit_codes_and_topologies(verb: str, capsys: pytest.
         main([verb, "--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "exit codes: 0 if" in shown
+    assert "exit codes: 0 " in shown
     assert "tpu:v5p:8x8x16" in shown
 
 
