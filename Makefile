@@ -36,9 +36,9 @@ format: $(VENV)/dev.stamp
 regold: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --regold -q -m "not long" tests/test_errors.py tests/test_plan.py
 
-# Rewrite the printed outputs in README.md and docs/, then review the diff.
+# Rewrite the printed outputs in README.md, docs/ and notebooks/, then review the diff.
 docs-outputs: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --regold -q tests/test_docs.py -k page
+	$(BIN)/python -m pytest --regold -q tests/test_docs.py -k "page or notebook"
 
 benchmarks: $(VENV)/dev.stamp
 	for script in by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \

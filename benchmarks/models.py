@@ -26,7 +26,7 @@ class Model:
 
     @property
     def num_params(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 

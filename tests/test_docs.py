@@ -1,8 +1,8 @@
 """The documentation is true: doctests, the code and the printed outputs of README.md and docs/, the notebooks.
 
-A ```python block of a page runs, in one process per page, after the first block of README.md. A plain ``` block below it
-is what it prints, with `…` for what is left out: within a line, or lines if it stands alone. Other languages are not
-run: ```text is illustrative, ```py is code that cannot run here. `pytest --regold tests/test_docs.py` rewrites outputs.
+The ```python blocks of a page run in one process, after the first block of README.md. A plain ``` block below one is
+what it prints; `…` stands for what is left out of a line, or for lines if it is alone. Other languages are not run:
+```text is illustrative, ```py is code that cannot run here. `pytest --regold` rewrites outputs, in notebooks too.
 """
 
 import difflib
@@ -164,14 +164,17 @@ def test_readme_is_short() -> None:
 
 @pytest.mark.filterwarnings("default")  # those of the notebook machinery are not ours
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_to_its_last_assertion(path: Path) -> None:
+def test_notebook_runs_to_its_last_assertion(path: Path, request: pytest.FixtureRequest) -> None:
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "assert" in code[-1].source
     assert all(len(cell.source.splitlines()) <= 18 for cell in code)
     stored = [output_of(cell) for cell in code]
     assert any(stored), "a notebook is stored with its outputs"
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute()
+    if request.config.getoption("--regold"):
+        nbformat.write(notebook, path)
+        return
     # Plans, orders and errors print alike everywhere; bytes of memory depend on the version of XLA.
     printed = [output_of(cell) for cell in code]
     assert [text for text in printed if "temporaries" not in text] == [

@@ -30,9 +30,7 @@ def launch(num: int, command: Sequence[str]) -> int:
     """
     if num < 1 or not command:
         facts = (("processes", str(num)), ("command", " ".join(command) or "none"))
-        raise ConfigError(
-            "There is nothing to launch.", facts=facts, suggestion="stepc launch -n 4 -- python train.py"
-        )
+        raise ConfigError("There is nothing to launch.", facts=facts, suggestion="stepc launch -n 4 -- python train.py")
     words = [sys.executable, "-m", "stepc", *command[1:]] if command[0] == "stepc" else list(command)
     port = _free_port()
     processes: list[subprocess.Popen[bytes]] = []
