@@ -51,7 +51,7 @@ dist: $(VENV)/dev.stamp
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
-	! unzip -l dist/*.whl | grep -E " (examples|tests|benchmarks|notebooks|docs)/"
+	! $(BIN)/python -m zipfile -l dist/*.whl | grep -Ev "^(File Name|stepc/|stepc-)"
 
 clean:
 	rm -rf $(VENV) runs dist

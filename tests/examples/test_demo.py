@@ -20,16 +20,16 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def eight_devices() -> None:
-    """Start jax before a command does: it would simulate two devices, for all the tests that follow."""
+    """Start jax before the demo does: it would simulate two devices for all tests that follow."""
     assert len(jax.devices()) == 8
 
 
-def command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "examples.gpt", *SMALL, f"--out={folder}", *words]
+def command(directory: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "examples.gpt", *SMALL, f"--out={directory}", *options]
 
 
-def steps_in(folder: Path) -> list[int]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+def steps_in(directory: Path) -> list[int]:
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [line["step"] for line in lines if "event" not in line]
 
 
@@ -39,9 +39,9 @@ def is_png(path: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """One run of six steps, for all the tests that look at what it left."""
-    folder = tmp_path_factory.mktemp("runs") / "first"
-    return folder, subprocess.run(command(folder, "--steps=6"), capture_output=True, text=True, timeout=300)
+    """One run of six steps, for all tests that look at its files."""
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    return directory, subprocess.run(command(directory, "--steps=6"), capture_output=True, text=True, timeout=300)
 
 
 def test_demo_small_succeeds(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -54,7 +54,7 @@ def test_demo_small_succeeds(finished: tuple[Path, subprocess.CompletedProcess[s
 def test_demo_prints_what_it_does_in_order(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    folder, ended = finished
+    directory, ended = finished
     landmarks = [
         "skip_nonfinite() @ update(",
         '@ clip(1.0) @ accumulate(2) @ shard(dp("data")) @ grad(loss)\n',
@@ -65,8 +65,8 @@ def test_demo_prints_what_it_does_in_order(
         "\nstep 6: validation ",
         "(bigram ",
         "\na sample\n",
-        f"\nmetrics  {folder}/metrics.jsonl",
-        f"\ncurve    {folder}/loss.png\n",
+        f"\nmetrics  {directory}/metrics.jsonl",
+        f"\ncurve    {directory}/loss.png\n",
     ]
     rest = ended.stdout
     for landmark in landmarks:
@@ -86,59 +86,59 @@ def test_demo_reduces_once_outside_the_loop(
 def test_demo_leaves_metrics_and_a_picture(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    folder, _ = finished
+    directory, _ = finished
     # A validation before the first step, after every second, and after the last; a log for every step.
-    assert sorted(steps_in(folder)) == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
-    assert is_png(folder / "loss.png")
+    assert sorted(steps_in(directory)) == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert is_png(directory / "loss.png")
 
 
-def test_demo_finished_run_says_so_and_stays(
+def test_demo_finished_run_is_not_run_again(
     finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = finished
-    before = (folder / "metrics.jsonl").read_bytes()
-    assert main([*SMALL, f"--out={folder}", "--steps=6"]) == 0
-    assert f"{folder} holds a finished run of 6 steps." in capsys.readouterr().out
-    assert (folder / "metrics.jsonl").read_bytes() == before
+    directory, _ = finished
+    before = (directory / "metrics.jsonl").read_bytes()
+    assert main([*SMALL, f"--out={directory}", "--steps=6"]) == 0
+    assert f"{directory} holds a finished run of 6 steps." in capsys.readouterr().out
+    assert (directory / "metrics.jsonl").read_bytes() == before
 
 
-def test_demo_folder_that_cannot_be_made_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_directory_that_cannot_be_created_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     assert main([*SMALL, f"--out={tmp_path / 'file' / 'run'}", "--steps=1"]) == 2
     assert "run: Not a directory." in capsys.readouterr().err
 
 
-def test_demo_fresh_forgets_the_run_that_is_there(tmp_path: Path) -> None:
+def test_demo_fresh_starts_over(tmp_path: Path) -> None:
     assert main([*SMALL, f"--out={tmp_path}", "--steps=3"]) == 0
     assert main([*SMALL, f"--out={tmp_path}", "--steps=2", "--fresh"]) == 0
     assert sorted(steps_in(tmp_path)) == [0, 1, 1, 2, 2]
 
 
-def test_demo_another_job_in_the_folder_of_a_run_is_refused(
+def test_demo_other_options_in_the_directory_of_a_run_are_refused(
     finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = finished
-    assert main([*SMALL, f"--out={folder}", "--steps=7", "--seed=1"]) == 2
+    directory, _ = finished
+    assert main([*SMALL, f"--out={directory}", "--steps=7", "--seed=1"]) == 2
     shown = capsys.readouterr().err
-    assert f"{folder} holds a run with other options." in shown
+    assert f"{directory} holds a run with other options." in shown
     assert "steps  began with 6, now 7" in shown
     assert "seed   began with 0, now 1" in shown
 
 
-def test_demo_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_directory_of_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert main([*SMALL, f"--out={tmp_path}", "--steps=1", "--fresh"]) == 2
     assert "never overwrites" in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_demo_no_folder_named_makes_one_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_out_creates_a_directory_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*SMALL, "--steps=1"]) == 0
     assert main([*SMALL, "--steps=1"]) == 0
-    folders = list(Path("runs").iterdir())
-    assert len(folders) == 2
-    assert all(steps_in(folder) == [0, 1, 1] for folder in folders)
+    directorys = list(Path("runs").iterdir())
+    assert len(directorys) == 2
+    assert all(steps_in(directory) == [0, 1, 1] for directory in directorys)
 
 
 def test_demo_uneven_batch_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,10 +152,10 @@ def test_demo_more_devices_than_jax_has_is_a_message(capsys: pytest.CaptureFixtu
     assert "Cannot simulate 9 devices: jax is running already, with 8." in capsys.readouterr().err
 
 
-def interrupted(folder: Path, *words: str) -> tuple[str, str]:
-    """Begin a run, send it a Ctrl-C once it says that it trains, and return what it wrote."""
+def interrupted(directory: Path, *options: str) -> tuple[str, str]:
+    """Start a run, send Ctrl-C after its first logged step, and return its output and errors."""
     with subprocess.Popen(
-        command(folder, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(directory, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None and running.stderr is not None
         while not running.stdout.readline().startswith("step 1/"):
@@ -167,10 +167,10 @@ def interrupted(folder: Path, *words: str) -> tuple[str, str]:
     return rest, errors
 
 
-def test_demo_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_demo_continues_when_its_output_is_closed(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
     with subprocess.Popen(
-        command(folder, "--steps=30"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(directory, "--steps=30"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None and running.stderr is not None
         while not running.stdout.readline().startswith("step 1/"):
@@ -179,10 +179,10 @@ def test_demo_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
         errors = running.stderr.read()
         assert running.wait(timeout=120) == 0, errors
     assert "Traceback" not in errors
-    assert steps_in(folder)[-1] == 30
+    assert steps_in(directory)[-1] == 30
 
 
-def test_command_that_nobody_reads_on_ends_without_a_traceback(tmp_path: Path) -> None:
+def test_demo_whose_output_is_closed_from_the_start_ends_without_a_traceback(tmp_path: Path) -> None:
     reads, writes = os.pipe()
     os.close(reads)
     ended = subprocess.run(command(tmp_path / "run", "--steps=30"), stdout=writes, stderr=subprocess.PIPE, text=True)
@@ -190,39 +190,39 @@ def test_command_that_nobody_reads_on_ends_without_a_traceback(tmp_path: Path) -
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_demo_ctrl_c_keeps_the_curve_and_says_how_to_go_on(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    rest, errors = interrupted(folder, "--steps=1000000")
+def test_demo_ctrl_c_draws_the_curve_and_says_how_to_resume(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    rest, errors = interrupted(directory, "--steps=1000000")
     assert "Interrupted after step" in errors
     assert "the state is alive" in errors
-    assert f"run this command again with --out {folder}\n" in rest
-    assert f"curve    {folder}/loss.png" in rest
-    assert steps_in(folder)[:2] == [0, 1]
-    assert is_png(folder / "loss.png")
+    assert f"run this command again with --out {directory}\n" in rest
+    assert f"curve    {directory}/loss.png" in rest
+    assert steps_in(directory)[:2] == [0, 1]
+    assert is_png(directory / "loss.png")
 
 
-def digests_of_last(folder: Path) -> list[object]:
-    """Path, shape, dtype and digest of every leaf, as the last checkpoint tells them."""
-    last = max(int(one.name) for one in (folder / "checkpoints").iterdir() if one.name.isdecimal())
-    (meta,) = (folder / "checkpoints" / str(last) / "meta").rglob("metadata")
+def logged_in(directory: Path) -> list[str]:
+    return [line for line in (directory / "metrics.jsonl").read_text().splitlines() if '"event"' not in line]
+
+
+def digests_of_last(directory: Path) -> list[object]:
+    """The step of the last checkpoint, and path, shape, dtype and digest of every leaf."""
+    last = max(int(one.name) for one in (directory / "checkpoints").iterdir() if one.name.isdecimal())
+    (meta,) = (directory / "checkpoints" / str(last) / "meta").rglob("metadata")
     return [last, json.loads(json.loads(meta.read_text())["body"])["leaves"]]
 
 
-def test_demo_interrupted_and_run_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    words = ("--steps=1500", "--dropout=0.1")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run(command(whole, *words), capture_output=True, check=True, timeout=300)
-    interrupted(parts, *words)
-    assert not (parts / "sample.txt").exists()
-    again = subprocess.run(command(parts, *words), capture_output=True, text=True, check=True, timeout=300)
+def test_demo_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+    options = ("--steps=1500", "--dropout=0.1")
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    subprocess.run(command(uninterrupted, *options), capture_output=True, check=True, timeout=300)
+    interrupted(resumed, *options)
+    assert not (resumed / "sample.txt").exists()
+    again = subprocess.run(command(resumed, *options), capture_output=True, text=True, check=True, timeout=300)
     assert ": resumed  asked: 1500" in again.stdout
-    assert digests_of_last(parts) == digests_of_last(whole)
-    assert (parts / "sample.txt").read_bytes() == (whole / "sample.txt").read_bytes()
-    told = [
-        [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"event"' not in line]
-        for folder in (whole, parts)
-    ]
-    assert told[0] == told[1]
+    assert digests_of_last(resumed) == digests_of_last(uninterrupted)
+    assert (resumed / "sample.txt").read_bytes() == (uninterrupted / "sample.txt").read_bytes()
+    assert logged_in(resumed) == logged_in(uninterrupted)
 
 
 def test_demo_help_shows_options_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +261,7 @@ def test_demo_dropout_of_everything_is_a_message(capsys: pytest.CaptureFixture[s
     assert "dropout  expected at least 0 and below 1, got 1.0" in capsys.readouterr().err
 
 
-def test_demo_dropout_and_bf16_end_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_dropout_and_bf16_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, f"--out={tmp_path / 'run'}", "--steps=2", "--dropout=0.5", "--bf16"]) == 0
     assert '@ grad(cast(jnp.bfloat16) @ loss, rng="example")\n' in capsys.readouterr().out
     assert sorted(steps_in(tmp_path / "run")) == [0, 1, 1, 2, 2]
