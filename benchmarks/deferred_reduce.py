@@ -44,7 +44,7 @@ except ImportError:  # optax before 0.2.6
     microbatching = None
 
 NUM_DEVICES, K = 8, 8
-WHOLE, ROWS = PartitionSpec(), PartitionSpec("data")
+REPLICATED, ROWS = PartitionSpec(), PartitionSpec("data")
 Gradient: TypeAlias = Callable[[Any, Any], tuple[jax.Array, Any]]  # Any: parameters, rows and gradients
 
 
@@ -72,7 +72,7 @@ def by_hand(model: Model, mesh: Mesh) -> Variant:
     """The same by hand."""
     loss = model.make_loss()
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=WHOLE, check_vma=False)
+    @partial(jax.shard_map, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=REPLICATED, check_vma=False)
     def gradient(params: Any, rows: Any) -> tuple[jax.Array, Any]:
         total = jax.lax.psum(_added_up(loss, params, jax.tree.map(_strided, rows)), "data")
         return jax.tree.map(lambda leaf: leaf / (K * NUM_DEVICES), total)
@@ -175,9 +175,9 @@ def _added_up(loss: Loss, params: Any, parts: Any) -> tuple[jax.Array, Any]:
 
 def _call(optimizer: optax.GradientTransformation, gradient: Gradient, mesh: Mesh) -> Any:
     """One jitted, donating update."""
-    whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, ROWS)
+    replicated, rows = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, ROWS)
 
-    @partial(jax.jit, donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+    @partial(jax.jit, donate_argnums=0, in_shardings=(replicated, rows), out_shardings=replicated)
     def call(state: Any, batch: Any) -> tuple[Any, jax.Array]:
         params, opt_state = state
         value, grads = gradient(params, batch)
@@ -201,7 +201,7 @@ def _fresh(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) ->
         params = jax.tree.map(jnp.copy, params)
         return params, jax.tree.map(jnp.copy, optimizer.init(params))
 
-    return jax.jit(copied, out_shardings=NamedSharding(mesh, WHOLE))(model.params)
+    return jax.jit(copied, out_shardings=NamedSharding(mesh, REPLICATED))(model.params)
 
 
 def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

@@ -128,8 +128,8 @@ def child(name: str, transform: sc.Transform) -> None:
     for _ in range(2):
         state, metrics = jax.block_until_ready(step(state, batch))
     rise = resident("VmHWM") - before
-    told = {"k": program.plan.loop_length, "planned": needs.total, "measured": needs.arguments + rise}
-    print(json.dumps({**told, "arguments": needs.arguments, "traces": step.traces}))
+    facts = {"k": program.plan.loop_length, "planned": needs.total, "measured": needs.arguments + rise}
+    print(json.dumps({**facts, "arguments": needs.arguments, "traces": step.traces}))
 
 
 def measured(name: str) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def measured(name: str) -> list[dict[str, Any]]:
     return [{"budget": budget, **chosen, "below": below["measured"], "right": right}]
 
 
-def told(name: str, rows: list[dict[str, Any]]) -> None:
+def show_searches(name: str, rows: list[dict[str, Any]]) -> None:
     """One table of searches."""
     cells = [("budget, B", "k", "compiled, B", "next smaller", "needs, B", "compilations", "")]
     for row in rows:
@@ -161,7 +161,7 @@ def told(name: str, rows: list[dict[str, Any]]) -> None:
     show(f"{name}: {mean:.2f} compilations a search", cells)
 
 
-def told_of_children(name: str, rows: list[dict[str, Any]]) -> None:
+def show_children(name: str, rows: list[dict[str, Any]]) -> None:
     """One table of what was measured."""
     cells = [("budget, MB", "k", "planned, MB", "measured, MB", "next smaller, measured, MB", "")]
     for row in rows:
@@ -187,10 +187,10 @@ def main() -> None:
     children: dict[str, list[dict[str, Any]]] = {}
     for name in names if options.part != "children" else ():
         searches[name] = searched(MODELS[name](ROWS[name]), ROWS[name])
-        told(MODELS[name](ROWS[name]).name, searches[name])
+        show_searches(MODELS[name](ROWS[name]).name, searches[name])
     for name in names if options.part != "searches" else ():
         children[name] = measured(name)
-        told_of_children(MODELS[name](LARGE_ROWS[name]).name, children[name])
+        show_children(MODELS[name](LARGE_ROWS[name]).name, children[name])
     results: dict[str, Any] = {"searches": searches, "children": children}
     counts = [row["compilations"] for rows in searches.values() for row in rows]
     results["mean_compilations"] = round(statistics.mean(counts), 3) if counts else None

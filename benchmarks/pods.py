@@ -97,8 +97,8 @@ def tokens(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """One row per microbatch and device along the data axes."""
     axes = rows_of(mesh)
     rows = prod(mesh.shape[axis] for axis in axes) * K
-    lying = NamedSharding(mesh, PartitionSpec(axes))
-    return {"tokens": jax.ShapeDtypeStruct((rows, CONTEXT + 1), jnp.int32, sharding=lying)}
+    by_rows = NamedSharding(mesh, PartitionSpec(axes))
+    return {"tokens": jax.ShapeDtypeStruct((rows, CONTEXT + 1), jnp.int32, sharding=by_rows)}
 
 
 def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
@@ -117,10 +117,10 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
     state = jax.eval_shape(optimizer.init, table.params)
     moments = iter(jax.tree.leaves(table.opt_state))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     given = jax.tree.map(lambda leaf: next(moments), state)
     split = NamedSharding(mesh, PartitionSpec(None, rows_of(mesh)))
-    lying = jax.tree.map(lambda leaf: leaf.sharding, (table.params, given))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (table.params, given))
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, K, *leaf.shape[1:]).swapaxes(0, 1), batch)
@@ -135,7 +135,7 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
         updates, state = optimizer.update(jax.tree.map(lambda leaf: leaf / K, grads), state, params)
         return optax.apply_updates(params, updates), state, value / K
 
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*lying, whole))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, replicated))
     return jitted.lower(table.params, given, tokens(mesh)).compile()
 
 
