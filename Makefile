@@ -1,23 +1,27 @@
-# Two commands do all the set-up: `make demo` and `make test`. Both make the virtual environment if it is missing. A demo
-# that was interrupted goes on; `stepc train --out runs/demo --fresh` forgets it.
+# `make demo` and `make test` do all the set-up: both create the virtual environment if it is missing. An interrupted demo
+# resumes; `.venv/bin/python -m examples.gpt --out runs/demo --fresh` starts it over.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# How many tests run side by side.
+# Test processes side by side, and further options of pytest.
 WORKERS ?= 2
+PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-long lint format regold benchmarks clean
+.PHONY: demo test test-long coverage lint format regold docs-outputs benchmarks dist clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/stepc train --out runs/demo
+	$(BIN)/python -m examples.gpt --out runs/demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not long" $(PYTEST_OPTIONS)
 
-# Random pipelines by the thousand: about an hour on two cores. Run it by hand, and say so where you report it.
+# Thousands of random pipelines: about an hour on two cores. Run it by hand, and say so where you report it.
 test-long: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(WORKERS) -m long
+	$(BIN)/python -m pytest -n $(WORKERS) -m long $(PYTEST_OPTIONS)
+
+coverage: PYTEST_OPTIONS += --cov --cov-report=term
+coverage: test
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -28,24 +32,35 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Write the golden files again, then review the diff.
+# Rewrite the golden files, then review the diff.
 regold: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --regold -q -m "not long" tests/test_errors.py tests/test_plan.py
 
+# Rewrite the printed outputs in README.md, docs/ and notebooks/, then review the diff.
+docs-outputs: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest --regold -q tests/test_docs.py -k "page or notebook"
+
 benchmarks: $(VENV)/dev.stamp
-	for script in by_hand deferred_reduce dispatch independent_of_k import_time cost_of_words precision runner_overhead \
-	  memory_search; do \
+	for script in by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \
+	  runner_overhead memory_search; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; \
 	done
 
-clean:
-	rm -rf $(VENV) runs
+# The sdist and the wheel, checked: their metadata, and that the wheel holds the library alone.
+dist: $(VENV)/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	! $(BIN)/python -m zipfile -l dist/*.whl | grep -Ev "^(File Name|stepc/|stepc-)"
 
-# A virtual environment of its own: the system's Python may be managed by the system.
+clean:
+	rm -rf $(VENV) runs dist
+
+# A virtual environment of our own: the system's Python may be managed by the system.
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "stepc needs Python 3.11 or newer, and there is no '$(PYTHON)'. Install it, or: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "stepc needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.11"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot make virtual environments. On Debian: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "'$(PYTHON)' cannot create virtual environments. On Debian: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: pyproject.toml | $(BIN)/python

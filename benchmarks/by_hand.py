@@ -1,9 +1,9 @@
-"""Does stepc cost anything, compared with the same step written by hand?
+"""Does stepc cost more than the same step written by hand?
 
 One device; the step clips and runs adamw, with k = 1 and 4 microbatches. By hand: `jax.jit` with a donated state,
-`value_and_grad`, `lax.scan` over contiguous microbatches, an optax chain. Step time, compile time (trace, lower and
-compile, every cache empty), temporary memory and program size. stepc also returns the gradient norm and keeps a
-step counter and a key, which the step by hand does not.
+`value_and_grad`, `lax.scan` over contiguous microbatches, an optax chain. Measured are step time, compile time (trace,
+lower and compile, with empty caches), temporary memory and program size. stepc also returns the gradient norm and keeps
+a step counter and a key; the step by hand does not.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from measuring import (
 from models import Loss, Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs.gpt import Size
+from examples.gpt.model import Size
 
 MAX_NORM = 1.0
 STEP, COMPILE, MEMORY = 1.03, 1.10, 1.00  # targets: stepc / by hand
@@ -68,7 +68,7 @@ def by_hand(loss: Loss, k: int) -> tuple[Any, Callable[[Any, Any], Any]]:
 
 
 def by_stepc(loss: Loss, k: int) -> sc.Step:
-    """The same in words."""
+    """The same with stepc."""
     return sc.compile(sc.update(adamw()) @ sc.clip(MAX_NORM) @ sc.accumulate(k) @ sc.grad(loss))
 
 

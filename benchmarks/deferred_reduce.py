@@ -1,14 +1,14 @@
-"""What is it worth to reduce the gradient once a step, and not once a microbatch?
+"""What does it gain to reduce the gradient once a step instead of once a microbatch?
 
 Eight simulated devices, k = 8, adamw. stepc against
-  by hand            `jax.shard_map` over the devices, `lax.scan` in it and one `psum` behind it: should cost the same
-  GSPMD scan         `jax.jit` with a sharded batch, `lax.scan` over strided microbatches held by a constraint,
-                     which is how MaxText accumulates
-  optax.microbatch   the same with optax's loop (`optax.micro_grad` is another thing: it works example by example)
-  optax.MultiSteps   k calls, the sum kept in the optimizer's state
-Each is given the same parameters and rows, and must give the same new parameters before it is timed. Every step is
-waited for, MultiSteps after its k calls. Simulated devices share the cores and the memory of one machine: the times
-are those of copies in memory, not of a network; the counts hold anywhere.
+  by hand            `jax.shard_map` over the devices, a `lax.scan` in it and one `psum` after it: should cost the same
+  GSPMD scan         `jax.jit` with a sharded batch and a `lax.scan` over strided microbatches with a sharding
+                     constraint, which is how MaxText accumulates
+  optax.microbatch   the same with optax's loop (`optax.micro_grad` does something else: one example at a time)
+  optax.MultiSteps   k calls, with the sum in the optimizer state
+All get the same parameters and rows, and must give the same new parameters before anything is timed. Every step is
+waited for, MultiSteps after its k calls. Simulated devices share the cores and the memory of one machine: times are
+those of copies in memory, not of a network. Counts hold anywhere.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ from measuring import (
 from models import Loss, Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs.gpt import Size
+from examples.gpt.model import Size
 
 try:
     from optax import microbatching
@@ -44,7 +44,7 @@ except ImportError:  # optax before 0.2.6
     microbatching = None
 
 NUM_DEVICES, K = 8, 8
-WHOLE, ROWS = PartitionSpec(), PartitionSpec("data")
+REPLICATED, ROWS = PartitionSpec(), PartitionSpec("data")
 Gradient: TypeAlias = Callable[[Any, Any], tuple[jax.Array, Any]]  # Any: parameters, rows and gradients
 
 
@@ -61,7 +61,7 @@ class Variant:
 
 
 def ours(model: Model, mesh: Mesh) -> Variant:
-    """In transforms."""
+    """With stepc."""
     transforms = sc.update(adamw()) @ sc.accumulate(K) @ sc.shard(sc.dp("data"))
     step = sc.compile(transforms @ sc.grad(model.make_loss()), mesh=mesh)
     state, batch = step.init(model.params), _placed(model.batch, mesh, ROWS)
@@ -69,10 +69,10 @@ def ours(model: Model, mesh: Mesh) -> Variant:
 
 
 def by_hand(model: Model, mesh: Mesh) -> Variant:
-    """The same idea without stepc."""
+    """The same by hand."""
     loss = model.make_loss()
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=WHOLE, check_vma=False)
+    @partial(jax.shard_map, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=REPLICATED, check_vma=False)
     def gradient(params: Any, rows: Any) -> tuple[jax.Array, Any]:
         total = jax.lax.psum(_added_up(loss, params, jax.tree.map(_strided, rows)), "data")
         return jax.tree.map(lambda leaf: leaf / (K * NUM_DEVICES), total)
@@ -103,7 +103,7 @@ def optax_microbatch(model: Model, mesh: Mesh) -> Variant:
 
 
 def multi_steps(model: Model, mesh: Mesh) -> Variant:
-    """The microbatches are cut beforehand: a loader would have brought them so."""
+    """The microbatches are cut beforehand, as a loader would."""
     optimizer = optax.MultiSteps(adamw(), every_k_schedule=K).gradient_transformation()
     call = _call(optimizer, jax.value_and_grad(model.make_loss()), mesh)
     state = _fresh(model, optimizer, mesh)
@@ -120,7 +120,7 @@ def multi_steps(model: Model, mesh: Mesh) -> Variant:
 
 
 def variants() -> Mapping[str, Callable[[Model, Mesh], Variant]]:
-    """All that this optax has."""
+    """The variants that this version of optax has."""
     all_ = {"stepc": ours, "by hand": by_hand, "GSPMD scan": gspmd_scan, "optax.microbatch": optax_microbatch}
     if microbatching is None:
         print(f"optax {optax.__version__} has no microbatch: it is left out\n")
@@ -129,7 +129,7 @@ def variants() -> Mapping[str, Callable[[Model, Mesh], Variant]]:
 
 
 def measure(model: Model, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
-    """Check all against one another, then time them side by side."""
+    """Compare the results of all variants, then time them side by side."""
     loss, optimizer = model.make_loss(), adamw()
     grads = jax.jit(jax.grad(loss))(model.params, model.batch)  # one device, the whole batch
     updates, _ = optimizer.update(grads, optimizer.init(model.params), model.params)
@@ -175,9 +175,9 @@ def _added_up(loss: Loss, params: Any, parts: Any) -> tuple[jax.Array, Any]:
 
 def _call(optimizer: optax.GradientTransformation, gradient: Gradient, mesh: Mesh) -> Any:
     """One jitted, donating update."""
-    whole, rows = NamedSharding(mesh, WHOLE), NamedSharding(mesh, ROWS)
+    replicated, rows = NamedSharding(mesh, REPLICATED), NamedSharding(mesh, ROWS)
 
-    @partial(jax.jit, donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+    @partial(jax.jit, donate_argnums=0, in_shardings=(replicated, rows), out_shardings=replicated)
     def call(state: Any, batch: Any) -> tuple[Any, jax.Array]:
         params, opt_state = state
         value, grads = gradient(params, batch)
@@ -195,13 +195,13 @@ def _jitted(model: Model, mesh: Mesh, gradient: Gradient) -> Variant:
 
 
 def _fresh(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """Parameters and optimizer state on every device, in buffers of their own."""
+    """Replicated parameters and optimizer state, in new buffers."""
 
     def copied(params: Any) -> Any:
         params = jax.tree.map(jnp.copy, params)
         return params, jax.tree.map(jnp.copy, optimizer.init(params))
 
-    return jax.jit(copied, out_shardings=NamedSharding(mesh, WHOLE))(model.params)
+    return jax.jit(copied, out_shardings=NamedSharding(mesh, REPLICATED))(model.params)
 
 
 def _placed(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

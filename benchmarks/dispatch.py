@@ -1,7 +1,7 @@
-"""What does a call of a stepc step cost, beyond the jitted function it calls?
+"""What does a call of a stepc step cost beyond the jitted function it calls?
 
 One device, a trivial loss, sgd, states of 20 and 200 leaves: `step(state, batch)` against `jax.jit` of the same work
-by hand on a state of the same type, donated alike. A sample is a loop of calls, waited for at its end.
+by hand, on a state of the same type, donated as well. A sample is a loop of calls that is waited for at its end.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def by_hand(state: sc.State, batch: Any) -> tuple[sc.State, Any]:
-    """What stepc's program does, on stepc's own state."""
+    """The work of stepc's program, on stepc's own state."""
     value, grads = jax.value_and_grad(loss)(state.params, batch)
     updates, opt_state = optax.sgd(LEARNING_RATE).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,8 +1,7 @@
 """How much longer does `import stepc` take than `import jax, optax`?
 
-Fresh processes, interleaved; a process reports its own import time, so the start of the interpreter is not in it.
-All modules have bytecode, as installed packages do, and the files are in the page cache: a first import after a
-boot takes longer.
+New processes, interleaved. Each reports its own import time, so interpreter start is not counted. All modules have
+bytecode, as installed packages do, and the files are in the page cache: the first import after a boot takes longer.
 """
 
 import os
@@ -32,7 +31,7 @@ TARGET_SECONDS = 0.2
 
 
 def importing(names: str, bytecode: str) -> Sample:
-    """A sample that imports in a process of its own, its bytecode in a folder of ours."""
+    """A sample that imports in a new process, with bytecode in a directory of its own."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     variables["PYTHONPYCACHEPREFIX"] = bytecode
     program = f"""

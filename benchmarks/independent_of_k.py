@@ -1,9 +1,8 @@
-"""Do the program's size and its compile time depend on the number of microbatches?
+"""Do program size and compile time depend on the number of microbatches?
 
-Eight simulated devices, k = 2, 4, 8, 32, the rows of one cell always alike, so that only k changes. Counted are
-instructions (StableHLO and optimised HLO), the processor time to trace, lower and compile with every cache empty
-(of all threads, which is steadier than the clock on the wall), and the collectives. The target for each: within
-10 % of k = 2.
+Eight simulated devices, k = 2, 4, 8, 32, with the same number of rows per local microbatch, so that only k changes.
+Counted are instructions (StableHLO and optimized HLO), the processor time of all threads to trace, lower and compile
+with empty caches (steadier than wall time), and the collectives. The target for each: within 10 % of k = 2.
 """
 
 from typing import Any
@@ -27,7 +26,7 @@ from measuring import (
 from models import Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs.gpt import Size
+from examples.gpt.model import Size
 
 NUM_DEVICES, ROWS_PER_CELL = 8, 2
 COUNTS = (2, 4, 8, 32)
@@ -44,7 +43,7 @@ def compiled(model: Model, k: int, mesh: Mesh) -> tuple[sc.Lowered, sc.Compiled]
 
 
 def compiling(model: Model, k: int, mesh: Mesh) -> Sample:
-    """A sample that compiles as a fresh process does."""
+    """A sample that compiles as a new process does."""
 
     def sample() -> Taken:
         jax.clear_caches()

@@ -1,4 +1,4 @@
-"""Measure variants against each other and say what came out; it must not know what a variant does."""
+"""Measure variants against each other and print the result. It does not know what a variant does."""
 
 import argparse
 import gc
@@ -27,7 +27,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
 
 class Taken(NamedTuple):
-    """How long something took, and how long processors worked for it, all threads together.
+    """Wall time, and processor time of all threads.
 
     On a shared machine the second is the steadier one: waiting for a turn is not in it.
     """
@@ -41,7 +41,7 @@ Sample: TypeAlias = Callable[[], Taken]  # does the work once
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of what was measured, and its quartiles."""
+    """Median and quartiles."""
 
     median: float
     low: float
@@ -86,7 +86,7 @@ def timed(work: Callable[[], object]) -> Taken:
 
 
 def interleaved(samples: Mapping[str, Sample], *, rounds: int) -> dict[str, list[Taken]]:
-    """Take one sample of each variant a round, in another order each round; a first round is thrown away.
+    """Take one sample of each variant per round, in another order each round; the first round is discarded.
 
     Why: what else the machine does then falls on all variants alike.
     """
@@ -112,7 +112,7 @@ def spreads(taken: Mapping[str, Sequence[Taken]], place: int = SECONDS) -> dict[
 
 
 def ratio(taken: Mapping[str, Sequence[Taken]], over: str, under: str, place: int = SECONDS) -> Spread:
-    """The quotient of two variants, round by round: a slow round slows both."""
+    """The ratio of two variants, round by round: a slow round slows both."""
     return Spread.of([a[place] / b[place] for a, b in zip(taken[over], taken[under], strict=True)])
 
 
@@ -139,7 +139,7 @@ def largest_difference(found: Any, expected: Any) -> float:
 
 
 def require_equal(found: Any, expected: Any, *, name: str, tolerance: float = 1e-4) -> float:
-    """Refuse to time what computes something else. The tolerance is for another order of summation."""
+    """Refuse to time variants that compute something else. The tolerance is for another order of summation."""
     difference = largest_difference(found, expected)
     if not difference <= tolerance:
         raise ValueError(f"{name} gives other parameters: they differ by {difference:.1e} of the largest.")
@@ -156,7 +156,7 @@ def arguments(docstring: str | None, *, rounds: int) -> argparse.ArgumentParser:
 
 
 def begin(question: str) -> dict[str, Any]:
-    """Say what is asked, and where: machine, versions, date, commit."""
+    """Print the question, and machine, versions, date, commit."""
     setting = {
         "date": date.today().isoformat(),
         "commit": _commit(),
@@ -184,7 +184,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def finish(name: str, setting: Mapping[str, Any], results: Any, *, quick: bool, save: bool) -> None:
-    """End with one JSON line, and keep it if asked to."""
+    """Print one JSON line, and save it if asked to."""
     line = json.dumps(
         {"benchmark": name, "quick": quick, "setting": setting, "results": results},
         default=_quartiles,  # the only values in it that JSON does not know are Spreads
@@ -197,7 +197,7 @@ def finish(name: str, setting: Mapping[str, Any], results: Any, *, quick: bool, 
 
 
 def verdict(value: float, target: float, *, digits: int = 2) -> str:
-    """Such as `<= 1.03 met`; the value is judged with as many digits as the target is shown with."""
+    """Such as `<= 1.03 met`; the value is rounded to the digits of the target."""
     return f"<= {target:.{digits}f} {'met' if round(value, digits) <= target else 'MISSED'}"
 
 

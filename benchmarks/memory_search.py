@@ -1,17 +1,16 @@
 """Does `accumulate(memory=...)` find the smallest k that fits, with few compilations, and does the step then fit?
 
-For each of three models, twenty budgets between what its smallest and its largest number of microbatches needs. Every
-divisor is compiled once, apart, to know the truth: the chosen k must fit, and the next smaller divisor must not. The
-compilations of each search are counted.
+Searches: for each of three models, twenty budgets between what its smallest and its largest number of microbatches
+needs. To know the right answer, every divisor is compiled separately: the chosen k must fit, and the next smaller
+divisor must not. The compilations of each search are counted.
 
-Then what is planned is held against what happens. A child process places the state and the batch, compiles the step,
-runs it once (that reads the library's own code, tens of MB of file pages), gives freed memory back to the system, sets
-the kernel's mark of the most memory ever resident (VmHWM) back to what is resident now, and runs two steps. The rise of
-that mark is what the steps took beyond state and batch; with the bytes of those, it is what is printed as measured. It
-is a few MB more than planned: matrix products and convolutions on the CPU have scratch that XLA does not plan. The C
-library is told to give freed memory back at once: it may else keep the last step's temporaries, in full, for another
-thread than the one that runs the next. The budgets of these stand half-way between two divisors; the next smaller
-divisor must be measured over them. Only on Linux, on one CPU.
+Children: the plan against what happens. A child process places the state and the batch, compiles the step, runs it once
+(which reads tens of MB of the library's code), returns freed memory to the system, resets the kernel's peak of
+resident memory (VmHWM) and runs two steps. The rise of the peak is what the steps took beyond state and batch; with the
+bytes of those, it is printed as measured. It is a few MB more than planned, because XLA does not plan the scratch
+memory of matrix products and convolutions on the CPU. The C library is told to return freed memory at once, since it
+could otherwise keep the temporaries of the last step for another thread than the one that runs the next. The budgets
+are half-way between two divisors, and the next smaller divisor must be measured above its budget. Linux, one CPU.
 """
 
 import ctypes
@@ -34,7 +33,7 @@ from measuring import arguments, begin, finish, show
 from models import Model, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs import gpt
+from examples.gpt import model as gpt
 
 BUDGETS = 20
 MEASURED = 8  # the k whose program is run
@@ -44,7 +43,7 @@ STATUS, MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def convolutions(rows: int) -> Model:
-    """Three convolutions with ReLU between them, a mean over the picture, and a squared error; rematerialised."""
+    """Three convolutions with ReLU between them, a mean over the image, and a squared error; rematerialized."""
     rng = np.random.default_rng(0)
     shapes = [(3, 3, 3, 16), (3, 3, 16, 16), (3, 3, 16, 16)]
     params = {
@@ -78,19 +77,19 @@ LARGE_ROWS = {"mlp": 32_768, "gpt": 1024, "convolutions": 2048}
 
 
 def step_of(model: Model, transform: sc.Transform) -> sc.Step:
-    """The step that is searched for."""
+    """The step whose k is searched for."""
     return sc.compile(sc.update(optax.adamw(1e-3)) @ sc.clip(1.0) @ transform @ sc.grad(model.make_loss()))
 
 
 def lowered(model: Model, transform: sc.Transform) -> sc.Lowered:
-    """Of shapes alone."""
+    """From shapes alone."""
     step = step_of(model, transform)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (model.params, model.batch))
     return step.lower(step.init(shapes[0]), shapes[1])
 
 
 def searched(model: Model, rows: int) -> list[dict[str, Any]]:
-    """The search for every budget, beside the truth."""
+    """The search for every budget, and the right answer."""
     divisors = [k for k in range(1, rows + 1) if rows % k == 0]
     needs = {k: lowered(model, sc.accumulate(k)).compile().memory().total for k in divisors}
     found = []
@@ -107,7 +106,7 @@ def searched(model: Model, rows: int) -> list[dict[str, Any]]:
 
 
 def resident(what: str) -> int:
-    """The bytes that the kernel counts for this process: "VmRSS" now, "VmHWM" at most so far."""
+    """Resident bytes of this process: "VmRSS" now, "VmHWM" the peak so far."""
     found = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text())
     if found is None:
         raise OSError(f"this kernel does not count {what}")
@@ -115,7 +114,7 @@ def resident(what: str) -> int:
 
 
 def child(name: str, transform: sc.Transform) -> None:
-    """Run two steps, and print what they took."""
+    """Run two steps and print the memory they took."""
     model = MODELS[name](LARGE_ROWS[name])
     step = step_of(model, transform)
     state, batch = step.init(model.params), jax.block_until_ready(jax.device_put(model.batch))
@@ -129,8 +128,8 @@ def child(name: str, transform: sc.Transform) -> None:
     for _ in range(2):
         state, metrics = jax.block_until_ready(step(state, batch))
     rise = resident("VmHWM") - before
-    told = {"k": program.plan.loop_length, "planned": needs.total, "measured": needs.arguments + rise}
-    print(json.dumps({**told, "arguments": needs.arguments, "traces": step.traces}))
+    facts = {"k": program.plan.loop_length, "planned": needs.total, "measured": needs.arguments + rise}
+    print(json.dumps({**facts, "arguments": needs.arguments, "traces": step.traces}))
 
 
 def measured(name: str) -> list[dict[str, Any]]:
@@ -149,7 +148,7 @@ def measured(name: str) -> list[dict[str, Any]]:
     return [{"budget": budget, **chosen, "below": below["measured"], "right": right}]
 
 
-def told(name: str, rows: list[dict[str, Any]]) -> None:
+def show_searches(name: str, rows: list[dict[str, Any]]) -> None:
     """One table of searches."""
     cells = [("budget, B", "k", "compiled, B", "next smaller", "needs, B", "compilations", "")]
     for row in rows:
@@ -162,7 +161,7 @@ def told(name: str, rows: list[dict[str, Any]]) -> None:
     show(f"{name}: {mean:.2f} compilations a search", cells)
 
 
-def told_of_children(name: str, rows: list[dict[str, Any]]) -> None:
+def show_children(name: str, rows: list[dict[str, Any]]) -> None:
     """One table of what was measured."""
     cells = [("budget, MB", "k", "planned, MB", "measured, MB", "next smaller, measured, MB", "")]
     for row in rows:
@@ -188,10 +187,10 @@ def main() -> None:
     children: dict[str, list[dict[str, Any]]] = {}
     for name in names if options.part != "children" else ():
         searches[name] = searched(MODELS[name](ROWS[name]), ROWS[name])
-        told(MODELS[name](ROWS[name]).name, searches[name])
+        show_searches(MODELS[name](ROWS[name]).name, searches[name])
     for name in names if options.part != "searches" else ():
         children[name] = measured(name)
-        told_of_children(MODELS[name](LARGE_ROWS[name]).name, children[name])
+        show_children(MODELS[name](LARGE_ROWS[name]).name, children[name])
     results: dict[str, Any] = {"searches": searches, "children": children}
     counts = [row["compilations"] for rows in searches.values() for row in rows]
     results["mean_compilations"] = round(statistics.mean(counts), 3) if counts else None

@@ -1,4 +1,4 @@
-"""What is trained: parameters, a batch, a maker of losses, the optimizer; it must not know what is measured."""
+"""The models under test: parameters, a batch, a factory of losses, the optimizer. It does not know what is measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from stepc.programs import gpt
+from examples.gpt import model as gpt
 
 Loss: TypeAlias = Callable[[Any, Any], jax.Array]  # Any: trees of parameters and of rows
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a step needs. `make_loss` gives a new function each time, so that nothing is remembered of it."""
+    """What a step needs. `make_loss` returns a new function each time, so that no cache knows it."""
 
     name: str
     make_loss: Callable[[], Loss]
@@ -26,7 +26,7 @@ class Model:
 
     @property
     def num_params(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
@@ -54,7 +54,7 @@ def mlp(widths: tuple[int, ...], *, rows: int) -> Model:
 
 
 def small_gpt(size: gpt.Size, *, rows: int, num_tokens: int = gpt.NUM_BYTES) -> Model:
-    """The GPT of `stepc train`, with a table of `num_tokens` instead of bytes if asked."""
+    """The GPT of the demo, with an embedding table of `num_tokens` rows instead of 256 if asked."""
     key, table = jax.random.split(jax.random.key(0))
     params = dict(gpt.init(key, size))
     if num_tokens != gpt.NUM_BYTES:

@@ -1,16 +1,15 @@
-"""What does a step say to its neighbours on hardware that is not here, and what does each device hold?
+"""What does a step communicate on hardware that is not here, and what does each device hold?
 
 GPT-2-small (12 layers of width 768, 50,304 tokens, context 1,024; bfloat16 inside, float32 parameters, layers in a scan
-and rematerialised), data x model = 64 x 4, k = 8, one row a microbatch and device, adamw. Compiled ahead of time for
+and rematerialized), data x model = 64 x 4, k = 8, one row per microbatch and device, adamw. Compiled ahead of time for
   tpu:v5e:16x16      256 chips
-  tpu:v5p:16x16x16   4,096 chips, replica x data x model = 16 x 64 x 4: parts along data, repeated along replica
+  tpu:v5p:16x16x16   4,096 chips, replica x data x model = 16 x 64 x 4: sharded along data, replicated along replica
   gpu:h100:32x8      256 GPUs
-by stepc with each level of `zero`, and as a GSPMD scan by hand: `jax.jit` with a sharded batch and `lax.scan` over
-strided microbatches. No time is measured: these are the compiler's own programs and plans of memory. A topology whose
-compiler is not installed is left out, with the reason.
+by stepc with each level of `zero`, and as a GSPMD scan by hand: `jax.jit` with a sharded batch and a `lax.scan` over
+strided microbatches. No time is measured: these are the compiler's programs and memory plans. A topology whose compiler
+is not installed is skipped, with the reason.
 
-The bytes are those of whole operands on one device over the axes of the rows, times their executions in a step; scalars
-are left out.
+Bytes are those of whole operands on one device over the data axes, times their executions in a step, without scalars.
 """
 
 import sys
@@ -62,7 +61,7 @@ def shapes() -> dict[str, Any]:
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
-    """The mean surprise at the next token."""
+    """The mean cross-entropy of the next token."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     tokens, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
 
@@ -90,20 +89,20 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 
 def rows_of(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that rows lie along."""
+    """The data axes of the mesh."""
     return tuple(axis for axis in mesh.axis_names if axis != "model")
 
 
 def tokens(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """One row for each microbatch of each device along `data`."""
+    """One row per microbatch and device along the data axes."""
     axes = rows_of(mesh)
     rows = prod(mesh.shape[axis] for axis in axes) * K
-    lying = NamedSharding(mesh, PartitionSpec(axes))
-    return {"tokens": jax.ShapeDtypeStruct((rows, CONTEXT + 1), jnp.int32, sharding=lying)}
+    by_rows = NamedSharding(mesh, PartitionSpec(axes))
+    return {"tokens": jax.ShapeDtypeStruct((rows, CONTEXT + 1), jnp.int32, sharding=by_rows)}
 
 
 def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
-    """In transforms."""
+    """With stepc."""
     rules = sc.tp(RULES, default=PartitionSpec())
     transforms = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp(rows_of(mesh), **level), rules)
     step = sc.compile(transforms @ sc.grad(loss), mesh=mesh)
@@ -118,10 +117,10 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
     state = jax.eval_shape(optimizer.init, table.params)
     moments = iter(jax.tree.leaves(table.opt_state))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     given = jax.tree.map(lambda leaf: next(moments), state)
     split = NamedSharding(mesh, PartitionSpec(None, rows_of(mesh)))
-    lying = jax.tree.map(lambda leaf: leaf.sharding, (table.params, given))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (table.params, given))
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, K, *leaf.shape[1:]).swapaxes(0, 1), batch)
@@ -136,12 +135,12 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
         updates, state = optimizer.update(jax.tree.map(lambda leaf: leaf / K, grads), state, params)
         return optax.apply_updates(params, updates), state, value / K
 
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*lying, whole))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, replicated))
     return jitted.lower(table.params, given, tokens(mesh)).compile()
 
 
 def measured(make: Callable[[], jax.stages.Compiled], mesh: Mesh) -> dict[str, Any]:
-    """What the compiled program says of itself."""
+    """Bytes of communication and memory of the compiled program."""
     start = time.perf_counter()
     compiled = make()
     seconds = time.perf_counter() - start

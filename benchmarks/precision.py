@@ -1,9 +1,9 @@
 """Does a model learn as well in bfloat16?
 
-The GPT of `stepc train`, smaller, with the transforms that the command uses: for each seed one run in float32 and one with
+A smaller GPT than the demo's, in the demo's pipeline: for each seed, one run in float32 and one with
 `cast(jnp.bfloat16)`, on the same parameters and batches. Validation is in float32, on held-out files. The difference of
-the two, seed by seed, is held against the spread of the float32 runs between seeds. A CPU emulates bfloat16, so the
-times printed here say nothing about hardware that has it. A round is a seed.
+the two runs is compared with the spread of the float32 runs between seeds. A CPU emulates bfloat16, so the times
+printed here say nothing about hardware that has it. A round is a seed.
 """
 
 import statistics
@@ -15,9 +15,10 @@ import jax
 from measuring import arguments, begin, finish, show
 
 import stepc as sc
-from stepc.programs import gpt, text
-from stepc.programs.job import Job
-from stepc.programs.train import pipeline_of
+from examples.gpt import model as gpt
+from examples.gpt import text
+from examples.gpt.job import Job
+from examples.gpt.train import pipeline_of
 
 JOB = Job(steps=400, batch=16, k=2, devices=1, layers=2, width=32, heads=2, context=64, text_bytes=4_000_000)
 VALIDATION_ROWS, VALIDATIONS = 32, 16
@@ -37,7 +38,7 @@ def final_loss(job: Job, source: text.Text) -> tuple[float, float]:
 
 
 def measure(job: Job, seeds: tuple[int, ...]) -> dict[str, Any]:
-    """Both precisions for every seed, and the difference against the spread."""
+    """Both precisions for every seed, and their difference relative to the spread."""
     source = text.read(text.standard_library(), max_bytes=job.text_bytes)
     runs = []
     for seed in seeds:
@@ -62,7 +63,7 @@ def measure(job: Job, seeds: tuple[int, ...]) -> dict[str, Any]:
 
 
 def tell(found: dict[str, Any]) -> None:
-    """One table, and what it comes to."""
+    """One table, and the summary."""
     rows = [("seed", "float32", "bfloat16", "difference", "float32, s", "bfloat16, s")]
     for run in found["runs"]:
         losses = (f"{run[name]:.4f}" for name in ("float32", "bfloat16"))

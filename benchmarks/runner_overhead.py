@@ -1,17 +1,17 @@
-"""What do the protections of `sc.run` cost a step, against a bare loop over the same compiled step?
+"""What does `sc.run` add to a step, against a bare loop over the same compiled step?
 
 The bare loop is what one writes by hand: it takes the next batch, calls the step, waits for the loss of the step two
-before (a loop must bound what is in flight somehow), and reads every tenth loss as a float. `run` does the same, with a
-window of two, and besides: it copies host batches, holds each against the first, watches signals, reads each step's
-flag, and counts by its policies. Then, one after another and together: loggers every ten steps (`Console` without a
-terminal, `JSONL`), checkpoints, and snapshots every ten steps, which a policy that goes on after a failure on a device
-needs and others do not pay for.
+before (a loop must bound what is in flight), and reads every tenth loss as a float. `run` does the same with a window
+of two; it also copies host batches, compares each with the first, watches signals, reads the flag of each step, and
+counts failures. Then come, one after another and together: loggers every ten steps (`Console` without a terminal,
+`JSONL`), checkpoints, and snapshots every ten steps, which only a policy that continues after a failure on a device
+needs.
 
-A time is taken between two batches that the data is asked for, well inside a run: to compile, to begin and to end are
-not in it. It is that of ten steps, so that a step that is logged is in each; of the ten such times of a run the lower
-quartile counts, since what else a machine does can only add to a time. The verdict is by time, of all protections
-together: the median over the rounds of what they add in each. The processors' time of all threads stands beside it. A
-save is priced apart, by whole runs: it is due once in minutes and not once in steps. One device, sgd.
+A time is taken between two requests for a batch, well inside a run, so compiling, starting and ending are not counted.
+It spans ten steps, so that each time contains one logged step. Of the times of a run the lower quartile counts, because
+other load can only add to a time. The verdict is by wall time of all protections together: the median over the rounds
+of what they add. Processor time of all threads is printed too. The cost of a save is measured separately, by whole
+runs: it is due once in minutes, not once in steps. One device, sgd.
 """
 
 import io
@@ -59,7 +59,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 
 def bare(step: sc.Step, state: sc.State, batches: Iterator[Any]) -> None:
-    """The loop that one would write by hand."""
+    """The loop that one writes by hand."""
     flight: deque[Any] = deque()
     for number, batch in enumerate(batches):
         state, metrics = step(state, batch)
@@ -74,7 +74,7 @@ def bare(step: sc.Step, state: sc.State, batches: Iterator[Any]) -> None:
 
 
 class Batches:
-    """The same batch `num` times, by an iterator that knows where it is and notes the time now and then."""
+    """The same batch `num` times, from an iterator with a state that records the time every ten batches."""
 
     def __init__(self, batch: Any, num: int) -> None:
         self.batch, self.num, self.given = batch, num, 0
@@ -143,7 +143,7 @@ Way: TypeAlias = Callable[[Work, Batches], object]
 
 
 def measure(width: int, *, rounds: int, num: int) -> dict[str, Any]:
-    """Of each way: microseconds a step, and how many more than a bare loop; and milliseconds a save."""
+    """For each variant, microseconds per step and the difference to a bare loop; and milliseconds per save."""
     work, never = Work(width, num=num), 10**9
     ways: dict[str, Way] = {
         BARE: Work.bare,
@@ -172,7 +172,7 @@ def measure(width: int, *, rounds: int, num: int) -> dict[str, Any]:
 
 
 def show_width(found: dict[str, Any]) -> None:
-    """One table a width, with the verdict."""
+    """One table per width, with the verdict."""
     step, save = found["a step"], found["a save"]
     allowed = max(TARGET_MICROSECONDS, TARGET_RATIO * step[BARE].median * 1e6)
     each = save.median / SECONDS_BETWEEN_SAVES * step[BARE].median  # a step's part of a save a minute

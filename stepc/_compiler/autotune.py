@@ -47,7 +47,9 @@ def autotune_request(pipeline: Transform | Pipeline) -> tuple[int, AutotuneReque
     Errors: ConfigError if two transforms do, or if one would split a single row.
     """
     transforms = transforms_of(pipeline)
-    requests = [(n, request) for n, transform in enumerate(transforms) if (request := transform.autotune_request()) is not None]
+    requests = [
+        (n, request) for n, transform in enumerate(transforms) if (request := transform.autotune_request()) is not None
+    ]
     if not requests:
         return None
     if len(requests) > 1:

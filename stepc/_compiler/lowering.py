@@ -58,7 +58,7 @@ from stepc._compiler.schedule import (
     reduces,
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient
-from stepc._language.kinds import Batch, Grads, Metrics, Params, BatchRows
+from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
 from stepc._language.semantics import draw_tag
 from stepc._language.state import SkipCounts, State, leaves_by_path
 from stepc._language.terms import (

@@ -242,11 +242,8 @@ def _frame_of_caller() -> FrameType:
 def _is_ours(frame: FrameType) -> bool:
     module = str(frame.f_globals.get("__name__", ""))
     package = module.partition(".")[0]
-    # The programs that come with stepc write pipelines as any user does. The annotation checkers in our tests put
-    # frames of their own between the user and us.
-    if package == "stepc":
-        return not module.startswith("stepc.programs")
-    return package in ("beartype", "jaxtyping") or frame.f_code.co_filename.startswith("<@beartype")
+    # The annotation checkers of our tests put their own frames between the user and us.
+    return package in ("stepc", "beartype", "jaxtyping") or frame.f_code.co_filename.startswith("<@beartype")
 
 
 def _source_of_call(frame: FrameType) -> str:

@@ -55,7 +55,8 @@ class RecompilationMonitor:
                 device = jax.tree.leaves(state)[0].addressable_shards[0].device
                 available = memory_of(device)
                 if available is not None and needed > available:
-                    what = f"the program needs {readable_bytes(needed)} on one device; {device} has {readable_bytes(available)}"
+                    has = readable_bytes(available)
+                    what = f"the program needs {readable_bytes(needed)} on one device; {device} has {has}"
                     raise MemoryError(what)
         self.is_built = True
 

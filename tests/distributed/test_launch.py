@@ -1,4 +1,4 @@
-"""`stepc launch`: real processes, what they print and how they end; and `stepc train` under it."""
+"""`stepc launch`: real processes of real commands, what they print and how they end; and the demo under it."""
 
 import json
 import signal
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from distributed.launching import LIMIT_SECONDS
 
+from examples.gpt.__main__ import main as demo
 from stepc._distributed.launch import launch
 from stepc.cli import main
 
@@ -26,6 +27,7 @@ time.sleep(0.5)
 print("interrupted", len(seen), flush=True)
 sys.exit(130)
 """
+DEMO = [sys.executable, "-m", "examples.gpt"]
 SMALL = ["--steps=6", "--batch=8", "--k=1", "--layers=1", "--width=16", "--heads=2", "--context=8", "--sample-bytes=4"]
 TEXT = ["--text-bytes=200000", "--validation-batches=1"]
 
@@ -87,24 +89,24 @@ def test_launch_of_an_invalid_command_is_refused(capsys: pytest.CaptureFixture[s
 
 
 def test_train_on_two_processes_has_the_losses_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch(2, ["stepc", "train", *SMALL, *TEXT, "--devices=2", f"--out={tmp_path / 'two'}"]) == 0
+    assert launch(2, [*DEMO, *SMALL, *TEXT, "--devices=2", f"--out={tmp_path / 'two'}"]) == 0
     shown = capfd.readouterr().out
     assert "[0] compile(" in shown or "[0] skip_nonfinite(" in shown
     # Only process 0 prints; the other has only what libraries write.
     assert not [
         line for line in shown.splitlines() if line.startswith("[1] ") and "Gloo" not in line and line != "[1] "
     ]
-    assert main(["train", *SMALL, *TEXT, "--devices=4", f"--out={tmp_path / 'one'}"]) == 0
+    assert demo([*SMALL, *TEXT, "--devices=4", f"--out={tmp_path / 'one'}"]) == 0
     two, one = (losses_in(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert [step for step, _ in two] == list(range(1, 7))
     np.testing.assert_allclose(one, two, rtol=1e-5)  # sums in another order
 
 
 def test_mistake_of_one_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "loss.png").write_text("of another run")  # only process 0 looks there
-    assert launch(2, ["stepc", "train", *SMALL, *TEXT, f"--out={tmp_path}"]) == 1
+    (tmp_path / "loss.png").write_text("of another run")  # process 0 alone looks there
+    assert launch(2, [*DEMO, *SMALL, *TEXT, f"--out={tmp_path}"]) == 1
     shown = capfd.readouterr().out
-    assert "[0] stepc: ConfigError: " in shown and "holds no run of" in shown
+    assert "[0] stepc.errors.ConfigError: " in shown and "is not the directory of a run" in shown
     assert "[1] stepc.errors.PeerError: Process 0 failed: ConfigError: " in shown
 
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import mesh_of
 
 import stepc as sc
-from stepc.programs import gpt
-from stepc.programs.job import Job
-from stepc.programs.train import pipeline_of
+from examples.gpt import model as gpt
+from examples.gpt.job import Job
+from examples.gpt.train import pipeline_of
 
 BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
 BROWSER = next(filter(None, BROWSERS), None)

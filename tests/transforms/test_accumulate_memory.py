@@ -15,8 +15,8 @@ from catalogue import PROBES, probe_batch, probe_params
 from conftest import mesh_of
 
 import stepc as sc
+from examples.gpt import model as gpt
 from stepc._compiler.search import CandidatePrograms, find_smallest_fit, live_bytes
-from stepc.programs import gpt
 from stepc.testing import assert_equal_trees, assert_equivalent
 
 DATA = sc.shard(sc.dp("data"))

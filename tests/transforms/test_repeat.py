@@ -24,7 +24,9 @@ def test_repeated_steps_are_single_steps(devices: int) -> None:
     for batch in batches:
         state, metrics = single(state, batch)
         losses.append(metrics["loss"])
-    together, stacked, watch = many.step_with_diagnostics(many.init(probe_params()), jax.tree.map(lambda *x: np.stack(x), *batches))
+    together, stacked, watch = many.step_with_diagnostics(
+        many.init(probe_params()), jax.tree.map(lambda *x: np.stack(x), *batches)
+    )
     assert_equal_trees(together, state, tolerance=0.0, of="three steps in one dispatch and in three")
     assert np.array_equal(stacked["loss"], np.stack(losses), equal_nan=True)
     assert list(np.asarray(stacked["skipped"])) == [0, 1, 0]

@@ -1,13 +1,13 @@
-"""What do the transforms cost that keep numbers right?
+"""What do transforms and terms cost?
 
   skip        `skip_nonfinite()` against the same pipeline without it
-  dropout     `rng="example"` and `rng="microbatch"` with a dropout of 0.1, against the same GPT without dropout
-  terms       an `sc.Mean` loss, and one with three terms of different counts, against a plain mean; eight devices
+  dropout     dropout of 0.1 with `rng="example"` and `rng="microbatch"`, against the same GPT without dropout
+  terms       an `sc.Mean` loss, and one with three terms and two counts, against a plain mean, on eight devices
   repeat      `repeat(32)` against 32 dispatches of a tiny step
   rows        `rows() @ clip(c)` against `clip(c)`
 
-All but `terms` run on one device, before any other is simulated. Step time, temporary memory, copies in the optimized
-HLO, collectives.
+All but `terms` run on one device, before more are simulated. Measured are step time, temporary memory, copies in the
+optimized HLO, and collectives.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,16 +36,16 @@ from measuring import verdict as at_most
 from models import Loss, Model, adamw, mlp, small_gpt
 
 import stepc as sc
-from stepc.programs import gpt
+from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
 SKIP, EXAMPLE, REPEAT = 1.02, 1.15, 3.0  # targets
-DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of `stepc train`
+DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A step, what it takes, and the steps that one call makes."""
+    """A step, its arguments, and the number of steps that one call makes."""
 
     step: sc.Step
     params: Any  # Any: a tree of arrays
@@ -56,7 +56,7 @@ class Variant:
 def compare(
     question: str, model: str, variants: Mapping[str, Variant], base: str, *, rounds: int, calls: int, is_same: bool
 ) -> dict[str, Any]:
-    """Time the variants; of those that compute the same, compare the parameters after one step first."""
+    """Time the variants, after comparing the parameters of those that compute the same."""
     facts, samples, params = {}, {}, {}
     for name, one in variants.items():
         state = one.step.init(one.params)
@@ -85,7 +85,7 @@ def compare(
 
 
 def per_step(sample: Callable[[], Taken], num_steps: int) -> Callable[[], Taken]:
-    """What one step takes, where one call makes several."""
+    """The time of one step, where one call makes several."""
     return lambda: Taken(*(one / num_steps for one in sample()))
 
 
@@ -95,7 +95,7 @@ def num_copies(hlo: str) -> int:
 
 
 def skip(model: Model, **how: int) -> dict[str, Any]:
-    """The guard, and the same without it."""
+    """With `skip_nonfinite()`, and without it."""
 
     def inner() -> sc.Pipeline:
         return sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(4) @ sc.grad(model.make_loss())
@@ -109,7 +109,7 @@ def skip(model: Model, **how: int) -> dict[str, Any]:
 
 
 def dropout(size: gpt.Size, *, num_rows: int, **how: int) -> dict[str, Any]:
-    """One key a row, one a microbatch, none."""
+    """One key per row, one per microbatch, none."""
     model = small_gpt(size, rows=num_rows)
     batch = jax.tree.map(jnp.asarray, model.batch)
     by_row = gpt.make_dropout_loss(size, dropout=DROPOUT)
@@ -172,7 +172,7 @@ def terms(model: Model, **how: int) -> dict[str, Any]:
 
 
 def simulated(model: Model) -> Model:
-    """The model on the host, and eight devices from here on; what ran before had the machine's threads for one."""
+    """The model on the host, and eight devices from here on; what ran before had all threads for one device."""
     held = replace(model, params=jax.device_get(model.params))
     clear_backends()
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
@@ -186,7 +186,7 @@ def after_one(variant: Variant) -> Any:  # Any: parameters
 
 
 def repeat(model: Model, *, rounds: int, calls: int) -> dict[str, Any]:
-    """The same steps on the same batches, in one dispatch and in 32; a sample makes equally many of each."""
+    """The same steps on the same batches, in one dispatch and in 32; a sample makes as many steps of each."""
     once = sc.compile(sc.update(optax.sgd(1e-3)) @ sc.grad(model.make_loss()))
     many = sc.compile(sc.repeat(REPEATS) @ sc.update(optax.sgd(1e-3)) @ sc.grad(model.make_loss()))
     batch = jax.tree.map(jnp.asarray, model.batch)
@@ -246,7 +246,7 @@ def tell(found: Mapping[str, Any]) -> None:
 
 
 def target_of(found: Mapping[str, Any], name: str) -> str:
-    """What was promised of a variant, and whether it is kept."""
+    """The target of a variant, and whether it is met."""
     median = found["ratio"][name].median
     match name:
         case "skip_nonfinite":
@@ -278,7 +278,7 @@ def main() -> None:
     ):
         results.append(measured())
         tell(results[-1])
-    finish("cost_of_words", setting, results, quick=quick, save=options.save)
+    finish("cost_of_transforms", setting, results, quick=quick, save=options.save)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""`stepc explain`, `report`, `check` and `diff`, as a user meets them: what they print, exit codes, mistakes."""
+"""The command line as a user meets it: what each command prints, exit codes, mistakes."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import pytest
 from rich.console import Console
 
-from stepc.cli import LESSONS, _parser, compiled, main
+from stepc.cli import EPILOGS, _parser, load_target, main
 from stepc.report import terminal
 
 MINE = """
@@ -71,7 +72,7 @@ def test_explain_of_a_jitted_function_needs_no_stepc(capsys: pytest.CaptureFixtu
 
 def test_check_of_a_kept_budget_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "mine.py:build", MESH, "--budget=budget.toml"]) == 0
-    assert "all 5 promises hold" in capsys.readouterr().out
+    assert "All 5 limits hold" in capsys.readouterr().out
 
 
 def test_check_of_a_broken_budget_exits_with_one_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,20 +103,20 @@ def test_diff_exits_with_one_if_something_changed(mine: Path, capsys: pytest.Cap
         (["explain", "mine.py:biuld"], "`mine.py` has no `biuld`."),
         (["explain", "nofile.py:build"], "There is no file nofile.py."),
         (["explain", "nomodule:build"], "There is no module `nomodule` here."),
-        (["explain", "mine.py"], "This does not name a program."),
-        (["explain", "mine.py:number"], "`mine.py:number` is not a program to look at."),
-        (["explain", "mine.py:needs"], "`mine.py:needs` takes a, b; only `mesh` is known here."),
-        (["explain", "mine.py:build", "--mesh=data"], "--mesh does not say which axes there are."),
-        (["explain", "mine.py:build", "--mesh=data=16"], "The mesh has 16 devices, and there are 8."),
+        (["explain", "mine.py"], "Invalid name of a program."),
+        (["explain", "mine.py:number"], "`mine.py:number` is not a program."),
+        (["explain", "mine.py:needs"], "`mine.py:needs` takes a, b; only `mesh` can be given here."),
+        (["explain", "mine.py:build", "--mesh=data"], "Invalid --mesh."),
+        (["explain", "mine.py:build", "--mesh=data=16"], "The mesh needs 16 devices, but there are 8."),
         (["explain", "mine.py:build", MESH, "--device=tpu:v0"], "Unknown device 'tpu:v0'."),
-        (["explain", "--jit=mine:train_step", MESH], "The program is for 1 device, and the mesh has 8."),
+        (["explain", "--jit=mine:train_step", MESH], "The program uses 1 device, but the mesh has 8."),
         (["explain", "--jit=mine:train_step", "--args=exmple"], "`mine` has no `exmple`"),
-        (["explain", "mine.py:build", "--mesh=data=4,data=2"], "--mesh does not say which axes there are."),
-        (["explain", "wrong.py:x"], "wrong.py:2 is not Python: '(' was never closed."),
-        (["report", "mine.py:build", MESH, "--out=."], ". cannot be written: Is a directory."),
+        (["explain", "mine.py:build", "--mesh=data=4,data=2"], "Invalid --mesh."),
+        (["explain", "wrong.py:x"], "wrong.py:2 is not valid Python: '(' was never closed."),
+        (["report", "mine.py:build", MESH, "--out=."], "Cannot write .: Is a directory."),
         (["diff", "words.txt", "words.txt"], "words.txt is not HLO text: it has no ENTRY computation."),
         (["check", "mine.py:build", MESH, "--budget=no.toml"], "The budget no.toml cannot be read"),
-        (["report", "mine.py:build", MESH, "--out=no/x.html"], "There is no folder no to write x.html to."),
+        (["report", "mine.py:build", MESH, "--out=no/x.html"], "There is no directory no for x.html."),
         (["diff", "a.txt", "b.txt"], "There is no file a.txt."),
     ],
 )
@@ -147,12 +148,12 @@ def test_memory_that_nothing_fits_is_a_message_and_exits_with_one(
     assert 'accumulate(memory="1 GB") became accumulate(1)' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", LESSONS)
+@pytest.mark.parametrize("verb", EPILOGS)
 def test_help_has_examples_that_the_parser_takes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     shown = capsys.readouterr().out
-    assert LESSONS[verb] in shown
+    assert EPILOGS[verb] in shown
     examples = [line.partition("#")[0].split()[1:] for line in shown.splitlines() if line.startswith("  stepc ")]
     assert len(examples) >= 2
     for words in examples:
@@ -165,7 +166,7 @@ def test_help_teaches_names_exit_codes_and_topologies(verb: str, capsys: pytest.
         main([verb, "--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "exit codes: 0 if" in shown
+    assert "exit codes: 0 " in shown
     assert "tpu:v5p:8x8x16" in shown
 
 
@@ -173,7 +174,7 @@ def shown_on(width: int) -> Callable[[str], str]:
     def show(name: str) -> str:
         console = Console(width=width, record=True, force_terminal=True)
         axes = None if name == "pair" else {"data": 8}
-        terminal.show(compiled(f"mine.py:{name}", axes=axes).known(None), console)
+        terminal.show(load_target(f"mine.py:{name}", axes=axes).facts(None), console)
         return console.export_text()
 
     return show
@@ -186,3 +187,17 @@ def test_terminal_shows_laws_collectives_and_memory_bars(width: int) -> None:
         assert landmark in text
     assert max(map(len, text.splitlines())) <= width
     assert "no collectives" in shown_on(width)("pair")
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"stepc {version('stepc')}\n"
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "usage: stepc" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A small byte-level GPT as pure functions on a dict of arrays; it must not know how it is trained."""
+"""A small byte-level GPT as pure functions on a dict of arrays. It does not know how it is trained."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int32, Integer, Key, Scalar, UInt8
 import stepc as sc
 
 NUM_BYTES = 256
-MASKED = -1e30  # finite: a row of -inf would make softmax return NaN
+MASKED = -1e30  # finite: softmax of a row of -inf is NaN
 EPSILON = 1e-5
 
 
 class Layers(TypedDict):
-    """The blocks, stacked: every leaf begins with an axis of length `layers`."""
+    """The blocks, stacked: the first axis of every leaf has length `layers`."""
 
     attention_norm: Array
     qkv: Array
@@ -29,7 +29,7 @@ class Layers(TypedDict):
 
 
 class GPT(TypedDict):
-    """The parameters. A plain dict at run time, so that every tool for trees works on it."""
+    """The parameters: a plain dict at run time, so that any tool for pytrees works on it."""
 
     byte: Array
     position: Array
@@ -40,20 +40,20 @@ class GPT(TypedDict):
 Batch: TypeAlias = Mapping[str, Integer[Array, "batch window"]]
 Loss: TypeAlias = Callable[[GPT, Batch], Scalar]
 DropoutLoss: TypeAlias = Callable[[GPT, Batch, Key[Array, " batch"]], Scalar]
-# What each half of each block adds to the stream: kept where true.
+# A dropout mask: for each block, what attention and the MLP add to the stream; True is kept.
 Kept: TypeAlias = Bool[Array, "layers 2 batch length width"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the model is.
+    """The size of the model.
 
     Args:
       layers: number of transformer blocks.
       width: features per position, a multiple of `heads`.
       heads: attention heads per block.
       context: number of bytes that the model sees at once.
-    Errors: ConfigError if a number is below 1, or if `width` does not divide by `heads`.
+    Errors: ConfigError if a number is below 1, or if `width` is not a multiple of `heads`.
     """
 
     layers: int
@@ -63,9 +63,9 @@ class Size:
 
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads, self.context) < 1:
-            raise sc.ConfigError(f"Every number must be at least 1, but this is {self}.")
+            raise sc.ConfigError(f"Every size must be at least 1, got {self}.")
         if self.width % self.heads:
-            raise sc.ConfigError(f"width {self.width} does not divide by {self.heads} heads.")
+            raise sc.ConfigError(f"width must be a multiple of heads, got width {self.width} and {self.heads} heads.")
 
 
 def init(key: Key[Array, ""], size: Size) -> GPT:
@@ -102,29 +102,28 @@ def logits(
 ) -> Float[Array, "batch length 256"]:
     """Score every byte as the next one, at every position.
 
-    Meaning: a transformer with learned positions that normalises before each half of a block; position `i`
-      sees positions `0..i`. One table of bytes reads the input and scores the output.
+    Meaning: a pre-norm transformer with learned positions and tied embeddings; position `i` sees positions `0..i`.
     Args:
-      kept: which features of what each half of a block adds are kept, the others being 0; all of them without it.
-      dropout: the share that is not kept: what is kept is divided by the rest, so that its mean stays.
+      kept: the dropout mask; None keeps everything.
+      dropout: the dropout rate. What is kept is divided by 1 - dropout, so that its mean does not change.
     Shapes: `length` is at most `size.context`.
     """
     length = tokens.shape[1]
-    # Explicitly int32: a uint8 index is promoted by the gather, which strict promotion forbids.
+    # int32, because the gather would promote a uint8 index, which strict promotion forbids.
     stream = params["byte"][tokens.astype(jnp.int32)] + params["position"][None, :length]
     causal = jnp.tril(jnp.ones((length, length), bool))
 
-    def thinned(added: Float[Array, "batch length width"], kept: Bool[Array, "batch length width"]) -> Array:
+    def dropped(added: Float[Array, "batch length width"], kept: Bool[Array, "batch length width"]) -> Array:
         return jnp.where(kept, added / (1 - dropout), 0)
 
     def block(stream: Float[Array, "batch length width"], this: tuple[Layers, Array | None]) -> tuple[Array, None]:
         layer, kept = this
         mixed = _attention(_norm(stream, layer["attention_norm"]), layer, causal, heads=size.heads)
-        stream = stream + (mixed if kept is None else thinned(mixed, kept[0]))
+        stream = stream + (mixed if kept is None else dropped(mixed, kept[0]))
         inside = _mlp(_norm(stream, layer["mlp_norm"]), layer)
-        return stream + (inside if kept is None else thinned(inside, kept[1])), None
+        return stream + (inside if kept is None else dropped(inside, kept[1])), None
 
-    # Unrolled: on a CPU a step with the loop took 1.4 to 2 times as long (width 128, 32 and 16 rows, 2 shared cores).
+    # Unrolled: with a loop, a step on a CPU took 1.4 to 2 times as long (width 128, 32 and 16 rows, 2 shared cores).
     stream, _ = lax.scan(block, stream, (params["layers"], kept), unroll=size.layers)
     return jnp.einsum("blw,vw->blv", _norm(stream, params["norm"]), params["byte"])
 
@@ -133,51 +132,52 @@ def make_loss(size: Size) -> Loss:
     """Return the loss of a model of this size: the mean cross-entropy of the next byte.
 
     Args:
-      size: closed over, because a loss takes nothing but parameters and a batch.
+      size: closed over, since a loss takes parameters and a batch only.
     Shapes: the batch is `{"tokens": [batch, context + 1]}`; each byte but the first is predicted.
     Units:  nats per byte.
     """
 
     def loss(params: GPT, batch: Batch) -> Scalar:
-        return _surprise(logits(params, batch["tokens"][:, :-1], size=size), batch)
+        return _cross_entropy(logits(params, batch["tokens"][:, :-1], size=size), batch)
 
     return loss
 
 
 def make_dropout_loss(size: Size, *, dropout: float) -> DropoutLoss:
-    """Return the loss of a model that loses a part of what each half of a block adds, drawn anew for each row.
+    """Return the loss of a model with dropout on the residual branches, drawn separately for each row.
 
-    Meaning: `make_loss`, where each feature at each position is 0 with probability `dropout`, and is else divided by
-      1 - dropout; by Srivastava et al., "Dropout", 2014 (https://jmlr.org/papers/v15/srivastava14a.html).
+    Meaning: `make_loss`, where each feature that a branch adds is 0 with probability `dropout`, and otherwise divided
+      by 1 - dropout.
     Args:
       dropout: at least 0 and below 1.
-    Shapes: the batch as in `make_loss`; one key a row, as `stepc.grad(loss, rng="example")` gives them.
+    Shapes: the batch as in `make_loss`; one key per row, as `stepc.grad(loss, rng="example")` passes them.
     Units:  nats per byte.
+    Source: Srivastava et al., "Dropout", 2014 (https://jmlr.org/papers/v15/srivastava14a.html)
     """
 
     def loss(params: GPT, batch: Batch, keys: Key[Array, " batch"]) -> Scalar:
         tokens = batch["tokens"][:, :-1]
         shape = (size.layers, 2, tokens.shape[1], size.width)
         kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout, shape), out_axes=2)(keys)
-        return _surprise(logits(params, tokens, size=size, kept=kept, dropout=dropout), batch)
+        return _cross_entropy(logits(params, tokens, size=size, kept=kept, dropout=dropout), batch)
 
     return loss
 
 
 def sample(params: GPT, prompt: bytes, *, length: int, key: Key[Array, ""], temperature: float, size: Size) -> bytes:
-    """Continue `prompt` by `length` bytes, drawn one after another.
+    """Continue `prompt` by `length` bytes, sampled one after another.
 
-    Meaning: each byte is drawn from softmax(logits / temperature) given the last `size.context` bytes.
+    Meaning: each byte is sampled from softmax(logits / temperature) given the last `size.context` bytes.
     Args:
-      prompt: at least one byte; of a longer one only the last `size.context` bytes are seen.
-      temperature: above 0; near 0 takes the most probable byte.
+      prompt: at least one byte; the model sees the last `size.context` of them.
+      temperature: above 0; near 0, the most probable byte is taken.
     Errors: ConfigError if the prompt is empty or the temperature is not positive.
-    The whole window is computed again for each byte: there is no cache of keys and values.
+    There is no cache of keys and values: each byte recomputes the whole window.
     """
     if not prompt:
-        raise sc.ConfigError("A prompt needs at least one byte.")
+        raise sc.ConfigError("The prompt must have at least one byte.")
     if not temperature > 0:
-        raise sc.ConfigError(f"The temperature must be above 0, but is {temperature}.")
+        raise sc.ConfigError(f"The temperature must be above 0, got {temperature}.")
     seen = prompt[-size.context :]
     window = jnp.array(list(seen.ljust(size.context, b"\0")), jnp.uint8)
     drawn = _continue(params, window, jnp.int32(len(seen)), key, jnp.float32(temperature), size, length)
@@ -194,7 +194,7 @@ def _continue(
     size: Size,
     length: int,
 ) -> UInt8[Array, " length"]:
-    """Slide a window of fixed size over what is drawn; what lies behind `num_seen` is masked by causality."""
+    """Slide a window of fixed size over the bytes; causality masks the positions after `num_seen`."""
 
     def draw(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], Array]:
         window, num_seen = carry
@@ -208,8 +208,8 @@ def _continue(
     return lax.scan(draw, (window, num_seen), jax.random.split(key, length))[1]
 
 
-def _surprise(scores: Float[Array, "batch length 256"], batch: Batch) -> Scalar:
-    """The mean cross-entropy of every byte but the first; in float32, whatever the model computes in."""
+def _cross_entropy(scores: Float[Array, "batch length 256"], batch: Batch) -> Scalar:
+    """The mean cross-entropy of every byte but the first, in float32 whatever the compute dtype."""
     log_probabilities = jax.nn.log_softmax(scores.astype(jnp.float32))
     targets = batch["tokens"][:, 1:, None].astype(jnp.int32)
     return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()
@@ -231,10 +231,10 @@ def _attention(
     *,
     heads: int,
 ) -> Float[Array, "batch length width"]:
-    """Causal self-attention, written as einsums; its softmax is in float32, whatever the rest computes in.
+    """Causal self-attention as einsums, with the softmax in float32 whatever the compute dtype.
 
-    `jax.nn.dot_product_attention` leaves a dimension of size 1 in a manual region, and XLA for TPU then
-    misses a fusion: 19 % more cycles than this form (jax 0.10.2, libtpu 0.0.42.1).
+    Why: `jax.nn.dot_product_attention` leaves a dimension of size 1 in a manual region, and XLA for TPU then misses a
+      fusion, which costs 19 % more cycles (jax 0.10.2, libtpu 0.0.42.1).
     """
     batch, length, width = stream.shape
     split = (batch, length, 3, heads, width // heads)
@@ -247,6 +247,6 @@ def _attention(
 
 
 def _mlp(stream: Float[Array, "batch length width"], layer: Layers) -> Float[Array, "batch length width"]:
-    """Four times as wide inside, GELU between."""
+    """Two layers with GELU between them, four times as wide inside."""
     inside = jax.nn.gelu(jnp.einsum("blw,wv->blv", stream, layer["up"]))
     return jnp.einsum("blv,vw->blw", inside, layer["down"])

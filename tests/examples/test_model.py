@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import stepc as sc
-from stepc.programs import gpt
+from examples.gpt import model as gpt
 
 SIZE = gpt.Size(layers=2, width=16, heads=2, context=8)
 LOGITS = jax.jit(partial(gpt.logits, size=SIZE))
@@ -158,7 +158,7 @@ def test_sample_temperature_not_positive_raises(temperature: float) -> None:
 
 
 def test_size_uneven_heads_raises() -> None:
-    with pytest.raises(sc.ConfigError, match="width 16 does not divide by 3 heads"):
+    with pytest.raises(sc.ConfigError, match="width must be a multiple of heads"):
         gpt.Size(layers=1, width=16, heads=3, context=8)
 
 

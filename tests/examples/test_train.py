@@ -1,4 +1,4 @@
-"""The step of `stepc train`: what is drawn, in which precision, and what a bad batch does."""
+"""The step of the demo: what is drawn, in which precision, and what a bad batch does."""
 
 from dataclasses import replace
 from functools import cache
@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import stepc as sc
-from stepc.programs import gpt
-from stepc.programs.job import Job
-from stepc.programs.train import pipeline_of
+from examples.gpt import model as gpt
+from examples.gpt.job import Job
+from examples.gpt.train import pipeline_of
 
 JOB = Job(steps=5, batch=8, k=2, devices=1, layers=1, width=16, heads=2, context=8)
 PRODUCT_AND_EXP = (" dot_general[", " exp ")  # as a jaxpr writes them

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stepc as sc
-from stepc.programs import text
+from examples.gpt import text
 
 
 def as_bytes(content: bytes) -> text.Bytes:

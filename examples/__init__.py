@@ -1,0 +1,1 @@
+"""Programs that use stepc as any user does: the public package alone."""
