@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
@@ -217,7 +217,7 @@ def _validate_every(job: Job) -> list[int]:
 
 
 @contextmanager
-def _only_the_console_shows_events() -> Iterator[None]:
+def _only_the_console_shows_events() -> Generator[None]:
     """Python's log would print every event a second time."""
     log = logging.getLogger("stepc")
     propagated, silent = log.propagate, logging.NullHandler()

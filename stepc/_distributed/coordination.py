@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -296,7 +296,7 @@ def _broadcast(store: KeyValueStore) -> FailureBroadcast:
 
 
 @contextmanager
-def ending_all() -> Iterator[None]:
+def ending_all() -> Generator[None]:
     """Let an exception in this block end all processes, for a program that turns exceptions into exit codes."""
     try:
         yield

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -83,7 +83,7 @@ def _shell_code(code: int) -> int:
 
 
 @contextmanager
-def _passing_signals_on_to(processes: "Sequence[subprocess.Popen[bytes]]") -> Iterator[None]:
+def _passing_signals_on_to(processes: "Sequence[subprocess.Popen[bytes]]") -> Generator[None]:
     """Ctrl-C and SIGTERM go to the processes; this one ends with them, not before."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: _send(processes, number)) for number in numbers]

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
@@ -184,7 +184,7 @@ class CheckpointStore:
         return lock
 
     @contextmanager
-    def _all_or_none(self, step: int) -> Iterator[None]:
+    def _all_or_none(self, step: int) -> Generator[None]:
         """A failure in this block fails the save; if it fails on one process, it fails on all."""
         error, text = None, None
         try:

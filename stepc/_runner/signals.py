@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -95,7 +95,7 @@ class BlockingRead:
 
 
 @contextmanager
-def watched_signals() -> Iterator[SignalWatch]:
+def watched_signals() -> Generator[SignalWatch]:
     """Handle signals in this context; the handlers from before come back however it is left."""
     signals = SignalWatch()
     signals.install()

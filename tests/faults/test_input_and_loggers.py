@@ -24,24 +24,27 @@ def run_with(*loggers: Any, **options: Any) -> sc.Run:
     return sc.run(step(), fresh(), FaultPlan().batches(9), loggers=loggers, log_every=1, **options)
 
 
-@fault("1", "a step that cannot be called", "ConfigError; the state is alive")
-@fault("10", "invalid steps, buffers, policies", "ConfigError or FieldTypeError, all faults at once")
+@fault("1", "a step that cannot be called", "FieldTypeError; the state is alive")
+@fault("10", "steps, hooks, buffers, policies that cannot be", "FieldTypeError or ConfigError, all faults at once")
 @fault("11", "Rollback(data='replay') to checkpoints with data that cannot go back", "ConfigError with the remedy")
 def test_arguments_that_cannot_be_are_refused(tmp_path: Path) -> None:
     state = fresh()
     keep = sc.Checkpoints(tmp_path, every=1)
-    wrong: list[Callable[[], dict[str, Any]]] = [
-        lambda: {"steps": 0},
-        lambda: {"buffers": sc.Buffers(in_flight=-1)},
-        lambda: {"buffers": sc.Buffers(snapshot_every=1.5)},  # pyright: ignore
-        lambda: {"on_error": "ignore"},
-        lambda: {"on_error": {"disk": "raise"}},
-        lambda: {"on_error": sc.Rollback(data="replay"), "checkpoint": keep},
+    wrong: list[dict[str, Any]] = [
+        {"steps": 0},
+        {"log_every": 0},
+        {"hooks": [(0, print)]},
+        {"on_error": "ignore"},
+        {"on_error": {"disk": "raise"}},
+        {"on_error": sc.Rollback(data="replay"), "checkpoint": keep},
     ]
     for options in wrong:
-        with pytest.raises((sc.ConfigError, sc.FieldTypeError)):
-            sc.run(step(), state, [batch_of(1)], **options())
-    with pytest.raises((sc.ConfigError, sc.FieldTypeError), match="a compiled step"):
+        with pytest.raises(sc.ConfigError):
+            sc.run(step(), state, [batch_of(1)], **options)
+    for options in ({"steps": 1.5}, {"buffers": 2}, {"watchdog": 60}):
+        with pytest.raises(sc.FieldTypeError):
+            sc.run(step(), state, [batch_of(1)], **options)
+    with pytest.raises(sc.FieldTypeError, match="a compiled step"):
         sc.run(None, state, [batch_of(1)])  # pyright: ignore
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 

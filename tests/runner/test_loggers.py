@@ -267,7 +267,7 @@ def test_batches_read_ahead_are_placed_by_the_reading_thread(monkeypatch: pytest
         return watched(state, batch)
 
     monkeypatch.setattr(step, "put", noting_put)
-    monkeypatch.setattr(step, "watched", noting_call)
+    monkeypatch.setattr(step, "step_with_diagnostics", noting_call)
     given = iter([np.arange(4, dtype=np.float32)] * 3)
     run = sc.run(step, step.init(jnp.float32(0.0)), sc.Data(given, prefetch=2))
     assert run.steps == 3

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -97,7 +97,7 @@ class Console(AbstractLogger):
         self.terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Stop the clock for what is not training, so that it does not count as slow steps."""
         before = self._clock()
         try:
