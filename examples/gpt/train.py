@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import zlib
-from collections.abc import Generator, Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 

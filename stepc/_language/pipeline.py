@@ -233,7 +233,7 @@ def quoted_argument(value: object, *, position: int, keyword: str, otherwise: st
 
 
 def _frame_of_caller() -> FrameType:
-    frame = sys._getframe(1)
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] (inspect.stack reads every source file on the way)
     while frame.f_back is not None and _is_ours(frame):
         frame = frame.f_back
     return frame

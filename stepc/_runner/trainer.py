@@ -47,7 +47,12 @@ from stepc.errors import (
 )
 
 # Which policy governs a failure. A step that `reject_if` refuses is as bad as one that is not finite.
-KINDS = {DataError: "data", NonFiniteError: "nonfinite", RejectedError: "nonfinite", DeviceError: "device"}
+KINDS: dict[type[StepError], str] = {
+    DataError: "data",
+    NonFiniteError: "nonfinite",
+    RejectedError: "nonfinite",
+    DeviceError: "device",
+}
 
 
 @dataclass

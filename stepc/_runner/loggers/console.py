@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Generator, Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
