@@ -190,7 +190,8 @@ def test_clip_inside_accumulate_reduces_once_a_microbatch(k: int) -> None:
     (planned,) = program.plan.collectives
     assert (planned.executions, planned.in_loop) == (k, True)
     assert planned.reason == (
-        f"`clip(1.0)` is not linear: it needs the whole sum, and it stands inside `accumulate({k})`: once a microbatch"
+        f"`clip(1.0)` is not linear: it needs the reduced gradient, and it stands inside `accumulate({k})`: "
+        "once a microbatch"
     )
 
 

@@ -333,7 +333,7 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
             name = names[id(node)] if node.draws else None
             return pending.as_value(_why_reduced(node, outer)).then(Apply(node, name, pending.reduced_axes))
         case UpdateNode():
-            value = pending.as_value(f"`{node.written}` needs the whole sum")
+            value = pending.as_value(f"`{node.written}` needs the reduced gradient")
             return value.then(_optimize(node, value.schedule, outer, names))
         case FollowNode() | GuardNode() | RepeatNode():
             raise ValueError(f"`{node}` stands on the left of the update")
@@ -366,7 +366,7 @@ def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
 
 
 def _why_reduced(node: MapNode, outer: Program) -> str:
-    reason = f"`{node.written}` is not linear: it needs the whole sum"
+    reason = f"`{node.written}` is not linear: it needs the reduced gradient"
     scans = [one.written for one in outer if isinstance(one, MeanNode) and isinstance(one.place, InScan)]
     if not scans:
         return reason

@@ -22,7 +22,7 @@ import numpy as np
 
 from stepc._language.kinds import Batch
 from stepc._language.padding import pad_batch
-from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path
+from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, path_of
 from stepc.errors import BatchError, CheckpointError, DataError, ResumeError
 
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is over
@@ -410,7 +410,7 @@ def _described(leaf: Any) -> tuple[str, tuple[int, ...], str]:  # Any: a leaf of
 def _not_numeric(batch: Batch) -> list[tuple[str, str]]:
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch, is_leaf=lambda one: one is None):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "batch"
+        name = path_of(path) or "batch"
         location, shape, dtype = _described(leaf)
         if location not in ("host", "device"):
             found.append((name, f"expected a numpy or jax array, got {type(leaf).__name__}"))

@@ -221,11 +221,7 @@ def changed_names(before: Iterable[str], after: Iterable[str]) -> str:
 
 def deleted_leaves(state: Any) -> list[str]:  # Any: a state
     """The paths of the leaves whose buffers are deleted."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if isinstance(leaf, jax.Array) and leaf.is_deleted()
-    ]
+    return [path for path, leaf in leaves_by_path(state) if isinstance(leaf, jax.Array) and leaf.is_deleted()]
 
 
 @jax.jit

@@ -53,4 +53,4 @@ def test_sums_share_the_reduction_of_the_gradient_and_extremes_do_not() -> None:
         # Besides the gradient: a maximum, a minimum, and a sum of integers, which stays an integer.
         assert len(rows) == number
         assert all(not row.in_loop for row in rows)
-    assert sum("not a sum of the gradient's type" in one.reason for one in lowered.plan.collectives) == 3
+    assert sum("not a sum in the dtype of the gradient" in one.reason for one in lowered.plan.collectives) == 3

@@ -61,5 +61,5 @@ def test_noise_has_the_distribution_of_optax() -> None:
 
 
 def test_transforms_that_split_one_row_are_refused() -> None:
-    with pytest.raises(sc.ConfigError, match="one row has no parts"):
+    with pytest.raises(sc.ConfigError, match="a single row cannot be split"):
         sc.compile(KEEP @ sc.rows() @ sc.accumulate(2) @ sc.grad(over_rows))

@@ -144,7 +144,7 @@ def test_one_count_needs_no_further_reduction() -> None:
     (row,) = program.collectives()
     assert (row.kind, row.executions, row.in_loop) == ("all-reduce", 1, False)
     assert row.bytes == 4 * (3 + 1 + 2)  # w, b, the total and the count
-    assert "divide by the count that was added up with it" in str(lowered.plan)
+    assert "divide by the count that was summed with it" in str(lowered.plan)
 
 
 def test_several_counts_need_one_more_reduction_of_scalars() -> None:
