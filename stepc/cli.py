@@ -261,10 +261,12 @@ def _report(options: Options) -> int:
 
 
 def _check(options: Options) -> int:
-    target = _target(options)
     budget = sc.Budget.from_toml(options["budget"])
-    target.check(budget)
     num_limits = len(budget.limits)
+    if not num_limits:
+        raise sc.ConfigError(f"The budget {options['budget']} sets no limit, so nothing would be checked.")
+    target = _target(options)
+    target.check(budget)
     kept = "The limit holds" if num_limits == 1 else f"All {num_limits} limits hold"
     print(f"{target.title}\n{kept}: {budget!r}")
     return 0

@@ -75,6 +75,12 @@ def test_check_of_a_kept_budget_says_so(capsys: pytest.CaptureFixture[str]) -> N
     assert "All 5 limits hold" in capsys.readouterr().out
 
 
+def test_check_of_an_empty_budget_is_refused(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "empty.toml").write_text("")
+    assert main(["check", "mine.py:build", MESH, "--budget=empty.toml"]) == 2
+    assert "The budget empty.toml sets no limit, so nothing would be checked." in capsys.readouterr().err
+
+
 def test_check_of_a_broken_budget_exits_with_one_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "mine.py:inside", MESH, "--budget=budget.toml"]) == 1
     shown = capsys.readouterr().err

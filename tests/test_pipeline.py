@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from catalogue import PROBES, SAMPLES
@@ -148,3 +150,15 @@ class Linear(Signed):
 def test_transform_that_claims_to_be_linear_is_caught() -> None:
     with pytest.raises(sc.EquivalenceError):
         check_transform(Linear(0.5))
+
+
+def test_remedy_for_a_transform_of_the_loss_beside_a_gradient_transform_can_be_executed() -> None:
+    def loss(params: Any, rows: Any) -> Any:
+        return jnp.mean(rows["x"] @ params["w"])
+
+    with pytest.raises(sc.PipelineTypeError) as raised:
+        sc.clip(1.0) @ sc.cast(jnp.bfloat16)
+    assert raised.value.suggestion == "Write `clip(1.0) @ grad(cast(jnp.bfloat16) @ loss)`."
+    written = raised.value.suggestion.split("`")[1]
+    names = {"clip": sc.clip, "grad": sc.grad, "cast": sc.cast, "jnp": jnp, "loss": loss}
+    assert repr(eval(written, names)) == written

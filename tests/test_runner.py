@@ -226,3 +226,13 @@ def test_at_most_two_steps_are_in_flight() -> None:
         return step(state, batch)
 
     assert sc.run(watching, state, data(9), loggers=[finished], log_every=1).steps == 9
+
+
+def test_run_of_one_batch_instead_of_batches_is_refused() -> None:
+    """A dict is an iterable, of its keys."""
+    step = sc.compile(sc.update(optax.sgd(0.25)) @ sc.grad(PROBES["over_rows"]))
+    expected = r"data  expected an iterable of batches, such as \[batch\], got <class 'dict'>"
+    with pytest.raises(sc.FieldTypeError, match=expected):
+        sc.run(step, step.init(probe_params()), {name: probe_batch(8)[name] for name in ("x", "y")})
+    with pytest.raises(sc.FieldTypeError, match="expected an iterable of batches"):
+        sc.Data({"x": 1})  # pyright: ignore[reportArgumentType]

@@ -287,7 +287,8 @@ def _kind_mismatch(
     reordered = _well_typed_order(left, right)
     match taker.takes, giver.gives:
         case Kind.GRADIENT, Kind.LOSS:
-            suggestion = f"Write `{outer!r} @ grad({inner!r})`."
+            loss = repr(inner) if right[-1].takes is None else f"{inner!r} @ loss"
+            suggestion = f"Write `{outer!r} @ grad({loss})`."
         case Kind.LOSS, _:
             suggestion = f"Write `grad({outer!r} @ loss)`: transforms of the loss go inside `grad`."
         case _:

@@ -1,6 +1,8 @@
 """`Checkpoints`, what a user asks for; `CheckpointKeeper`, which decides when to save. It does not know the disk."""
 
 import logging
+import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +31,8 @@ class Checkpoints:
       to the last bit.
 
     Args:
-      directory: where to save; created if it is missing. One run at a time may use it.
+      directory: where to save; created if it is missing, `~` is expanded. One run at a time may use it. URLs are
+        refused, and so is an absolute path with `[` or a backslash, below which Orbax cannot read what it wrote.
       every: in steps; a positive integer.
       keep: how many checkpoints to keep; a positive integer.
       every_seconds: save sooner than `every` if this long has passed; None for never.
@@ -56,11 +59,18 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Checkpoints")
-        faults.instance("directory", self.directory, (str, Path), "a path")
+        if faults.instance("directory", self.directory, (str, Path), "a path"):
+            text = str(self.directory)
+            if not text:
+                faults.wrong_value("directory", "a path", text)
+            elif re.match(r"[a-z][a-z0-9+.-]+:/", text):  # of `s3://bucket`, `Path` leaves one slash
+                faults.wrong_value("directory", "a directory of this machine's file systems, not a URL", text)
         faults.count("every", self.every)
         faults.count("keep", self.keep)
         faults.seconds("every_seconds", self.every_seconds)
-        faults.number("timeout_seconds", self.timeout_seconds, "a positive number", lambda seconds: seconds > 0)
+        faults.number(
+            "timeout_seconds", self.timeout_seconds, "a positive number", lambda seconds: 0 < seconds < math.inf
+        )
         faults.instance("check_data", self.check_data, bool, "True or False")
         faults.instance("exact_resume", self.exact_resume, bool, "True or False")
         faults.refuse()

@@ -34,6 +34,9 @@ from stepc.errors import CheckpointError, ResumeError
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
 ABANDONED, DELETING, LOCK = "abandoned", ".deleting", "lock"
+MANIFEST = "manifest.ocdbt"  # without it no leaf can be read
+# Orbax finds the files of the processes, whose contents it merges into the manifest, by a glob that it does not escape.
+UNREADABLE = ("[", "\\")
 
 
 class CheckpointStore:
@@ -47,7 +50,12 @@ class CheckpointStore:
     def __init__(
         self, directory: Path, *, keep: int, timeout_seconds: float, state: Any, commit: GroupCommit | None = None
     ) -> None:  # Any: a state
-        self.directory = directory.absolute()
+        self.directory = directory.expanduser().absolute()
+        if taken := [character for character in UNREADABLE if character in str(self.directory)]:
+            what = (
+                f"A path with {' and '.join(map(repr, taken))} cannot hold checkpoints: Orbax could not read them back."
+            )
+            raise CheckpointError(what, facts=(("directory", str(self.directory)),))
         self.keep, self.timeout_seconds = keep, timeout_seconds
         self.commit = commit
         self._is_first = commit is None or commit.is_first  # the process that renames and deletes
@@ -108,7 +116,7 @@ class CheckpointStore:
         """Wait until the save in flight is committed; then delete the oldest checkpoints. Errors: CheckpointError."""
         with self._all_or_none(self._begun):
             self._in_time(self._writer.wait_until_finished)
-            if not (self.directory / str(self._begun)).is_dir():
+            if not (self.directory / str(self._begun) / "state" / MANIFEST).is_file():
                 raise FileNotFoundError("it was written, and is not there")
         for old in self.steps()[self.keep :] if self._is_first else ():
             doomed = self.directory / f"{old}{DELETING}"

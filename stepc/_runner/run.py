@@ -78,7 +78,10 @@ class Data:
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Data")
-        faults.instance("loader", self.loader, Iterable, "an iterable of batches")
+        if isinstance(self.loader, Mapping):  # iterable too, but over the names of its leaves
+            faults.wrong_type("loader", "an iterable of batches, such as [batch]", type(self.loader))
+        else:
+            faults.instance("loader", self.loader, Iterable, "an iterable of batches")
         faults.count("prefetch", self.prefetch, least=0)
         faults.choice("short_batches", self.short_batches, ("raise", "drop", "pad"))
         faults.seconds("timeout_seconds", self.timeout_seconds)
@@ -228,7 +231,10 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     faults = ArgumentFaults("run")
     step, data, loggers, hooks = (arguments[name] for name in ("step", "data", "loggers", "hooks"))
     faults.callable_("step", step, "a compiled step")
-    faults.instance("data", data, (Data, Iterable), "an iterable of batches, or sc.Data(loader, …)")
+    if isinstance(data, Mapping):  # iterable too, but over the names of its leaves
+        faults.wrong_type("data", "an iterable of batches, such as [batch]", type(data))
+    else:
+        faults.instance("data", data, (Data, Iterable), "an iterable of batches, or sc.Data(loader, …)")
     faults.count("steps", arguments["steps"], optional=True)
     check_policies(arguments["on_error"], faults)
     values: tuple[tuple[str, type, str], ...] = (
