@@ -346,6 +346,8 @@ def _keeper(
         commit=peers.commit,
     )  # fmt: skip
     at_the_end.callback(store.close)
+    if store.why_exclusive is not None:
+        events.event("exclusive_lock", 0, why=store.why_exclusive)
     return CheckpointKeeper(wanted, store, counts, events, peers.clock)
 
 
