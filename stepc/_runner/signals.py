@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM become a flag that the loop reads between steps. It must not know what the loop does."""
 
+import os
 import signal
 import threading
 import time
@@ -7,6 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from stepc._forks import undone_in_children
 
 
 class LeaveLoop(BaseException):
@@ -23,6 +26,7 @@ class SignalWatch:
         self.received: int | None = None
         self.is_protected = False
         self.is_reading = False
+        self._pid = os.getpid()
         self._before: dict[int, Any] = {}  # Any: what `signal` says of a handler
         self._reading = BlockingRead(self)
 
@@ -50,6 +54,10 @@ class SignalWatch:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler: it sets the flag; a second Ctrl-C does what it would do without us."""
+        if os.getpid() != self._pid:  # a forked child that has not come to `forget` yet
+            self.forget()
+            os.kill(os.getpid(), number)
+            return
         if self.received is not None and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.received = self.received or number
@@ -73,6 +81,13 @@ class SignalWatch:
         for number, before in self._before.items():
             signal.signal(number, before)
         self.is_protected = False
+
+    def forget(self) -> None:
+        """In a forked child: put back the handlers from before, but for those that the user has set since."""
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self.handle:
+                signal.signal(number, before)
+        self.is_protected = self.is_reading = False
 
     def pass_on(self) -> None:
         """Call the user's own handler of the signal that came, if there is one."""
@@ -98,8 +113,9 @@ class BlockingRead:
 def watched_signals() -> Generator[SignalWatch]:
     """Handle signals in this context; the handlers from before come back however it is left."""
     signals = SignalWatch()
-    signals.install()
-    try:
-        yield signals
-    finally:
-        signals.restore()
+    with undone_in_children(signals.forget):
+        signals.install()
+        try:
+            yield signals
+        finally:
+            signals.restore()
