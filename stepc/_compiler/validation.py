@@ -13,7 +13,7 @@ import numpy as np
 
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch, Params
-from stepc._language.state import State, describe_leaf, describe_tied_leaves, leaves_by_path
+from stepc._language.state import State, describe_leaf, describe_tied_leaves, is_typed_key, leaves_by_path
 from stepc.errors import BatchError, ConfigError, FieldTypeError, ShardingError, did_you_mean, faults_in_one
 
 _LOG = logging.getLogger("stepc")
@@ -117,7 +117,7 @@ def check_params(params: Params) -> None:
 def check_seed(seed: object) -> None:
     """Refuse a seed that is neither an integer of 64 bits nor one typed key. Errors: FieldTypeError; ConfigError."""
     expected = ("expected", "an integer of 64 bits, or one typed key")
-    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    if isinstance(seed, jax.Array) and is_typed_key(seed):
         if seed.shape != ():
             raise ConfigError("`seed` is an array of keys.", facts=(expected, ("got", describe_leaf(seed))))
     elif isinstance(seed, bool) or not isinstance(seed, int):

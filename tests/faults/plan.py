@@ -1,9 +1,8 @@
 """What goes wrong, and when: a `FaultPlan` wraps real data and a real step. The faults themselves are real ones."""
 
 import hashlib
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import optax
 
 import stepc as sc
+from stepc._language.state import is_typed_key, key_data, leaves_by_path
 
 ROWS = 4
 TRUTH = np.float32([1.0, -2.0, 0.5])
@@ -137,7 +137,7 @@ POISONS = {"device": absurd, "callback": calling, "flip": flipped}
 @jax.jit
 def _poisoned(leaf: Any, poison: jax.Array) -> Any:
     """The leaf, made to depend on a value that fails."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if is_typed_key(leaf):
         return leaf
     return leaf + (poison * 0).astype(leaf.dtype)
 
@@ -153,19 +153,10 @@ def by_a_plain_loop(numbers: list[int]) -> sc.State:
 def digest(state: Any) -> str:
     """SHA-256 over path, dtype, shape and bytes of every leaf."""
     found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        bare = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        array = np.asarray(bare)
-        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
+    for path, leaf in leaves_by_path(state):
+        array = np.asarray(key_data(leaf))
+        found.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
     return found.hexdigest()
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for a condition. Errors: AssertionError if it does not come, however slow the machine is."""
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 class Remembering:

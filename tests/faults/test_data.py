@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, iterate, step, wait_until
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, iterate, step
+from waiting import eventually
 
 import stepc as sc
 
@@ -231,7 +232,7 @@ def test_loader_that_reuses_its_buffer_changes_nothing(window: int, prefetch: in
 def test_loader_that_raises_in_its_thread_does_not_hang() -> None:
     with pytest.raises(sc.DataError):
         run_on(iterate(FaultPlan({3: "read"}).batches(8)), prefetch=2)
-    wait_until(lambda: "stepc-data" not in [one.name for one in threading.enumerate()])
+    eventually(lambda: "stepc-data" not in [one.name for one in threading.enumerate()])
 
 
 @fault("33", "data without get_state, with checkpoints", "works; event resume_not_exact; or ConfigError if asked for")
@@ -264,7 +265,7 @@ def test_data_that_hangs_is_given_up() -> None:
     assert "the read is still running" in raised.value.__notes__[0]
     assert digest(raised.value.run.state) == digest(by_a_plain_loop([1, 2, 3]))
     is_free.set()
-    wait_until(lambda: threading.active_count() <= before)
+    eventually(lambda: threading.active_count() <= before)
     with pytest.raises(sc.ConfigError, match="prefetch +expected 1 or more with timeout_seconds"):
         run_on([batch_of(1)], timeout_seconds=1.0)
 
@@ -279,10 +280,10 @@ def test_prefetch_reads_while_a_step_runs() -> None:
 
     def slow(state: Any, batch: Any) -> Any:
         if int(batch["n"][0]) == 1:
-            wait_until(lambda: len(read) >= 4)
+            eventually(lambda: len(read) >= 4)
         return step()(state, batch)
 
     run = sc.run(slow, fresh(), sc.Data(noting(), prefetch=3))
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, 7))))
     assert len(read) == 6
-    wait_until(lambda: "stepc-data" not in [one.name for one in threading.enumerate()])
+    eventually(lambda: "stepc-data" not in [one.name for one in threading.enumerate()])

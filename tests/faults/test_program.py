@@ -3,8 +3,7 @@
 import logging
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import optax
 import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
 from faults.test_device import calling_back
+from waiting import eventually
 
 import stepc as sc
 from stepc._core.nodes import MapNode
@@ -265,13 +265,6 @@ def test_run_of_a_fresh_step_traces_and_compiles_it_once() -> None:
     assert (len(calls), made.traces, len(compilations)) == (in_lower, 1, 1)
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """As long as it takes on a busy machine, at most a minute."""
-    until = time.monotonic() + 60
-    while not is_so() and time.monotonic() < until:
-        time.sleep(0.02)
-
-
 @fault("50", "a step that cannot use a donated leaf", "event not_donated at step 1: leaf and bytes; none for ours")
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_donation_that_is_not_used_is_logged() -> None:
@@ -297,7 +290,7 @@ def test_donation_that_is_not_used_is_logged() -> None:
 def test_step_that_hangs_is_logged_with_stacks(at: int, caplog: pytest.LogCaptureFixture) -> None:
     def sleeps(number: int) -> None:
         if number == at:
-            wait_until(lambda: "in sleeps" in caplog.text)
+            eventually(lambda: "in sleeps" in caplog.text)
             seen.append("in sleeps" in caplog.text)
 
     seen: list[bool] = []
@@ -317,7 +310,7 @@ def test_data_that_hangs_is_logged_with_stacks(prefetch: int, caplog: pytest.Log
     def reading_slowly() -> Iterator[Any]:
         for number in range(1, 6):
             if number == 4:
-                wait_until(lambda: "since step 2" in caplog.text)
+                eventually(lambda: "since step 2" in caplog.text)
             yield batch_of(number)
 
     logger = Remembering()

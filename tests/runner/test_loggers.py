@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from faults.plan import wait_until
 from rich.console import Console as Terminal
+from waiting import eventually
 
 import stepc as sc
 from stepc._runner.loggers.console import Console
@@ -278,7 +278,7 @@ def test_batches_read_ahead_are_placed_by_the_reading_thread(monkeypatch: pytest
 def test_watchdog_writes_the_stacks_of_a_run_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
     def slow() -> Iterator[jax.Array]:
         yield jnp.arange(4.0)
-        wait_until(lambda: "no step has begun for" in caplog.text)
+        eventually(lambda: "no step has begun for" in caplog.text)
         yield jnp.arange(4.0)
 
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(lambda params, batch: jnp.mean((params - batch) ** 2)))
