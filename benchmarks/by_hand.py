@@ -50,11 +50,11 @@ def by_hand(loss: Loss, k: int) -> tuple[Any, Callable[[Any, Any], Any]]:
             return jax.value_and_grad(loss)(params, batch)
         parts = jax.tree.map(lambda leaf: leaf.reshape(k, leaf.shape[0] // k, *leaf.shape[1:]), batch)
 
-        def turn(total: Any, part: Any) -> tuple[Any, None]:
+        def iteration(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(turn, zeros, parts)
+        total, _ = jax.lax.scan(iteration, zeros, parts)
         return jax.tree.map(lambda leaf: leaf / k, total)
 
     @partial(jax.jit, donate_argnums=0)

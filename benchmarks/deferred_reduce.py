@@ -53,7 +53,7 @@ class Variant:
     """One way to make the step. `calls` is how often its program runs in a step."""
 
     step: Step
-    state: Any  # Any: what the step carries
+    state: Any  # Any: what the step changes
     batch: Any  # Any: what the step takes
     params_of: Callable[[Any], Any]
     program: jax.stages.Compiled
@@ -166,11 +166,11 @@ def _strided(leaf: jax.Array) -> jax.Array:
 def _added_up(loss: Loss, params: Any, parts: Any) -> tuple[jax.Array, Any]:
     """The sum of the losses of the parts, and of their gradients."""
 
-    def turn(total: Any, part: Any) -> tuple[Any, None]:
+    def iteration(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(turn, zeros, parts)[0]
+    return jax.lax.scan(iteration, zeros, parts)[0]
 
 
 def _call(optimizer: optax.GradientTransformation, gradient: Gradient, mesh: Mesh) -> Any:
@@ -236,7 +236,7 @@ def main() -> None:
     else:
         size = Size(layers=2, width=128, heads=4, context=32)
         wide = (512, 2048, 2048, 512)
-        # One row in a cell, and eight: the more there is to compute, the less a reduction weighs.
+        # One row a local microbatch, and eight: the more there is to compute, the less a reduction weighs.
         models = (mlp(wide, rows=rows), mlp(wide, rows=8 * rows), small_gpt(size, rows=rows, num_tokens=8192))
     results = []
     for model in models:

@@ -8,7 +8,7 @@ Children: the plan against what happens. A child process places the state and th
 (which reads tens of MB of the library's code), returns freed memory to the system, resets the kernel's peak of
 resident memory (VmHWM) and runs two steps. The rise of the peak is what the steps took beyond state and batch; with the
 bytes of those, it is printed as measured. It is a few MB more than planned, because XLA does not plan the scratch
-memory of matrix products and convolutions on the CPU. The C library is told to return freed memory at once, since it
+memory of matrix products and convolutions on the CPU. The C library returns freed memory at once here, since it
 could otherwise keep the temporaries of the last step for another thread than the one that runs the next. The budgets
 are half-way between two divisors, and the next smaller divisor must be measured above its budget. Linux, one CPU.
 """

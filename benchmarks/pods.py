@@ -126,12 +126,12 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
         parts = jax.tree.map(lambda leaf: leaf.reshape(-1, K, *leaf.shape[1:]).swapaxes(0, 1), batch)
         parts = jax.lax.with_sharding_constraint(parts, split)
 
-        def turn(total: Any, part: Any) -> Any:
+        def iteration(total: Any, part: Any) -> Any:
             value, grads = jax.value_and_grad(loss)(params, part)
             return jax.tree.map(jnp.add, total, (value, grads)), None
 
         start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (value, grads), _ = jax.lax.scan(turn, start, parts)
+        (value, grads), _ = jax.lax.scan(iteration, start, parts)
         updates, state = optimizer.update(jax.tree.map(lambda leaf: leaf / K, grads), state, params)
         return optax.apply_updates(params, updates), state, value / K
 

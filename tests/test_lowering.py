@@ -27,11 +27,13 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
         step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, laws))
         state = fresh(step)
         before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
-        expected, told = evaluate(step.normal_form.core, evaluation_state(jax.tree.map(jnp.copy, before)), batch_)
+        expected, metrics_of_core = evaluate(
+            step.normal_form.core, evaluation_state(jax.tree.map(jnp.copy, before)), batch_
+        )
         after, metrics = step(state, batch)
         of = f"{pipeline!r} on {dict(mesh.shape)} with {'all' if laws else 'no'} laws"
         got = (compared_leaves(evaluation_state(after)), metrics)
-        assert_equal_trees(got, (compared_leaves(expected), told), tolerance=0.0, of=of)
+        assert_equal_trees(got, (compared_leaves(expected), metrics_of_core), tolerance=0.0, of=of)
 
 
 def fresh(step: sc.Step, *, seed: int = 0) -> sc.State:

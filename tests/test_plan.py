@@ -82,9 +82,9 @@ def test_plan_prints_as_its_golden_text(name: str, golden: Callable[[str, str, s
 @pytest.mark.parametrize("name", [name for name in PLANS if not name.startswith(("zero", "automatic"))])
 def test_plan_and_executable_agree_on_collectives(name: str) -> None:
     stage = lowered(name)
-    promised = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.plan.collectives]
+    planned = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.plan.collectives]
     found = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.compile().collectives()]
-    assert sorted(promised, key=str) == sorted(found, key=str)
+    assert sorted(planned, key=str) == sorted(found, key=str)
 
 
 def test_plan_knows_the_loop_and_the_laws() -> None:

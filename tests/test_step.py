@@ -317,10 +317,10 @@ def test_mesh_of_any_axis_type_works_also_as_the_ambient_mesh(kind: jax.sharding
 def lstm(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
     """Ordinary code that a strict manual region refuses: a literal zero carry, a constant branch, a callback."""
 
-    def turn(carry: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
+    def iteration(carry: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
         return jnp.tanh(carry + jnp.outer(column, params["w"]).sum(axis=1)), None
 
-    carry, _ = jax.lax.scan(turn, jnp.zeros(rows["x"].shape[0]), rows["x"].T)
+    carry, _ = jax.lax.scan(iteration, jnp.zeros(rows["x"].shape[0]), rows["x"].T)
     jax.debug.callback(lambda _: None, carry[0])
     total = jax.lax.cond(carry.sum() > 0, lambda: carry, lambda: jnp.ones_like(carry))
     return jnp.mean(total) + 0.0 * params["b"]

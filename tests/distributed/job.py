@@ -107,7 +107,7 @@ def by_hand(folder: Path) -> dict[str, Any]:
     in_parts = {zero: three_steps(compiled(optax.sgd(2.0**-6, momentum=0.5), zero=zero))[0] for zero in range(4)}
     return {
         "zero": [gathered(state).params["w"].tolist() for state in in_parts.values()],
-        "lies": [str(state.opt_state[0].trace["w"].sharding.spec) for state in in_parts.values()],
+        "specs": [str(state.opt_state[0].trace["w"].sharding.spec) for state in in_parts.values()],
         "digest": digest(state),
         "loss": float(metrics["loss"]),
         "traces": step.traces,

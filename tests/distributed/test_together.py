@@ -37,7 +37,7 @@ def test_every_level_of_zero_on_two_processes_equals_one(two: list[dict[str, Any
     assert two[0]["zero"] == two[1]["zero"]
     for level in range(4):  # `clip` sums its norm in another order
         np.testing.assert_allclose(two[0]["zero"][level], one["zero"][0], rtol=0, atol=1e-6)
-    assert two[0]["lies"] == one["lies"] == ["P()"] + ["P('data',)"] * 3
+    assert two[0]["specs"] == one["specs"] == ["P()"] + ["P('data',)"] * 3
 
 
 def test_four_processes_equal_one(tmp_path: Path) -> None:

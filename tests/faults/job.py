@@ -125,7 +125,7 @@ class SelfTermination:
         return {"w": state.params["w"].sum()}
 
     def log(self, metrics: Any, step: int) -> None:
-        sys.audit("job.settled", step)
+        sys.audit("job.finished", step)
         sys.audit("job.writing", step)
         if step == 20:
             self.at("logger")

@@ -7,7 +7,7 @@ from pathlib import PurePath
 TEMPORARY = ".orbax-checkpoint-tmp"
 # With a checkpoint every 10 steps, of which 3 stay: 40 is the first one that lets another be deleted.
 POINTS = {
-    "before the snapshot": ("job.settled", "40"),
+    "before the snapshot": ("job.finished", "40"),
     "before the first write": ("os.mkdir", f"40{TEMPORARY}"),
     "in the write": ("open", f"40{TEMPORARY}/state{TEMPORARY}/_METADATA"),
     "before the rename": ("os.rename", f"40{TEMPORARY}"),

@@ -46,7 +46,7 @@ class Model:
     def run(self) -> tuple[list[int], str | None]:
         """The batches in the final state, and the kind of failure that was raised, if one was."""
         done: list[int] = []
-        anchor, kept, queue, number, reads = (0, []), [], list(range(1, NUM + 1)), 0, 0
+        snapshot, kept, queue, number, reads = (0, []), [], list(range(1, NUM + 1)), 0, 0
         fresh_from, given_count = 1, 0
         while queue:
             batch = queue[0]
@@ -64,8 +64,8 @@ class Model:
             kind = None if batch < 0 else self.kind_of(batch)
             if kind is None:
                 done = done if batch < 0 else [*done, batch]
-                if number - anchor[0] >= self.every:
-                    anchor, kept = (number, done), []
+                if number - snapshot[0] >= self.every:
+                    snapshot, kept = (number, done), []
                 continue
             if self.refuses(kind, number):
                 return done, kind
@@ -73,11 +73,11 @@ class Model:
                 case sc.Skip():
                     queue = [*kept[:-1], -batch, *queue]
                 case sc.Rollback(data="skip"):
-                    self.skips = {name: {n for n in at if n <= anchor[0]} if name != "data" else at
+                    self.skips = {name: {n for n in at if n <= snapshot[0]} if name != "data" else at
                                   for name, at in self.skips.items()}  # fmt: skip
                 case _:
                     queue = [*kept, *queue]
-            (number, done), kept = anchor, []
+            (number, done), kept = snapshot, []
         return done, None
 
     def fails(self, batch: int, kinds: tuple[str, ...]) -> bool:

@@ -40,12 +40,12 @@ def compiled(mesh: jax.sharding.Mesh, k: int) -> sc.Compiled:
 
 @pytest.mark.parametrize("name", PODS)
 def test_step_for_a_pod_reduces_each_element_once_whatever_k(name: str) -> None:
-    promised = sc.Budget(gradient_reductions=1, collectives_in_loops=0, donated=True)
+    budget = sc.Budget(gradient_reductions=1, collectives_in_loops=0, donated=True)
     mesh = sc.topology(name)
     bytes_ = set()
     for k in (1, 4, 8):
         program = compiled(mesh, k)
-        program.check(promised)
+        program.check(budget)
         bytes_.add(program.collectives().executed_bytes)
         assert {axis for row in program.collectives() for axis in row.axes} == {"data"}
     assert len(bytes_) == 1

@@ -1,4 +1,4 @@
-"""A user's program type-checks under pyright and mypy: `py.typed` is a promise."""
+"""A user's program type-checks under pyright and mypy: `py.typed` says so."""
 
 import subprocess
 import sys
