@@ -26,6 +26,11 @@ def aligned_table(rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
 
+def indented_section(title: str, lines: Iterable[str]) -> str:
+    """A title, and its lines below it, indented."""
+    return "\n".join((title, *(f"  {line}".rstrip() for line in lines)))
+
+
 def split_outside_brackets(text: str, separator: str) -> list[str]:
     """Split a text at separators that are in no brackets and no quotes."""
     parts, depth, quote, start = [], 0, "", 0

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       has gone; 2 for invalid arguments; 130 for Ctrl-C. `launch` returns the code of the first process that failed.
 
     Args:
-      argv: the words after `stepc`; by default those of this process.
+      argv: the arguments after `stepc`; by default those of this process.
     Errors: what the user's own file raises passes through, with its traceback.
     """
     options = vars(_parser().parse_args(argv))

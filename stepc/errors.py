@@ -5,7 +5,7 @@
         ├── PipelineTypeError         TypeError          two neighbours of `@` do not meet
         ├── FieldTypeError            TypeError          a field or an argument has the wrong type
         ├── FieldValueError           ValueError         a field of a transform has the wrong value
-        ├── ConfigError               ValueError         `compile`, `init` or `run` is asked for something impossible
+        ├── ConfigError               ValueError         `compile`, `init` or `run` was given arguments that cannot work
         ├── LossError                 ValueError         a loss does not return what a loss returns
         ├── BatchError                ValueError         a batch cannot be split as the pipeline asks
         ├── ShardingError             ValueError         the pipeline and the mesh do not fit
@@ -81,7 +81,7 @@ class FieldValueError(StepcError, ValueError):
 
 
 class ConfigError(StepcError, ValueError):
-    """`compile`, `init`, a step or `run` is asked for something impossible."""
+    """`compile`, `init`, a step or `run` was given arguments that cannot work."""
 
 
 class LossError(StepcError, ValueError):
@@ -244,6 +244,11 @@ def faults_in_one(faults: Sequence[str], *, of: str) -> str:
         return faults[0]
     listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, start=1))
     return f"{len(faults)} faults in {of}:\n\n{listed}"
+
+
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

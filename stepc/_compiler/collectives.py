@@ -109,7 +109,7 @@ def all_reduce(
     region: ManualRegion,
     device: Callable[[], jax.Array],
 ) -> tuple[MetricAccumulators, Grads]:
-    """Reduce metrics and gradient, but for what is scattered already. `device` is asked only for a `Last`."""
+    """Reduce metrics and gradient, but for what is scattered already. `device` is called only for a `Last`."""
     axes = instruction.axes
     if has_last_metrics(metrics):
         index = jnp.zeros((), jnp.int32)

@@ -15,7 +15,7 @@ from stepc._compiler.schedule import LossStructure
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
 from stepc._language.kinds import BatchRows, Params
-from stepc._language.state import leaves_by_path
+from stepc._language.state import describe_leaf, leaves_by_path
 from stepc._language.terms import (
     AbstractTerms,
     Last,
@@ -211,7 +211,8 @@ def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
             if not _is_scalar(number)
         ]
     if faults:
-        raise LossError(_sentence(faults_in_one(faults, of=f"the metrics of `{node.written}`")))
+        what = faults_in_one(faults, of=f"the metrics of `{node.written}`")
+        raise LossError(what[:1].upper() + what[1:])
 
 
 def _check_model_state(before: Any, after: Any, node: DifferentiateNode) -> None:  # Any: trees of the user's
@@ -261,19 +262,13 @@ def _add_note(error: Exception, node: DifferentiateNode, rows: BatchRows) -> Non
 
 def described(value: Any) -> str:
     """The dtype and shape of an array, the type of anything else."""
-    if isinstance(value, np.ndarray | jax.Array | jax.ShapeDtypeStruct):
-        return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, Mean):
         return f"Mean({described(value.total)}, {described(value.count)})"
-    return type(value).__name__
+    return describe_leaf(value)
 
 
 def _is_scalar(number: Any) -> bool:
     return isinstance(number, jax.Array | np.ndarray | np.generic | float | int) and jnp.shape(number) == ()
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def depends_on(

@@ -92,7 +92,7 @@ class LocalMicrobatch:
 
     Args:
       rows: a batch with fewer rows.
-      numbers: int32 `[rows]`, their positions in the whole batch; None if nothing depends on them.
+      numbers: int32 `[rows]`, their positions in the batch; None if nothing depends on them.
     """
 
     rows: BatchRows
@@ -110,7 +110,7 @@ class StepInputs:
       key: the key of this step, or None if nothing draws.
       scale: what the loss is multiplied by, or None.
       first_row: the position in the batch of this device's first row; None outside the manual region.
-      total_counts: the counts of the terms of the loss over the whole sum, if they are counted first.
+      total_counts: the counts of the terms of the loss over all local microbatches, if they are counted first.
       microbatches: the number of calls of the loss in that sum.
       rows_per_device: the number of rows of this device.
     """

@@ -34,7 +34,7 @@ from stepc._compiler.schedule import (
 from stepc._compiler.search import SearchResult
 from stepc._core.nodes import Program, show
 from stepc._core.sharding import axes_of, spec_text
-from stepc._text import aligned_table
+from stepc._text import aligned_table, indented_section
 
 _BY_LAYER = "one layer at a time where the loss scans over layers"
 _MOST_SHARDS = 8  # of a dimension that is drawn shard by shard
@@ -177,8 +177,7 @@ class Plan:
         return tuple(_collectives(self.schedule, 1))
 
     def __str__(self) -> str:
-        sections = ("\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in self._sections())
-        return "\n\n".join(sections)
+        return "\n\n".join(indented_section(title, lines) for title, lines in self._sections())
 
     def _sections(self) -> Iterator[tuple[str, list[str]]]:
         yield f"plan of {self.pipeline}", []

@@ -1,6 +1,6 @@
 """The schedule of one step: what is computed, in which order, and where each reduction sits. `lowering` obeys it.
 
-The rule that places every reduction: a gradient carries its pending reductions. A mean over mesh axes adds a pending
+The rule that places every reduction: a gradient has pending reductions. A mean over mesh axes adds a pending
 reduction over them; linear nodes pass it on, through loops as well; the first node that is not linear needs the
 value, so the reduction takes place there. A reduction is inside a loop only where the order of the transforms
 demands it.
@@ -533,10 +533,10 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -
       gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
-    num_turns = prod(one.size for one in instructions if isinstance(one, ScanMicrobatches))
+    iterations = prod(one.size for one in instructions if isinstance(one, ScanMicrobatches))
     size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // rules.num_parts:,} B"
     if layout.automatic:
-        times = "once a step" if num_turns == 1 else f"once a microbatch, {num_turns} times a step"
+        times = "once a step" if iterations == 1 else f"once a microbatch, {iterations} times a step"
         return (
             f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}",
         )
@@ -544,12 +544,12 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(one.reason for one in instructions if isinstance(one, AllReduce) and rules.axis in one.axes)
         notes.append(f"the accumulator is replicated: {why}")
-    elif num_turns > 1 and (layout.zero == 2 or layout.gather != "step"):
+    elif iterations > 1 and (layout.zero == 2 or layout.gather != "step"):
         notes.append(
-            f"the accumulator takes {part} instead of {size}, for {num_turns} reduce-scatters of {size} instead of 1"
+            f"the accumulator takes {part} instead of {size}, for {iterations} reduce-scatters of {size} instead of 1"
         )
     if layout.gather != "step" and rules.axis is not None:
-        often = f"for {num_turns} all-gathers instead of 1"
+        often = f"for {iterations} all-gathers instead of 1"
         if any(isinstance(one, Compute) and one.layered for one in instructions):
             notes.append(
                 f"parameters are gathered one layer at a time where the loss scans over layers, {often} and back"

@@ -101,7 +101,7 @@ def find_smallest_fit(programs: CandidatePrograms, most_bytes: int) -> tuple[tup
 
     Meaning: estimate, compile the best guess, correct the estimate by it, and repeat until the guess fits and the next
       smaller k does not: it was compiled, or its estimate exceeds the limit by more than any observed error.
-    A larger k is taken to need less memory; but k = 1 has no accumulator, and is judged by itself.
+    A larger k is taken to need less memory; but k = 1 has no accumulator, and is judged apart.
     Source: ours.
     """
     known: dict[int, Memory | None] = {}
@@ -150,7 +150,7 @@ def _next(counts: Sequence[int], fits: dict[int, bool], seems_to_fit: Callable[.
     # of the smallest that fitted may fit too.
     if left and (not any(fits.values()) or seems_to_fit(left[-1], _MARGIN)):
         return left[-1]
-    # k = 1 is judged by itself; and before the search gives up, it tries whatever may fit.
+    # k = 1 is judged apart. Before the search gives up, it tries whatever may fit.
     rest = (1,) if any(fits.values()) else counts
     return next((k for k in rest if k < high and k not in fits and seems_to_fit(k, _MARGIN)), None)
 

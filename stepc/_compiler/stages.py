@@ -179,7 +179,7 @@ def memory_breakdown(needs: Memory, plan: Plan, executable: jax.stages.Compiled)
 
 
 def accumulator_bytes(executable: jax.stages.Compiled | str, shapes: list[tuple[int, ...]]) -> int:
-    """The bytes that the outermost loop carries in main memory for arrays of these shapes; 0 if no loop carries all."""
+    """The bytes of arrays of these shapes in the carry of the outermost loop, in main memory; 0 if no carry has all."""
     module = parse(text_of(executable))
     return _carried_bytes(module, module.computations[module.entry], shapes)
 

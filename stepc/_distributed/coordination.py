@@ -18,8 +18,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import TracebackType
@@ -30,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._jax import Client, membership
-from stepc.errors import Facts, PeerError
+from stepc.errors import Facts, PeerError, first_line
 
 WAIT_SECONDS = 300.0  # how long the others may take to arrive at the same place: they load data, they compile
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # the memory address of an object, which differs between processes
@@ -60,7 +59,7 @@ class KeyValueStore:
     _counts: Counter[str] = field(default_factory=Counter)
 
     def put(self, key: str, text: str, *, overwrite: bool = False) -> bool:
-        """Write a text; whether it was written. An existing one is kept, unless told to overwrite it."""
+        """Write a text; whether it was written. An existing one is kept without `overwrite`."""
         try:
             self.client.key_value_set(key, text, overwrite)
         except jax.errors.JaxRuntimeError:  # the key exists, or the store is gone
@@ -152,8 +151,7 @@ def poll(numbers: tuple[int, ...], among: tuple[int, ...]) -> np.ndarray:
     try:
         return np.asarray(gather(row, shape))
     except (ValueError, RuntimeError) as error:  # gloo raises a builtin ValueError, jax a RuntimeError
-        what = f"The processes could not agree: {type(error).__name__}: {error}".partition("\n")[0]
-        raise PeerError(what, phase="agree") from error
+        raise PeerError(f"The processes could not agree: {first_line(error)}", phase="agree") from error
 
 
 def poll_digest(text: str) -> int:
@@ -223,13 +221,6 @@ class FailureBroadcast:
             self.exit_code, self._failed_at = exit_code, time.monotonic()
             self.send(cause)
 
-    def fail_uncaught(self, error: BaseException, *, exit_code: int = 1) -> None:
-        """End all processes because of an exception outside `run`."""
-        if self.exit_code is None:
-            text = f"{type(error).__name__}: {error}".partition("\n")[0]
-            cause = FailureCause(self.store.me, None, "outside of `run`", text, self.store.me)
-            self.fail(cause, exit_code=exit_code)
-
     def send(self, cause: FailureCause) -> None:
         """End all processes, this one included, even if its main thread is stuck."""
         for process in range(self.store.num):
@@ -269,8 +260,11 @@ class FailureBroadcast:
                 return text
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """End all processes because of an exception outside `run`."""
         self._excepthook(kind, error, trace)
-        self.fail_uncaught(error, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
+        if self.exit_code is None:
+            cause = FailureCause(self.store.me, None, "outside of `run`", first_line(error), self.store.me)
+            self.fail(cause, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def _at_exit(self) -> None:
         """Runs before jax's own clean-up, which waits for the other processes."""
@@ -293,17 +287,6 @@ def listen() -> FailureBroadcast | None:
 @cache
 def _broadcast(store: KeyValueStore) -> FailureBroadcast:
     return FailureBroadcast(store)
-
-
-@contextmanager
-def ending_all() -> Generator[None]:
-    """Let an exception in this block end all processes, for a program that turns exceptions into exit codes."""
-    try:
-        yield
-    except Exception as error:  # raised again below
-        if (broadcast := listen()) is not None:
-            broadcast.fail_uncaught(error)
-        raise
 
 
 def _end_process(last_words: str, code: int) -> None:

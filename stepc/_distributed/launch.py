@@ -32,7 +32,7 @@ def launch(num_processes: int, command: Sequence[str]) -> int:
         facts = (("processes", str(num_processes)), ("command", " ".join(command) or "none"))
         remedy = "Write, for example: stepc launch -n 4 -- python train.py"
         raise ConfigError("`stepc launch` needs a number of processes and a command.", facts=facts, suggestion=remedy)
-    words = [sys.executable, "-m", "stepc", *command[1:]] if command[0] == "stepc" else list(command)
+    arguments = [sys.executable, "-m", "stepc", *command[1:]] if command[0] == "stepc" else list(command)
     coordinator = f"127.0.0.1:{_free_port()}"
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -41,7 +41,7 @@ def launch(num_processes: int, command: Sequence[str]) -> int:
                 place = {COORDINATOR: coordinator, NUM_PROCESSES: str(num_processes), PROCESS_ID: str(index)}
                 processes.append(
                     subprocess.Popen(
-                        words,
+                        arguments,
                         env={**os.environ, "PYTHONUNBUFFERED": "1", **place},
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,

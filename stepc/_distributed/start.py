@@ -9,7 +9,7 @@ import jax
 
 from stepc import _jax
 from stepc._distributed.coordination import listen
-from stepc.errors import ConfigError
+from stepc.errors import ConfigError, first_line
 
 _LOG = logging.getLogger("stepc")
 # The environment that `stepc launch` gives each process.
@@ -132,7 +132,7 @@ def _is_int_from(least: int, value: object) -> bool:
 def _connection_error(error: Exception, coordinator: str | None, num: int | None, index: int | None) -> ConfigError:
     given = {"coordinator": coordinator, "num_processes": num, "process_id": index}
     facts = [(name, "not given" if value is None else str(value)) for name, value in given.items()]
-    facts.append(("jax says", f"{type(error).__name__}: {error}".partition("\n")[0]))
+    facts.append(("jax says", first_line(error)))
     missing = [name for name, value in given.items() if value is None]
     remedy = f"Either give {', '.join(missing)}, or start the job by `stepc launch`, SLURM, Open MPI or Kubernetes."
     return ConfigError("The processes did not find each other.", facts=facts, suggestion=remedy if missing else None)

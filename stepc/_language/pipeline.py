@@ -65,8 +65,22 @@ class AutotuneRequest:
     resolved: Callable[[int], "Transform"]
 
 
+class _Composable:
+    """`@` on either side, for transforms and pipelines alike."""
+
+    def __matmul__(self, inner: Operand) -> "Pipeline":
+        return compose(self, inner)
+
+    def __rmatmul__(self, outer: Operand) -> "Pipeline":
+        return compose(outer, self)
+
+    def __call__(self, inner: Operand) -> "Pipeline":
+        """`accumulate(4)(g)` is `accumulate(4) @ g`."""
+        return compose(self, inner)
+
+
 @dataclass(frozen=True, repr=False)
-class Transform(ABC):
+class Transform(_Composable, ABC):
     """One transform of the language: a frozen value with two kinds, a reference semantics and an expansion.
 
     To write your own, subclass it as a frozen dataclass, set `takes` and `gives`, check the fields in `__post_init__`,
@@ -101,16 +115,6 @@ class Transform(ABC):
         """What it leaves to the compiler, which then replaces it; None if it leaves nothing."""
         return None
 
-    def __matmul__(self, inner: Operand) -> "Pipeline":
-        return compose(self, inner)
-
-    def __rmatmul__(self, outer: Operand) -> "Pipeline":
-        return compose(outer, self)
-
-    def __call__(self, inner: Operand) -> "Pipeline":
-        """`accumulate(4)(g)` is `accumulate(4) @ g`."""
-        return compose(self, inner)
-
     def __repr__(self) -> str:
         return f"{transform_name(type(self))}({', '.join(self._arguments())})"
 
@@ -141,20 +145,10 @@ class Objective(Transform):
 
 
 @dataclass(frozen=True, repr=False)
-class Pipeline:
+class Pipeline(_Composable):
     """Two or more transforms, outermost first, as written. A partial pipeline still takes something on its right."""
 
     transforms: tuple[Transform, ...]
-
-    def __matmul__(self, inner: Operand) -> "Pipeline":
-        return compose(self, inner)
-
-    def __rmatmul__(self, outer: Operand) -> "Pipeline":
-        return compose(outer, self)
-
-    def __call__(self, inner: Operand) -> "Pipeline":
-        """`pipeline(g)` is `pipeline @ g`."""
-        return compose(self, inner)
 
     def __repr__(self) -> str:
         return " @ ".join(map(repr, self.transforms))

@@ -203,16 +203,16 @@ def merge_terms(terms: tuple[Mean, ...]) -> tuple[Mean, ...]:
 def _merge_equal_counts(terms: tuple[Mean, ...]) -> tuple[Mean, ...]:
     merged: list[Mean] = []
     for term in terms:
-        same = next((n for n, one in enumerate(merged) if _is_same(one.count, term.count)), None)
+        equal = (
+            one.count is term.count or (is_static(one.count) and is_static(term.count) and one.count == term.count)
+            for one in merged
+        )
+        same = next((n for n, is_equal in enumerate(equal) if is_equal), None)
         if same is None:
             merged.append(term)
         else:
             merged[same] = Mean(merged[same].total + term.total, term.count)
     return tuple(merged)
-
-
-def _is_same(count: Number, other: Number) -> bool:
-    return count is other or (is_static(count) and is_static(other) and count == other)
 
 
 def combine_metrics(first: Metric, second: Metric) -> Metric:

@@ -29,7 +29,7 @@ from stepc._runner.checkpoint import RestoredCheckpoint
 from stepc._runner.data import DataFingerprint, decode_position, encode_position
 from stepc._runner.multihost import GroupCommit
 from stepc._runner.pending import copy_state
-from stepc.errors import CheckpointError, ResumeError
+from stepc.errors import CheckpointError, ResumeError, first_line
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -142,7 +142,7 @@ class CheckpointStore:
             except ResumeError:
                 raise
             except Exception as error:  # damage shows as ValueError, KeyError, AttributeError, a bare Exception, …
-                why = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+                why = first_line(error)[:300]
                 faults.append((str(step), why))
                 tell("damaged_checkpoint", step, why)
                 continue
@@ -198,7 +198,7 @@ class CheckpointStore:
         try:
             yield
         except Exception as raised:  # Orbax and its storage raise many classes, a bare Exception among them
-            error, text = raised, f"{type(raised).__name__}: {raised}".partition("\n")[0]
+            error, text = raised, first_line(raised)
         failure = text if self.commit is None else self.commit.agree(text)
         if failure is None:
             return
@@ -284,8 +284,7 @@ class CheckpointStore:
             ("free", f"{shutil.disk_usage(self.directory).free if exists else 0:,} bytes"),
             ("intact", ", ".join(map(str, self.steps() if exists else ())) or "none"),
         )
-        what = f"Step {step} could not be saved: {type(error).__name__}: {error}"
-        return CheckpointError(what.partition("\n")[0], step=step, facts=facts)
+        return CheckpointError(f"Step {step} could not be saved: {first_line(error)}", step=step, facts=facts)
 
 
 def _locked(directory: Path) -> int:

@@ -30,6 +30,7 @@ from stepc.errors import (
     RejectedError,
     StepcError,
     StepError,
+    first_line,
 )
 
 HEARTBEAT_SECONDS = 0.4
@@ -122,7 +123,7 @@ class ProcessGroup:
         """If one process receives a signal, runs out of data or fails to read, all of them do at the same step."""
         self._num_polls += 1
         if isinstance(found, ReadFailure):
-            text = f"{type(found.error).__name__}: {found.error}".partition("\n")[0]
+            text = first_line(found.error)
             self.store.put(f"{self.prefix}/read/{self._num_polls}/{self.store.me}", text)
         self.at(WAITING, number)
         tenths = int((time.monotonic() - self._began) * 10)
@@ -197,7 +198,7 @@ class ProcessGroup:
                 exit_code = 130
             case _:
                 exit_code = 1
-        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        text = first_line(error)
         step, phase = number + 1, self.heartbeat.phase
         match error:
             case PeerError():

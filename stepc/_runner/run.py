@@ -160,15 +160,15 @@ def run(
       eval: `sc.Eval(every, evaluate, data)` logs the means of `evaluate(state, batch)` as `eval_<name>`.
       hooks: pairs (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` makes a copy of the state.
       profile: `sc.Profile(start, stop, directory)` traces these steps with JAX's profiler.
-      reject_if: `reject_if(metrics)` takes host floats and returns why the step is not wanted, in words, or None. It is
-        asked about every finished step, also one that is made again; the policy for "nonfinite" governs a rejection.
+      reject_if: `reject_if(metrics)` takes host floats and returns why the step is not wanted, in words, or None. It
+        is called for every finished step, replayed ones too; the policy for "nonfinite" governs a rejection.
       watchdog: `sc.Watchdog(...)` looks for hangs, recompilations and replicas that differ.
       buffers: `sc.Buffers(...)` says how many steps are in flight and how often the state is copied.
     Errors: FieldTypeError or ConfigError before anything runs; a StepError from the original exception, with the number
       of the step: DataError, BuildError, NonFiniteError, RejectedError, DeviceError; CheckpointError, ResumeError,
       PeerError. Ctrl-C raises Interrupted (a KeyboardInterrupt), and SIGTERM Preempted (a SystemExit with code 143), at
       a step boundary, after a checkpoint; `except sc.StepcError` catches neither.
-    A policy that goes on after a failure on a device pays for a copy of the state and the batches since.
+    A policy that continues after a failure on a device needs memory for a copy of the state and the batches since.
     On several processes each calls this with the rows it has. If one process gets a signal, a bad batch or the end of
     its data, all of them act on it at the same step; an error that ends one ends all, by a PeerError that names it.
     Process 0 has the loggers. To keep compiled programs between runs, set `jax_compilation_cache_dir` in `jax.config`.
@@ -316,7 +316,7 @@ def _comparable(
 
 
 def _check_replay(policies: Mapping[str, Policy], checkpoint: Checkpoints | None, *, is_positioned: bool) -> None:
-    """Refuse a promise to give batches again that the data cannot keep.
+    """Refuse to give batches again if the data cannot go back to them.
 
     Errors: ConfigError.
     """
@@ -336,7 +336,7 @@ def _check_replay(policies: Mapping[str, Policy], checkpoint: Checkpoints | None
 
 
 def _needs_snapshots(policies: Mapping[str, Policy]) -> bool:
-    """Whether a policy promises to go on from a failure that destroys the state."""
+    """Whether a policy continues after a failure that destroys the state."""
     return any(not isinstance(policies[kind], Raise) for kind in ("nonfinite", "device"))
 
 

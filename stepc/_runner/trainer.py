@@ -248,7 +248,7 @@ class Trainer:
             )
 
     def recover(self, failure: StepError, found: DataItem | ReadFailure | EndOfData) -> None:
-        """Log a failure; then raise it, or restore what the policy promised."""
+        """Log a failure; then raise it, or restore what the policy needs to continue."""
         kind = KINDS.get(type(failure))
         place = failure.step
         if isinstance(found, ReadFailure) and kind == "data":

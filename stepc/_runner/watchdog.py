@@ -1,4 +1,4 @@
-"""Says where a run hangs, and ends the process if that is asked for. It touches no run."""
+"""Says where a run hangs, and ends the process if `exit_seconds` is given. It touches no run."""
 
 import faulthandler
 import logging

@@ -14,7 +14,7 @@ from stepc._units import bytes_of
 from stepc.errors import BudgetError, ConfigError, FieldTypeError, FieldValueError, did_you_mean
 from stepc.inspect.collectives import Collective, Collectives, collectives
 from stepc.inspect.cost import cost
-from stepc.inspect.memory import Memory, memory
+from stepc.inspect.memory import memory
 
 Size: TypeAlias = int | str
 _MAX_LINES = 5
@@ -166,7 +166,7 @@ def _measurements(compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh | None)
         "collective_bytes": Measurement(None if executions is None else rows.executed_bytes, _lines(rows)),
         "argument_bytes": Measurement(needs.arguments),
         "temp_bytes": Measurement(needs.temporaries),
-        "total_bytes": Measurement(needs.total, _parts(needs)),
+        "total_bytes": Measurement(needs.total, tuple(" ".join(line.split()) for line in str(needs).splitlines()[:-1])),
         "flops": Measurement(cost(compiled).flops),
     }
 
@@ -207,10 +207,6 @@ def _line(row: Collective) -> str:
     over = f" over {', '.join(row.axes)}" if row.axes else ""
     place = " in a loop" if row.in_loop else ""
     return f"{times} {row.kind} of {readable_bytes(row.bytes)}{over}{place}: {row.source or 'unknown source'}"
-
-
-def _parts(needs: Memory) -> tuple[str, ...]:
-    return tuple(" ".join(line.split()) for line in str(needs).splitlines()[:-1])
 
 
 @dataclass(frozen=True)

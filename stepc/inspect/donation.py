@@ -78,7 +78,7 @@ def donated_leaves(compiled: jax.stages.Compiled) -> tuple[DonatedLeaf, ...]:
     if len(parameters) != len(leaves):
         return ()
     found = aliases(compiled)
-    # The first key tells positional arguments from keyword arguments; it is left out of the path.
+    # The first key only separates positional from keyword arguments: it is no part of the path.
     named = ((jax.tree_util.keystr(path[1:], simple=True, separator="/"), info) for path, info in leaves)
     return tuple(DonatedLeaf(path, info.donated, number in found) for number, (path, info) in enumerate(named))
 

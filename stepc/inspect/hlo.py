@@ -1,4 +1,4 @@
-"""Optimised HLO text, parsed into frozen values. It must not know what is asked of them."""
+"""Optimised HLO text, parsed into frozen values. It must not know the questions that others put to them."""
 
 import math
 import re

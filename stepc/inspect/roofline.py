@@ -105,7 +105,7 @@ def roofline(cost: Cost, memory: Memory, collectives: Iterable[Collective], devi
 
     Meaning: max(flops / peak, bytes / bandwidth), and 2 (n - 1) / n * bytes / links for an all-reduce over n devices,
       half of that for a gather, scatter or all-to-all, bytes / links for a permute.
-    Why: tells whether a step is compute-, memory- or communication-bound on a device that you do not have.
+    Why: says whether a step is compute-, memory- or communication-bound on a device that you do not have.
 
     Args:
       device: a name such as "tpu:v5e" or "gpu:h100", one of `stepc.inspect.DEVICES`, or a `Device` of your own.

@@ -1,9 +1,9 @@
 """What a program does, in the order of its text: compute, collectives, and the loops around them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import jax
 
@@ -86,11 +86,8 @@ def timeline(compiled: jax.stages.Compiled | str, mesh: jax.sharding.Mesh | None
     """
     module = parse(text_of(compiled))
     reader = _Reader(module, {row.name: row for row in collectives(compiled, mesh)})
-    entry = module.computations[module.entry]
-    parts = [reader.segments(entry, instruction) for instruction in entry.instructions.values()]
-    if any(part is None for part in parts):
-        return None
-    return tuple(_merged(segment for part in parts if part for segment in part))
+    segments = _joined(reader.segments, module.computations[module.entry])
+    return None if segments is None else tuple(_merged(segments))
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,9 @@ class _Reader:
     def flat(self, computation: Computation, instruction: Instruction) -> list[FlatSegment] | None:
         """The segments of an instruction and everything it runs, loops multiplied out; None if that is unknown."""
         if instruction.name in self.collectives:
-            return [_collective(self.collectives[instruction.name])]
+            row = self.collectives[instruction.name]
+            is_overlapped = row.overlap is not None and bool(row.overlap.instructions)
+            return [CollectiveSegment(row.kind, wire_bytes(row), 1, row.axes, is_overlapped, row.source)]
         if instruction.opcode.endswith(("-done", "-update")):
             return []
         found: list[FlatSegment] = []
@@ -132,11 +131,7 @@ class _Reader:
 
     def flat_of(self, name: str) -> list[FlatSegment] | None:
         """The segments of one execution of a computation."""
-        computation = self.module.computations[name]
-        parts = [self.flat(computation, instruction) for instruction in computation.instructions.values()]
-        if any(part is None for part in parts):
-            return None
-        return [segment for part in parts if part for segment in part]
+        return _joined(self.flat, self.module.computations[name])
 
     def _has_collectives(self, name: str) -> bool:
         if name not in self.module.computations:
@@ -154,9 +149,13 @@ class _Reader:
         return [ComputeSegment(flops, bytes_, label(instruction))] if flops or bytes_ else []
 
 
-def _collective(row: Collective) -> CollectiveSegment:
-    is_overlapped = row.overlap is not None and bool(row.overlap.instructions)
-    return CollectiveSegment(row.kind, wire_bytes(row), 1, row.axes, is_overlapped, row.source)
+_S = TypeVar("_S", bound=Segment)
+
+
+def _joined(read: Callable[[Computation, Instruction], list[_S] | None], computation: Computation) -> list[_S] | None:
+    """The segments of all instructions; None if those of one are unknown."""
+    parts = [read(computation, instruction) for instruction in computation.instructions.values()]
+    return None if None in parts else [segment for part in parts if part for segment in part]
 
 
 def _merged(segments: Iterable[Segment]) -> Iterator[Segment]:

@@ -1,8 +1,8 @@
 """Meshes of devices that this machine does not have, to compile for. It must not know what is compiled."""
 
-import importlib.util
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -81,7 +81,7 @@ def topology(name: str, **axes: int) -> Mesh:
 
 def _check_plugin(name: str, platform: str) -> None:
     """Check before JAX does, which reports a missing plugin as a missing device."""
-    if any(_is_importable(plugin) for plugin in _PLUGINS[platform]):
+    if any(find_spec(plugin.partition(".")[0]) and find_spec(plugin) for plugin in _PLUGINS[platform]):
         return
     version = jax.__version__
     needed, command = {
@@ -92,11 +92,6 @@ def _check_plugin(name: str, platform: str) -> None:
         f"{name} needs {needed}, which is not installed. The devices themselves are not needed.",
         suggestion=f"Install it with: {command}",
     )
-
-
-def _is_importable(module: str) -> bool:
-    package = module.partition(".")[0]
-    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
 def _tpus(name: str, generation: str, shape: str) -> list[Any]:  # Any: jaxlib has no public type for a device

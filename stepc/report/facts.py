@@ -110,7 +110,7 @@ def facts(
       title: what to call the program.
       device: the device whose peaks times are drawn to, such as "gpu:h100"; by default the one that the program is
         compiled for, or tpu:v5e if that is not in the table.
-      plan: what a compiler decided, if it tells.
+      plan: what a compiler decided, if it says so.
       memory: by default `stepc.inspect.memory(executable)`.
       donated: by default `stepc.inspect.donated_leaves(executable)`.
     Errors: ValueError if the backend prints no HLO; ConfigError for a device that is not in the table.

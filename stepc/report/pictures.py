@@ -10,6 +10,7 @@ from stepc._text import readable_bytes, readable_seconds, split_outside_brackets
 from stepc.inspect.memory import Memory
 from stepc.inspect.roofline import Device
 from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, FlatSegment, LoopSegment, Segment
+from stepc.report.text import memory_parts
 
 
 def transforms(pipeline: str, separator: str) -> str:
@@ -172,12 +173,7 @@ def memory(needs: Memory) -> str:
 def _memory_parts(needs: Memory) -> Iterator[tuple[str, str, int]]:
     """Colour, name and bytes: arguments in cool colours, temporaries in warm ones."""
     colours = {"arguments": iter(("a1", "a2", "a3", "a4", "a5")), "temporaries": iter(("t1", "t2"))}
-    for part in needs.parts:
+    for part in memory_parts(needs):
         yield next(colours[part.of]), part.name, part.bytes
-    explained = {part.of for part in needs.parts}
-    if "arguments" not in explained:
-        yield "a1", "arguments", needs.arguments
-    if "temporaries" not in explained:
-        yield "t2", "temporaries", needs.temporaries
     yield "o1", "results not aliased with arguments", needs.outputs - needs.aliased
     yield "c1", "code", needs.code

@@ -8,7 +8,7 @@ from rich.text import Text
 from stepc._text import readable_bytes, readable_seconds
 from stepc.inspect.memory import Memory
 from stepc.report.facts import PlanFacts, ProgramFacts
-from stepc.report.text import UNKNOWN_TRIP_COUNT, donation
+from stepc.report.text import UNKNOWN_TRIP_COUNT, donation, memory_parts
 
 _COLOURS = {"arguments": "blue", "temporaries": "yellow"}
 
@@ -76,10 +76,7 @@ def _collectives(facts: ProgramFacts) -> Table:
 def _memory(needs: Memory, *, width: int) -> Table:
     """Each part as a bar; the total would fill `width`."""
     table = _table("", "", "")
-    parts = [(part.name, part.bytes, _COLOURS[part.of]) for part in needs.parts]
-    explained = {part.of for part in needs.parts}
-    parts += [] if "arguments" in explained else [("arguments", needs.arguments, "blue")]
-    parts += [] if "temporaries" in explained else [("temporaries", needs.temporaries, "yellow")]
+    parts = [(part.name, part.bytes, _COLOURS[part.of]) for part in memory_parts(needs)]
     parts += [("results not aliased", needs.outputs - needs.aliased, "magenta"), ("code", needs.code, "white")]
     for name, bytes_, colour in parts:
         cells = round(width * bytes_ / needs.total) if needs.total else 0

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 
+from stepc._text import indented_section
+from stepc.inspect.memory import Memory, MemoryPart
 from stepc.report.facts import ProgramFacts
 
 
 def text(facts: ProgramFacts) -> str:
     """Print the plan, if there is one, and what became of it in the compiled program."""
     parts = [facts.plan.text] if facts.plan is not None else [f"program {facts.title}"]
-    parts += ["\n".join((title, *(f"  {line}".rstrip() for line in lines))) for title, lines in _sections(facts)]
+    parts += [indented_section(title, lines) for title, lines in _sections(facts)]
     return "\n\n".join(parts)
 
 
@@ -23,6 +25,13 @@ def _sections(facts: ProgramFacts) -> Iterator[tuple[str, list[str]]]:
 
 
 UNKNOWN_TRIP_COUNT = "unknown: a loop has no known trip count"
+
+
+def memory_parts(needs: Memory) -> list[MemoryPart]:
+    """What arguments and temporaries are for, as far as that is known; the whole of each where it is not."""
+    explained = {part.of for part in needs.parts}
+    whole = {"arguments": needs.arguments, "temporaries": needs.temporaries}
+    return [*needs.parts, *(MemoryPart(of, of, bytes_) for of, bytes_ in whole.items() if of not in explained)]
 
 
 def donation(facts: ProgramFacts) -> str:

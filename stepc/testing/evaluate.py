@@ -4,7 +4,6 @@ The reference slices batches. The evaluator never does: it passes on the *number
 whole batch only where the loss is computed.
 """
 
-import zlib
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, TypeAlias, assert_never
@@ -30,6 +29,7 @@ from stepc._core.nodes import (
     UpdateNode,
     named,
 )
+from stepc._language.semantics import draw_tag
 from stepc._language.terms import (
     LossOutcome,
     Mean,
@@ -158,7 +158,7 @@ def _gradient_of_rows(
         case MapNode():
             summed = _gradient_of_rows(inner, state, batch, rows, factor)
             value = summed.value(state.params)
-            key = (_key(state, zlib.crc32(_name(program, node).encode()) | 2**31, rows[0]),) if node.draws else ()
+            key = (_key(state, draw_tag(_name(program, node)), rows[0]),) if node.draws else ()
             measured, before = node.measured(value)
             grads, after = node.applied(value, measured, *key)
             added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
