@@ -184,6 +184,14 @@ COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
     "ema_of_a_gradient": (sc.PipelineTypeError, lambda: sc.ema(0.9) @ sc.clip(1.0)),
     "skip_inside": (sc.PipelineTypeError, lambda: sc.update(tx) @ sc.skip_nonfinite() @ sc.grad(loss)),
     "optimizer_itself": (sc.PipelineTypeError, lambda: tx @ sc.clip(1.0)),
+    "clip_of_a_scaled_gradient": (
+        sc.PipelineTypeError,
+        lambda: sc.update(tx) @ sc.loss_scale() @ sc.clip(10.0) @ sc.grad(loss),
+    ),
+    "maps_of_a_scaled_gradient": (
+        sc.PipelineTypeError,
+        lambda: sc.loss_scale() @ (sc.noise(0.1) @ sc.accumulate(4) @ dp @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss)),
+    ),
 }
 FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "k_zero": (sc.FieldValueError, lambda: sc.accumulate(0)),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from catalogue import PROBES, SAMPLES
+from catalogue import PROBES, SAMPLES, probe_batch, probe_params
 
 import stepc as sc
 from stepc.testing import check_transform
@@ -162,3 +162,32 @@ def test_remedy_for_a_transform_of_the_loss_beside_a_gradient_transform_can_be_e
     written = raised.value.suggestion.split("`")[1]
     names = {"clip": sc.clip, "grad": sc.grad, "cast": sc.cast, "jnp": jnp, "loss": loss}
     assert repr(eval(written, names)) == written
+
+
+def test_transform_that_is_not_linear_acts_on_the_unscaled_gradient_where_the_remedy_puts_it() -> None:
+    sgd, scale, source = sc.update(optax.sgd(1.0)), sc.loss_scale(initial=1024.0), sc.grad(LOSS)
+    with pytest.raises(sc.PipelineTypeError) as raised:
+        sgd @ scale @ sc.clip(0.5) @ source
+    remedy = str(raised.value.suggestion).removeprefix("Write `").removesuffix("`.")
+    moved = eval(remedy, vars(sc) | {"optax": optax}) @ source
+    batch = jax.tree.map(jax.numpy.asarray, probe_batch(8))
+    reference = sc.reference(moved)
+    start = reference.init(jax.tree.map(jax.numpy.asarray, probe_params()))
+    state, _ = reference(start, batch)
+    step = jax.tree.map(lambda new, old: new - old, state.params, start.params)
+    assert float(optax.tree.norm(step)) == pytest.approx(0.5, rel=1e-6)  # 0.5 / 1024 where clip saw the scaled one
+
+
+class Unhashable:
+    """A loss that has no hash, as a module that holds arrays has none."""
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __call__(self, params: object, rows: object) -> jax.Array:
+        return LOSS(params, rows)
+
+
+def test_loss_without_a_hash_composes() -> None:
+    assert (
+        len((sc.update(ADAM) @ sc.loss_scale() @ sc.accumulate(memory="1GiB") @ sc.grad(Unhashable())).transforms) == 4
+    )

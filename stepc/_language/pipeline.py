@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 
-from stepc._core.nodes import Node, Program, Wrap
+from stepc._core.nodes import MapNode, Node, Program, RescaleNode, Wrap
 from stepc._language.kinds import Kind
 from stepc._language.semantics import Fn
 from stepc.errors import PipelineTypeError, caret
@@ -167,13 +167,16 @@ class Pipeline(_Composable):
 def compose(outer: Operand, inner: Operand) -> Pipeline:
     """`outer @ inner`, read as in mathematics: `inner` acts first.
 
-    Errors: PipelineTypeError if `inner` does not give what `outer` takes.
+    Errors: PipelineTypeError if `inner` does not give what `outer` takes, or if a transform that is not linear would
+      see the gradient of a scaled loss.
     """
     left, right = transforms_of(outer), transforms_of(inner)
     if left and not right and left[-1].takes is Kind.LOSS and callable(inner):
         right = (Objective(QuotedArgument(inner, function_name(inner))),)
     if left and right and left[-1].takes is right[0].gives:
-        return Pipeline((*left, *right))
+        pipeline = Pipeline((*left, *right))
+        _check_scale(pipeline)
+        return pipeline
     if left and right:
         raise _kind_mismatch(outer, inner, left, right)
     raise _not_a_transform(outer, inner)
@@ -302,6 +305,36 @@ def _well_typed_order(left: tuple[Transform, ...], right: tuple[Transform, ...])
         if all(one.takes is two.gives for one, two in zip(transforms, transforms[1:], strict=False)):
             return Pipeline(transforms)
     return None
+
+
+def _check_scale(pipeline: Pipeline) -> None:
+    """Refuse a transform that is not linear to the right of a scale of the loss.
+
+    It would see the gradient of the scaled loss: a bound, noise or a measurement of the wrong number.
+    """
+    transforms = pipeline.transforms
+    # What is left to the compiler has no nodes yet; it only splits rows.
+    nodes = [one.expand() if one.autotune_request() is None else () for one in transforms]
+    scaled = [n for n, made in enumerate(nodes) if any(isinstance(node, RescaleNode) for node in made)]
+    if not scaled:
+        return
+    place, scale = scaled[0], transforms[scaled[0]]
+    outer, inner = transforms[:place], transforms[place + 1 :]
+    mapped = [n for n, made in enumerate(nodes[place + 1 :]) if any(isinstance(node, MapNode) for node in made)]
+    if not mapped:
+        return
+    last = mapped[-1] + 1
+    moved = Pipeline((*outer, *inner[:last], scale, *inner[last:]))
+    listed = " and ".join(f"`{inner[n]!r}`" for n in mapped)
+    raise PipelineTypeError(
+        f"{listed} would see the gradient of the scaled loss: `{scale!r}` on the left divides by the scale later.",
+        where=caret(repr(pipeline), repr(inner[mapped[0]]), str(site_of_caller())),
+        facts=(
+            ("expected", "a linear transform, such as accumulate, shard, rows or scale"),
+            ("got", "a transform that is not linear"),
+        ),
+        suggestion=f"Write `{moved!r}`.",
+    )
 
 
 def _not_a_transform(outer: Operand, inner: Operand) -> PipelineTypeError:

@@ -107,9 +107,10 @@ def loss_scale(dynamic: bool = True, *, initial: float = 2.0**15, interval: int 
     Units: those of the gradient.
     Type: gradient -> gradient; adds the metric `loss_scale`, the scale that was used
     Errors: FieldTypeError, FieldValueError for bad fields; PipelineTypeError if the stage on its right returns no
-      gradient; ConfigError at `compile` if it appears twice.
+      gradient, or if a transform that is not linear stands on its right; ConfigError at `compile` if it appears twice.
     It is linear in the gradient, so it does not hold up a pending reduction. Transforms on its right see the scaled
-    gradient, so write `clip` on its left. A loss that is itself not finite leaves the scale as it is.
+    gradient, so `@` refuses one that is not linear there: write `clip` on its left. A loss that is itself not
+    finite leaves the scale as it is.
     Example:
       >>> clip(1.0) @ loss_scale() @ grad(cast(jnp.float16) @ loss)
       clip(1.0) @ loss_scale() @ grad(cast(jnp.float16) @ loss)
