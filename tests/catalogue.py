@@ -27,6 +27,7 @@ EXACT = {
 ROUNDED = {
     "clip": sc.clip(1.0),
     "clip_loose": sc.clip(1e6),
+    "clip_zero": sc.clip(2.0, nonfinite="zero"),
     "noise": sc.noise(0.25),
     "accumulate_narrow": sc.accumulate(4, dtype=jnp.bfloat16),
 }

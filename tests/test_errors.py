@@ -208,6 +208,7 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "max_norm_nan": (sc.FieldValueError, lambda: sc.clip(float("nan"))),
     "max_norm_inf": (sc.FieldValueError, lambda: sc.clip(float("inf"))),
     "max_norm_text": (sc.FieldTypeError, lambda: sc.clip("1.0")),
+    "nonfinite_unknown": (sc.FieldValueError, lambda: sc.clip(1.0, nonfinite="skip")),
     "scale_nan": (sc.FieldValueError, lambda: sc.scale(float("nan"))),
     "scale_none": (sc.FieldTypeError, lambda: sc.scale(None)),
     "shard_axis": (sc.FieldTypeError, lambda: sc.shard("data")),

@@ -33,8 +33,9 @@ def rows() -> Rows:
     """Average the gradient over single rows, side by side: the transforms on its right see one row at a time.
 
     Meaning: mean(inner(params, rows[j:j + 1]) for j in range(number of rows)).
-    Why: per-example gradients, for transforms that are not linear. `rows() @ clip(c)` clips the gradient of every
-      example, as DP-SGD asks: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c) @ grad(loss)`.
+    Why: per-example gradients, for transforms that are not linear. `rows() @ clip(c, nonfinite="zero")` bounds what any
+      one example adds, as DP-SGD asks: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c, nonfinite="zero") @
+      grad(loss)`. Without "zero", one row with a NaN makes the mean NaN.
 
     Shapes: the stage on its right sees batch leaves `[1, ...]`.
     Units: the gradient is per example (a mean), not a sum.
