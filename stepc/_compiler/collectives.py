@@ -5,6 +5,7 @@ an inner region that is manual over all axes: in a partly automatic one XLA gath
 collectives, and bfloat16 sums abort the process on CPU.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -66,9 +67,12 @@ class ManualRegion:
         return prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
     def scope(self, written: str) -> AbstractContextManager[Any]:
-        """The named scope of what transforms ask for: by it, compiled text names them with the user's line."""
-        lines = dict.fromkeys(line for transform, line in self.sites if transform in written.split(" @ "))
-        return jax.named_scope(f"stepc:{written} ({', '.join(lines)})")
+        """The named scope of what transforms ask for: by it, compiled text and profiles name them with their lines."""
+        named = (written, *written.split(" @ "))  # a law merges two into one; `grad(cast(...) @ loss)` is one itself
+        lines = dict.fromkeys(line for transform, line in self.sites if transform in named)
+        # XLA drops what follows an `@` in a name; compositions are written with a dot, as programs of the core are.
+        name = re.sub(r"\s*@\s*", " . ", written)
+        return jax.named_scope(f"stepc:{name} ({', '.join(lines)})")
 
     def manual_specs(self, *, sharded: bool) -> Any:  # Any: a tree like the parameters
         """The specs of a tree like the parameters along the manual axes."""

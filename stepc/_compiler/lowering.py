@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from stepc._compiler.collectives import (
@@ -75,6 +76,7 @@ from stepc._language.terms import (
 
 SCAN_NAME = "microbatches"  # the named scope of the scan, by which it is found in compiled text
 STEPS_NAME = "steps"  # that of `repeat`
+NORM_NAME = "gradient_norm"  # that of the norm by which a step is known to be finite: no transform asks for it
 
 
 class StepOutputs(NamedTuple):
@@ -332,9 +334,10 @@ def _run_one(
         case DivideByCount():
             return _divide(instruction, total, inputs.params)
         case Apply(node):
+            key = _map_key(instruction, microbatch, inputs, region)
             with region.scope(node.written):
                 measured, added = node.measured(total.grads)
-            return _apply(instruction, total, measured, added, _map_key(instruction, microbatch, inputs, region))
+                return _apply(instruction, total, measured, added, key)
         case Optimize() | RepeatSteps() | CountFirst() | AllGather():
             raise ValueError(f"{type(instruction).__name__} does not make a gradient")
         case _:
@@ -354,7 +357,8 @@ def _compute(
         total = _sum_of_ratios(terms, inputs) if instruction.counts_first else terms[0].total
         return total * inputs.scale if instruction.rescaled else total, outcome
 
-    (_, outcome), grads = jax.value_and_grad(scaled_loss, has_aux=True)(inputs.params)
+    with region.scope(node.written):
+        (_, outcome), grads = jax.value_and_grad(scaled_loss, has_aux=True)(inputs.params)
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
     metrics = {"loss": Sums(outcome.terms), **outcome.metrics}
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
@@ -383,23 +387,28 @@ def _scan(
     size, dtype = instruction.size, instruction.dtype
     # [n, ...] -> [n / size, size, ...]: microbatch j is the rows i with i mod size = j, and no row moves.
     split = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), microbatch)
-    # Jitted, so that the shapes and the scan share one trace of the loss; inlined, so that the program shows no call.
-    body = jax.jit(lambda microbatch, inputs: _run(instruction.body, None, microbatch, inputs, region), inline=True)
 
     def part(index: jax.Array) -> LocalMicrobatch:
         take = partial(jax.lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False, allow_negative_indices=False)
         return jax.tree.map(take, split)
+
+    # The shapes and the scan share one trace of the loss. It is evaluated again, equation by equation: that keeps the
+    # lines of the source, which a jitted function loses when it is inlined.
+    first = jnp.zeros((), jnp.int32)
+    traced, shapes = jax.make_jaxpr(
+        lambda microbatch, inputs: _run(instruction.body, None, microbatch, inputs, region), return_shape=True
+    )(part(first), inputs)
+    evaluate, result = jaxpr_as_fun(traced), jax.tree.structure(shapes)
 
     # The index is carried, not scanned over: an array of indices would be read for every row.
     def add_one(
         carry: tuple[jax.Array, GradientSum, Any], _: None
     ) -> tuple[tuple[jax.Array, GradientSum, Any], jax.Array]:
         index, total, model_state = carry
-        one: GradientSum = body(part(index), replace(inputs, model_state=model_state))
+        arguments = jax.tree.leaves((part(index), replace(inputs, model_state=model_state)))
+        one: GradientSum = result.unflatten(evaluate(*arguments))
         return (index + 1, _add(total, one, dtype), one.model_state), one.finite
 
-    first = jnp.zeros((), jnp.int32)
-    shapes: GradientSum = jax.eval_shape(lambda: body(part(first), inputs))
     with jax.named_scope(SCAN_NAME):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), shapes.grads)
         start = GradientSum(zero_metrics(shapes.metrics), zeros, None, None, shapes.count)
@@ -418,7 +427,8 @@ def _add(total: GradientSum, one: GradientSum, dtype: str | None) -> GradientSum
 
 def _vmap(instruction: Vmap, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
     single_rows = jax.tree.map(lambda leaf: leaf[:, None], microbatch)
-    each = jax.vmap(lambda row: _run(instruction.body, None, row, inputs, region))(single_rows)
+    with region.scope(instruction.written):
+        each = jax.vmap(lambda row: _run(instruction.body, None, row, inputs, region))(single_rows)
     size = num_rows(microbatch.rows)
     total = GradientSum(
         reduce_vmap_metrics(each.metrics),
@@ -515,12 +525,13 @@ def _measure(
 ) -> tuple[MeasuredGradient, GradientSum, Any]:  # Any: a tree like the parameters
     """The first run of the final maps: what the second needs, the value with all metrics, the sums of squares."""
     value = _divide(final_maps.division, total, params)
-    squares = jax.tree.map(sum_of_squares, value.grads)
+    with jax.named_scope(NORM_NAME):
+        squares = jax.tree.map(sum_of_squares, value.grads)
     all_measured: list[Any] = []
     for one, key in zip(final_maps.maps, keys, strict=True):
         with region.scope(one.node.written):
             measured, added = one.node.measured(value.grads)
-        value = _apply(one, value, measured, added, key)
+            value = _apply(one, value, measured, added, key)
         value = replace(value, grads=_like(params, value.grads))
         all_measured.append(measured)
     return MeasuredGradient(total, tuple(all_measured), keys), value, squares
@@ -542,14 +553,17 @@ def _update(
     params = constrain(state.params, sharded=True)
     value = _divide(final_maps.division, gradient.total, params)
     for one, measured, key in zip(final_maps.maps, gradient.measured, gradient.keys, strict=True):
-        value = _apply(one, value, measured, {}, key)
-        value = replace(value, grads=_like(params, value.grads))
+        with region.scope(one.node.written):
+            value = _apply(one, value, measured, {}, key)
+            value = replace(value, grads=_like(params, value.grads))
     optimizer = optax.with_extra_args_support(optimize.node.optimizer)
-    updates, opt_state = optimizer.update(value.grads, state.opt_state, params, value=loss, grad=value.grads)
-    params = constrain(optax.apply_updates(params, updates), sharded=True)
+    with region.scope(optimize.node.written):
+        updates, opt_state = optimizer.update(value.grads, state.opt_state, params, value=loss, grad=value.grads)
+        params = constrain(optax.apply_updates(params, updates), sharded=True)
     slots = dict(state.slots)
     for name, node in optimize.follows:
-        slots[name] = node.advance(slots[name], params, *node.arguments)
+        with region.scope(node.written):
+            slots[name] = node.advance(slots[name], params, *node.arguments)
     with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
         params = constrain(params, sharded=region.has_sharded_params)
     new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)

@@ -105,6 +105,7 @@ class Vmap:
     """Run the body on every row, side by side, and add up the results."""
 
     body: "Schedule"
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
             scan = ScanMicrobatches(size, pending.schedule, node.dtype)
             return replace(pending, schedule=(scan,), microbatches=pending.microbatches * size)
         case UnderVmap():
-            return replace(pending, schedule=(Vmap(pending.schedule),), vmapped=True)
+            return replace(pending, schedule=(Vmap(pending.schedule, node.written),), vmapped=True)
         case OverMesh(axes):
             if any(isinstance(one, Compute) and one.node.model_state for one in all_instructions(pending.schedule)):
                 reason = f"`{node.written}` averages the model's own state"
@@ -382,8 +383,8 @@ def _counting(body: Schedule) -> Schedule:
                 counted.append(Count(node))
             case ScanMicrobatches(size, inner):
                 counted.append(ScanMicrobatches(size, _counting(inner)))
-            case Vmap(inner):
-                counted.append(Vmap(_counting(inner)))
+            case Vmap(inner, written):
+                counted.append(Vmap(_counting(inner), written))
             case _:
                 pass
     return tuple(counted)

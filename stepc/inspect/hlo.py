@@ -128,7 +128,8 @@ class Module:
         if not file:
             return _transform_scope(op_name) or op_name
         if not _STEPC_FILE.search(file):
-            return f"{PurePath(file).name}:{line}" + (f" ({op_name})" if op_name else "")
+            path = _without_transforms(op_name)
+            return f"{PurePath(file).name}:{line}" + (f" ({path})" if path else "")
         origins = (_transform_scope(path) or _without_structure(path) for path in _merged_paths(op_name))
         return ", ".join(dict.fromkeys(origin for origin in origins if origin)) or op_name
 
@@ -296,14 +297,30 @@ def _merged_paths(op_name: str) -> list[str]:
 
 
 def _transform_scope(op_name: str) -> str:
-    """The innermost transform that an op_name names; it ends at a `/`, or at the bracket of a `jvp(...)` around it."""
-    _, is_found, rest = op_name.rpartition(_TRANSFORM_SCOPE)
+    """The innermost transform that an op_name names, as written."""
+    start = op_name.rfind(_TRANSFORM_SCOPE)
+    if start < 0:
+        return ""
+    # A composition has a dot in a scope: XLA drops what follows an `@` in a name.
+    written = op_name[start : _end_of_scope(op_name, start)].replace(" . ", " @ ")
+    return written.removeprefix(_TRANSFORM_SCOPE)
+
+
+def _without_transforms(op_name: str) -> str:
+    """`jit(step)/jvp()/tanh` of `jit(step)/jvp(stepc:grad(loss) (train.py:41))/tanh`."""
+    while (start := op_name.find(_TRANSFORM_SCOPE)) >= 0:
+        op_name = op_name[:start] + op_name[_end_of_scope(op_name, start) :]
+    return "/".join(part for part in op_name.split("/") if part)
+
+
+def _end_of_scope(op_name: str, start: int) -> int:
+    """Where a scope that begins at `start` ends: at a `/`, or at the bracket of a `jvp(...)` around it."""
     depth = 0
-    for at, letter in enumerate(rest if is_found else ""):
-        depth += (letter in "([{") - (letter in ")]}")
-        if depth < 0 or (depth == 0 and letter == "/"):
-            return rest[:at]
-    return rest if is_found else ""
+    for at in range(start, len(op_name)):
+        depth += (op_name[at] in "([{") - (op_name[at] in ")]}")
+        if depth < 0 or (depth == 0 and op_name[at] == "/"):
+            return at
+    return len(op_name)
 
 
 def _without_structure(path: str) -> str:
