@@ -257,6 +257,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     return f"Did you mean {close[0]!r}?" if close else None
 
 
+def misspelt_axes(unknown: Iterable[str], sizes: Iterable[str]) -> str | None:
+    """What to write where a pipeline names axes that the mesh lacks, if some are close to one that it has.
+
+    The mesh may be the one that is misspelt, unless the pipeline has two spellings for one of its axes.
+    """
+    names = list(sizes)
+    spellings: dict[str, list[str]] = {}
+    for axis in unknown:
+        for close in difflib.get_close_matches(axis, names, n=1):
+            spellings.setdefault(close, []).append(axis)
+    hints = [
+        f"Either write {close!r} in the pipeline, or name that axis of the mesh {axes[0]!r}."
+        if len(axes) == 1
+        else f"Did you mean {close!r}?"
+        for close, axes in spellings.items()
+    ]
+    return " ".join(hints) or None
+
+
 def caret(code: str, marked: str, site: str) -> str:
     """`code` with carets under the first `marked`, and the file and line at the end."""
     start = code.index(marked)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
+from stepc._language.kinds import Kind
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
 from stepc.testing.probes import WIDE, drawing, wide_params
@@ -558,6 +559,37 @@ def without_lines(text: str) -> str:
 def test_mistake_is_refused_before_a_step_is_compiled(name: str) -> None:
     with no_compilation_of_a_step(), pytest.raises(sc.StepcError):
         MISTAKES[name][1]()
+
+
+# What the codes of remedies name, besides the language: the losses and optimizers of the mistakes, and a step.
+NAMES = {
+    **{name: getattr(sc, name) for name in sc.__all__},
+    **PROBES,
+    "adamw": adamw,
+    "jnp": jnp,
+    "jax": jax,
+    "loss": loss,
+    "optax": optax,
+    "optimizer": tx,
+    "tx": tx,
+    "P": P,
+    "pipeline": sc.update(tx) @ dp @ sc.grad(loss),
+    "compile": sc.compile,
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in ("composing", "fields", "compiling") for name in GROUPS[group]]
+)
+def test_code_of_a_remedy_can_be_executed(group: str, name: str) -> None:
+    with pytest.raises(sc.StepcError) as raised:
+        GROUPS[group][name][1]()
+    for code in re.findall("`([^`]+)`", raised.value.suggestion or ""):
+        if "..." in code or "memory=" in code or re.fullmatch(r"\w+", code) or code.startswith("step."):
+            continue  # a call with a part left out, a name, or a method of the reader's own step
+        done = eval(code, {**NAMES, "k": 4})
+        if isinstance(done, sc.Pipeline) and done.takes is None and done.gives is Kind.STEP:
+            sc.compile(done, mesh=mesh_of(data=N))
 
 
 def test_every_golden_error_has_its_mistake() -> None:

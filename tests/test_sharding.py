@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import probe_batch
+from catalogue import PROBES, probe_batch
 from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -431,3 +431,33 @@ def test_layers_that_a_loss_rematerialises_stay_so() -> None:
         temporaries[name] = made.memory().temporaries
     hidden = 4 * 64 * 32 * 64  # bytes of what one layer computes on the rows of one device
     assert temporaries["recomputed"] < temporaries["kept"] - (DEPTH - 2) * hidden
+
+
+def test_leaf_that_zero_cannot_shard_says_which_dimension_is_taken_and_by_what() -> None:
+    def loss(params: Any, rows: Any) -> jax.Array:
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)) * jnp.mean(rows["x"])
+
+    rules = sc.tp({"tensor": P(None, "model")}, default=P())
+    layout = sc.shard(sc.dp("data", zero=3, gather="layer"), rules)
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ layout @ sc.grad(loss), mesh=mesh_of(data=4, model=2))
+    shapes = {"tensor": (16, 64), "stack": (16, 63), "odd": (3, 5)}
+    state = step.init({name: jnp.ones(shape) for name, shape in shapes.items()})
+    plan = step.lower(state, {"x": jnp.ones((8, 2))}).plan
+    assert {leaf.path: leaf.unsharded for leaf in plan.leaves if leaf.unsharded} == {
+        "params/odd": "not divisible by data=4",
+        "params/stack": "data=4 divides only dimension 0, which counts the layers",
+        "params/tensor": "data=4 divides only dimension 0, which counts the layers, "
+        "and dimension 1, which is sharded over model",
+    }
+
+
+def test_axis_of_the_rows_in_a_rule_names_the_axes_that_are_free() -> None:
+    pipeline = (
+        sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data"), sc.tp({"up": P("data")})) @ sc.grad(PROBES["over_rows"])
+    )
+    with pytest.raises(sc.ShardingError) as raised:
+        sc.compile(pipeline, mesh=mesh_of(data=4, model=2))
+    assert raised.value.suggestion == "Parameters are sharded over an axis that shards no rows, such as 'model'."
+    with pytest.raises(sc.ShardingError) as raised:
+        sc.compile(pipeline, mesh=mesh_of(data=8))
+    assert raised.value.suggestion is None

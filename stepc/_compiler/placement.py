@@ -21,6 +21,7 @@ from stepc._compiler.sharding import (
     shard_dimension,
     specs_of_batch,
     specs_of_params,
+    why_unsharded,
 )
 from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
@@ -98,9 +99,7 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
                 mirrors = "" if field == "params" else f"like params/{name}"
                 level = 3 if field == "params" else 1
                 if rules.layout.zero >= level and rules.axis not in axes_of(spec):
-                    is_divisible = any(size and size % rules.num_parts == 0 for size in leaf.shape)
-                    axis = f"divisible by {rules.axis}={rules.num_parts}"
-                    unsharded = f"no free dimension is {axis}" if is_divisible else f"not {axis}"
+                    unsharded = why_unsharded(leaf, tuple(spec), rules)
         return LeafSharding(path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded)
 
     return ShardingTable(tuple(row(path, leaf) for path, leaf in leaves), mesh)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from stepc._core.nodes import MeanNode, OverMesh, Program
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
 from stepc._language.state import describe_leaf
-from stepc.errors import ShardingError, did_you_mean, faults_in_one
+from stepc.errors import ShardingError, did_you_mean, faults_in_one, misspelt_axes
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
 
@@ -76,7 +76,11 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     if faults:
         specs = [*(spec for _, spec in (*merged.params, *merged.batch)), merged.default or ()]
         unknown = sorted({axis for spec in specs for axis in axes_of(spec)} - set(sizes))
-        raise _error(faults, sizes, of="the sharding rules", hints=[did_you_mean(axis, sizes) for axis in unknown])
+        taken = {axis for _, spec in (*merged.params, ("", merged.default or ())) for axis in axes_of(spec)} & {*rows}
+        free = " or ".join(repr(axis) for axis in sizes if axis not in rows)
+        hints = [misspelt_axes(unknown, sizes)]
+        hints += [f"Parameters are sharded over an axis that shards no rows, such as {free}."] if taken and free else []
+        raise _error(faults, sizes, of="the sharding rules", hints=hints)
     axis = sharded[0].axes[-1] if sharded else None
     if axis is None or sizes[axis] == 1:
         return BoundRules(replace(merged, zero=0), tuple(sizes.items()), rows)
@@ -93,7 +97,7 @@ def _axis_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[st
         faults += [f"{rule} names the axis {axis!r}, which the mesh does not have." for axis in times.keys() - sizes]
         faults += [f"{rule} names the axis {axis!r} twice." for axis, often in times.items() if often > 1]
     faults += [
-        f"{rule} names the axis {axis!r}, which shards the rows; `dp({axis!r}, zero=3)` shards parameters over it."
+        f"{rule} names the axis {axis!r}, which shards the rows."
         for rule, spec in of_params
         for axis in axes_of(spec)
         if axis in rows
@@ -143,7 +147,7 @@ def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it
     relayout (a major one, or one whose shard fills tiles of 32 bytes), then the largest, then the first. Where layers
     are gathered one at a time, the first dimension of a stack counts the layers and is never sharded.
     """
-    num_shards, is_stack = rules.num_parts, rules.layout.gather == "layer" and leaf.ndim > 1
+    num_shards, is_stack = rules.num_parts, _counts_layers(leaf, rules)
     rows_of_a_tile = max(32 // leaf.dtype.itemsize, 1)
     ranks = [
         (dim < leaf.ndim - 2 or (size // num_shards) % rows_of_a_tile == 0, size, -dim)
@@ -151,6 +155,27 @@ def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it
         if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None) and not (is_stack and dim == 0)
     ]
     return -max(ranks)[-1] if ranks and num_shards > 1 else -1
+
+
+def why_unsharded(leaf: Any, spec: Spec, rules: BoundRules) -> str:  # Any: as above
+    """Why `zero` shards no dimension of a leaf: none divides evenly, or what each that does is taken by."""
+    taken = [
+        f"dimension {dim}, which "
+        + (
+            "counts the layers"
+            if dim == 0 and _counts_layers(leaf, rules)
+            else f"is sharded over {', '.join(axes_of(spec[dim : dim + 1]))}"
+        )
+        for dim, size in enumerate(leaf.shape)
+        if size and size % rules.num_parts == 0
+    ]
+    parts = f"{rules.axis}={rules.num_parts}"
+    return f"{parts} divides only {', and '.join(taken)}" if taken else f"not divisible by {parts}"
+
+
+def _counts_layers(leaf: Any, rules: BoundRules) -> bool:  # Any: as above
+    """Whether the first dimension counts layers, which are gathered one at a time."""
+    return rules.layout.gather == "layer" and leaf.ndim > 1
 
 
 def mirrored_params(paths: Sequence[str], params: Iterable[str]) -> dict[str, str]:

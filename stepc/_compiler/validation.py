@@ -14,7 +14,14 @@ import numpy as np
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch, Params
 from stepc._language.state import State, describe_leaf, describe_tied_leaves, is_typed_key, leaves_by_path
-from stepc.errors import BatchError, ConfigError, FieldTypeError, ShardingError, did_you_mean, faults_in_one
+from stepc.errors import (
+    BatchError,
+    ConfigError,
+    FieldTypeError,
+    ShardingError,
+    faults_in_one,
+    misspelt_axes,
+)
 
 _LOG = logging.getLogger("stepc")
 
@@ -64,7 +71,7 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
     faults = [f"the pipeline shards over the axis {axis!r}, which the mesh does not have." for axis in unknown]
     faults += [f"the pipeline shards over the axis {axis!r} twice." for axis, times in used.items() if times > 1]
     if faults:
-        hints = [did_you_mean(axis, sizes) for axis in unknown]
+        hints = [misspelt_axes(unknown, sizes)]
         if not sizes:
             shape, axes = ", ".join("1" for _ in used), ", ".join(f'"{axis}"' for axis in used)
             hints = [f"Write `compile(pipeline, mesh=jax.make_mesh(({shape},), ({axes},)))` for one device."]

@@ -14,7 +14,7 @@ from stepc._language.kinds import Batch, Kind, Metrics, Params
 from stepc._language.pipeline import Pipeline, Transform, transform_name, transforms_of
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State
-from stepc.errors import ConfigError, ShardingError, caret, did_you_mean
+from stepc.errors import ConfigError, ShardingError, caret, misspelt_axes
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _AxisSizes(dict[str, int]):
     def __missing__(self, axis: str) -> NoReturn:
         facts = (("axes", ", ".join(f"{name}={size}" for name, size in self.items()) or "none"),)
         what = f"The pipeline shards over the axis {axis!r}, which `axes` does not name."
-        raise ShardingError(what, facts=facts, suggestion=did_you_mean(axis, self))
+        raise ShardingError(what, facts=facts, suggestion=misspelt_axes([axis], self))
 
 
 def complete_transforms(pipeline: object) -> tuple[Transform, ...]:
