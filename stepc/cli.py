@@ -5,14 +5,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -51,14 +53,14 @@ examples:
   stepc explain train.py:build --on tpu:v5e:16x16 --mesh data=64,model=4
   stepc explain --jit my_module:train_step --args example_args
 
-exit codes: 0 on success, 1 if no k fits accumulate(memory=...), 2 for invalid arguments.""",
+exit codes: 0 on success, 1 if no k fits accumulate(memory=...), 2 for invalid arguments or an error in your file.""",
         "report": f"""\
 {_BUILD}
 examples:
   stepc report train.py:build --mesh data=8 -o step.html
   stepc report train.py:build --on gpu:h100:32x8 --device gpu:h100 -o pod.html
 
-exit codes: 0 on success, 1 if no k fits accumulate(memory=...), 2 for invalid arguments.""",
+exit codes: 0 on success, 1 if no k fits accumulate(memory=...), 2 for invalid arguments or an error in your file.""",
         "check": f"""\
 {_BUILD}
 in a file budget.toml:
@@ -72,14 +74,14 @@ examples:
   stepc check train.py:build --mesh data=8 --budget budget.toml
   stepc check train.py:build --on tpu:v5e:16x16 --budget budget.toml
 
-exit codes: 0 if every limit holds, 1 if one is exceeded, 2 for invalid arguments.""",
+exit codes: 0 if every limit holds, 1 if one is exceeded, 2 for invalid arguments or an error in your file.""",
         "diff": f"""\
 {_BUILD}
 examples:
   stepc diff old.py:build new.py:build --mesh data=8
   stepc diff before.hlo after.hlo             # files with the text of `compiled.hlo()`
 
-exit codes: 0 if nothing changed, 1 if something did, 2 for invalid arguments.""",
+exit codes: 0 if nothing changed, 1 if something did, 2 for invalid arguments or an error in your file.""",
     }
 )
 TARGET_HELP = """the program to look at, FILE.py:NAME or module:NAME. NAME is a tuple (step, state, batch) or
@@ -87,6 +89,11 @@ TARGET_HELP = """the program to look at, FILE.py:NAME or module:NAME. NAME is a 
 # The name under which the arguments of a jitted function are expected in its module.
 EXAMPLE_ARGS = "example_args"
 HLO_SUFFIXES = (".txt", ".hlo")
+# Each simulated device takes threads, memory and time to start: a hundred thousand take minutes, without a word.
+MOST_SIMULATED_DEVICES = 1024
+# What a traceback leaves out of a failure of the user's own file: our way to it, the way through jax, and the frames
+# that the annotation checkers of our tests put between.
+OTHERS = ("stepc", "jax", "jaxlib", "importlib", "beartype", "jaxtyping")
 
 
 @dataclass(frozen=True)
@@ -119,13 +126,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
     Meaning: 0 on success; 1 if a budget is broken, two programs differ, a process failed or the reader of the output
-      has gone; 2 for invalid arguments; 130 for Ctrl-C. `launch` returns the code of the first process that failed.
+      has gone; 2 for invalid arguments, or if the user's own file raises; 130 for Ctrl-C. `launch` returns the code of
+      the first process that failed.
 
     Args:
       argv: the arguments after `stepc`; by default those of this process.
-    Errors: what the user's own file raises passes through, with its traceback.
+    Errors: what no line of the user's raises passes through: it is a fault of ours.
     """
-    options = vars(_parser().parse_args(argv))
+    known, unknown = _parser().parse_known_args(argv)
+    options = vars(known)
+    parser: argparse.ArgumentParser = options.pop("parser")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     run: Callable[[Options], int] = options.pop("run")
     try:
         return run(options)
@@ -140,6 +152,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{type(error).__name__}: {error}", FAILED)
     except sc.StepcError as error:
         return _fail(f"{type(error).__name__}: {error}", INVALID)
+    except Exception as error:  # whatever the user's own file raises; anything else is raised again
+        found = traceback.TracebackException.from_exception(error)
+        lines = _own_lines(found)
+        if not lines:
+            raise
+        where = f"{Path(lines[-1].filename).name}:{lines[-1].lineno}"
+        return _fail(f"{type(error).__name__} at {where}\n\n{''.join(found.format()).rstrip()}", INVALID)
 
 
 def _fail(message: str, code: int) -> int:
@@ -147,11 +166,36 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _own_lines(found: traceback.TracebackException) -> traceback.StackSummary:
+    """The frames of the user's, to which the traceback is cut, and those of its causes."""
+    for cause in (found.__cause__, found.__context__):
+        if cause is not None:
+            _own_lines(cause)
+    folders = tuple(
+        f"{Path(spec.origin).parent}/" for name in OTHERS if (spec := importlib.util.find_spec(name)) and spec.origin
+    )
+    kept = [one for one in found.stack if not one.filename.startswith(("<frozen", "<@beartype", *folders))]
+    found.stack = traceback.StackSummary.from_list(kept)
+    return found.stack
+
+
 # The parser, from top to bottom as `stepc --help` lists it.
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names what a misspelt command or option is close to."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = None
+        if found := re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", message):
+            hint = did_you_mean(found[1], re.findall(r"[\w-]+", found[2]))
+        elif found := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            hint = did_you_mean(found[1], re.findall(r"--[\w-]+", self.format_help()))
+        super().error(f"{message}. {hint}" if hint else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stepc",
         description="Look at compiled JAX training steps: plans, collectives, memory, budgets.",
         epilog="`stepc COMMAND --help` has examples.",
@@ -198,7 +242,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -327,6 +371,7 @@ def load_target(
         program, arguments = value, given if isinstance(given, tuple) else (given,)
     else:
         program, *arguments = _checked_tuple(_called(value, mesh, written), written)
+    _check_arguments(program, arguments, written)
     match program:
         case sc.Step():
             step = program.lower(*arguments).compile()
@@ -355,6 +400,11 @@ def _mesh(on: str | None, axes: Mapping[str, int] | None) -> Mesh | None:
     if axes is None:
         return None
     num_devices = prod(axes.values())
+    if num_devices > MOST_SIMULATED_DEVICES:
+        raise sc.ConfigError(
+            f"--mesh asks for {num_devices:,} devices; at most {MOST_SIMULATED_DEVICES:,} are simulated.",
+            suggestion="--on compiles for more, without a device: --on tpu:v5e:16x16 --mesh data=256, for example.",
+        )
     try:
         jax.config.update("jax_num_cpu_devices", num_devices)  # has no effect on accelerators
     except RuntimeError:
@@ -431,6 +481,26 @@ def _checked_tuple(value: Any, written: str) -> tuple[Any, ...]:  # Any: see `_a
         ("got", type(value).__name__),
     )
     raise sc.ConfigError(f"`{written}` is not a program.", facts=facts)
+
+
+def _check_arguments(program: Any, arguments: Sequence[Any], written: str) -> None:  # Any: see `_attribute`
+    """Refuse a tuple of the wrong length, before the program is traced."""
+    match program:
+        case sc.Step() if len(arguments) != 2:
+            facts = (
+                ("expected", "(step, state, batch)"),
+                ("got", f"({', '.join(['step', *(type(one).__name__ for one in arguments)])})"),
+            )
+            raise sc.ConfigError(f"`{written}` has {len(arguments) + 1} parts instead of 3.", facts=facts)
+        case jax.stages.Wrapped():
+            try:
+                inspect.signature(program).bind(*arguments)
+            except TypeError as error:
+                takes = f"{getattr(program, '__name__', 'the function')}{inspect.signature(program)}"
+                facts = (("takes", takes), ("got", f"{len(arguments)} arguments: {error}"))
+                raise sc.ConfigError(f"The arguments of `{written}` do not fit.", facts=facts) from error
+        case _:
+            pass
 
 
 def _checked_mesh(compiled: jax.stages.Compiled, mesh: Mesh | None) -> Mesh | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -35,6 +36,13 @@ def train_step(params, x):
 
 example_args = (S((64, 64), jnp.float32), S((128, 64), jnp.float32))
 pair = (train_step, *example_args)
+alone = (train_step, example_args[0])
+
+def two(mesh):
+    return build(mesh)[:2]
+
+def four(mesh):
+    return (*build(mesh), 5)
 number = 3
 
 def needs(a, b):
@@ -124,6 +132,14 @@ def test_diff_exits_with_one_if_something_changed(mine: Path, capsys: pytest.Cap
         (["check", "mine.py:build", MESH, "--budget=no.toml"], "The budget no.toml cannot be read"),
         (["report", "mine.py:build", MESH, "--out=no/x.html"], "There is no directory no for x.html."),
         (["diff", "a.txt", "b.txt"], "There is no file a.txt."),
+        (
+            ["explain", "mine.py:build", "--mesh=data=100000"],
+            "--mesh asks for 100,000 devices; at most 1,024 are simulated.",
+        ),
+        (["explain", "mine.py:two", MESH], "`mine.py:two` has 2 parts instead of 3."),
+        (["explain", "mine.py:four", MESH], "got       (step, State, dict, int)"),
+        (["explain", "mine.py:alone"], "missing a required argument: 'x'"),
+        (["explain", "--jit=mine:train_step", "--args=number"], "takes  train_step(params, x)"),
     ],
 )
 def test_mistake_is_a_message_and_exits_with_two(
@@ -135,10 +151,62 @@ def test_mistake_is_a_message_and_exits_with_two(
     assert message in shown
 
 
-def test_exception_of_the_users_own_file_passes_through(mine: Path) -> None:
-    (mine / "raises.py").write_text("raise RuntimeError('mine')\n")
-    with pytest.raises(RuntimeError, match="mine"):
-        main(["explain", "raises.py:x"])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "x = 1\nraise RuntimeError('no vocabulary')\n",
+            ["RuntimeError at raises.py:2", "RuntimeError: no vocabulary"],
+        ),
+        ("import not_there\n", ["ModuleNotFoundError at raises.py:1", "No module named 'not_there'"]),
+        ("def x():\n    return [][0]\n", ["IndexError at raises.py:2", ", line 2, in x"]),
+        (
+            "try:\n    {}['a']\nexcept KeyError as error:\n    raise ValueError('b') from error\n",
+            ["ValueError at raises.py:4", "KeyError: 'a'", "direct cause"],
+        ),
+        (
+            "import jax\n\n\ndef f(x):\n    return x['nope']\n\n\nx = (jax.jit(f), {'w': 1.0})\n",
+            ["KeyError at raises.py:5", "KeyError: 'nope'"],
+        ),
+        ("from unclosed import x\n", ["SyntaxError at raises.py:1", "unclosed.py", "'(' was never closed"]),
+    ],
+    ids=["module", "import", "function", "cause", "jitted", "syntax_of_another_file"],
+)
+def test_failure_of_the_users_own_file_is_its_line_and_a_short_traceback(
+    text: str, shown: list[str], mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mine / "unclosed.py").write_text("open(")
+    (mine / "raises.py").write_text(text)
+    assert main(["explain", "raises.py:x"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"stepc: {shown[0]}\n")
+    assert all(one in printed for one in shown)
+    assert "cli.py" not in printed and "site-packages" not in printed
+
+
+def test_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepc.report.text", itemgetter("nothing"))
+    with pytest.raises(TypeError, match="not subscriptable"):
+        main(["explain", "mine.py:pair"])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["explain", "mine.py:build", "--mehs=data=8"],
+            "unrecognized arguments: --mehs=data=8. Did you mean '--mesh'?",
+        ),
+        (["report", "mine.py:build", "--uot", "x.html"], "Did you mean '--out'?"),
+        (["explian", "mine.py:build"], "Did you mean 'explain'?"),
+        (["explain", "mine.py:build", "--zzzzzz"], "unrecognized arguments: --zzzzzz\n"),
+    ],
+)
+def test_misspelt_command_or_option_is_named(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert hint in capsys.readouterr().err
 
 
 def test_memory_that_nothing_fits_is_a_message_and_exits_with_one(
