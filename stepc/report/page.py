@@ -1,6 +1,7 @@
 """The facts about a program as one page that needs no network: pictures, sortable tables, the HLO with search."""
 
 import base64
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -19,6 +20,7 @@ from stepc.report.text import UNKNOWN_TRIP_COUNT, donation
 
 # At most this much compressed HLO goes into a page; base64 makes 4/3 of it, and the page stays under a megabyte.
 _MAX_HLO_BYTES = 600_000
+_LONGEST_TITLE = 50
 
 # What a cell shows, and the number or text that it sorts by.
 Cell: TypeAlias = tuple[str, str | int | float]
@@ -35,12 +37,15 @@ def page(facts: ProgramFacts) -> str:
     """The whole page as one HTML file that loads nothing."""
     assets = files("stepc.report")
     style, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    sections = "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in _sections(facts))
+    named = list(_sections(facts))
+    sections = "".join(f'<section id="{_anchor(title)}"><h2>{title}</h2>{body}</section>' for title, body in named)
+    contents = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in (*(title for title, _ in named), "HLO"))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(facts.title)}</title><style>{style}</style></head>"
-        f'<body class="stepc"><main>{_header(facts)}{sections}{_hlo(facts.hlo)}</main>'
+        f"<title>{escape(_short(facts.title))}</title><style>{style}</style></head>"
+        f'<body class="stepc"><main>{_header(facts)}<nav aria-label="contents">{contents}</nav>{sections}'
+        f"{_hlo(facts.hlo)}</main>"
         f"<script>{script}</script></body></html>"
     )
 
@@ -53,6 +58,18 @@ def fragment(facts: ProgramFacts) -> str:
         f"<section><h2>{title}</h2>{body}</section>" for title, body in _sections(facts) if title in shown
     )
     return f'<div class="stepc"><style>{style}</style>{_cards(facts)}{sections}</div>'
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(",", "").replace(" ", "-")
+
+
+def _short(title: str) -> str:
+    """The names of the transforms without their arguments, as much as a tab may show."""
+    bare = title
+    while bare != (bare := re.sub(r"\([^()]*\)", "", bare)):
+        pass
+    return bare if len(bare) <= _LONGEST_TITLE else f"{bare[: _LONGEST_TITLE - 1]}…"
 
 
 def _header(facts: ProgramFacts) -> str:
@@ -121,7 +138,37 @@ def _collectives(rows: Sequence[Collective]) -> str:
     if not rows:
         return '<p class="note">No collectives: nothing is sent between devices.</p>'
     head = ("kind", "size", "sent in a ring", "axes", "executions", "in loop", "overlaps with", "source")
-    return _table(head, map(_collective, rows))
+    each = _table(head, map(_collective, rows))
+    groups: dict[tuple[str, ...], list[Collective]] = {}
+    for row in rows:
+        shown = [text for text, _ in _collective(row)]
+        groups.setdefault((row.kind, *shown[3:]), []).append(row)
+    if len(groups) == len(rows):
+        return each
+    head = ("number", "kind", "sizes", "sent in a ring", "axes", "executions of each", *head[5:])
+    table = _table(head, (_alike(rows) for rows in groups.values()))
+    return f"{table}<details><summary>each of the {len(rows)} collectives</summary>{each}</details>"
+
+
+def _alike(rows: Sequence[Collective]) -> tuple[Cell, ...]:
+    """Collectives that differ only in size: a transform asks for one of each leaf."""
+    kind, *_, axes, executions, loops, overlap, source = _collective(rows[0])
+    smallest, largest = min(row.bytes for row in rows), max(row.bytes for row in rows)
+    sizes = readable_bytes(largest)
+    if smallest < largest:
+        sizes = f"{readable_bytes(smallest)} to {sizes}"
+    sent = sum(map(wire_bytes, rows))
+    return (
+        (f"{len(rows)} ×", len(rows)),
+        kind,
+        (sizes, largest),
+        (readable_bytes(round(sent)), sent),
+        axes,
+        executions,
+        loops,
+        overlap,
+        source,
+    )
 
 
 def _collective(row: Collective) -> tuple[Cell, ...]:

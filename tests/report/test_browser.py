@@ -28,6 +28,9 @@ addEventListener("load", () => setTimeout(() => {
   root.setAttribute("data-wider", root.scrollWidth - root.clientWidth);
   root.setAttribute("data-paper", getComputedStyle(document.body).backgroundColor);
   root.setAttribute("data-parts", document.querySelectorAll("details").length);
+  root.setAttribute("data-tall", root.scrollHeight);
+  const tables = [...document.querySelectorAll(".scroll")].filter(one => one.offsetParent);
+  root.setAttribute("data-table", Math.max(...tables.map(one => one.offsetHeight)));
 }, 300));
 </script>"""
 
@@ -71,3 +74,5 @@ def test_page_fits_the_window_follows_the_scheme_and_unfolds_its_program(page: P
     assert probed["wider"] == "0", "only tables and text scroll sideways"
     assert probed["paper"] == ("rgb(22, 24, 28)" if dark else "rgb(251, 250, 248)")
     assert int(probed["parts"]) > 100, "the HLO is unpacked by the page's own script"
+    assert int(probed["tall"]) < 6000, "however many leaves, collectives and computations there are"
+    assert int(probed["table"]) <= 522, "the bar that scrolls a table sideways is in reach"

@@ -4,6 +4,8 @@ import base64
 import re
 import sys
 import zlib
+from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -56,7 +58,10 @@ class _Balance(HTMLParser):
 def checked(html: str) -> str:
     balance = _Balance()
     balance.feed(html)
-    assert (balance.open, balance.loaded) == ([], [])
+    loaded = [target for target in balance.loaded if not target.startswith("#")]
+    assert (balance.open, loaded) == ([], [])
+    anchors = {target.removeprefix("#") for target in balance.loaded}
+    assert anchors <= set(re.findall(r'id="([^"]+)"', html))
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", html)
     return html
 
@@ -67,7 +72,47 @@ def test_report_is_one_page_that_loads_nothing_and_weighs_little(tmp_path: Path)
     assert len(html.encode()) < 1_000_000
     for title in ("The step", "One step, to scale", "Memory on one device", "Collectives", "Laws", "Plan", "HLO"):
         assert f"<h2>{title}</h2>" in html
+        assert f">{title}</a>" in html
+    assert "<title>update @ clip @ accumulate @ shard @ grad</title>" in html
     assert "defer-reduce" in html and "microbatches/while × 4" in html
+
+
+def test_like_collectives_are_one_row_and_each_is_below() -> None:
+    layers = 12
+
+    def deep(params: list[jax.Array], rows: jax.Array) -> jax.Array:
+        for layer in params:
+            rows = jnp.tanh(rows @ layer)
+        return jnp.mean(rows**2)
+
+    step = sc.compile(ADAM @ sc.shard(sc.dp("data", zero=3)) @ sc.grad(deep), mesh=mesh_of(data=8))
+    shapes = [jax.ShapeDtypeStruct((16, 16), jnp.float32)] * layers
+    program = step.lower(step.init(shapes), jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile()
+    kinds = Counter(row.kind for row in program.collectives())
+    assert kinds["all-gather"] == layers
+    html = checked(report.page(program.facts()))
+    section = html.partition('<section id="collectives">')[2].partition("</section>")[0]
+    grouped, _, each = section.partition("<details>")
+    assert f'<td data-by="{layers}">{layers} ×</td><td data-by="all-gather">all-gather</td>' in grouped
+    assert grouped.count("<tr>") < 1 + kinds.total()
+    assert f"each of the {kinds.total()} collectives" in each
+    assert each.count("<tr>") == 1 + kinds.total()
+
+
+@pytest.mark.parametrize(
+    ("title", "short"),
+    [
+        ("train_step", "train_step"),
+        ("update(optax.chain(optax.clip(1.0), optax.adam(1e-3))) @ grad(loss)", "update @ grad"),
+        (
+            "a_very_long_name_of_a_function_that_nobody_should_write",
+            "a_very_long_name_of_a_function_that_nobody_should…",
+        ),
+    ],
+)
+def test_title_of_the_window_is_short(title: str, short: str) -> None:
+    facts = replace(compiled().facts(), title=title)
+    assert f"<title>{short}</title>" in report.page(facts)
 
 
 def test_report_contains_the_whole_program() -> None:
