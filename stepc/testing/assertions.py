@@ -13,12 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepc._compiler.step import Step
-from stepc._language.kinds import Batch
+from stepc._core.nodes import InScan, MapNode, MeanNode, OverMesh, RepeatNode
+from stepc._language.kinds import Batch, Kind
+from stepc._language.pipeline import Transform, expand_transforms
+from stepc._language.reference import complete_transforms, fold_references
+from stepc._language.semantics import whole_batch
 from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
 from stepc.errors import EquivalenceError, faults_in_one
 from stepc.inspect.budget import Budget
 
 _NUM_STEPS = 3
+_MOST_LEAVES = 8  # that a message names
 
 
 def assert_equivalent(step: Step, state: State, batch: Batch, *, tolerance: float = 1e-5) -> None:
@@ -42,6 +47,84 @@ def assert_equivalent(step: Step, state: State, batch: Batch, *, tolerance: floa
     expected = step.reference(state, batch)
     got = step(_copied(state), batch)
     assert_equal_trees(got, expected, tolerance=tolerance, of=f"{step!r} and its reference")
+
+
+def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance: float = 1e-5) -> None:
+    """Assert that the gradient and the metrics do not depend on how the batch is split.
+
+    Meaning: the reference of the gradient equals that of the same pipeline without `accumulate` and `shard`.
+    Why: `assert_equivalent` compares a step with its reference, which splits the batch too. A contrastive loss, or a
+      sum in place of a mean, is another loss under `accumulate(4)`, and both agree on it.
+
+    Args:
+      step: a compiled step.
+      state: it is copied, not donated, so you can go on using it.
+      batch: a batch that divides.
+      tolerance: the largest difference, relative to the largest magnitude in the gradient, or to that of the metric.
+        The default is not 0 because the sums are taken in another order.
+    Errors: EquivalenceError with the loss of both, the parameters whose gradient differs, and what may be the cause.
+    `rows()` stays: it gives the loss one row at a time, whatever the split. Draws of `rng="microbatch"` and of `noise`
+    below a split depend on it, so they fail. It measures one batch: a difference proves, a success does not.
+    Example:
+      >>> assert_split_invariant(step, state, batch)  # doctest: +SKIP
+
+    Source: ours.
+    """
+    reference, device = step.reference, jax.devices()[0]
+    transforms = complete_transforms(reference.pipeline_for(state, batch))
+    repeats = any(isinstance(node, RepeatNode) for node in expand_transforms(transforms))
+    below_update = tuple(one for one in transforms if one.gives is Kind.GRADIENT)
+    splits = [position for position, one in enumerate(below_update) if _is_split(one)]
+    if not splits:
+        return
+    rows = whole_batch(jax.device_put(jax.tree.map(lambda leaf: leaf[0] if repeats else leaf, batch), device))
+    copied = jax.device_put(jax.tree.map(jnp.copy, state), device)
+    unsplit = tuple(one for one in below_update if not _is_split(one))
+    got, expected = (fold_references(stages, reference.axes).apply(copied, rows) for stages in (below_update, unsplit))
+    expected_grads = dict(leaves_by_path(expected.value))
+    largest = max((float(np.max(np.abs(leaf), initial=0.0)) for leaf in expected_grads.values()), default=0.0)
+    differ = [
+        (path, difference)
+        for path, leaf in leaves_by_path(got.value)
+        if not (difference := _largest_difference(leaf, expected_grads[path])) <= tolerance * largest
+    ]
+    metrics = [
+        (name, f"{value:.6g} in parts, {whole:.6g} of the whole batch")
+        for name, value in got.reported.items()
+        if name in expected.reported
+        and not abs(value - (whole := expected.reported[name])) <= tolerance * max(abs(whole), largest)
+    ]
+    if not differ and not metrics:
+        return
+    written = " @ ".join(repr(below_update[position]) for position in splits)
+    inside = [repr(one) for one in below_update[splits[0] :] if any(isinstance(node, MapNode) for node in one.expand())]
+    shown = [f"{path} by {difference:.3g}" for path, difference in differ[:_MOST_LEAVES]]
+    shown += [f"and {len(differ) - _MOST_LEAVES} more"] if len(differ) > _MOST_LEAVES else []
+    causes = ["the loss couples the rows that it is given (a contrastive loss, batch statistics)"]
+    causes += ["it is not a mean over them (a sum)"]
+    causes += [f"`{one}` takes the gradient of each part" for one in inside]
+    gradient = (
+        [("gradient", f"differs in {', '.join(shown)}; its largest magnitude is {largest:.3g}")] if differ else []
+    )
+    raise EquivalenceError(
+        f"`{written}` changes the gradient: the mean over parts of the batch is not that of the whole batch.",
+        facts=(*metrics, *gradient, ("cause", f"either {', or '.join(causes)}")),
+    )
+
+
+def _is_split(transform: Transform) -> bool:
+    """Whether a transform splits a batch into parts of several rows, and takes the mean over them."""
+    match transform.expand():
+        case (MeanNode(InScan() | OverMesh()),):
+            return True
+        case _:
+            return False
+
+
+def _largest_difference(one: Any, two: Any) -> float:  # Any: arrays
+    if np.array_equal(one, two, equal_nan=True):
+        return 0.0
+    return float(np.max(np.abs(np.asarray(one, np.float64) - np.asarray(two, np.float64)), initial=0.0))
 
 
 def assert_equal_trees(got: Any, expected: Any, *, tolerance: float, of: str) -> None:  # Any: trees of arrays
