@@ -1,7 +1,6 @@
 """What a user wants done between steps: evaluation, hooks, a profile. It must not know how a step is made."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,12 @@ import jax
 import numpy as np
 
 from stepc._language.kinds import Batch
+from stepc._language.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Sum, Sums, combine_metrics
 from stepc._runner.arguments import ArgumentFaults
+from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
 from stepc._runner.events import EventLog, is_due
-from stepc._runner.pending import copy_state, deleted_leaves
-from stepc.errors import StepError
+from stepc._runner.pending import CompiledStep, copy_state, deleted_leaves
+from stepc.errors import ConfigError, StepError
 
 
 @runtime_checkable
@@ -30,18 +31,22 @@ class Hook(Protocol):
 class Eval:
     """Evaluate the state every `every` steps.
 
-    Meaning: the mean over `data` of each metric of `evaluate(state, batch)`, logged as `eval_<name>`.
+    Meaning: each metric of `evaluate(state, batch)`, over the rows of all of `data`, logged as `eval_<name>`. Totals
+      and counts of an `sc.Mean` are added up, then divided once; an `sc.Sum`, `Max`, `Min` or `Last` is that of all
+      batches; a plain number is the mean of its batch, and weighs as much as the batch has rows.
     Why: a loss on data that is not trained on, beside the losses of training.
 
     Args:
       every: in steps, a positive integer.
       evaluate: a function that returns a dict of metrics; or a step, whose new state is dropped.
-      data: batches, iterated over anew each time: a list or a loader, not an iterator.
-    Errors: FieldTypeError or ConfigError with all faults. What `evaluate` raises becomes a StepError of phase "eval".
-    Each batch weighs the same, also a short one.
+      data: batches, iterated over anew each time: a list or a loader, not an iterator. The last may be short.
+    Errors: FieldTypeError or ConfigError with all faults. What `evaluate` raises becomes a StepError of phase "eval",
+      and so does data that gives no batch.
+    A step reports numbers that are divided already: weighed by rows they give the mean over rows, not over tokens. For
+    that let `evaluate` return the `sc.Mean` of the loss. A short batch of a step is padded if it has a leaf "mask".
     Example:
-      >>> Eval(100, evaluate=len, data=[])
-      Eval(every=100, evaluate=<built-in function len>, data=[])
+      >>> Eval(100, evaluate=len, data=[{"x": 1}])
+      Eval(every=100, evaluate=<built-in function len>, data=[{'x': 1}])
     """
 
     every: int
@@ -54,6 +59,8 @@ class Eval:
         faults.callable_("evaluate", self.evaluate, "a function of a state and a batch")
         if faults.instance("data", self.data, Iterable, "an iterable of batches") and isinstance(self.data, Iterator):
             faults.wrong_value("data", "data that can be iterated over again, such as a list", self.data)
+        elif isinstance(self.data, Sized) and len(self.data) == 0:
+            faults.wrong_value("data", "at least one batch", self.data)
         faults.refuse()
 
 
@@ -149,17 +156,87 @@ class Callbacks:
             self._is_profiling = True
 
 
-def eval_metrics(evaluation: Eval, state: Any) -> dict[str, float]:  # Any: a state
-    """The mean of each metric over the batches, with `eval_` before its name."""
-    found: defaultdict[str, list[float]] = defaultdict(list)
+def eval_metrics(
+    evaluation: Eval, state: Any, progress: Callable[[], None] = lambda: None
+) -> dict[str, float]:  # Any: a state
+    """Each metric over the rows of all batches, with `eval_` before its name. It is added up on the host, in float64.
+
+    Args:
+      progress: called after each batch.
+    Errors: ConfigError if there is no batch, or if `evaluate` does not return metrics that can be added up.
+    """
+    sums: dict[str, Metric] = {}
+    sizes: set[tuple[int, ...]] = set()
+    first: BatchSpec | None = None
     mine = copy_state(state)
     for batch in evaluation.data:
         if deleted_leaves(mine):  # a step donates the state that it gets
             mine = copy_state(state)
-        result = evaluation.evaluate(mine, batch)
-        for name, value in (result[1] if isinstance(result, tuple) else result).items():
-            found[name].append(float(np.asarray(value).mean()))
-    return {f"eval_{name}": sum(values) / len(values) for name, values in found.items()}
+        sizes.add(rows := _rows(evaluation, batch))
+        if isinstance(evaluation.evaluate, CompiledStep) and isinstance(batch, dict) and MASK in batch:
+            first = first or checked(batch, None)
+            batch = padded(batch, first) if is_short(batch, first) else batch  # its rows may not divide by the mesh
+        for name, value in _named(evaluation.evaluate(mine, batch), state).items():
+            if not isinstance(value, Metric) and len(sizes) > 1 and any(len(set(one)) != 1 for one in sizes):
+                got = ", ".join(map(str, rows)) or "none"
+                raise ConfigError(
+                    f"The rows by which `{name}` is weighed are not known: the leaves of the batch have {got} rows. "
+                    "Return `sc.Mean(total, count)`."
+                )
+            one = _on_host(value, rows[0] if len(set(rows)) == 1 else 1)
+            sums[name] = one if name not in sums else _added(sums[name], one)
+        progress()
+    if not sizes:
+        raise ConfigError("Its data gave no batch.")
+    return {f"eval_{name}": _number(metric) for name, metric in sums.items()}
+
+
+def _rows(evaluation: Eval, batch: Batch) -> tuple[int, ...]:
+    """The number of rows of each leaf of a batch that has rows. With `repeat(n)` those of one of its steps."""
+    step = evaluation.evaluate
+    axis = 1 if isinstance(step, CompiledStep) and step.steps_per_call > 1 else 0
+    return tuple(np.shape(leaf)[axis] for leaf in jax.tree.leaves(batch) if np.ndim(leaf) > axis)
+
+
+def _named(result: Any, state: Any) -> Mapping[str, Any]:  # Any: what `evaluate` returns; a state
+    match result:
+        case Mapping():
+            return result
+        case (after, Mapping() as metrics) if jax.tree.structure(after) == jax.tree.structure(state):
+            return metrics
+        case _:
+            got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+            raise ConfigError(
+                f"`evaluate` must return a dict of metrics, or as a step does a state and metrics, got {got}."
+            )
+
+
+def _on_host(value: Any, rows: int) -> Metric:  # Any: a metric, a scalar, or one number for each row
+    match value:
+        case AbstractTerms():
+            return Sums(tuple(Mean(float(np.asarray(t.total)), float(np.asarray(t.count))) for t in value.terms))
+        case Sum(number) | Max(number) | Min(number) | Last(number):
+            return type(value)(float(np.asarray(number)))
+        case _:
+            return Sums((Mean(float(np.asarray(value, np.float64).mean()) * rows, rows),))
+
+
+def _added(first: Metric, second: Metric) -> Metric:
+    match first, second:
+        case Max(), Max():
+            return Max(np.maximum(first.value, second.value))  # jax would round them to float32
+        case Min(), Min():
+            return Min(np.minimum(first.value, second.value))
+        case _:
+            return combine_metrics(first, second)
+
+
+def _number(metric: Metric) -> float:
+    match metric:
+        case AbstractTerms():
+            return float(sum(term.total / term.count if term.count else 0.0 for term in metric.terms))
+        case Sum(value) | Max(value) | Min(value) | Last(value):
+            return float(value)
 
 
 def _guarded(phase: str, step: int, act: Callable[[], Any]) -> Any:  # Any: what the user's function returns

@@ -157,7 +157,7 @@ def run(
       checkpoint: where to save, and to resume from.
       loggers: they get the metrics of the first step, of every `log_every`-th, and of the last.
       log_every: in steps.
-      eval: `sc.Eval(every, evaluate, data)` logs the means of `evaluate(state, batch)` as `eval_<name>`.
+      eval: `sc.Eval(every, evaluate, data)` logs the metrics of `evaluate(state, batch)`, over all rows, as `eval_<name>`.
       hooks: pairs (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` makes a copy of the state.
       profile: `sc.Profile(start, stop, directory)` traces these steps with JAX's profiler.
       reject_if: `reject_if(metrics)` takes host floats and returns why the step is not wanted, in words, or None. It
