@@ -143,6 +143,15 @@ def run_on(batch: Any) -> None:
     sc.run(step, step.init(probe_params()), [batch])
 
 
+class OneArgument:
+    """A logger that takes no step."""
+
+    def log(self, metrics: Any) -> None: ...
+
+    def __repr__(self) -> str:
+        return "OneArgument()"
+
+
 def run_donated_state() -> None:
     step = step_on()
     state = step.init(probe_params())
@@ -417,6 +426,15 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
             watchdog=60, buffers=2, loggers=[print],
         ),
     ),
+    "run_mistaken": (
+        sc.FieldTypeError,
+        lambda: sc.run(
+            sc.update(tx) @ sc.grad(loss), None, {"x": np.ones(3), "y": 1},
+            loggers=["wandb", sc.JSONL, OneArgument()],
+        ),
+    ),
+    "run_one_logger": (sc.FieldTypeError, lambda: sc.run(step_on(), None, [], loggers=OneArgument())),
+    "run_params": (sc.ConfigError, lambda: sc.run(step_on(), jax.tree.map(jnp.asarray, probe_params()), [])),
     "run_types": (sc.FieldTypeError, lambda: sc.run(step_on(), None, 5, steps=1.5, on_error=3, log_every=True)),
     "data": (sc.ConfigError, lambda: sc.Data([], prefetch=-1, short_batches="stretch", timeout_seconds=-1.0, place=3)),
     "data_timeout": (sc.ConfigError, lambda: sc.Data([], timeout_seconds=60)),

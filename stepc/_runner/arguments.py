@@ -17,15 +17,22 @@ class ArgumentFaults:
     function: str
     _facts: list[tuple[str, str]] = field(default_factory=list, init=False)
     _has_wrong_value: bool = field(default=False, init=False)
+    _remedies: list[str] = field(default_factory=list, init=False)
 
     def refuse(self) -> None:
         """Raise for what was found, if anything was."""
         if self._facts:
             kind = ConfigError if self._has_wrong_value else FieldTypeError
-            raise kind(f"Invalid arguments to `{self.function}`.", facts=self._facts)
+            remedies = "\n".join(dict.fromkeys(self._remedies)) or None
+            raise kind(f"Invalid arguments to `{self.function}`.", facts=self._facts, suggestion=remedies)
 
     def wrong_type(self, name: str, expected: str, got: object) -> None:
         self._facts.append((name, f"expected {expected}, got {got!r}"))
+
+    def mistaken(self, name: str, expected: str, got: str, remedy: str) -> None:
+        """Something that was recognised: `got` says what it is, and the remedy is certain."""
+        self._facts.append((name, f"expected {expected}, got {got}"))
+        self._remedies.append(remedy)
 
     def wrong_value(self, name: str, expected: str, got: object) -> None:
         self.wrong_type(name, expected, got)

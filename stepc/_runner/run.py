@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import jax
 
 from stepc._language.kinds import Batch
+from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.callbacks import Callbacks, Eval, Hook, Profile
@@ -48,6 +50,7 @@ from stepc._runner.watchdog import StallWatcher, Watchdog, log_stalls
 from stepc.errors import ConfigError, DataError, StepError
 
 INVALID = "Invalid arguments to `run`."
+SHOWN = 5  # how many keys of a batch a message names
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,7 @@ class Data:
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Data")
-        if isinstance(self.loader, Mapping):  # iterable too, but over the names of its leaves
-            faults.wrong_type("loader", "an iterable of batches, such as [batch]", type(self.loader))
-        else:
-            faults.instance("loader", self.loader, Iterable, "an iterable of batches")
+        _check_loader("loader", self.loader, "an iterable of batches", faults)
         faults.count("prefetch", self.prefetch, least=0)
         faults.choice("short_batches", self.short_batches, ("raise", "drop", "pad"))
         faults.seconds("timeout_seconds", self.timeout_seconds)
@@ -157,7 +157,7 @@ def run(
       checkpoint: where to save, and to resume from.
       loggers: they get the metrics of the first step, of every `log_every`-th, and of the last.
       log_every: in steps.
-      eval: `sc.Eval(every, evaluate, data)` logs the metrics of `evaluate(state, batch)`, over all rows, as `eval_<name>`.
+      eval: `sc.Eval(every, evaluate, data)` logs metrics of `evaluate(state, batch)` over all rows, as `eval_<name>`.
       hooks: pairs (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` makes a copy of the state.
       profile: `sc.Profile(start, stop, directory)` traces these steps with JAX's profiler.
       reject_if: `reject_if(metrics)` takes host floats and returns why the step is not wanted, in words, or None. It
@@ -180,7 +180,7 @@ def run(
     watchdog, buffers = watchdog or Watchdog(), buffers or Buffers()
     ours, policies = as_step(step), policies_of(on_error)
     _check_debugging(ours)
-    _check_state(state)
+    _check_state(state, ours)
     with ExitStack() as at_the_end:
         peers = at_the_end.enter_context(closing(peers_for(state)))
         peers.check_same("arguments", lambda: _comparable(arguments, policies, watchdog, buffers))
@@ -230,11 +230,11 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     """Refuse wrong arguments, all at once. Errors: FieldTypeError, ConfigError."""
     faults = ArgumentFaults("run")
     step, data, loggers, hooks = (arguments[name] for name in ("step", "data", "loggers", "hooks"))
-    faults.callable_("step", step, "a compiled step")
-    if isinstance(data, Mapping):  # iterable too, but over the names of its leaves
-        faults.wrong_type("data", "an iterable of batches, such as [batch]", type(data))
+    if isinstance(step, Transform | Pipeline):
+        faults.mistaken("step", "a compiled step", "a pipeline", "Compile it: `sc.run(sc.compile(pipeline), …)`.")
     else:
-        faults.instance("data", data, (Data, Iterable), "an iterable of batches, or sc.Data(loader, …)")
+        faults.callable_("step", step, "a compiled step")
+    _check_loader("data", data, "an iterable of batches, or sc.Data(loader, …)", faults)
     faults.count("steps", arguments["steps"], optional=True)
     check_policies(arguments["on_error"], faults)
     values: tuple[tuple[str, type, str], ...] = (
@@ -246,9 +246,13 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     )
     for name, kind, expected in values:
         faults.instance(name, arguments[name], (kind, type(None)), f"{expected} or None")
-    if faults.instance("loggers", loggers, Sequence, "a list of loggers"):
+    if isinstance(loggers, Logger):
+        faults.mistaken("loggers", "a list of loggers", f"{loggers!r}", "Write `loggers=[logger]`.")
+    elif isinstance(loggers, str):
+        faults.wrong_type("loggers", "a list of loggers", loggers)
+    elif faults.instance("loggers", loggers, Sequence, "a list of loggers"):
         for index, logger in enumerate(loggers):
-            faults.instance(f"loggers[{index}]", logger, Logger, "an object with a method log(metrics, step)")
+            _check_logger(f"loggers[{index}]", logger, faults)
     faults.count("log_every", arguments["log_every"])
     if faults.instance("hooks", hooks, Sequence, "a list of pairs (every, hook)"):
         for index, hook in enumerate(hooks):
@@ -264,6 +268,44 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     faults.refuse()
 
 
+def _check_loader(name: str, loader: object, expected: str, faults: ArgumentFaults) -> None:
+    match loader:
+        case Data():
+            pass
+        case Mapping():
+            names = ", ".join(repr(key) for key in list(loader)[:SHOWN]) + (", …" if len(loader) > SHOWN else "")
+            faults.mistaken(name, expected, f"one batch: a dict of {names}", "Put it in a list: `[batch]`.")
+        case State():
+            faults.mistaken(name, expected, "a state", "The order is `sc.run(step, state, data)`.")
+        case str() | bytes():
+            faults.wrong_type(name, expected, loader)
+        case _:
+            faults.instance(name, loader, Iterable, expected)
+
+
+def _check_logger(name: str, logger: object, faults: ArgumentFaults) -> None:
+    expected = "an object with a method log(metrics, step)"
+    match logger:
+        case Logger() if isinstance(logger, type):
+            remedy = f"Make one: `{logger.__name__}(…)`."
+            faults.mistaken(name, expected, f"the class {logger.__name__}", remedy)
+        case Logger() if _takes_metrics(logger.log):
+            pass
+        case _:
+            faults.wrong_type(name, expected, logger)
+
+
+def _takes_metrics(log: Callable[..., object]) -> bool:
+    """Whether `log(metrics, step)` fits its signature; True where Python cannot say."""
+    try:
+        inspect.signature(log).bind({}, 1)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True
+
+
 def _check_debugging(step: AnyStep) -> None:
     """JAX runs a step again, operation by operation, when it finds NaN; by then its state is donated."""
     flags = [name for name in ("jax_debug_nans", "jax_debug_infs") if getattr(jax.config, name)]
@@ -275,8 +317,8 @@ def _check_debugging(step: AnyStep) -> None:
         )
 
 
-def _check_state(state: object) -> None:
-    """Refuse a state with leaves that are not live arrays.
+def _check_state(state: object, step: AnyStep) -> None:
+    """Refuse a state with leaves that are not live arrays, and for a compiled step one that it did not make.
 
     Errors: ConfigError with each path.
     """
@@ -290,6 +332,12 @@ def _check_state(state: object) -> None:
         facts = wrong or [("state", "expected arrays, got none")]
         raise ConfigError(
             "The state must be a tree of arrays.", facts=facts, suggestion="`step.init(params)` makes one."
+        )
+    if isinstance(step, CompiledStep) and not isinstance(state, State):
+        raise ConfigError(
+            "A compiled step takes a `stepc.State`.",
+            facts=[("state", f"expected State, got {type(state).__name__}")],
+            suggestion="`step.init(params)` makes one of the parameters.",
         )
     if deleted:
         raise ConfigError(
@@ -367,6 +415,8 @@ def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
         run.ended = end_reason(trainer)
         if trainer.number == 0 and run.ended == "data" and trainer.peers.has_none(trainer.reader):
             raise DataError("The data gave no batch at all.", phase="data", step=1, state_ok=True)
+        if run.ended == "data" and trainer.steps is not None:
+            events.event("data_ended_early", run.steps, asked=trainer.steps, why="the data has no further batch")
         if trainer.checkpoints is None or not trainer.signals.is_over():
             events.log_last()  # an interrupted run that resumes logs only what an uninterrupted one would
         if trainer.checkpoints is not None:

@@ -62,7 +62,8 @@ class Run:
     Args:
       state: the state after the last finished step; alive.
       steps: the number of the last finished step, counting those of earlier runs on the same checkpoints.
-      ended: "steps", "data", "interrupted" or "preempted".
+      ended: "steps", all that were asked for; "data", which ended, before that if `steps` was given; "interrupted" or
+        "preempted".
       metrics: the metrics of the last finished step, as floats.
       failures: how many failures of each kind there were, counting those that a policy recovered from.
       skipped: how many steps and reads of the data were left out.

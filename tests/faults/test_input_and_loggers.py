@@ -208,3 +208,15 @@ def test_metrics_that_change_their_names_are_logged() -> None:
     assert digest(run.state) == digest(by_a_plain_loop([1, 2, 3, 4, 5]))
     told = [(facts["names"], at) for name, facts, at in logger.events if name == "metrics_changed"]
     assert told == [("gone: grad_norm; new: extra", 3), ("gone: extra; new: grad_norm", 4)]
+
+
+def test_data_that_ends_early_says_so() -> None:
+    logger = Remembering()
+    run = sc.run(step(), fresh(), FaultPlan().batches(3), steps=10, loggers=[logger])
+    assert (run.steps, run.ended) == (3, "data")
+    facts = {"asked": "10", "why": "the data has no further batch"}
+    assert ("data_ended_early", facts, 3) in logger.events
+    for steps in (3, None):
+        logger = Remembering()
+        sc.run(step(), fresh(), FaultPlan().batches(3), steps=steps, loggers=[logger])
+        assert "data_ended_early" not in logger.names()
