@@ -50,6 +50,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "_distributed", "_language.kinds", "_language.padding", "_language.state", "_text", "_units", "errors",
         "inspect",
     ),
+    # An evaluation adds up the terms that a loss returns.
+    "_runner.callbacks": ("_language.kinds", "_language.terms", "_runner", "errors"),
+    # A pipeline in place of a step is recognised, and the remedy named.
+    "_runner.run": ("_language.kinds", "_language.pipeline", "_language.state", "_runner", "errors"),
     "testing": ("_compiler", "_core", "_language", "errors", "inspect"),
     "cli": ("", "_distributed", "_runner", "_units", "errors", "inspect", "report"),
     "__main__": ("cli",),

@@ -50,7 +50,7 @@ from stepc._compiler.validation import (
 )
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.pipeline import Pipeline, Transform
-from stepc._language.reference import complete_transforms, reference
+from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State
 from stepc.inspect.budget import Budget
 
@@ -331,6 +331,11 @@ class StepReference:
     pipeline: Transform | Pipeline
     axes: Mapping[str, int]
     pipeline_for: Callable[[State, Batch], Transform | Pipeline]
+
+    @property
+    def skip_limit(self) -> int | None:
+        """That of the step."""
+        return skip_limit_of(self.pipeline)
 
     def init(self, params: Params, *, seed: Any = 0, model_state: Any = None) -> State:  # Any: as in `Step.init`
         """Make a fresh state, equal to that of `step.init`.

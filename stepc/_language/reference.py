@@ -14,6 +14,7 @@ from stepc._language.kinds import Batch, Kind, Metrics, Params
 from stepc._language.pipeline import Pipeline, Transform, transform_name, transforms_of
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State
+from stepc._language.transforms.skip_nonfinite import SkipNonfinite
 from stepc.errors import ConfigError, ShardingError, caret, misspelt_axes
 
 
@@ -23,6 +24,11 @@ class Reference:
 
     pipeline: Transform | Pipeline
     fn: Fn
+
+    @property
+    def skip_limit(self) -> int | None:
+        """How many steps in a row `run` lets `skip_nonfinite` skip; None without it."""
+        return skip_limit_of(self.pipeline)
 
     def init(self, params: Params, *, seed: int = 0, model_state: Any = None) -> State:  # Any: the model's own tree
         """A fresh state."""
@@ -51,6 +57,11 @@ def reference(pipeline: Transform | Pipeline, *, axes: Mapping[str, int] | None 
     Source: ours.
     """
     return Reference(pipeline, fold_references(complete_transforms(pipeline), axes or {}))
+
+
+def skip_limit_of(pipeline: Transform | Pipeline) -> int | None:
+    """The limit of the `skip_nonfinite` in a pipeline; None without it."""
+    return next((one.limit for one in transforms_of(pipeline) if isinstance(one, SkipNonfinite)), None)
 
 
 def fold_references(transforms: tuple[Transform, ...], axes: Mapping[str, int]) -> Fn:

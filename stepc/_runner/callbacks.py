@@ -124,7 +124,7 @@ class Callbacks:
             return
         evaluation = self.eval
         if evaluation is not None and is_due(evaluation.every, step, steps_per_call):
-            events.log(_guarded("eval", step, lambda: eval_metrics(evaluation, state)), step)
+            events.log(_guarded("eval", step, lambda: _new_names(eval_metrics(evaluation, state), events)), step)
         for every, hook in self.hooks:
             if is_due(every, step, steps_per_call):
                 _guarded("hook", step, partial(hook, step, events.last_metrics(), lambda: copy_state(state)))
@@ -189,6 +189,13 @@ def eval_metrics(
     if not sizes:
         raise ConfigError("Its data gave no batch.")
     return {f"eval_{name}": _number(metric) for name, metric in sums.items()}
+
+
+def _new_names(metrics: dict[str, float], events: EventLog) -> dict[str, float]:
+    """The metrics of an evaluation. Errors: ConfigError if the step has one of them too: they would be one curve."""
+    if both := [name for name in metrics if name in events.last_metrics()]:
+        raise ConfigError(f"The step has metrics of the same name: {', '.join(map(repr, both))}. Rename one of each.")
+    return metrics
 
 
 def _rows(evaluation: Eval, batch: Batch) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -39,6 +39,13 @@ class TrimmingLogger(Protocol):
     def trim(self, step: int) -> None: ...
 
 
+@runtime_checkable
+class ReservingLogger(Protocol):
+    """A logger that has columns or keys of its own, which no metric may be called."""
+
+    reserved: tuple[str, ...]
+
+
 @dataclass
 class EventLog:
     """The loggers of one run.
@@ -57,6 +64,18 @@ class EventLog:
     _failures_in_a_row: Counter[int] = field(default_factory=Counter)
     _logged: int = 0
     _last: tuple[int, Metrics, int] | None = None
+
+    def taken_names(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """The metrics whose name a logger uses itself, with a sentence for each."""
+        rows: list[tuple[str, str]] = []
+        for logger in self.loggers:
+            match logger:
+                case ReservingLogger(reserved=reserved):
+                    why = f"{type(logger).__name__} writes something else under this name"
+                    rows += [(f"metric {name!r}", why) for name in names if name in reserved]
+                case _:
+                    pass
+        return rows
 
     def step_finished(self, step: int, metrics: Metrics, *, row: int) -> None:
         """Log a finished step if it is one to be logged. A step that is made again is logged once.

@@ -73,14 +73,22 @@ class CompiledStep(Protocol):
         ...
 
 
+@runtime_checkable
+class SkippingStep(Protocol):
+    """A reference, which says as a compiled step does how many steps in a row it may skip."""
+
+    @property
+    def skip_limit(self) -> int | None: ...
+
+
 @dataclass(frozen=True)
 class PlainStep:
     """A reference, or a function of the user's own: all that `run` can do with it is call it."""
 
     function: Runnable
+    skip_limit: int | None = None
     mesh: None = None
     steps_per_call: int = 1
-    skip_limit: None = None
 
     def __repr__(self) -> str:
         return repr(self.function)
@@ -97,7 +105,13 @@ AnyStep: TypeAlias = CompiledStep | PlainStep
 
 def as_step(step: Runnable) -> AnyStep:
     """A compiled step as it is, anything else as a plain one."""
-    return step if isinstance(step, CompiledStep) else PlainStep(step)
+    match step:
+        case CompiledStep():
+            return step
+        case SkippingStep(skip_limit=int(limit)):
+            return PlainStep(step, limit)
+        case _:
+            return PlainStep(step)
 
 
 class PendingStep(NamedTuple):
@@ -117,9 +131,11 @@ class StepStatus:
     is_skipped: np.ndarray
 
 
-def wait_for_step(pending: PendingStep) -> StepStatus | None:
+def wait_for_step(pending: PendingStep, *, may_skip: bool) -> StepStatus | None:
     """Wait for a call. None if all its steps are finite and none was skipped: one flag says that.
 
+    Args:
+      may_skip: whether the step has `skip_nonfinite`; else a metric "skipped" is the user's own.
     Errors: DeviceError. To wait for each call's own outputs, in order, is what gives a late error to the step that
       failed: jax would raise it from whatever is read next.
     """
@@ -131,7 +147,7 @@ def wait_for_step(pending: PendingStep) -> StepStatus | None:
                 return None
         losses = np.asarray(metrics["loss"])
         finite = np.isfinite(losses.astype(np.float64)) if diagnostics is None else np.asarray(diagnostics.finite)
-        skipped = np.asarray(metrics["skipped"]) if "skipped" in metrics else np.zeros_like(losses, bool)
+        skipped = np.asarray(metrics["skipped"]) if may_skip else np.zeros_like(losses, bool)
     except Exception as error:  # jax raises several classes for a program that failed, ValueError among them
         raise step_failure(error, "wait", pending.first, state_ok=False) from error
     return StepStatus(finite.reshape(-1), skipped.reshape(-1) != 0)
@@ -191,12 +207,16 @@ def check_verdict(reject_if: RejectIf, metrics: Metrics, *, row: int, step: int)
         )
 
 
-def check_metrics(metrics: object, *, step: int, num_steps: int) -> None:
-    """Refuse metrics that are not a dict of scalars with a loss.
+def check_metrics(
+    metrics: object, *, step: int, num_steps: int, taken: Callable[[Iterable[str]], Iterable[tuple[str, str]]]
+) -> None:
+    """Refuse metrics that are not a dict of scalars with a loss, or that a logger could not tell from its own.
 
+    Args:
+      taken: the names among these that a logger uses itself, each with the reason.
     Errors: BuildError.
     """
-    faults = []
+    faults: list[tuple[str, str]] = []
     if not isinstance(metrics, dict):
         faults.append(("metrics", f"expected a dict, got {type(metrics).__name__}"))
     else:
@@ -206,6 +226,7 @@ def check_metrics(metrics: object, *, step: int, num_steps: int) -> None:
             for name, value in metrics.items()
             if np.shape(value) != shape
         ]
+        faults += taken(metrics)
         faults += [] if "loss" in metrics else [("loss", "expected a metric of this name, got none")]
     if faults:
         what = f"Step {step} must return a state and a dict of scalar metrics."

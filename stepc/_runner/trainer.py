@@ -112,6 +112,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.steps_per_call = self.step.steps_per_call
+        self._may_skip = self.step.skip_limit is not None
 
     def loop(self) -> None:
         """Take a batch, dispatch a step, wait for an older one; until the steps are made, the data ends or a signal."""
@@ -161,7 +162,7 @@ class Trainer:
                 phase = "build" if is_alive and not is_device else "dispatch"
                 raise step_failure(error, phase, first, state_ok=is_alive) from error
             if not isinstance(metrics, dict) or metrics.keys() != self.metric_names:
-                check_metrics(metrics, step=first, num_steps=self.steps_per_call)
+                check_metrics(metrics, step=first, num_steps=self.steps_per_call, taken=self.events.taken_names)
                 if self.metric_names is None:
                     self.monitor.check_first(self.run.state, state)
                 else:
@@ -176,7 +177,7 @@ class Trainer:
         """Wait for the oldest calls until at most `most` are in flight; judge and log their steps."""
         while len(self.in_flight) > most:
             pending = self.in_flight[0]
-            status = wait_for_step(pending)
+            status = wait_for_step(pending, may_skip=self._may_skip)
             if status is not None or self.reject_if is not None:
                 for row in range(self.steps_per_call):
                     self.judge(pending, status, row)
@@ -187,7 +188,7 @@ class Trainer:
     def drain(self) -> None:
         """Wait for what is in flight without logging it, up to a step that is not finite and was not skipped."""
         while self.in_flight:
-            status = wait_for_step(self.in_flight[0])
+            status = wait_for_step(self.in_flight[0], may_skip=self._may_skip)
             if status is not None and not (status.is_finite | status.is_skipped).all():
                 return
             self._finish_oldest()

@@ -220,3 +220,18 @@ def test_data_that_ends_early_says_so() -> None:
         logger = Remembering()
         sc.run(step(), fresh(), FaultPlan().batches(3), steps=steps, loggers=[logger])
         assert "data_ended_early" not in logger.names()
+
+
+@pytest.mark.parametrize("kind", [sc.CSV, sc.JSONL])
+def test_metric_with_the_name_of_a_column_is_refused(kind: Any, tmp_path: Path) -> None:
+    def own(state: Any, batch: Any) -> Any:
+        state, metrics = step()(state, batch)
+        return state, {**metrics, "step": metrics["loss"]}
+
+    with kind(tmp_path / "log") as logger, pytest.raises(sc.BuildError) as raised:
+        sc.run(own, fresh(), FaultPlan().batches(3), loggers=[Remembering(), logger])
+    assert f"metric 'step'  {kind.__name__} writes something else under this name" in str(raised.value)
+    assert raised.value.step == 1
+    with kind(tmp_path / "log") as logger, pytest.raises(sc.ConfigError, match=f"{kind.__name__} uses 'step' itself"):
+        logger.log({"loss": 1.0, "step": 7.0}, 3)
+    assert sc.run(own, fresh(), FaultPlan().batches(3), loggers=[Remembering()]).steps == 3

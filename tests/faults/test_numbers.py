@@ -164,3 +164,23 @@ def test_step_that_repeats_logs_each_of_its_steps() -> None:
 def test_rollback_that_drops_every_batch_is_a_normal_end() -> None:
     run = run_with({4: "nan"}, num=4, on_error="rollback")
     assert (run.ended, run.steps, digest(run.state)) == ("data", 0, digest(fresh()))
+
+
+def test_metric_called_skipped_is_the_users_own() -> None:
+    def own(state: Any, batch: Any) -> Any:
+        state, metrics = step()(state, batch)
+        return state, {**metrics, "skipped": metrics["loss"] * 0 + 1}
+
+    with pytest.raises(sc.NonFiniteError) as raised:
+        sc.run(own, fresh(), FaultPlan({3: "nan"}).batches(5))
+    assert (raised.value.step, raised.value.state_ok) == (3, False)
+    fine = sc.run(own, fresh(), FaultPlan().batches(5))
+    assert (fine.steps, fine.skipped, fine.metrics["skipped"]) == (5, 0, 1.0)
+
+
+def test_reference_that_skips_is_believed() -> None:
+    skipping = sc.compile(sc.skip_nonfinite() @ sc.update(optax.adam(0.05)) @ sc.grad(loss))
+    state = skipping.init({"w": np.zeros(3, np.float32)})
+    for one in (skipping, skipping.reference):
+        run = sc.run(one, state, FaultPlan({3: "nan"}).batches(5))
+        assert (run.steps, run.skipped, np.isfinite(run.state.params["w"]).all()) == (5, 1, True)

@@ -147,3 +147,11 @@ def test_empty_evaluation_is_an_error() -> None:
 def test_evaluation_that_returns_no_metrics_is_refused(returned: Any, got: str) -> None:
     with pytest.raises(sc.StepError, match=f"must return a dict of metrics, .* got {got}"):
         evaluated(lambda state, batch: returned)
+
+
+def test_evaluation_does_not_share_a_name_with_the_step() -> None:
+    def own(state: Any, batch: Any) -> Any:
+        return state, {"loss": batch["x"].mean(), "eval_loss": batch["x"].max()}
+
+    with pytest.raises(sc.StepError, match="The step has metrics of the same name: 'eval_loss'. Rename one of each."):
+        sc.run(own, {"w": jnp.zeros(2)}, UNEVEN[:1], eval=sc.Eval(1, lambda s, b: {"loss": b["x"].mean()}, UNEVEN))

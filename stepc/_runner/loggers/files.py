@@ -10,8 +10,6 @@ from pathlib import Path
 from stepc._runner.loggers import AbstractLogger
 from stepc.errors import ConfigError
 
-RESERVED = ("step", "nonfinite", "event")
-
 
 class JSONL(AbstractLogger):
     """Write one JSON object per logged step.
@@ -28,15 +26,15 @@ class JSONL(AbstractLogger):
       >>> with JSONL("runs/first/metrics.jsonl") as logger: logger.log({"loss": 2.5}, step=1)  # doctest: +SKIP
     """
 
+    reserved = ("step", "nonfinite", "event")
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = LineFile(self.path)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of one step."""
-        if taken := [name for name in RESERVED if name in metrics]:
-            names = " and ".join(map(repr, taken))
-            raise ConfigError(f"JSONL uses {names} itself: rename the metric.")
+        _refuse_taken(self.reserved, metrics, of="JSONL")
         values = {name: float(value) for name, value in metrics.items()}
         nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
         line = {"step": step, **values, **dict.fromkeys(nonfinite)}
@@ -67,10 +65,13 @@ class CSV(AbstractLogger):
     Args:
       path: the file; missing folders are created, and an existing file is appended to. A run that resumes from a
         checkpoint drops the rows after it.
+    Errors: ConfigError from `log` if a metric is called "step".
     A metric that appears later gets a new last column, for which the file is rewritten.
     Example:
       >>> with CSV("runs/first/metrics.csv") as logger: logger.log({"loss": 2.5}, step=1)  # doctest: +SKIP
     """
+
+    reserved = ("step",)
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -82,6 +83,7 @@ class CSV(AbstractLogger):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write the metrics of one step."""
+        _refuse_taken(self.reserved, metrics, of="CSV")
         if new := [name for name in metrics if name not in self._columns]:
             self._columns += new
             rows = list(csv.reader(complete_lines(self.path)))[1:]
@@ -95,6 +97,12 @@ class CSV(AbstractLogger):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _refuse_taken(reserved: tuple[str, ...], metrics: Mapping[str, float], *, of: str) -> None:
+    if taken := [name for name in reserved if name in metrics]:
+        names = " and ".join(map(repr, taken))
+        raise ConfigError(f"{of} uses {names} itself: rename the metric.")
 
 
 def _csv_line(cells: list[str]) -> str:
