@@ -1,5 +1,6 @@
 """The private names of jax that stepc uses, all in this file, each with a fallback or a clear error if jax moves it."""
 
+import sys
 from typing import Protocol, runtime_checkable
 
 from jax.extend import backend
@@ -15,6 +16,10 @@ try:
 except ImportError:  # error: `membership` says that this jax cannot train on several processes
     distributed = xla_bridge = None
 try:
+    from jax._src import compiler
+except ImportError:  # fallback: a compilation is not recognised
+    compiler = None
+try:
     from jaxlib._jax import make_gloo_tcp_collectives
 except ImportError:  # error: `bind_cpu_collectives` says that this jax cannot choose an address
     make_gloo_tcp_collectives = None
@@ -29,6 +34,16 @@ class Client(Protocol):
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
 
     def key_value_try_get(self, key: str) -> str: ...
+
+
+def is_compiling(thread: int) -> bool:
+    """Whether a thread is inside a compilation of XLA: only its Python frames say so while it runs."""
+    frame = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage] -- documented, despite its name
+    while compiler is not None and frame is not None:
+        if frame.f_code.co_filename == compiler.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def membership() -> tuple[Client, int, int] | None:

@@ -52,6 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # An evaluation adds up the terms that a loss returns.
     "_runner.callbacks": ("_language.kinds", "_language.terms", "_runner", "errors"),
+    # A compilation is no stall.
+    "_runner.watchdog": ("_jax", "_runner"),
     # A pipeline in place of a step is recognised, and the remedy named.
     "_runner.run": ("_language.kinds", "_language.pipeline", "_language.state", "_runner", "errors"),
     "testing": ("_compiler", "_core", "_language", "errors", "inspect"),

@@ -1,7 +1,7 @@
 """What a user wants done between steps: evaluation, hooks, a profile. It must not know how a step is made."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
 from stepc._runner.events import EventLog, is_due
 from stepc._runner.pending import CompiledStep, copy_state, deleted_leaves
+from stepc._runner.watchdog import StallWatcher
 from stepc.errors import ConfigError, StepError
 
 
@@ -102,6 +103,7 @@ class Callbacks:
     eval: Eval | None = None
     hooks: Sequence[tuple[int, Hook]] = ()
     profile: Profile | None = None
+    watcher: StallWatcher = field(default_factory=lambda: StallWatcher(None))
     done: int = 0
     _is_profiling: bool = False
 
@@ -119,15 +121,17 @@ class Callbacks:
 
         Errors: StepError from what a user's function raises; the state is intact.
         """
-        self._start_or_stop_profile(step)
+        with self.watcher.patient():
+            self._start_or_stop_profile(step)
         if step <= self.done:
             return
         evaluation = self.eval
         if evaluation is not None and is_due(evaluation.every, step, steps_per_call):
-            events.log(_guarded("eval", step, lambda: _new_names(eval_metrics(evaluation, state), events)), step)
+            events.log(_guarded("eval", step, partial(self._evaluate, evaluation, state, events)), step)
         for every, hook in self.hooks:
             if is_due(every, step, steps_per_call):
                 _guarded("hook", step, partial(hook, step, events.last_metrics(), lambda: copy_state(state)))
+                self.watcher.progress()
         self.done = step
 
     def go_back(self, step: int) -> None:
@@ -139,6 +143,15 @@ class Callbacks:
         if self._is_profiling:
             jax.profiler.stop_trace()
             self._is_profiling = False
+
+    def _evaluate(self, evaluation: Eval, state: Any, events: EventLog) -> dict[str, float]:  # Any: a state
+        """Errors: ConfigError if the step has a metric of the same name, with which it would be one curve."""
+        self.watcher.progress()
+        metrics = eval_metrics(evaluation, state, self.watcher.progress)
+        if both := [name for name in metrics if name in events.last_metrics()]:
+            names = ", ".join(map(repr, both))
+            raise ConfigError(f"The step has metrics of the same name: {names}. Rename one of each.")
+        return metrics
 
     def _profile_is_due(self, step: int) -> bool:
         profile = self.profile
@@ -189,13 +202,6 @@ def eval_metrics(
     if not sizes:
         raise ConfigError("Its data gave no batch.")
     return {f"eval_{name}": _number(metric) for name, metric in sums.items()}
-
-
-def _new_names(metrics: dict[str, float], events: EventLog) -> dict[str, float]:
-    """The metrics of an evaluation. Errors: ConfigError if the step has one of them too: they would be one curve."""
-    if both := [name for name in metrics if name in events.last_metrics()]:
-        raise ConfigError(f"The step has metrics of the same name: {', '.join(map(repr, both))}. Rename one of each.")
-    return metrics
 
 
 def _rows(evaluation: Eval, batch: Batch) -> tuple[int, ...]:

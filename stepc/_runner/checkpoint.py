@@ -146,6 +146,11 @@ class CheckpointKeeper:
             self._in_flight = number
         self._saved_at = self.clock()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save has begun and is not known to be committed."""
+        return self._in_flight >= 0
+
     def poll(self) -> None:
         """Note what has been committed, without waiting."""
         if self._in_flight >= 0 and not self.store.is_busy():

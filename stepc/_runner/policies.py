@@ -73,6 +73,10 @@ class Retry:
         faults.number("wait_seconds", self.wait_seconds, "a non-negative number", lambda one: 0 <= one < math.inf)
         faults.refuse()
 
+    def wait_before(self, attempt: int) -> float:
+        """The seconds before an attempt, counted from 1. They double 60 times: a float ends at 2**1024."""
+        return self.wait_seconds * 2.0 ** min(attempt - 1, 60)
+
 
 @dataclass(frozen=True)
 class Rollback:

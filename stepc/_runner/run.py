@@ -201,7 +201,7 @@ def run(
             is_over=signals.is_over,
             reading=signals.reading,
         )
-        callbacks = Callbacks(eval, hooks, profile)
+        callbacks = Callbacks(eval, hooks, profile, watcher)
         for one in (reader, callbacks):
             at_the_end.callback(one.close)
         trainer = Trainer(
@@ -407,7 +407,8 @@ def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
     """Run the loop. Whatever ends it, nothing stays in flight, unsaved or unread."""
     events, run = trainer.events, trainer.run
     try:
-        _resume(trainer)
+        with trainer.watcher.patient():
+            _resume(trainer)
         trainer.peers.check_same("state", lambda: _state_by_path(run.state, trainer.number))
         events.event("start", trainer.number, level=logging.INFO, **header)
         trainer.loop()
@@ -421,7 +422,8 @@ def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
             events.log_last()  # an interrupted run that resumes logs only what an uninterrupted one would
         if trainer.checkpoints is not None:
             trainer.save()
-            trainer.checkpoints.finish()
+            with trainer.watcher.patient():
+                trainer.checkpoints.finish()
         if deleted := deleted_leaves(jax.block_until_ready(run.state)):
             raise StepError(f"The state was lost: {deleted[0]}.", phase="wait", step=run.steps, state_ok=False)
         events.event("end", run.steps, level=logging.INFO, ended=run.ended)

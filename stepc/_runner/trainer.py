@@ -197,6 +197,7 @@ class Trainer:
         pending = self.in_flight.popleft()
         self.position, self.last_item = pending.item.after, pending.item
         self.run.steps = pending.first + self.steps_per_call - 1
+        self.watcher.progress()
 
     def judge(self, pending: PendingStep, status: StepStatus | None, row: int) -> None:
         """Refuse a step that is not finite or that the user rejects; count one that the program skipped."""
@@ -221,7 +222,9 @@ class Trainer:
         self.peers.at("between steps", self.number)
         is_save = False
         if self.checkpoints is not None:
-            self.checkpoints.poll()
+            if self.checkpoints.is_saving:
+                with self.watcher.patient():
+                    self.checkpoints.poll()
             is_save = self.checkpoints.is_due(self.number, steps_per_call=self.steps_per_call)
         is_compare = is_due(self.compare_replicas_every, self.number, self.steps_per_call)
         is_snapshot = self.snapshot is not None and self.number - self.snapshot.step >= (self.snapshot_every or 1)
@@ -229,6 +232,7 @@ class Trainer:
             self.wait(0)
             if is_compare:
                 self.peers.compare(self.run.state, self.number)
+                self.watcher.progress()
             if is_snapshot:
                 self.take_snapshot()
             # Before the save: a run that resumes from it does not repeat them, so a process that dies between the two
@@ -241,16 +245,18 @@ class Trainer:
         """Begin a checkpoint of the finished state, if this step has none."""
         if self.checkpoints is not None and self.number > self.checkpoints.saved:
             spec = self.reader.source.spec
-            self.checkpoints.save(
-                self.number,
-                self.run.state,
-                self.position,
-                {} if spec is None else spec.rows(),
-                None if self.peers.are_many else data_fingerprint(self.last_item),
-            )
+            with self.watcher.patient():
+                self.checkpoints.save(
+                    self.number,
+                    self.run.state,
+                    self.position,
+                    {} if spec is None else spec.rows(),
+                    None if self.peers.are_many else data_fingerprint(self.last_item),
+                )
 
     def recover(self, failure: StepError, found: DataItem | ReadFailure | EndOfData) -> None:
         """Log a failure; then raise it, or restore what the policy needs to continue."""
+        self.watcher.progress()
         kind = KINDS.get(type(failure))
         place = failure.step
         if isinstance(found, ReadFailure) and kind == "data":
@@ -267,7 +273,8 @@ class Trainer:
             raise self.peers.raised(failure)
         match policy:
             case Retry():
-                self.signals.wait(float(policy.wait_seconds) * 2 ** (self.counts.attempts[kind, place] - 1))
+                with self.watcher.patient():
+                    self.signals.wait(policy.wait_before(self.counts.attempts[kind, place]))
                 self.reader.retry(found) if kind == "data" else self.rewind(leave_out=None)
             case Skip():
                 self.reader.skip() if kind == "data" else self.rewind(leave_out=failure.step)
@@ -311,7 +318,8 @@ class Trainer:
         """Go back to the last checkpoint, or else to the snapshot, and go on as the policy says."""
         snapshot = self._existing_snapshot()
         later = snapshot.items_after(failed_at)
-        restored = None if self.checkpoints is None else self.checkpoints.restore(snapshot.state)
+        with self.watcher.patient():
+            restored = None if self.checkpoints is None else self.checkpoints.restore(snapshot.state)
         if restored is None:
             self._give_again(later if policy.data == "skip" else snapshot.replay(None))
             state, number, position = snapshot.state, snapshot.step, snapshot.position
@@ -372,7 +380,8 @@ def finish_after_error(trainer: Trainer, error: BaseException) -> None:
         if trainer.checkpoints is not None:
             if is_good and not isinstance(error, CheckpointError | ResumeError) and trainer.number > 0:
                 trainer.save()
-            trainer.checkpoints.finish()
+            with trainer.watcher.patient():
+                trainer.checkpoints.finish()
     except (StepError, CheckpointError) as second:
         error.add_note(f"stepc: and then: {type(second).__name__}: {str(second).partition(chr(10))[0]}")
     _attach_run(error, run)

@@ -2,14 +2,17 @@
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from stepc._jax import is_compiling
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.events import EventLog
 
@@ -28,8 +31,11 @@ class Watchdog:
     Args:
       warn_seconds: when no step has begun for so long, the stacks of all threads go to the log. On several processes
         the one that the others wait for is named, and all of them end.
-      exit_seconds: when no step has begun for so long, the process ends with exit code 75; more than `warn_seconds`.
-        The last checkpoint is what a new start resumes from.
+      exit_seconds: when a run makes no progress for so long, the process ends with exit code 75; more than
+        `warn_seconds`. The last checkpoint is what a new start resumes from. A step that begins or finishes is
+        progress, and so is an evaluated batch. A compilation, a save, a restore and the wait before a retry do not
+        count, nor does the time in which the process was stopped. One batch of the data, one hook and one call of a
+        logger do: give them time enough.
       max_recompiles: how often the step may be compiled again after its first call; one more is a BuildError.
       compare_replicas_every: in steps; how often the copies of replicated leaves on the devices are compared. It reads
         the state once. Copies that differ are a DeviceError, or on several processes a PeerError on all of them.
@@ -56,12 +62,41 @@ class Watchdog:
             faults.refuse()
 
 
+@dataclass
+class StallTime:
+    """How long a run has been without progress, by the ticks of a thread that runs in the same process.
+
+    A tick counts for two intervals at most: a process that was stopped (SIGSTOP, a suspended machine) and continued
+    has not stalled while it did not run, although the clock went on.
+
+    Args:
+      interval: between two ticks, in seconds.
+      waited: the time since the last heartbeat.
+      stuck: the same without the phases that may take long.
+    """
+
+    interval: float
+    waited: float = 0.0
+    stuck: float = 0.0
+    _beat_at: float = -math.inf
+    _ticked_at: float = -math.inf
+
+    def tick(self, now: float, beat_at: float, *, is_patient: bool) -> None:
+        """Count the time since the tick before, or since the heartbeat if that was later."""
+        if beat_at != self._beat_at:
+            self._beat_at, self.waited, self.stuck = beat_at, 0.0, 0.0
+        passed = min(now - max(self._ticked_at, beat_at), 2 * self.interval)
+        self._ticked_at = now
+        self.waited += passed
+        self.stuck += 0.0 if is_patient else passed
+
+
 class StallWatcher:
-    """A thread that logs the stacks of all threads when no step has begun for a while, once for each such stall.
+    """A thread that logs the stacks of all threads when a run makes no progress for a while, once for each such stall.
 
     Args:
       warn_seconds: how long; None for no thread at all.
-      stalled: called then, with the seconds since the last step began.
+      stalled: called then, with the seconds since the last heartbeat.
       exit_seconds: after how long the process ends, with exit code 75 and without cleaning up; None for never.
     """
 
@@ -75,6 +110,8 @@ class StallWatcher:
         self.step = 0
         self.stalls: list[tuple[int, float, str]] = []
         self._beat_at = time.monotonic()
+        self._num_patient = 0
+        self._run_thread = threading.get_ident()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stepc-watchdog", daemon=True)
         if warn_seconds is not None:
@@ -85,6 +122,23 @@ class StallWatcher:
         self.step = step
         self._beat_at = time.monotonic()
 
+    def progress(self) -> None:
+        """Note that something else was done: a step has finished, a batch is evaluated, a failure handled."""
+        self._beat_at = time.monotonic()
+
+    @contextmanager
+    def patient(self) -> Generator[None]:
+        """A phase that may take long, has a limit of its own, and would take as long after a new start.
+
+        It is logged like any other stall, but neither ends the process nor counts for the other processes.
+        """
+        self._num_patient += 1
+        try:
+            yield
+        finally:
+            self.progress()  # first: there is no moment in which it has ended and counts
+            self._num_patient -= 1
+
     def close(self) -> None:
         """End the thread."""
         self._end.set()
@@ -92,18 +146,23 @@ class StallWatcher:
             self._thread.join()
 
     def _watch(self) -> None:
-        warn_seconds, warned_of = self.warn_seconds or 0.0, 0.0
-        while not self._end.wait(min(warn_seconds / 4, 1.0)):
-            waited = time.monotonic() - self._beat_at
-            if waited > warn_seconds and warned_of != self._beat_at:
-                warned_of = self._beat_at
+        warn_seconds, exit_seconds = self.warn_seconds or 0.0, self.exit_seconds
+        time_ = StallTime(min(warn_seconds / 4, 1.0))
+        warned_of = told_of = 0.0
+        while not self._end.wait(time_.interval):
+            beat_at = self._beat_at
+            time_.tick(time.monotonic(), beat_at, is_patient=self._num_patient > 0 or is_compiling(self._run_thread))
+            if time_.waited > warn_seconds and warned_of != beat_at:
+                warned_of = beat_at
                 stacks = _stacks()
-                _LOG.warning("no step has begun for %.1f s, since step %d\n%s", waited, self.step, stacks)
-                self.stalls.append((self.step, waited, stacks))
-                self.stalled(waited)
-            if self.exit_seconds is not None and waited > self.exit_seconds:
+                _LOG.warning("no step has begun for %.1f s, since step %d\n%s", time_.waited, self.step, stacks)
+                self.stalls.append((self.step, time_.waited, stacks))
+            if time_.stuck > warn_seconds and told_of != beat_at:
+                told_of = beat_at
+                self.stalled(time_.stuck)
+            if exit_seconds is not None and time_.stuck > exit_seconds:
                 text = "no step has begun for %.1f s, since step %d: the process ends with exit code %d"
-                _LOG.critical(text, waited, self.step, EXIT_CODE)
+                _LOG.critical(text, time_.waited, self.step, EXIT_CODE)
                 os._exit(EXIT_CODE)  # nothing else ends a thread that hangs in a device or a disk
 
 
