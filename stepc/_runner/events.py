@@ -53,11 +53,13 @@ class EventLog:
     Args:
       every: the metrics of the first step, of every `every`-th and of the last are logged.
       is_strict: whether a logger that fails stops the training.
+      is_leaving: whether the run ends by an exception; then no logger keeps it from saving by another one.
     """
 
     loggers: Sequence[Logger]
     every: int
     is_strict: bool = False
+    is_leaving: bool = False
     failures: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     _slow: set[int] = field(default_factory=set)
@@ -141,14 +143,19 @@ class EventLog:
         try:
             act()
             self._failures_in_a_row[number] = 0
-        except Exception as error:  # a logger never stops training, unless `on_error` says that it does
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            # A logger never stops training, unless `on_error` says so, or it leaves by SystemExit or the like: once.
+            if not isinstance(error, Exception) and not self.is_leaving:
+                raise
             self.failures[name] += 1
             self._failures_in_a_row[number] += 1
             what = f"logger {name} failed at step {step}: {type(error).__name__}: {error}"
             _LOG.warning("%s", what)
             if self._failures_in_a_row[number] == FAILURES_IN_A_ROW:
                 _LOG.warning("logger %s failed %d times in a row and is left alone", name, FAILURES_IN_A_ROW)
-            if self.is_strict:
+            if self.is_strict and not self.is_leaving:
                 raise StepError(f"L{what[1:]}", phase="log", step=max(step, 1), state_ok=True) from error
         finally:
             took = time.perf_counter() - began

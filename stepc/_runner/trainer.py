@@ -39,7 +39,6 @@ from stepc.errors import (
     DeviceError,
     Interrupted,
     NonFiniteError,
-    PeerError,
     Preempted,
     RejectedError,
     ResumeError,
@@ -365,13 +364,12 @@ def end_reason(trainer: Trainer) -> str:
 def finish_after_error(trainer: Trainer, error: BaseException) -> None:
     """Before an error is raised: save a live state, wait for saves, and note on the error what else failed."""
     run = trainer.run
-    if isinstance(error, KeyboardInterrupt):
-        return  # a second Ctrl-C: at once
+    if isinstance(error, KeyboardInterrupt):  # a second Ctrl-C: at once
+        abandon_after_error(trainer, error)
+        return
+    trainer.events.is_leaving = True
     try:
-        if not isinstance(error, StepError | CheckpointError):
-            trainer.wait(0)
-        if isinstance(error, StepError) and error.state_ok:
-            trainer.drain()
+        _settle(trainer, error)
         is_good = not trainer.in_flight and not (isinstance(error, StepError) and not error.state_ok)
         if not is_good or deleted_leaves(run.state):
             snapshot = trainer.snapshot
@@ -387,6 +385,21 @@ def finish_after_error(trainer: Trainer, error: BaseException) -> None:
     _attach_run(error, run)
 
 
+def _settle(trainer: Trainer, error: BaseException) -> None:
+    """Wait for the steps in flight, up to one that is not good."""
+    if isinstance(error, StepError):
+        if error.state_ok:
+            trainer.drain()
+    elif not isinstance(error, CheckpointError):
+        try:
+            trainer.wait(0)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as second:  # `reject_if` leaves again: what it has not judged is kept, and not lost
+            error.add_note(f"stepc: and then: {type(second).__name__}: {second}")
+            trainer.drain()
+
+
 def abandon_after_error(trainer: Trainer, error: BaseException) -> None:
     """The same where the processes can do nothing together any more: no last checkpoint; what is in flight is lost."""
     run = trainer.run
@@ -396,11 +409,8 @@ def abandon_after_error(trainer: Trainer, error: BaseException) -> None:
 
 
 def _attach_run(error: BaseException, run: Run) -> None:
-    match error:
-        case StepError() | CheckpointError() | PeerError():
-            error.run = run
-        case _:
-            pass
+    """Every exception keeps the run that it ended, a user's own too: without checkpoints it is all that is left."""
+    error.__dict__["run"] = run
 
 
 def fill_in_run(trainer: Trainer) -> None:

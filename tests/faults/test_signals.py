@@ -226,6 +226,66 @@ def test_system_exit_saves_and_keeps_its_code(place: str, tmp_path: Path) -> Non
     assert (tmp_path / "5").is_dir()
 
 
+class Leaving(Remembering):
+    """A logger that leaves, by metrics and by events, from a step on."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def log(self, metrics: Any, step: int) -> None:
+        if step >= 3:
+            raise self.kind(4)
+
+    def event(self, name: str, facts: Any, step: int) -> None:
+        if step >= 3:
+            raise self.kind(5)
+
+
+class Left(BaseException):
+    """A user's own exit."""
+
+
+@pytest.mark.parametrize("kind", [SystemExit, Left])
+@pytest.mark.parametrize("place", ["logger", "verdict"])
+def test_exit_that_is_asked_for_twice_saves(kind: type[BaseException], place: str, tmp_path: Path) -> None:
+    judged: list[int] = []
+
+    def verdict(metrics: Any) -> None:
+        judged.append(1)
+        if len(judged) >= 3:
+            raise kind(4)
+
+    options: dict[str, Any] = {"loggers": [Leaving(kind)], "log_every": 1} if place == "logger" else {}
+    with pytest.raises(kind) as raised:
+        sc.run(
+            step(), fresh(), FaultPlan().batches(20), checkpoint=sc.Checkpoints(tmp_path, every=100),
+            reject_if=verdict if place == "verdict" else None, **options,
+        )  # fmt: skip
+    assert raised.value.args == (4,)
+    run = raised.value.__dict__["run"]
+    assert 3 <= run.steps <= 5
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, run.steps + 1))))
+    assert (tmp_path / str(run.steps)).is_dir()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, Left, KeyboardInterrupt])
+def test_exception_without_checkpoints_carries_the_run(kind: type[BaseException]) -> None:
+    def leaves(*about: Any) -> None:
+        raise kind
+
+    with pytest.raises(kind) as raised:
+        sc.run(step(), fresh(), endless(), hooks=[(5, leaves)])
+    run = raised.value.__dict__["run"]
+    assert (run.steps, digest(run.state)) == (5, digest(after(5)))
+
+
+def test_save_may_take_for_ever(tmp_path: Path) -> None:
+    keep = sc.Checkpoints(tmp_path, every=2, timeout_seconds=float("inf"))
+    sc.run(step(), fresh(), FaultPlan().batches(4), checkpoint=keep)
+    assert (tmp_path / "4").is_dir()
+
+
 @fault("60", "logger and last checkpoint fail while an error is handled", "the first error; others are notes")
 def test_first_error_is_the_one_that_is_raised(tmp_path: Path) -> None:
     class Breaking(Remembering):
