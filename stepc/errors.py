@@ -230,12 +230,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Preempted(SystemExit):
-    """SIGTERM: `run` ended at a step boundary. `.run` is the finished part; the exit code is 143."""
+    """SIGTERM: `run` ended at a step boundary. `.run` is the finished part; the exit code is 143.
 
-    def __init__(self, what: str, *, run: RunRecord) -> None:
+    One of `sc.Watchdog(signals=…)` ends a run alike. The exit code is 128 and the number of the signal.
+    """
+
+    def __init__(self, what: str, *, run: RunRecord, signal: int = 15) -> None:
         self.run = run
         super().__init__(what)
-        self.code = 143  # 128 + SIGTERM, as a shell reports it
+        self.code = 128 + signal  # as a shell reports it
 
 
 def faults_in_one(faults: Sequence[str], *, of: str) -> str:

@@ -4,6 +4,7 @@ Each row is one mistake. The texts are in golden/errors, a file a group; a text 
 """
 
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -440,6 +441,7 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "data_timeout": (sc.ConfigError, lambda: sc.Data([], timeout_seconds=60)),
     "data_types": (sc.FieldTypeError, lambda: sc.Data(5, prefetch=True, short_batches=None)),
     "watchdog": (sc.ConfigError, lambda: sc.Watchdog(-1, max_recompiles=-1, compare_replicas_every=0.5)),
+    "watchdog_signals": (sc.ConfigError, lambda: sc.Watchdog(signals=(signal.SIGKILL, "SIGHUP", 4000))),
     "watchdog_exit": (sc.ConfigError, lambda: sc.Watchdog(warn_seconds=60, exit_seconds=30)),
     "eval": (sc.ConfigError, lambda: sc.Eval(0, "loss", OneWay())),
     "profile": (sc.ConfigError, lambda: sc.Profile(3, 2, None)),

@@ -130,7 +130,9 @@ class Callbacks:
             events.log(_guarded("eval", step, partial(self._evaluate, evaluation, state, events)), step)
         for every, hook in self.hooks:
             if is_due(every, step, steps_per_call):
-                _guarded("hook", step, partial(hook, step, events.last_metrics(), lambda: copy_state(state)))
+                snapshot = _SnapshotOf(step, state)
+                _guarded("hook", step, partial(hook, step, events.last_metrics(), snapshot))
+                snapshot.state = None
                 self.watcher.progress()
         self.done = step
 
@@ -167,6 +169,22 @@ class Callbacks:
         else:
             jax.profiler.start_trace(str(self.profile.directory))
             self._is_profiling = True
+
+
+@dataclass
+class _SnapshotOf:
+    """`snapshot` of a hook: while the hook runs, the state is not yet donated to the next step."""
+
+    step: int
+    state: Any  # Any: a state; None once the hook has returned
+
+    def __call__(self) -> Any:  # Any: a state
+        if self.state is None:
+            raise ConfigError(
+                f"`snapshot()` of step {self.step} was called after its hook had returned.",
+                suggestion="Call it in the hook, and keep the copy that it gives.",
+            )
+        return copy_state(self.state)
 
 
 def eval_metrics(

@@ -18,7 +18,7 @@ from stepc.errors import CheckpointError
 if TYPE_CHECKING:  # `import stepc` must not need Orbax
     from stepc._runner.checkpoint_store import CheckpointStore
 
-SLOW_SECONDS = 0.005  # a shorter wait for a save is no event
+SLOW_SECONDS = 0.5  # shorter waits for saves, added up, are no event
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class CheckpointKeeper:
     saved: int = -1
     _in_flight: int = -1
     _saved_at: float = field(init=False)
+    _waited: float = 0.0
+    _note_at: float = SLOW_SECONDS
 
     def __post_init__(self) -> None:
         self._saved_at = self.clock()
@@ -139,12 +141,21 @@ class CheckpointKeeper:
         self.finish()
         if number <= self.saved:
             return
-        if is_slow and (waited := self.clock() - began) >= SLOW_SECONDS:
-            self.events.event("slow_checkpoint", number, waited_seconds=f"{waited:.2f}")
+        if is_slow:
+            self._note_wait(number, self.clock() - began)
         meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
         if self._guarded(number, lambda: self.store.save(number, state, meta)):
             self._in_flight = number
         self._saved_at = self.clock()
+
+    def _note_wait(self, number: int, seconds: float) -> None:
+        """Log that a save waited for the one before: at half a second in all, and each time that it has doubled."""
+        self._waited += seconds
+        if self._waited >= self._note_at:
+            self._note_at = 2 * self._waited
+            self.events.event(
+                "slow_checkpoint", number, waited_seconds=f"{seconds:.2f}", in_all_seconds=f"{self._waited:.2f}"
+            )
 
     @property
     def is_saving(self) -> bool:

@@ -116,7 +116,7 @@ class EventLog:
         for number, logger in enumerate(self.loggers):
             match logger:
                 case EventLogger():
-                    self._guarded(number, logger, step, lambda logger=logger: logger.event(name, texts, step))
+                    self._guarded(number, logger, step, lambda logger=logger: logger.event(name, dict(texts), step))
                 case _:
                     pass
 

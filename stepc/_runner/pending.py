@@ -15,6 +15,8 @@ from stepc._runner.data import DataItem
 from stepc._runner.events import floats_of
 from stepc.errors import BuildError, DeviceError, NonFiniteError, RejectedError, StepError
 
+GUARDED = "Disallowed "  # how jax begins the error of a transfer guard, which has no class of its own
+
 
 @runtime_checkable
 class Runnable(Protocol):
@@ -155,6 +157,12 @@ def wait_for_step(pending: PendingStep, *, may_skip: bool) -> StepStatus | None:
 
 def step_failure(error: Exception, phase: str, step: int, *, state_ok: bool) -> StepError:
     """What to raise from an exception of a step: its class and text say little, the phase says what failed."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and GUARDED in str(error):
+        what = f"Step {step} was stopped by `jax.transfer_guard`: {error}"
+        remedy = None
+        if "host-to-device" in str(error):
+            remedy = "`run` puts batches on the devices itself with `sc.Data(loader, place=step.put)`."
+        return StepError(what, phase=phase, step=step, state_ok=state_ok, suggestion=remedy)
     kind, what = (BuildError, "could not be built") if phase == "build" else (DeviceError, "failed on the device")
     return kind(f"Step {step} {what}: {type(error).__name__}: {error}", phase=phase, step=step, state_ok=state_ok)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from signal import Signals
 from typing import Any, TypeAlias
 
 import jax
@@ -162,7 +163,7 @@ def run(
       profile: `sc.Profile(start, stop, directory)` traces these steps with JAX's profiler.
       reject_if: `reject_if(metrics)` takes host floats and returns why the step is not wanted, in words, or None. It
         is called for every finished step, replayed ones too; the policy for "nonfinite" governs a rejection.
-      watchdog: `sc.Watchdog(...)` looks for hangs, recompilations and replicas that differ.
+      watchdog: `sc.Watchdog(...)` looks for hangs, recompilations, replicas that differ and further signals.
       buffers: `sc.Buffers(...)` says how many steps are in flight and how often the state is copied.
     Errors: FieldTypeError or ConfigError before anything runs; a StepError from the original exception, with the number
       of the step: DataError, BuildError, NonFiniteError, RejectedError, DeviceError; CheckpointError, ResumeError,
@@ -189,7 +190,7 @@ def run(
         _check_replay(policies, checkpoint, is_positioned=isinstance(source.batches, Positioned))
         watcher = StallWatcher(watchdog.warn_seconds, peers.stalled, watchdog.exit_seconds)
         at_the_end.enter_context(closing(watcher))
-        signals = at_the_end.enter_context(watched_signals())
+        signals = at_the_end.enter_context(watched_signals(watchdog.signals))
         events = EventLog(loggers if peers.is_first else (), log_every, is_strict="log" in policies)
         if ties := describe_tied_leaves(state):
             events.event("tied_leaves", 0, leaves=ties, why="each is copied and trained apart")
@@ -358,6 +359,7 @@ def _comparable(
         "snapshot_every": repr(buffers.snapshot_every),
         "compare_replicas_every": repr(watchdog.compare_replicas_every),
         "warn_seconds": repr(watchdog.warn_seconds),
+        "signals": ", ".join(map(_name_of, watchdog.signals)),
         "on_error": repr(policies),
         "eval and hooks": repr(every),
     }
@@ -470,6 +472,11 @@ def _state_by_path(state: Any, number: int) -> dict[str, str]:  # Any: a state
     }
 
 
+def _name_of(number: int) -> str:
+    known = {one.value: one.name for one in Signals}
+    return known.get(number, f"signal {number}")
+
+
 def _header(step: AnyStep, signals: SignalWatch) -> dict[str, object]:
     match step:
         case PlainStep():
@@ -483,5 +490,5 @@ def _header(step: AnyStep, signals: SignalWatch) -> dict[str, object]:
         "stepc": version("stepc"),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "signals": "SIGINT and SIGTERM" if signals.is_protected else "no_signal_protection",
+        "signals": " and ".join(map(_name_of, signals.numbers)) if signals.is_protected else "no_signal_protection",
     }

@@ -1,12 +1,15 @@
 """Ctrl-C and SIGTERM become a flag that the loop reads between steps. It must not know what the loop does."""
 
 import signal
+import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
+
+from stepc.errors import Interrupted
 
 
 class LeaveLoop(BaseException):
@@ -19,7 +22,8 @@ class LeaveLoop(BaseException):
 class SignalWatch:
     """The signals of one run. `received` is the first one; a second Ctrl-C acts at once, as without a handler."""
 
-    def __init__(self) -> None:
+    def __init__(self, further: Sequence[int] = ()) -> None:
+        self.numbers = tuple(dict.fromkeys((signal.SIGINT, signal.SIGTERM, *further)))
         self.received: int | None = None
         self.is_protected = False
         self.is_reading = False
@@ -58,10 +62,10 @@ class SignalWatch:
             raise LeaveLoop
 
     def install(self) -> None:
-        """Handle SIGINT and SIGTERM, if this is the main thread: Python delivers signals to no other."""
+        """Handle the signals of the run, if this is the main thread: Python delivers signals to no other."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.numbers:
             before = signal.getsignal(number)
             if before is not None and before is not signal.SIG_IGN:  # None: set by something other than Python
                 self._before[number] = before
@@ -94,10 +98,37 @@ class BlockingRead:
         self.signals.is_reading = False
 
 
+class EndBySignal:
+    """The hook for uncaught exceptions that ends the process by SIGINT for an `Interrupted`.
+
+    Python ends by SIGINT for an uncaught KeyboardInterrupt, after its own cleaning up, so that a shell leaves the loop
+    `for seed in 1 2 3; do python train.py; done`. It does that for the class itself alone, and an `Interrupted` would
+    end with code 1. The flag by which it knows is set where source text that is executed raises the class itself, so
+    that is what this does, after the hook from before has printed the exception.
+    """
+
+    def __init__(self) -> None:
+        self.before = sys.excepthook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self.before(kind, error, trace)
+        if isinstance(error, Interrupted):
+            try:
+                exec("raise KeyboardInterrupt", {})
+            except KeyboardInterrupt:
+                pass
+
+
+def end_by_signal_if_uncaught() -> None:
+    """Called where an `Interrupted` is raised; until then the hook of the user stays as it is."""
+    if not isinstance(sys.excepthook, EndBySignal):
+        sys.excepthook = EndBySignal()
+
+
 @contextmanager
-def watched_signals() -> Generator[SignalWatch]:
-    """Handle signals in this context; the handlers from before come back however it is left."""
-    signals = SignalWatch()
+def watched_signals(further: Sequence[int] = ()) -> Generator[SignalWatch]:
+    """Handle signals in this context, further ones too; the handlers from before come back however it is left."""
+    signals = SignalWatch(further)
     signals.install()
     try:
         yield signals

@@ -31,7 +31,7 @@ from stepc._runner.pending import (
 )
 from stepc._runner.policies import EXHAUSTED, FailureCounts, Raise, Retry, Rollback, Skip
 from stepc._runner.recompilation import RecompilationMonitor
-from stepc._runner.signals import LeaveLoop, SignalWatch
+from stepc._runner.signals import LeaveLoop, SignalWatch, end_by_signal_if_uncaught
 from stepc._runner.watchdog import StallWatcher, log_stalls
 from stepc.errors import (
     CheckpointError,
@@ -353,12 +353,12 @@ class Trainer:
 def end_reason(trainer: Trainer) -> str:
     """Why the loop ended without an error: a signal, all steps made, or the end of the data."""
     match trainer.signals.received:
+        case None:
+            return "steps" if trainer.is_over() else "data"
         case signal.SIGINT:
             return "interrupted"
-        case signal.SIGTERM:
-            return "preempted"
         case _:
-            return "steps" if trainer.is_over() else "data"
+            return "preempted"
 
 
 def finish_after_error(trainer: Trainer, error: BaseException) -> None:
@@ -430,9 +430,10 @@ def run_or_exit(run: Run, signals: SignalWatch) -> Run:
     match run.ended:
         case "interrupted":
             signals.pass_on()
+            end_by_signal_if_uncaught()
             raise Interrupted(f"Interrupted {what}", run=run)
         case "preempted":
             signals.pass_on()
-            raise Preempted(f"Preempted {what}", run=run)
+            raise Preempted(f"Preempted {what}", run=run, signal=signals.received or signal.SIGTERM)
         case _:
             return run

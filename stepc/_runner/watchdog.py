@@ -4,11 +4,12 @@ import faulthandler
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.events import EventLog
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to start again may help
+# The system handles the first two itself; after the others the faulty instruction would run again, for ever.
+NOT_HANDLED = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 _LOG = logging.getLogger("stepc")
 
@@ -25,7 +28,7 @@ _LOG = logging.getLogger("stepc")
 class Watchdog:
     """What `run` watches for, so that a run cannot go wrong in silence.
 
-    Meaning: each field that is not None turns on one check; none of them changes a number.
+    Meaning: each field that is given turns on one check; none of them changes a number.
     Why: a run that hangs, recompiles or trains on diverged replicas costs as much as one that trains.
 
     Args:
@@ -39,16 +42,19 @@ class Watchdog:
       max_recompiles: how often the step may be compiled again after its first call; one more is a BuildError.
       compare_replicas_every: in steps; how often the copies of replicated leaves on the devices are compared. It reads
         the state once. Copies that differ are a DeviceError, or on several processes a PeerError on all of them.
+      signals: what ends the run as SIGTERM does, with a checkpoint and by Preempted: `(signal.SIGUSR1, signal.SIGHUP)`,
+        as a scheduler sends before it preempts a job. One that is ignored when the run begins, as by `nohup`, stays so.
     Errors: FieldTypeError or ConfigError with all faults.
     Example:
       >>> Watchdog(warn_seconds=60, max_recompiles=0)
-      Watchdog(warn_seconds=60, exit_seconds=None, max_recompiles=0, compare_replicas_every=None)
+      Watchdog(warn_seconds=60, exit_seconds=None, max_recompiles=0, compare_replicas_every=None, signals=())
     """
 
     warn_seconds: float | None = None
     exit_seconds: float | None = None
     max_recompiles: int | None = None
     compare_replicas_every: int | None = None
+    signals: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Watchdog")
@@ -56,10 +62,21 @@ class Watchdog:
         faults.seconds("exit_seconds", self.exit_seconds)
         faults.count("max_recompiles", self.max_recompiles, least=0, optional=True)
         faults.count("compare_replicas_every", self.compare_replicas_every, optional=True)
+        if faults.instance("signals", self.signals, Sequence, "a sequence of signals"):
+            for index, number in enumerate(self.signals):
+                _check_signal(f"signals[{index}]", number, faults)
         faults.refuse()
         if self.exit_seconds is not None and (self.warn_seconds is None or self.exit_seconds <= self.warn_seconds):
             faults.wrong_value("exit_seconds", f"more than warn_seconds={self.warn_seconds!r}", self.exit_seconds)
             faults.refuse()
+
+
+def _check_signal(name: str, number: object, faults: ArgumentFaults) -> None:
+    expected = "a signal that a process can handle, such as signal.SIGUSR1"
+    if not isinstance(number, int) or isinstance(number, bool):
+        faults.wrong_type(name, expected, number)
+    elif number not in signal.valid_signals() or number in NOT_HANDLED:
+        faults.wrong_value(name, expected, number)
 
 
 @dataclass

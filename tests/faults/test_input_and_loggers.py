@@ -235,3 +235,39 @@ def test_metric_with_the_name_of_a_column_is_refused(kind: Any, tmp_path: Path) 
     with kind(tmp_path / "log") as logger, pytest.raises(sc.ConfigError, match=f"{kind.__name__} uses 'step' itself"):
         logger.log({"loss": 1.0, "step": 7.0}, 3)
     assert sc.run(own, fresh(), FaultPlan().batches(3), loggers=[Remembering()]).steps == 3
+
+
+def test_loggers_do_not_share_the_facts_of_an_event() -> None:
+    class Emptying(Remembering):
+        def event(self, name: str, facts: Any, step: int) -> None:
+            facts.clear()
+
+    other = Remembering()
+    run_with(Emptying(), other)
+    (facts,) = [facts for name, facts, _ in other.events if name == "end"]
+    assert facts == {"ended": "data"}
+
+
+def test_transfer_guard_is_no_fault_of_the_device() -> None:
+    run_with()  # compiled
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(sc.StepError, match="Step 1 was stopped by `jax.transfer_guard`") as raised:
+            sc.run(step(), fresh_outside_the_guard(), FaultPlan().batches(9), on_error="retry")
+        assert type(raised.value) is sc.StepError
+        assert (raised.value.phase, raised.value.state_ok, raised.value.run.failures) == (
+            "dispatch",
+            True,
+            {"dispatch": 1},
+        )
+        assert (
+            raised.value.suggestion
+            == "`run` puts batches on the devices itself with `sc.Data(loader, place=step.put)`."
+        )
+        data = sc.Data(FaultPlan().batches(9), place=step().put)  # the remedy
+        run = sc.run(step(), fresh_outside_the_guard(), data)
+    assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
+
+
+def fresh_outside_the_guard() -> sc.State:
+    with jax.transfer_guard("allow"):
+        return fresh()

@@ -1,5 +1,6 @@
 """Signals and ways out: 52 to 56, 59, 60. Real signals, to this process or to one of its own."""
 
+import contextlib
 import os
 import random
 import signal
@@ -141,7 +142,7 @@ while True:
 
 
 @fault("54", "SIGTERM to a loop that runs again after each StepcError", "exit 143; the loop does not catch it")
-@fault("52", "SIGINT to the same", "ends by Interrupted")
+@fault("52", "SIGINT to the same", "ends by Interrupted, and the process by SIGINT")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_loop_that_catches_stepc_errors_ends_on_a_signal(number: int) -> None:
     job = [sys.executable, "-c", RETRYING]
@@ -151,8 +152,53 @@ def test_loop_that_catches_stepc_errors_ends_on_a_signal(number: int) -> None:
         process.send_signal(number)
         said, errors = process.communicate(timeout=300)
     assert "caught" not in said
-    assert process.returncode == (143 if number == signal.SIGTERM else 1)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
     assert number == signal.SIGTERM or "stepc.errors.Interrupted: Interrupted after step" in errors
+
+
+TRAINING = """
+import atexit, sys
+from faults.plan import batch_of, fresh, step
+import stepc as sc
+
+class Ready:
+    def log(self, metrics, step):
+        if step == 1:
+            print("ready", flush=True)
+
+def batches():
+    while True:
+        yield batch_of(1)
+
+if len(sys.argv) > 1:
+    sys.excepthook = lambda *about: print("my own hook", about[1], flush=True)
+atexit.register(lambda: print("cleaned up", flush=True))
+sc.run(step(), fresh(), batches(), loggers=[Ready()], log_every=10**9)
+"""
+
+
+@pytest.mark.parametrize("argument", ["", "own"])
+def test_interrupt_ends_the_loop_of_a_shell(argument: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAINING)
+    loop = f"for s in 1 2 3; do {sys.executable} {tmp_path}/train.py {argument}; done"
+    with subprocess.Popen(
+        ["bash", "-c", loop], cwd=TESTS, env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as shell:  # fmt: skip
+        assert shell.stdout is not None and shell.stderr is not None
+        try:
+            assert shell.stdout.readline() == "ready\n", shell.stderr.read()
+            os.killpg(shell.pid, signal.SIGINT)  # as a terminal does
+            said = []
+            while (line := shell.stdout.readline()) not in ("", "ready\n"):
+                said.append(line)
+            assert line == "", "the loop went on"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+        errors = shell.stderr.read()
+    assert said[-1] == "cleaned up\n"
+    assert "Interrupted after step" in (said[0] if argument else errors)
 
 
 class Signalling(Remembering):
@@ -181,6 +227,24 @@ def test_handlers_are_chained_and_restored(number: int) -> None:
         assert (called, signal.getsignal(number)) == ([number], mine)
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_further_signals_end_a_run_as_sigterm_does(number: int, tmp_path: Path) -> None:
+    before, logger = signal.getsignal(number), Signalling(number, at=4)
+    with pytest.raises(sc.Preempted) as raised:
+        sc.run(
+            step(), fresh(), FaultPlan().batches(20), loggers=[logger], log_every=1,
+            checkpoint=sc.Checkpoints(tmp_path, every=100),
+            watchdog=sc.Watchdog(signals=(signal.SIGUSR1, signal.SIGHUP)),
+        )  # fmt: skip
+    run = raised.value.run
+    assert (raised.value.code, run.ended) == (128 + number, "preempted")
+    assert (tmp_path / str(run.steps)).is_dir()
+    assert digest(run.state) == digest(by_a_plain_loop(list(range(1, run.steps + 1))))
+    assert signal.getsignal(number) is before
+    (start,) = [facts for name, facts, _ in logger.events if name == "start"]
+    assert start["signals"] == "SIGINT and SIGTERM and SIGUSR1 and SIGHUP"
 
 
 @fault("56", "a run within a hook of a run, SIGINT in the inner one", "both end as interrupted; handlers restored")

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -325,6 +325,22 @@ def test_hook_gets_host_floats_and_a_copy() -> None:
     run = small_run(hooks=[(4, hook)])
     assert [step for step, _ in seen] == [4, 8]
     assert float(run.state.params) == float(small_run().state.params)
+
+
+def test_snapshot_that_is_kept_beyond_its_step_says_so() -> None:
+    kept: list[Any] = []
+
+    def hook(step: int, metrics: Mapping[str, float], snapshot: Callable[[], Any]) -> None:
+        snapshot()
+        kept.append(snapshot)
+
+    small_run(hooks=[(4, hook)])
+    with pytest.raises(sc.ConfigError) as raised:
+        kept[0]()
+    assert str(raised.value) == (
+        "`snapshot()` of step 4 was called after its hook had returned.\n\n"
+        "  Call it in the hook, and keep the copy that it gives."
+    )
 
 
 def test_profile_of_some_steps_is_written(tmp_path: Path) -> None:
