@@ -242,7 +242,7 @@ class CheckpointStore:
 
         thread = threading.Thread(target=work, name="stepc-save", daemon=True)
         thread.start()
-        thread.join(min(self.timeout_seconds, threading.TIMEOUT_MAX))  # more, and so infinity, is an OverflowError
+        thread.join(min(self.timeout_seconds, threading.TIMEOUT_MAX))  # more is an OverflowError
         self._hangs = thread.is_alive()
         if self._hangs:
             raise TimeoutError(f"it did not finish in {self.timeout_seconds} s; its thread still waits for the disk")
