@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ def test_directory_that_is_a_file_is_refused(below: str, tmp_path: Path) -> None
 @fault("14", "a state with an empty array", "CheckpointError before a step, with the path")
 def test_state_that_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sc.CheckpointError, match=r"nothing  expected at least one number, got float32\[0, 3\]"):
-        run_in(tmp_path, state={"w": jnp.ones(3), "nothing": jnp.zeros((0, 3))})
+        run_in(tmp_path, state=replace(fresh(), model_state={"nothing": jnp.zeros((0, 3))}))
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "shape": (lambda: step().init({"w": np.zeros(4, np.float32)}), "params/w"),
     "leaf": (lambda: step().init({"w": np.zeros(3, np.float32), "v": np.zeros(3, np.float32)}), "params/v"),
     "dtype": (lambda: jax.tree.map(_narrow, fresh()), "saved float32[3], the state has bfloat16[3]"),
-    "key": (lambda: {"state": fresh(), "key": jax.random.key(0, impl="rbg")}, "the state has key<rbg>"),
+    "key": (lambda: replace(fresh(), slots={"key": jax.random.key(0, impl="rbg")}), "the state has key<rbg>"),
 }
 
 
