@@ -20,6 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_text": (),
     "_jax": ("errors",),
     "_units": ("errors",),
+    "_forks": (),
     # The closed core. It imports nothing but the standard library.
     "_core": (),
     "nodes": ("_core.nodes",),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspect": ("_text", "_units", "errors"),
     "report": ("_text", "errors", "inspect"),
     # Processes that train together. What they share knows no step.
-    "_distributed": ("_jax", "errors"),
+    "_distributed": ("_forks", "_jax", "errors"),
     # The passes: they see core nodes and the user's trees, never a transform.
     "_compiler": ("_core", "_distributed", "_jax", *LANGUAGE_OF_PASSES, "_text", "_units", "errors", "inspect"),
     # The four files where the surface meets the passes.
@@ -47,8 +48,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_compiler.step": ("_compiler", "_core", "_language", "_units", "errors", "inspect"),
     # The loop: a step is something to call.
     "_runner": (
-        "_distributed", "_language.kinds", "_language.padding", "_language.state", "_text", "_units", "errors",
-        "inspect",
+        "_distributed", "_forks", "_jax", "_language.kinds", "_language.padding", "_language.state", "_text", "_units",
+        "errors", "inspect",
     ),
     # An evaluation adds up the terms that a loss returns.
     "_runner.callbacks": ("_language.kinds", "_language.terms", "_runner", "errors"),

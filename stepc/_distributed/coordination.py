@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from stepc._forks import undo_in_children
 from stepc._jax import Client, membership
 from stepc.errors import Facts, PeerError, first_line
 
@@ -213,6 +214,7 @@ class FailureBroadcast:
         self._thread.start()
         atexit.register(self._at_exit)
         self._excepthook, sys.excepthook = sys.excepthook, self._uncaught
+        undo_in_children(self._forget)
 
     def fail(self, cause: FailureCause, *, exit_code: int = 1) -> None:
         """End all processes because this one has failed; only its first failure is broadcast."""
@@ -265,6 +267,13 @@ class FailureBroadcast:
         if self.exit_code is None:
             cause = FailureCause(self.store.me, None, "outside of `run`", first_line(error), self.store.me)
             self.fail(cause, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    def _forget(self) -> None:
+        """In a forked child: its end and its failures are no news to the job."""
+        atexit.unregister(self._at_exit)
+        self.exit_code = 0  # so that `fail` broadcasts nothing
+        if sys.excepthook == self._uncaught:
+            sys.excepthook = self._excepthook
 
     def _at_exit(self) -> None:
         """Runs before jax's own clean-up, which waits for the other processes."""

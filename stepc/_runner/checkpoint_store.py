@@ -174,7 +174,17 @@ class CheckpointStore:
         with nullcontext() if self.commit is None else suppress(OSError):  # a save that the end of the run interrupts
             self._writer.close()
         if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child that `forget_lock` did not reach has it open too
             os.close(self._lock)
+
+    def forget_lock(self) -> None:
+        """In a forked child: close its copy of the lock, or the directory stays locked for as long as the child lives.
+
+        To unlock it would take the lock from the run.
+        """
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _is_busy_here(self) -> bool:
         return self._begun >= 0 and not (self.directory / str(self._begun)).is_dir()

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from stepc._forks import undone_in_children
 from stepc._language.kinds import Batch
 from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path
@@ -223,7 +225,13 @@ def run(
             snapshot_every=buffers.snapshot_every if _needs_snapshots(policies) else None,
             compare_replicas_every=watchdog.compare_replicas_every,
         )
-        _train(trainer, _header(ours, signals))
+        pid = os.getpid()
+        try:
+            _train(trainer, _header(ours, signals))
+        except BaseException:
+            if os.getpid() != pid:
+                at_the_end.pop_all()  # what is closed at the end belongs to the parent
+            raise
     return run_or_exit(trainer.run, signals)
 
 
@@ -402,12 +410,13 @@ def _keeper(
         commit=peers.commit,
     )  # fmt: skip
     at_the_end.callback(store.close)
+    at_the_end.enter_context(undone_in_children(store.forget_lock))
     return CheckpointKeeper(wanted, store, counts, events, peers.clock)
 
 
 def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
     """Run the loop. Whatever ends it, nothing stays in flight, unsaved or unread."""
-    events, run = trainer.events, trainer.run
+    events, run, pid = trainer.events, trainer.run, os.getpid()
     try:
         with trainer.watcher.patient():
             _resume(trainer)
@@ -430,6 +439,8 @@ def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
             raise StepError(f"The state was lost: {deleted[0]}.", phase="wait", step=run.steps, state_ok=False)
         events.event("end", run.steps, level=logging.INFO, ended=run.ended)
     except BaseException as error:  # it is raised again, after what must be done first
+        if os.getpid() != pid:
+            raise  # a forked child ends: the run is its parent's
         is_end_of_all = trainer.peers.ends_all(error, trainer.number)
         (abandon_after_error if is_end_of_all else finish_after_error)(trainer, error)
         raise

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM become a flag that the loop reads between steps. It must not know what the loop does."""
 
+import os
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from stepc._forks import undone_in_children
 from stepc.errors import Interrupted
 
 
@@ -27,6 +29,7 @@ class SignalWatch:
         self.received: int | None = None
         self.is_protected = False
         self.is_reading = False
+        self._pid = os.getpid()
         self._before: dict[int, Any] = {}  # Any: what `signal` says of a handler
         self._reading = BlockingRead(self)
 
@@ -54,6 +57,10 @@ class SignalWatch:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler: it sets the flag; a second Ctrl-C does what it would do without us."""
+        if os.getpid() != self._pid:  # a forked child that has not come to `forget` yet
+            self.forget()
+            os.kill(os.getpid(), number)
+            return
         if self.received is not None and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.received = self.received or number
@@ -77,6 +84,13 @@ class SignalWatch:
         for number, before in self._before.items():
             signal.signal(number, before)
         self.is_protected = False
+
+    def forget(self) -> None:
+        """In a forked child: put back the handlers from before, but for those that the user has set since."""
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self.handle:
+                signal.signal(number, before)
+        self.is_protected = self.is_reading = False
 
     def pass_on(self) -> None:
         """Call the user's own handler of the signal that came, if there is one."""
@@ -129,8 +143,9 @@ def end_by_signal_if_uncaught() -> None:
 def watched_signals(further: Sequence[int] = ()) -> Generator[SignalWatch]:
     """Handle signals in this context, further ones too; the handlers from before come back however it is left."""
     signals = SignalWatch(further)
-    signals.install()
-    try:
-        yield signals
-    finally:
-        signals.restore()
+    with undone_in_children(signals.forget):
+        signals.install()
+        try:
+            yield signals
+        finally:
+            signals.restore()
