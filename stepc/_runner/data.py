@@ -4,14 +4,15 @@ It knows no step: it gives batches, or failures as values in their place, and a 
 """
 
 import base64
-import json
 import queue
+import reprlib
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeAlias, assert_never, runtime_checkable
@@ -27,6 +28,7 @@ from stepc.errors import BatchError, CheckpointError, DataError, ResumeError
 
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is over
 LEAVE_SECONDS = 1.0  # how long to wait for the reading thread to end
+NUMBERS = "biufcMmSU"  # the kinds of numpy dtypes whose bytes a position may hold
 MISSING, MASK = "nothing", "mask"
 
 
@@ -34,7 +36,7 @@ MISSING, MASK = "nothing", "mask"
 class Positioned(Protocol):
     """An iterator with a position, as those of Grain have: after `set_state` it gives the same next batch."""
 
-    def get_state(self) -> Any: ...  # Any: a JSON value or bytes, of the iterator's own choice
+    def get_state(self) -> Any: ...  # Any: what `encode_position` takes, of the iterator's choice
 
     def set_state(self, state: Any, /) -> None: ...
 
@@ -144,8 +146,8 @@ class Source:
         self.batches = iter(self.data)
         # Looked up once: to ask whether an iterator has the methods takes as long as a small step.
         match self.batches:
-            case Positioned():
-                self.position = self.batches.get_state
+            case Positioned() as positioned:
+                self.position = lambda: deepcopy(positioned.get_state())  # it may be an object that changes
             case _:
                 self.position = lambda: None
 
@@ -182,7 +184,7 @@ class Source:
         """Set the position of the data, if it has one."""
         match self.batches:
             case Positioned() if position is not None:
-                self.batches.set_state(position)
+                self.batches.set_state(deepcopy(position))  # it may become one that changes
                 self.failed = None
             case _:
                 pass
@@ -471,22 +473,74 @@ def go_to(source: Source, position: Any, *, step: int) -> None:  # Any: see Posi
 
 
 def encode_position(position: Any, step: int) -> Any:  # Any: see Positioned; a JSON value
-    """A position as a JSON value. Errors: CheckpointError if it cannot be one."""
-    if isinstance(position, bytes):
-        return {"bytes": base64.b64encode(position).decode()}
-    try:
-        json.dumps(position, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        what = "`get_state()` of the data must return bytes or a JSON value."
-        raise CheckpointError(what, step=step, facts=(("got", repr(position)),)) from error
-    return {"json": position}
+    """A position as a JSON value, from which `decode_position` makes an equal one, of the same types.
+
+    Errors: CheckpointError with the part that cannot be one.
+    """
+    return {"json": _encoded(position, "position", step)}
+
+
+def _encoded(part: Any, path: str, step: int) -> Any:  # Any: as above
+    """Plain JSON values as they are, others as {"$kind": …}. A subclass is refused: it would come back as its base."""
+
+    def encoded(parts: Iterable[Any]) -> list[Any]:
+        return [_encoded(one, f"{path}[{index}]", step) for index, one in enumerate(parts)]
+
+    match part:
+        case None | bool():
+            return part
+        case int() | str() if type(part) in (int, str):
+            return part
+        case float() if type(part) is float:
+            return part if np.isfinite(part) else {"$float": repr(part)}
+        case list() if type(part) is list:
+            return encoded(part)
+        case tuple() if type(part) is tuple:
+            return {"$tuple": encoded(part)}
+        case dict() if type(part) is dict:
+            pairs = [(key, _encoded(value, f"{path}[{key!r}]", step)) for key, value in part.items()]
+            if all(type(key) is str and not key.startswith("$") for key in part):
+                return dict(pairs)
+            return {"$dict": [[_encoded(key, f"{path}, key {key!r}", step), value] for key, value in pairs]}
+        case bytes() if type(part) is bytes:
+            return {"$bytes": base64.b64encode(part).decode()}
+        case np.generic() | np.ndarray() if type(part) in (np.ndarray, part.dtype.type) and part.dtype.kind in NUMBERS:
+            kind = "$array" if type(part) is np.ndarray else "$scalar"
+            return {kind: [part.dtype.str, list(part.shape), base64.b64encode(part.tobytes()).decode()]}
+        case _:
+            what = "`get_state()` of the data must return JSON values, bytes, tuples or numpy arrays."
+            raise CheckpointError(what, step=step, facts=((path, f"got {type(part).__name__}: {reprlib.repr(part)}"),))
 
 
 def decode_position(stored: Mapping[str, Any], *, is_same: bool) -> Any:  # Any: see Positioned
     """The position of this process; None if each process had its own, and their number is not the same now."""
     if "each" in stored:
         return decode_position(stored["each"][jax.process_index()], is_same=True) if is_same else None
-    return base64.b64decode(stored["bytes"]) if "bytes" in stored else stored["json"]
+    return (
+        base64.b64decode(stored["bytes"]) if "bytes" in stored else _decoded(stored["json"])
+    )  # bytes: as once written
+
+
+def _decoded(part: Any) -> Any:  # Any: see _encoded
+    match part:
+        case list():
+            return [_decoded(one) for one in part]
+        case {"$float": text}:
+            return float(text)
+        case {"$tuple": parts}:
+            return tuple(_decoded(one) for one in parts)
+        case {"$dict": pairs}:
+            return {_decoded(key): _decoded(value) for key, value in pairs}
+        case {"$bytes": text}:
+            return base64.b64decode(text)
+        case {"$scalar": [dtype, _, text]}:
+            return np.ndarray((), dtype, bytearray(base64.b64decode(text)))[()]
+        case {"$array": [dtype, shape, text]}:
+            return np.ndarray(shape, dtype, bytearray(base64.b64decode(text)))
+        case dict():
+            return {key: _decoded(value) for key, value in part.items()}
+        case _:
+            return part
 
 
 @dataclass(frozen=True)
