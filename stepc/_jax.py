@@ -1,7 +1,10 @@
 """The private names of jax that stepc uses, all in this file, each with a fallback or a clear error if jax moves it."""
 
 import sys
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import copy_context
+from typing import Protocol, TypeVar, runtime_checkable
 
 from jax.extend import backend
 
@@ -19,6 +22,11 @@ try:
     from jax._src import compiler
 except ImportError:  # fallback: a compilation is not recognised
     compiler = None
+try:
+    from jax._src import config as jax_config
+    from jax._src.mesh import thread_resources
+except ImportError:  # fallback: a thread has jax's global settings
+    jax_config = thread_resources = None
 try:
     from jaxlib._jax import make_gloo_tcp_collectives
 except ImportError:  # error: `bind_cpu_collectives` says that this jax cannot choose an address
@@ -77,6 +85,45 @@ def bind_cpu_collectives(host: str) -> None:
         priority=0,
         fail_quietly=False,
     )
+
+
+T = TypeVar("T")
+
+
+def in_this_context(act: Callable[[], T]) -> Callable[[], T]:
+    """`act` for another thread, with the settings of this one: its context variables, and what jax keeps by thread.
+
+    Why: inside of `with jax.enable_x64(True)` a thread of ours would make float32 of float64.
+    """
+    variables, settings = copy_context(), _settings_of_this_thread()
+
+    def within() -> T:
+        with settings():
+            return act()
+
+    return lambda: variables.run(within)
+
+
+def _settings_of_this_thread() -> Callable[[], AbstractContextManager[object]]:
+    """A context with what `jax.enable_x64(…)`, `jax.default_device(…)`, `with mesh:` and the like have set here."""
+    resources = thread_resources
+    if jax_config is None or resources is None:
+        return nullcontext
+    unset, stack = jax_config.config_ext.unset, list(resources.stack)
+    states = {one: value for one in jax_config.config_states.values() if (value := one.get_local()) is not unset}
+    others = [one for one in vars(jax_config).values() if type(one) is jax_config.config_ext.Config]
+    values = {one: value for one in others if (value := one.get_local()) is not unset}
+
+    def settings() -> AbstractContextManager[object]:
+        entered = ExitStack()
+        for state, value in states.items():
+            entered.enter_context(state(value))
+        for one, value in values.items():
+            one.set_local(value)  # the thread is ours: it ends, and its settings with it
+        resources.stack, resources.env = list(stack), stack[-1]
+        return entered
+
+    return settings
 
 
 def _moved(name: str, purpose: str) -> ConfigError:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, assert_never, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepc._jax import in_this_context
 from stepc._language.kinds import Batch
 from stepc._language.padding import pad_batch
 from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, path_of
@@ -261,9 +262,8 @@ class DataReader:
     def _take(self) -> Read:
         if self._thread is None:
             self._stop = threading.Event()
-            self._thread = threading.Thread(
-                target=self._read_ahead, args=(self._ready, self._stop), name="stepc-data", daemon=True
-            )
+            read_ahead = in_this_context(partial(self._read_ahead, self._ready, self._stop))
+            self._thread = threading.Thread(target=read_ahead, name="stepc-data", daemon=True)
             self._thread.start()
         began = time.monotonic()
         while not self.is_over():
