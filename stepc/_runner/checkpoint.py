@@ -1,7 +1,6 @@
 """`Checkpoints`, what a user asks for; `CheckpointKeeper`, which decides when to save. It does not know the disk."""
 
 import logging
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,8 @@ from stepc.errors import CheckpointError
 if TYPE_CHECKING:  # `import stepc` must not need Orbax
     from stepc._runner.checkpoint_store import CheckpointStore
 
-SLOW_SECONDS = 0.5  # shorter waits for saves, added up, are no event
+SLOW_SECONDS = 0.005  # a shorter wait for a save is no event
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash: `Path("s3://bucket")` has lost the other
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Checkpoints:
       to the last bit.
 
     Args:
-      directory: where to save; created if it is missing, `~` is expanded. One run at a time may use it. URLs are
-        refused, and so is an absolute path with `[` or a backslash, below which Orbax cannot read what it wrote.
+      directory: where to save, on a mounted file system, and no URL; created if it is missing. `~` is the home
+        directory. One run at a time may use it.
       every: in steps; a positive integer.
       keep: how many checkpoints to keep; a positive integer.
       every_seconds: save sooner than `every` if this long has passed; None for never.
@@ -60,11 +60,7 @@ class Checkpoints:
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Checkpoints")
         if faults.instance("directory", self.directory, (str, Path), "a path"):
-            text = str(self.directory)
-            if not text:
-                faults.wrong_value("directory", "a path", text)
-            elif re.match(r"[a-z][a-z0-9+.-]+:/", text):  # of `s3://bucket`, `Path` leaves one slash
-                faults.wrong_value("directory", "a directory of this machine's file systems, not a URL", text)
+            _check_directory(self.directory, faults)
         faults.count("every", self.every)
         faults.count("keep", self.keep)
         faults.seconds("every_seconds", self.every_seconds)
@@ -74,6 +70,18 @@ class Checkpoints:
         faults.instance("check_data", self.check_data, bool, "True or False")
         faults.instance("exact_resume", self.exact_resume, bool, "True or False")
         faults.refuse()
+
+
+def _check_directory(directory: str | Path, faults: ArgumentFaults) -> None:
+    if URL.match(str(directory)):
+        # A lock, an atomic rename and a deletion make a checkpoint complete or absent; a bucket has none of them.
+        faults.wrong_value("directory", "a directory on a mounted file system", directory)
+    elif directory == "":
+        faults.wrong_value("directory", 'a path; "." is the working directory', directory)
+    try:
+        Path(directory).expanduser()
+    except RuntimeError:
+        faults.wrong_value("directory", "the home directory of a user that exists", directory)
 
 
 @dataclass(frozen=True)

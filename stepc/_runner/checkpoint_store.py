@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental.multihost_utils import process_allgather
 
 from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, with_key_type
@@ -34,9 +35,9 @@ from stepc.errors import CheckpointError, ResumeError, first_line
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
 ABANDONED, DELETING, LOCK = "abandoned", ".deleting", "lock"
-MANIFEST = "manifest.ocdbt"  # without it no leaf can be read
-# Orbax finds the files of the processes, whose contents it merges into the manifest, by a glob that it does not escape.
-UNREADABLE = ("[", "\\")
+# Orbax globs the path of a checkpoint for the files of each process, and does not escape it: it finds none, or those
+# of another directory. TensorStore reads "\\" as "/".
+UNUSABLE = "*?[\\\0"
 
 
 class CheckpointStore:
@@ -59,6 +60,7 @@ class CheckpointStore:
         self.keep, self.timeout_seconds = keep, timeout_seconds
         self.commit = commit
         self._is_first = commit is None or commit.is_first  # the process that renames and deletes
+        _check_path(self.directory)
         _check_saveable(state)
         self._lock = self._take_lock()
         for left in self.directory.iterdir() if self._is_first else ():  # by a process killed in a save or a deletion
@@ -113,11 +115,14 @@ class CheckpointStore:
         return self._is_busy_here() if self.commit is None else self.commit.is_busy
 
     def wait(self) -> None:
-        """Wait until the save in flight is committed; then delete the oldest checkpoints. Errors: CheckpointError."""
+        """Wait until the save in flight is committed and each leaf of it is there; then delete the oldest checkpoints.
+
+        Errors: CheckpointError.
+        """
         with self._all_or_none(self._begun):
             self._in_time(self._writer.wait_until_finished)
-            if not (self.directory / str(self._begun) / "state" / MANIFEST).is_file():
-                raise FileNotFoundError("it was written, and is not there")
+            if self._is_first:
+                self._in_time(self._check_committed)
         for old in self.steps()[self.keep :] if self._is_first else ():
             doomed = self.directory / f"{old}{DELETING}"
             (self.directory / str(old)).rename(doomed)  # first, so that one that is half deleted has no number
@@ -232,6 +237,24 @@ class CheckpointStore:
         probe.mkdir()
         probe.rmdir()
 
+    def _check_committed(self) -> None:
+        """Raise for a checkpoint in which a leaf is missing; it is set aside. Errors: OSError."""
+        path = self.directory / str(self._begun)
+        if not path.is_dir():
+            raise FileNotFoundError("it was written, and is not there")
+        base = {"driver": "file", "path": f"{path}/state/"}
+        stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+        found = {key.decode().partition("/")[0] for key in stored}
+        leaves = json.loads(self._stored(self._begun)["body"])["leaves"]
+        missing = [leaf[0] for leaf, name in zip(leaves, _names(leaves), strict=True) if name not in found]
+        if missing:
+            self._set_aside(self._begun, self._begun)
+            raise OSError(f"it was written, and {len(missing)} of {len(leaves)} leaves are not in it: {missing[0]}")
+
+    def _stored(self, step: int) -> Mapping[str, Any]:  # Any: a JSON value
+        """The metadata as it is in the file. Orbax's own `restore` waits for the other processes."""
+        return json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+
     def _set_aside(self, step: int, instead: int) -> None:
         path = self.directory / str(step)
         if path.exists() and self._is_first:
@@ -260,8 +283,7 @@ class CheckpointStore:
             raise failures[0]
 
     def _read_meta(self, step: int) -> Mapping[str, Any]:
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        stored = self._writer.restore(self.directory / str(step), args=args)["meta"]
+        stored = self._stored(step)
         if zlib.crc32(stored["body"].encode()) != stored["crc32"]:
             raise CheckpointError("the CRC-32 of the metadata is not the saved one")
         meta = json.loads(stored["body"])
@@ -317,6 +339,19 @@ def _locked(directory: Path) -> int:
     return lock
 
 
+def _check_path(directory: Path) -> None:
+    """Raise for a path that Orbax cannot take. Errors: CheckpointError."""
+    found = [character for character in UNUSABLE if character in str(directory)]
+    unprintable = any("\ud800" <= character <= "\udfff" for character in str(directory))
+    if found or unprintable:
+        why = f"holds {' and '.join(map(repr, found))}" if found else "is not UTF-8"
+        raise CheckpointError(
+            f"Orbax cannot save in this directory: its path {why}.",
+            facts=(("directory", repr(str(directory))),),
+            suggestion="Name another directory, or a link to this one.",
+        )
+
+
 def _check_saveable(state: Any) -> None:  # Any: a state
     """Raise for a leaf that Orbax does not write. Errors: CheckpointError."""
     faults = [
@@ -353,7 +388,7 @@ def _arrays(state: Any) -> list[jax.Array]:  # Any: a state
     return [key_data(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def _names(leaves: list[jax.Array]) -> list[str]:
+def _names(leaves: Sequence[object]) -> list[str]:
     return [f"leaf_{number:05}" for number in range(len(leaves))]
 
 

@@ -406,7 +406,7 @@ def _keeper(
         raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
     module = importlib.import_module("stepc._runner.checkpoint_store")
     store = module.CheckpointStore(
-        Path(wanted.directory), keep=wanted.keep, timeout_seconds=wanted.timeout_seconds, state=state,
+        Path(wanted.directory).expanduser(), keep=wanted.keep, timeout_seconds=wanted.timeout_seconds, state=state,
         commit=peers.commit,
     )  # fmt: skip
     at_the_end.callback(store.close)
