@@ -181,7 +181,10 @@ class CheckpointKeeper:
             number, self._in_flight = self._in_flight, -1
             if self._guarded(number, self.store.wait):
                 self.saved = number
-                self.events.event("checkpoint", number, level=logging.INFO)
+                try:
+                    self._guarded(number, self.store.delete_old)
+                finally:
+                    self.events.event("checkpoint", number, level=logging.INFO)
 
     def _guarded(self, number: int, act: Callable[[], None]) -> bool:
         """Whether it succeeded; raises if the policy for saves does not allow it to fail."""

@@ -115,22 +115,26 @@ class CheckpointStore:
         return self._is_busy_here() if self.commit is None else self.commit.is_busy
 
     def wait(self) -> None:
-        """Wait until the save in flight is committed and each leaf of it is there; then delete the oldest checkpoints.
-
-        Errors: CheckpointError.
-        """
+        """Wait until the save in flight is committed and each leaf of it is there. Errors: CheckpointError."""
         with self._all_or_none(self._begun):
             self._in_time(self._writer.wait_until_finished)
             if self._is_first:
                 self._in_time(self._check_committed)
-        for old in self.steps()[self.keep :] if self._is_first else ():
-            doomed = self.directory / f"{old}{DELETING}"
-            (self.directory / str(old)).rename(doomed)  # first, so that one that is half deleted has no number
-            shutil.rmtree(doomed, ignore_errors=True)
+
+    def delete_old(self) -> None:
+        """Delete the oldest checkpoints, all but `keep`; only those that a run has written. Errors: CheckpointError."""
+        with self._all_or_none(self._begun, "is saved, but older checkpoints could not be deleted"):
+            ours = [step for step in self.steps() if self._is_ours(step)] if self._is_first else []
+            for old in ours[self.keep :]:
+                doomed = self.directory / f"{old}{DELETING}"
+                with suppress(FileNotFoundError):  # someone else has deleted it
+                    (self.directory / str(old)).rename(doomed)  # first, so that one that is half deleted has no number
+                    shutil.rmtree(doomed)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, newest first."""
-        return sorted((int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()), reverse=True)
+        """The steps of all checkpoints, newest first: of the directories with a number as `save` writes it."""
+        names = [path.name for path in self.directory.iterdir() if path.is_dir() and not _is_foreign(path)]
+        return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
     def restore(self, target: Any, tell: Callable[[str, int, str], None]) -> RestoredCheckpoint | None:
         """The newest intact checkpoint, placed like `target` (a state); None if there is none at all.
@@ -142,6 +146,8 @@ class CheckpointStore:
         for step in self.steps():
             try:
                 meta = self._read_meta(step)
+                if meta["step"] != step:
+                    raise CheckpointError(f"it is the checkpoint of step {meta['step']}, and its folder was renamed")
                 _check_fits(meta, target)
                 state = self._read_state(step, target, meta)
             except ResumeError:
@@ -151,10 +157,11 @@ class CheckpointStore:
                 faults.append((str(step), why))
                 tell("damaged_checkpoint", step, why)
                 continue
-            for later in self.steps():
-                if later > step:
-                    self._set_aside(later, step)
-                    tell("abandoned_checkpoint", later, f"the run resumes from step {step}")
+            with self._all_or_none(step, "was read, but later checkpoints could not be set aside"):
+                for later in self.steps():
+                    if later > step and self._saved_step(later) in (later, None):
+                        self._set_aside(later, step)
+                        tell("abandoned_checkpoint", later, f"the run resumes from step {step}")
             same = meta.get("processes", 1) == jax.process_count()  # else each has other rows, at another position
             if not same and "each" in meta["position"]:
                 tell("resume_not_exact", step, f"{meta['processes']} processes, each with its own position of the data")
@@ -207,7 +214,7 @@ class CheckpointStore:
         return lock
 
     @contextmanager
-    def _all_or_none(self, step: int) -> Generator[None]:
+    def _all_or_none(self, step: int, failed: str = "could not be saved") -> Generator[None]:
         """A failure in this block fails the save; if it fails on one process, it fails on all."""
         error, text = None, None
         try:
@@ -220,8 +227,8 @@ class CheckpointStore:
         if error is None:
             with suppress(Exception):  # it repeats what the other process has reported
                 self._writer.wait_until_finished()
-            raise self._failure(OSError(failure), step)
-        raise error if isinstance(error, CheckpointError) else self._failure(error, step) from error
+            raise self._failure(OSError(failure), step, failed)
+        raise error if isinstance(error, CheckpointError) else self._failure(error, step, failed) from error
 
     def _check_directory(self) -> None:
         """Raise where Orbax would not, or too late: it recreates a lost directory, and with it goes the lock."""
@@ -255,9 +262,20 @@ class CheckpointStore:
         """The metadata as it is in the file. Orbax's own `restore` waits for the other processes."""
         return json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
 
+    def _is_ours(self, step: int) -> bool:
+        """Whether a run wrote this checkpoint here: it is no link, and its metadata is of the step in its name."""
+        return not (self.directory / str(step)).is_symlink() and self._saved_step(step) == step
+
+    def _saved_step(self, step: int) -> int | None:
+        """The step in the metadata of a folder; None if it cannot be read."""
+        try:
+            return json.loads(self._stored(step)["body"])["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def _set_aside(self, step: int, instead: int) -> None:
         path = self.directory / str(step)
-        if path.exists() and self._is_first:
+        if os.path.lexists(path) and self._is_first:
             folder = self.directory / ABANDONED
             folder.mkdir(exist_ok=True)
             names = (folder / f"{step}-for-{instead}-{attempt}" for attempt in count(1))
@@ -308,15 +326,25 @@ class CheckpointStore:
             structure.unflatten([with_key_type(array, like) for array, like in zip(arrays, likes, strict=True)])
         )
 
-    def _failure(self, error: Exception, step: int) -> CheckpointError:
+    def _failure(self, error: Exception, step: int, failed: str) -> CheckpointError:
         exists = self.directory.is_dir()
         facts = (
-            ("not saved", f"step {step}"),
+            ("step", str(step)),
             ("directory", str(self.directory)),
             ("free", f"{shutil.disk_usage(self.directory).free if exists else 0:,} bytes"),
             ("intact", ", ".join(map(str, self.steps() if exists else ())) or "none"),
         )
-        return CheckpointError(f"Step {step} could not be saved: {first_line(error)}", step=step, facts=facts)
+        what = f"Step {step} {failed}: {type(error).__name__}: {error}"
+        return CheckpointError(what.partition("\n")[0], step=step, facts=facts)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether someone else made this directory. An empty one may be a checkpoint that a file system has lost."""
+    try:
+        names = {one.name for one in path.iterdir()}
+    except OSError:  # a checkpoint that cannot be read, for all that is known
+        return False
+    return bool(names) and names.isdisjoint(("state", "meta", "_CHECKPOINT_METADATA"))
 
 
 def _locked(directory: Path) -> int:

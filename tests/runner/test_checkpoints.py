@@ -1,5 +1,7 @@
 """Where checkpoints can be, which of them are ours, who holds the directory, and what may change before a resume."""
 
+import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,93 @@ def test_checkpoint_without_its_leaves_is_not_announced(tmp_path: Path, monkeypa
         sc.run(step(), fresh(), FaultPlan().batches(6), checkpoint=sc.Checkpoints(tmp_path, every=3), loggers=[logger])
     assert steps_of("checkpoint", logger) == []
     assert sorted(one.name for one in tmp_path.iterdir()) == ["abandoned", "lock"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    for name in ("0001", "2024", "٣"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    shutil.copytree(tmp_path / "6", tmp_path / "0006")
+    (tmp_path / "2").write_text("a file")
+    (tmp_path / "4").symlink_to(tmp_path / "nowhere")
+    run, logger = saved_in(tmp_path, 12, keep=1)
+    assert digest(run.state) == right(12)
+    assert steps_of("resumed", logger) == [6]
+    assert not {"damaged_checkpoint", "abandoned_checkpoint", "failure"} & set(logger.names())
+    left = ["0001", "0006", "12", "2", "2024", "4", "lock", "٣"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == left
+    assert all((tmp_path / name / "notes.txt").read_text() == "mine" for name in ("0001", "2024", "٣"))
+
+
+def test_link_to_a_checkpoint_is_read_and_not_deleted(tmp_path: Path) -> None:
+    saved_in(tmp_path / "kept")
+    (tmp_path / "kept" / "6").rename(tmp_path / "other disk")
+    (tmp_path / "kept" / "6").symlink_to(tmp_path / "other disk")
+    run, logger = saved_in(tmp_path / "kept", 12, keep=1)
+    assert (steps_of("resumed", logger), digest(run.state)) == ([6], right(12))
+    assert sorted(one.name for one in (tmp_path / "kept").iterdir()) == ["12", "6", "lock"]
+    assert (tmp_path / "other disk" / "state").is_dir()
+
+
+def test_renamed_checkpoint_neither_counts_nor_is_restored(tmp_path: Path) -> None:
+    saved_in(tmp_path)
+    (tmp_path / "3").rename(tmp_path / "70")
+    run, logger = saved_in(tmp_path, 12, keep=1)
+    assert (run.steps, digest(run.state)) == (12, right(12))
+    assert steps_of("checkpoint", logger) == [9, 12]
+    assert steps_of("resumed", logger) == [6]
+    why = "CheckpointError: it is the checkpoint of step 3, and its folder was renamed"
+    assert [facts["why"] for name, facts, at in logger.events if (name, at) == ("damaged_checkpoint", 70)] == [why]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["12", "70", "lock"]
+
+
+def test_only_a_renamed_checkpoint_is_an_error_that_names_its_step(tmp_path: Path) -> None:
+    saved_in(tmp_path, 3)
+    (tmp_path / "3").rename(tmp_path / "70")
+    with pytest.raises(sc.ResumeError, match="70  CheckpointError: it is the checkpoint of step 3"):
+        saved_in(tmp_path, 6)
+
+
+def test_checkpoint_that_someone_deletes_first_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def renaming(self: Path, target: Path) -> Path:
+        if self == tmp_path / "3":
+            shutil.rmtree(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    assert "failure" not in saved_in(tmp_path, 9, keep=1)[1].names()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["9", "lock"]
+
+
+def refuse_deletion(monkeypatch: pytest.MonkeyPatch, of: Path) -> None:
+    """As the file system of another user does, which root cannot be refused by."""
+    rename = Path.rename
+
+    def refusing(self: Path, target: Path) -> Path:
+        if self == of:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+
+
+def test_deletion_that_fails_is_a_failure_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_deletion(monkeypatch, tmp_path / "3")
+    what = r"Step 6 is saved, but older checkpoints could not be deleted: PermissionError: .*'.*/3'"
+    with pytest.raises(sc.CheckpointError, match=what) as raised:
+        saved_in(tmp_path, 9, keep=1)
+    assert raised.value.run is not None
+    assert digest(saved_in(tmp_path, 6, keep=2)[0].state) == right(6)
+
+
+def test_deletion_that_fails_may_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_deletion(monkeypatch, tmp_path / "3")
+    logger, keep = Remembering(), sc.Checkpoints(tmp_path, every=3, keep=1)
+    data = FaultPlan().batches(12)
+    run = sc.run(step(), fresh(), data, checkpoint=keep, loggers=[logger], on_error={"save": "skip"})
+    assert (digest(run.state), run.failures) == (right(12), {"save": 3})
+    assert (steps_of("checkpoint", logger), steps_of("failure", logger)) == ([3, 6, 9, 12], [6, 9, 12])
+    assert {"3", "12"} <= {one.name for one in tmp_path.iterdir()}
