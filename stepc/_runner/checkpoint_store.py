@@ -5,13 +5,10 @@ but it waits for the other processes in barriers that do not know of a failed sa
 `test_directory_that_becomes_read_only_fails_on_all` ends in an abort by gloo, where here all processes raise.
 """
 
-import fcntl
 import json
 import os
 import shutil
-import socket
 import threading
-import time
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,6 +24,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, with_key_type
 from stepc._runner.checkpoint import RestoredCheckpoint
+from stepc._runner.checkpoint_lock import DirectoryLock
 from stepc._runner.data import DataFingerprint, decode_position, encode_position
 from stepc._runner.multihost import GroupCommit
 from stepc._runner.pending import copy_state
@@ -34,7 +32,7 @@ from stepc.errors import CheckpointError, ResumeError, first_line
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
-ABANDONED, DELETING, LOCK = "abandoned", ".deleting", "lock"
+ABANDONED, DELETING = "abandoned", ".deleting"
 # Orbax globs the path of a checkpoint for the files of each process, and does not escape it: it finds none, or those
 # of another directory. TensorStore reads "\\" as "/".
 UNUSABLE = "*?[\\\0"
@@ -78,6 +76,11 @@ class CheckpointStore:
         self._hangs = False
         if commit is not None:
             commit.is_busy_here = self._is_busy_here
+
+    @property
+    def why_exclusive(self) -> str | None:
+        """Why the lock of the directory is not `flock`; None if it is."""
+        return None if self._lock is None else self._lock.why_exclusive
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:  # Any: a state; see `CheckpointKeeper.save`
         """Begin to save; the state may be donated when this returns. Errors: CheckpointError."""
@@ -186,8 +189,7 @@ class CheckpointStore:
         with nullcontext() if self.commit is None else suppress(OSError):  # a save that the end of the run interrupts
             self._writer.close()
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child that `forget_lock` did not reach has it open too
-            os.close(self._lock)
+            self._lock.release()
 
     def forget_lock(self) -> None:
         """In a forked child: close its copy of the lock, or the directory stays locked for as long as the child lives.
@@ -201,10 +203,10 @@ class CheckpointStore:
     def _is_busy_here(self) -> bool:
         return self._begun >= 0 and not (self.directory / str(self._begun)).is_dir()
 
-    def _take_lock(self) -> int | None:
+    def _take_lock(self) -> DirectoryLock | None:
         """The lock, which process 0 takes for all; the directory exists when this returns."""
         try:
-            lock = _locked(self.directory) if self._is_first else None
+            lock = DirectoryLock(self.directory) if self._is_first else None
         except CheckpointError as error:
             if self.commit is not None:
                 self.commit.agree(str(error))
@@ -234,11 +236,7 @@ class CheckpointStore:
         """Raise where Orbax would not, or too late: it recreates a lost directory, and with it goes the lock."""
         if self._lock is None:
             return
-        try:
-            is_ours = os.path.samestat(os.fstat(self._lock), (self.directory / LOCK).stat())
-        except OSError:
-            is_ours = False
-        if not is_ours:
+        if not self._lock.is_held():
             raise FileNotFoundError("the directory is not the one that the run began with: its lock is gone")
         probe = self.directory / f"probe{TEMPORARY}"  # if Orbax's own mkdir fails, other processes wait for it
         probe.mkdir()
@@ -345,26 +343,6 @@ def _is_foreign(path: Path) -> bool:
     except OSError:  # a checkpoint that cannot be read, for all that is known
         return False
     return bool(names) and names.isdisjoint(("state", "meta", "_CHECKPOINT_METADATA"))
-
-
-def _locked(directory: Path) -> int:
-    """Create the directory and take its lock, which the system releases however the process ends."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        facts = (("directory", str(directory)), ("reason", f"{error.strerror} (errno {error.errno})"))
-        raise CheckpointError("The checkpoint directory cannot be used.", facts=facts) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 1000).decode(errors="replace")
-        os.close(lock)
-        facts = (("directory", str(directory)), ("used by", holder))
-        raise CheckpointError("Another run is using this checkpoint directory.", facts=facts) from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode())
-    return lock
 
 
 def _check_path(directory: Path) -> None:

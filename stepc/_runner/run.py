@@ -410,7 +410,8 @@ def _keeper(
         commit=peers.commit,
     )  # fmt: skip
     at_the_end.callback(store.close)
-    at_the_end.enter_context(undone_in_children(store.forget_lock))
+    if store.why_exclusive is not None:
+        events.event("exclusive_lock", 0, why=store.why_exclusive)
     return CheckpointKeeper(wanted, store, counts, events, peers.clock)
 
 

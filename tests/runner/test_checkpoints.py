@@ -1,7 +1,13 @@
 """Where checkpoints can be, which of them are ours, who holds the directory, and what may change before a resume."""
 
 import errno
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +15,7 @@ import pytest
 from faults.plan import FaultPlan, Remembering, by_a_plain_loop, digest, fresh, step
 
 import stepc as sc
+from stepc._runner import checkpoint_lock
 
 
 def saved_in(folder: str | Path, num: int = 6, **options: Any) -> tuple[sc.Run, Remembering]:
@@ -211,3 +218,108 @@ def test_deletion_that_fails_may_be_skipped(tmp_path: Path, monkeypatch: pytest.
     assert (digest(run.state), run.failures) == (right(12), {"save": 3})
     assert (steps_of("checkpoint", logger), steps_of("failure", logger)) == ([3, 6, 9, 12], [6, 9, 12])
     assert {"3", "12"} <= {one.name for one in tmp_path.iterdir()}
+
+
+def fail_flock(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def flock(*about: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint_lock.fcntl, "flock", flock)
+
+
+NO_FLOCK = pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+
+
+@NO_FLOCK
+def test_file_system_without_flock_has_another_lock(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_flock(monkeypatch, code)
+    refused: list[str] = []
+
+    def second(*about: Any) -> None:
+        with pytest.raises(sc.CheckpointError) as raised:
+            saved_in(tmp_path)
+        refused.append(str(raised.value))
+
+    logger, keep = Remembering(), sc.Checkpoints(tmp_path, every=3)
+    data = FaultPlan().batches(6)
+    run = sc.run(step(), fresh(), data, checkpoint=keep, loggers=[logger], hooks=[(4, second)])
+    assert digest(run.state) == right(6)
+    why = f"no flock here: {os.strerror(code)} ({errno.errorcode[code]})"
+    assert [facts for name, facts, _ in logger.events if name == "exclusive_lock"] == [{"why": why}]
+    assert len(refused) == 1
+    assert f"used by    process {os.getpid()} on {socket.gethostname()}, since " in refused[0]
+    assert refused[0].endswith(f"If that process has ended, delete {tmp_path / 'lock.exclusive'}.")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["3", "6", "lock"]
+
+
+def test_exclusive_lock_of_a_process_that_has_ended_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_flock(monkeypatch, errno.ENOLCK)
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    lock = tmp_path / "lock.exclusive"
+    lock.write_text(f"process {int(ended.stdout)} on {socket.gethostname()}, since yesterday")
+    assert saved_in(tmp_path)[0].steps == 6
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["3", "6", "lock"]
+
+
+@pytest.mark.parametrize("holder", ["process 1 on another host, since yesterday", ""])
+def test_exclusive_lock_of_which_nothing_is_known_stays(
+    holder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_flock(monkeypatch, errno.ENOLCK)
+    (tmp_path / "lock.exclusive").write_text(holder)
+    with pytest.raises(sc.CheckpointError, match="Another run is using this checkpoint directory"):
+        saved_in(tmp_path)
+    assert (tmp_path / "lock.exclusive").read_text() == holder
+
+
+def test_lock_that_fails_otherwise_is_an_error_that_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_flock(monkeypatch, errno.EIO)
+    with pytest.raises(sc.CheckpointError, match=r"reason +Input/output error \(errno 5\)") as raised:
+        saved_in(tmp_path)
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def forked(act: Callable[[], object]) -> int:
+    """A child that acts and then ends, without leaving the frames that it was forked in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fork where there are threads
+        child = os.fork()
+    if child == 0:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_child_that_outlives_the_run_does_not_hold_its_lock(tmp_path: Path) -> None:
+    seen, see = os.pipe()
+    wait, let_go = os.pipe()
+    children: list[int] = []
+
+    def look_and_live_on() -> None:
+        files = [os.path.realpath(one) for one in Path("/proc/self/fd").iterdir()]
+        os.write(see, b"held" if str(tmp_path / "lock") in files else b"free")
+        os.read(wait, 1)
+
+    keep = sc.Checkpoints(tmp_path, every=3)
+    hooks = [(3, lambda *about: children.append(forked(look_and_live_on)))]
+    sc.run(step(), fresh(), FaultPlan().batches(3), checkpoint=keep, hooks=hooks)
+    try:
+        assert os.read(seen, 4) == b"free"
+        assert saved_in(tmp_path)[0].steps == 6
+        assert os.waitpid(children[0], os.WNOHANG) == (0, 0)  # it lives
+    finally:
+        os.write(let_go, b"x")
+        os.waitpid(children[0], 0)
+
+
+def test_child_that_leaves_the_run_does_not_release_its_lock(tmp_path: Path) -> None:
+    lock = checkpoint_lock.DirectoryLock(tmp_path)
+    os.waitpid(forked(lock.release), 0)
+    with pytest.raises(sc.CheckpointError, match="Another run is using"):
+        checkpoint_lock.DirectoryLock(tmp_path)
+    lock.release()
+    checkpoint_lock.DirectoryLock(tmp_path).release()
