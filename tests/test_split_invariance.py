@@ -60,7 +60,7 @@ def measured(loss: Any, middle: Any = SPLIT, *, params: Any = None, batch: Any =
         (mean, sc.loss_scale() @ SPLIT),
         (mean, sc.clip(0.1)),
     ],
-    ids=str,
+    ids=lambda case: getattr(case, "__name__", str(case)),
 )
 def test_mean_over_rows_does_not_depend_on_the_split(loss: Any, middle: Any) -> None:
     measured(loss, middle)

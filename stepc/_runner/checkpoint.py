@@ -1,6 +1,7 @@
 """`Checkpoints`, what a user asks for; `CheckpointKeeper`, which decides when to save. It does not know the disk."""
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from stepc.errors import CheckpointError
 if TYPE_CHECKING:  # `import stepc` must not need Orbax
     from stepc._runner.checkpoint_store import CheckpointStore
 
-SLOW_SECONDS = 0.005  # a shorter wait for a save is no event
+SLOW_SECONDS = 0.5  # shorter waits for saves, added up, are no event
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash: `Path("s3://bucket")` has lost the other
 
 

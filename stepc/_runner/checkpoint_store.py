@@ -50,11 +50,6 @@ class CheckpointStore:
         self, directory: Path, *, keep: int, timeout_seconds: float, state: Any, commit: GroupCommit | None = None
     ) -> None:  # Any: a state
         self.directory = directory.expanduser().absolute()
-        if taken := [character for character in UNREADABLE if character in str(self.directory)]:
-            what = (
-                f"A path with {' and '.join(map(repr, taken))} cannot hold checkpoints: Orbax could not read them back."
-            )
-            raise CheckpointError(what, facts=(("directory", str(self.directory)),))
         self.keep, self.timeout_seconds = keep, timeout_seconds
         self.commit = commit
         self._is_first = commit is None or commit.is_first  # the process that renames and deletes
@@ -190,15 +185,6 @@ class CheckpointStore:
             self._writer.close()
         if self._lock is not None:
             self._lock.release()
-
-    def forget_lock(self) -> None:
-        """In a forked child: close its copy of the lock, or the directory stays locked for as long as the child lives.
-
-        To unlock it would take the lock from the run.
-        """
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _is_busy_here(self) -> bool:
         return self._begun >= 0 and not (self.directory / str(self._begun)).is_dir()

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 import jax
 
-from stepc._forks import undone_in_children
 from stepc._language.kinds import Batch
 from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path

@@ -323,3 +323,8 @@ def test_child_that_leaves_the_run_does_not_release_its_lock(tmp_path: Path) -> 
         checkpoint_lock.DirectoryLock(tmp_path)
     lock.release()
     checkpoint_lock.DirectoryLock(tmp_path).release()
+
+
+def test_timeout_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sc.ConfigError, match="timeout_seconds  expected a positive number, got inf"):
+        sc.Checkpoints(tmp_path, every=1, timeout_seconds=float("inf"))

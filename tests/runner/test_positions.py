@@ -122,7 +122,7 @@ class Color(enum.IntEnum):
         (np.array([object()]), "position  got ndarray: "),
         ({(Color.RED,): 1}, "position, key (<Color.RED: 1>,)[0]  got Color: <Color.RED: 1>"),
     ],
-    ids=repr,
+    ids=["set", "ordered", "enum", "date", "objects", "enum-as-key"],
 )
 def test_position_that_would_come_back_as_another_is_refused(position: Any, fact: str) -> None:
     with pytest.raises(sc.CheckpointError) as raised:

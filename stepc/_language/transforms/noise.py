@@ -54,7 +54,8 @@ def noise(stddev: float) -> Noise:
 
     Meaning: g + stddev * normal(key), the key folded from (seed, step, the transform, number of the first row).
     Why: differential privacy. `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c, nonfinite="zero") @ grad(loss)`
-      draws once a step, after the reduction, the same on every device. With `s = noise_multiplier * c / batch_size` that is DP-SGD.
+      draws once a step, after the reduction, the same on every device. With `s = noise_multiplier * c / batch_size`
+      that is DP-SGD.
 
     Args:
       stddev: of what is added to the mean gradient; a positive finite number.
