@@ -233,6 +233,7 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "rng_unknown": (sc.FieldValueError, lambda: sc.grad(loss, rng="row")),
     "has_aux_number": (sc.FieldTypeError, lambda: sc.grad(loss, has_aux=1)),
     "accumulate_dtype": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.int32)),
+    "accumulate_dtype_float16": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.float16)),
     "cast_nothing": (sc.FieldTypeError, lambda: sc.cast("narrow")),
     "remat_policy": (sc.FieldValueError, lambda: sc.remat("dot_saveable")),
     "remat_function": (sc.FieldTypeError, lambda: sc.remat(jax.checkpoint_policies.dots_saveable)),
@@ -265,6 +266,7 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "dp_gather": (sc.FieldValueError, lambda: sc.dp("data", zero=3, gather="turn")),
     "dp_gather_without_parts": (sc.FieldValueError, lambda: sc.dp("data", zero=1, gather="microbatch")),
     "dp_dtype": (sc.FieldValueError, lambda: sc.dp("data", reduce_dtype=jnp.int8)),
+    "dp_dtype_float8": (sc.FieldValueError, lambda: sc.dp("data", reduce_dtype=jnp.float8_e4m3fn)),
     "dp_batch": (sc.FieldTypeError, lambda: sc.dp("data", batch={"tokens": "seq"})),
     "tp_no_rules": (sc.FieldValueError, lambda: sc.tp({})),
     "tp_no_table": (sc.FieldTypeError, lambda: sc.tp([("w", P("model"))])),
@@ -279,7 +281,7 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ShardingError,
         lambda: laid_by(
             sc.shard(sc.dp("data", zero=1, reduce_dtype=jnp.bfloat16))
-            @ sc.shard(sc.dp("replica", zero=3, reduce_dtype=jnp.float16))
+            @ sc.shard(sc.dp("replica", zero=3, reduce_dtype=jnp.float32))
         ),
     ),
     "rules_by_hand_and_automatic": (

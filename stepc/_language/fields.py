@@ -40,16 +40,22 @@ def boolean(transform: str, field: str, value: object) -> bool:
     return value
 
 
-def floating_dtype(transform: str, field: str, value: object, *, optional: bool = True) -> np.dtype | None:
-    """`value` as a dtype, if it is a floating-point one; None stays None if `optional`."""
+def floating_dtype(
+    transform: str, field: str, value: object, *, optional: bool = True, sums: bool = False
+) -> np.dtype | None:
+    """`value` as a dtype, if it is a floating-point one; None stays None if `optional`.
+
+    One for `sums` needs the range of float32: a sum over many parts overflows float16 where their mean does not.
+    """
     if value is None and optional:
         return None
-    expected = "a floating-point dtype, such as jnp.bfloat16"
+    expected = f"a floating-point dtype{' with the range of float32' if sums else ''}, such as jnp.bfloat16"
     try:
         dtype = jnp.dtype(value)  # pyright: ignore[reportCallIssue, reportArgumentType]
     except TypeError:
         raise _type_error(transform, field, expected, value) from None
-    if value is None or not jnp.issubdtype(dtype, jnp.floating):
+    is_floating = value is not None and jnp.issubdtype(dtype, jnp.floating)
+    if not is_floating or (sums and jnp.finfo(dtype).nexp < jnp.finfo(jnp.float32).nexp):
         raise _value_error(transform, field, expected, value)
     return dtype
 

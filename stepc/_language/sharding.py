@@ -72,7 +72,8 @@ def dp(
         with a sharded accumulator, which takes less memory and more traffic. "layer": one layer at a time where the
         loss is a `lax.scan` over stacked layers, and again for the gradient: the least memory and the most traffic.
       reduce_dtype: a floating-point dtype in which gradients are added up over devices; None for the dtype of the sum,
-        float32 or wider. `jnp.bfloat16` halves the traffic, and rounds each device's sum to 8 bits.
+        float32 or wider. `jnp.bfloat16` halves the traffic, and rounds each device's sum to 8 bits; float16 is refused,
+        since sums overflow it.
       batch: for path patterns, the spec of leaves of the batch, rows included: `{"tokens": P("data", "seq")}`. Axes
         that the pipeline takes no mean over stay automatic.
     A leaf without a dimension that is a multiple of the axis size is replicated, and the plan says so; nothing is
@@ -92,7 +93,7 @@ def dp(
     one_of("gather mode", gather, GATHERS)
     if gather != "step" and zero < 3:
         raise FieldValueError(f"`dp(gather={gather!r})` needs zero=3.", facts=(("got", f"zero={zero}"),))
-    dtype = floating_dtype("dp", "reduce_dtype", reduce_dtype)
+    dtype = floating_dtype("dp", "reduce_dtype", reduce_dtype, sums=True)
     return DataParallel(axes, zero, gather, dtype, () if batch is None else _rules("dp", "batch", batch))
 
 

@@ -33,7 +33,7 @@ class Accumulate(Transform):
             positive_integer("accumulate", "k", self.k)
         else:
             bytes_of("memory", self.memory)
-        object.__setattr__(self, "dtype", floating_dtype("accumulate", "dtype", self.dtype))
+        object.__setattr__(self, "dtype", floating_dtype("accumulate", "dtype", self.dtype, sums=True))
 
     def autotune_request(self) -> AutotuneRequest | None:
         if self.memory is None:
@@ -83,7 +83,8 @@ def accumulate(
         smallest that divides the rows of a device and fits, by what the compiler planned for a few candidates.
         `step.lower(state, batch).plan` shows the search. At most one transform of a pipeline may use it.
       dtype: in which gradients are added up, and reduced over devices; None for float32, or theirs if that is wider.
-        `jnp.bfloat16` halves the accumulator and the bytes of the reduction, and rounds at every addition.
+        `jnp.bfloat16` halves the accumulator and the bytes of the reduction, and rounds at every addition; float16 is
+        refused, since sums overflow it.
     Shapes: every batch leaf `[batch, ...]`; the gradient has the shapes of `params`.
     Units: the gradient is per example (a mean), not a sum; `memory` is a number of bytes, or a text such as "12GiB".
     Type: gradient -> gradient
