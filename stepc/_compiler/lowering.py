@@ -60,7 +60,7 @@ from stepc._compiler.schedule import (
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
-from stepc._language.semantics import draw_tag
+from stepc._language.semantics import draw_tag, narrowed
 from stepc._language.state import SkipCounts, State, leaves_by_path
 from stepc._language.terms import (
     LossOutcome,
@@ -70,6 +70,7 @@ from stepc._language.terms import (
     divide_by_count,
     is_static,
     merge_terms,
+    power_of_two,
     sum_arrays,
     sum_of_squares,
 )
@@ -140,7 +141,7 @@ class GradientSum:
     Args:
       metrics: what the step reports. It comes first: scalars after the gradient in the carry of the scan cost XLA's
         buffer assignment half a megabyte on the demo's GPT (measured, jax 0.10.2 on CPU).
-      grads: a sum in float32 at least; after `DivideByCount` a value in the dtypes of the parameters.
+      grads: a sum, or after `DivideByCount` a value, in float32 at least.
       model_state: the model state after the rows so far.
       finite: `[microbatches]`, whether each loss is finite.
       count: what the sum is to be divided by, if each call of the loss counts the same.
@@ -332,7 +333,7 @@ def _run_one(
         case Unscale():
             return replace(total, grads=jax.tree.map(lambda leaf: leaf / inputs.scale, total.grads))
         case DivideByCount():
-            return _divide(instruction, total, inputs.params)
+            return _divide(instruction, total)
         case Apply(node):
             key = _map_key(instruction, microbatch, inputs, region)
             with region.scope(node.written):
@@ -351,18 +352,25 @@ def _compute(
     loss = gathering_loss(instruction, checked_loss(node), inputs.params, region)
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
 
-    def scaled_loss(params: Params) -> tuple[jax.Array, LossOutcome]:
+    def scaled_loss(params: Params) -> tuple[jax.Array, tuple[LossOutcome, Any]]:  # Any: a number, or an array
         outcome: LossOutcome = loss(params, microbatch.rows, keys, inputs.model_state)
         terms = merge_terms(outcome.terms)
-        total = _sum_of_ratios(terms, inputs) if instruction.counts_first else terms[0].total
-        return total * inputs.scale if instruction.rescaled else total, outcome
+        # What is differentiated is about as large as a mean over these rows, whatever the loss adds up.
+        if instruction.counts_first:
+            unit = 1 / power_of_two(inputs.microbatches)
+            total = _sum_of_ratios(terms, inputs) / unit
+        else:
+            unit = power_of_two(terms[0].count)
+            total = terms[0].total / unit
+        return total * inputs.scale if instruction.rescaled else total, (outcome, unit)
 
     with region.scope(node.written):
-        (_, outcome), grads = jax.value_and_grad(scaled_loss, has_aux=True)(inputs.params)
+        (_, (outcome, unit)), grads = jax.value_and_grad(scaled_loss, has_aux=True)(inputs.params)
+        grads = jax.tree.map(lambda leaf: leaf * unit, _as_sum(grads))
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
     metrics = {"loss": Sums(outcome.terms), **outcome.metrics}
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
-    return GradientSum(accumulators, _as_sum(grads), outcome.model_state, finite, instruction.count)
+    return GradientSum(accumulators, grads, outcome.model_state, finite, instruction.count)
 
 
 def _sum_of_ratios(terms: tuple[Mean, ...], inputs: StepInputs) -> jax.Array:
@@ -445,8 +453,8 @@ def _times(total: GradientSum, size: int) -> GradientSum:
     return replace(total, metrics=scale_metric_counts(total.metrics, size), count=total.count * size)
 
 
-def _divide(instruction: DivideByCount, total: GradientSum, params: Params) -> GradientSum:
-    """The sum becomes a value, in the dtypes of the parameters."""
+def _divide(instruction: DivideByCount, total: GradientSum) -> GradientSum:
+    """The sum becomes a value."""
     match instruction.by:
         case "nothing":
             count = None
@@ -457,7 +465,7 @@ def _divide(instruction: DivideByCount, total: GradientSum, params: Params) -> G
     grads = total.grads
     if count is not None:
         grads = jax.tree.map(lambda leaf: divide_by_count(leaf, count), grads)
-    return replace(total, grads=_like(params, grads), count=1.0)
+    return replace(total, grads=grads, count=1.0)
 
 
 def _apply(
@@ -496,10 +504,6 @@ def _as_sum(grads: Grads) -> Grads:
     return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads)
 
 
-def _like(params: Params, grads: Grads) -> Grads:
-    return jax.tree.map(lambda like, leaf: leaf.astype(like.dtype), params, grads)
-
-
 def _final_maps(schedule: Schedule) -> tuple[int, FinalMaps]:
     """The position of the last division that is followed by nothing but maps that keep what is finite finite."""
     position, maps = len(schedule) - 2, []
@@ -524,7 +528,7 @@ def _measure(
     region: ManualRegion,
 ) -> tuple[MeasuredGradient, GradientSum, Any]:  # Any: a tree like the parameters
     """The first run of the final maps: what the second needs, the value with all metrics, the sums of squares."""
-    value = _divide(final_maps.division, total, params)
+    value = _divide(final_maps.division, total)
     with jax.named_scope(NORM_NAME):
         squares = jax.tree.map(sum_of_squares, value.grads)
     all_measured: list[Any] = []
@@ -532,9 +536,20 @@ def _measure(
         with region.scope(one.node.written):
             measured, added = one.node.measured(value.grads)
             value = _apply(one, value, measured, added, key)
-        value = replace(value, grads=_like(params, value.grads))
         all_measured.append(measured)
+    with jax.named_scope(NORM_NAME):
+        squares = jax.tree.map(_infinite_if_too_large, squares, value.grads, params)
     return MeasuredGradient(total, tuple(all_measured), keys), value, squares
+
+
+def _infinite_if_too_large(squares: jax.Array, grad: jax.Array, param: Any) -> jax.Array:  # Any: an array
+    """The sum of squares of a leaf, infinite where the gradient that the optimizer takes overflows its dtype.
+
+    A dtype with the exponents of float32 does not overflow while the sum is finite.
+    """
+    if jnp.finfo(param.dtype).nexp >= jnp.finfo(grad.dtype).nexp:
+        return squares
+    return jnp.where(jnp.isfinite(sum_of_squares(grad.astype(param.dtype))), squares, jnp.inf * squares)
 
 
 def _update(
@@ -551,14 +566,14 @@ def _update(
         return tree if region.shard_axis is None else region.constrain(tree, sharded=sharded)
 
     params = constrain(state.params, sharded=True)
-    value = _divide(final_maps.division, gradient.total, params)
+    value = _divide(final_maps.division, gradient.total)
     for one, measured, key in zip(final_maps.maps, gradient.measured, gradient.keys, strict=True):
         with region.scope(one.node.written):
             value = _apply(one, value, measured, {}, key)
-            value = replace(value, grads=_like(params, value.grads))
+    grads = narrowed(value.grads, params)
     optimizer = optax.with_extra_args_support(optimize.node.optimizer)
     with region.scope(optimize.node.written):
-        updates, opt_state = optimizer.update(value.grads, state.opt_state, params, value=loss, grad=value.grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params, value=loss, grad=grads)
         params = constrain(optax.apply_updates(params, updates), sharded=True)
     slots = dict(state.slots)
     for name, node in optimize.follows:

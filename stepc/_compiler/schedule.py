@@ -179,7 +179,7 @@ class Unscale:
 
 @dataclass(frozen=True)
 class DivideByCount:
-    """Divide the sum, once: the gradient becomes a value in the dtypes of the parameters.
+    """Divide the sum, once: the gradient becomes a value.
 
     Args:
       by: "microbatches", the number of calls of the loss times what each counts; "count", a count that was added up

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 # Any: these are the user's own pytrees. stepc checks their leaves and never names their type.
 Params: TypeAlias = Any  # parameters: floating-point leaves
-Grads: TypeAlias = Any  # gradients: the tree, shapes and dtypes of the parameters
+Grads: TypeAlias = Any  # gradients: the tree and shapes of the parameters
 Batch: TypeAlias = Any  # a batch: every leaf has the same number of rows on axis 0
 BatchRows: TypeAlias = Any  # some rows of a batch: the same tree
 Metrics: TypeAlias = dict[str, Any]  # scalars by name

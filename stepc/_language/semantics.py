@@ -84,7 +84,6 @@ class Gradient:
     Args:
       terms: for each term of the loss, the sum of its gradients, in float32 at least, and of its counts.
       metrics: what is reported, as sums.
-      params: the parameters, whose dtypes the value has.
       model_state: the model's own state after the rows so far; None without `model_state=True`.
       advances: for a slot, its value after the step as a function of (loss is finite, gradient is finite). It applies
         to skipped steps too.
@@ -92,17 +91,16 @@ class Gradient:
 
     terms: tuple[GradientTerm, ...]
     metrics: Mapping[str, Metric]
-    params: Params
     model_state: Any = None  # Any: the model's own tree
     advances: Mapping[str, Callable[[bool, bool], Any]] = field(default_factory=dict)  # Any: a slot
 
     @property
     def value(self) -> Grads:
-        """Every term divided by its own count, and added up."""
+        """Every term divided by its own count, and added up, in float32 at least."""
         means = [
             jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in self.terms
         ]
-        return jax.tree.map(lambda like, *terms: sum_arrays(terms).astype(like.dtype), self.params, *means)
+        return jax.tree.map(lambda *terms: sum_arrays(terms), *means)
 
     @property
     def reported(self) -> Metrics:
@@ -158,7 +156,7 @@ def sum_gradients(parts: Sequence[Gradient], *, dtype: str | None = None) -> Gra
         pairs = zip(one.terms, two.terms, strict=True)
         terms = tuple(GradientTerm(jax.tree.map(add, a.total, b.total), a.count + b.count) for a, b in pairs)
         metrics = {name: combine_metrics(metric, two.metrics[name]) for name, metric in one.metrics.items()}
-        return Gradient(terms, metrics, one.params, None, two.advances)
+        return Gradient(terms, metrics, None, two.advances)
 
     return reduce(both, parts)
 
@@ -167,6 +165,14 @@ def mean_model_states(parts: Sequence[Gradient]) -> Any:  # Any: the model's own
     """The mean of the parts' model states, in the dtypes of the model state."""
     states = [part.model_state for part in parts]
     return jax.tree.map(lambda *leaves: (sum_arrays(leaves) / len(leaves)).astype(leaves[0].dtype), *states)
+
+
+def narrowed(grads: Grads, params: Params) -> Grads:
+    """The gradient in the dtypes of the parameters, as an optimizer takes it.
+
+    Between the transforms it is wider, so that no number overflows or underflows float16 that the next one scales back.
+    """
+    return jax.tree.map(lambda grad, like: grad.astype(like.dtype), grads, params)
 
 
 def key_of(state: State, *numbers: Any) -> Any:  # Any: integers; a typed key

@@ -4,6 +4,7 @@ What a loss returns for each local microbatch is kept as sums until the last one
 Nothing here knows a transform, a loop or a mesh.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -257,6 +258,18 @@ def divide_by_count(total: Any, count: Number) -> jax.Array:  # Any: an array or
         return total / count if count else jnp.zeros_like(total)
     count = jnp.asarray(count).astype(total.dtype)
     return jnp.where(count == 0, jnp.zeros_like(total), total / jnp.where(count == 0, jnp.ones_like(count), count))
+
+
+def power_of_two(count: Number) -> Number:
+    """A power of two close to a count, 1 where the count is smaller.
+
+    A total is differentiated after it is divided by this, and its gradient multiplied by it once that is in float32:
+    the gradient of a sum over many tokens overflows float16, where that of their mean does not. Both are exact.
+    """
+    if is_static(count):
+        return 2.0 ** round(math.log2(count)) if count >= 1 else 1.0
+    count = jnp.maximum(jax.lax.stop_gradient(count), 1)
+    return jax.lax.reduce_precision(count, exponent_bits=jnp.finfo(count.dtype).nexp, mantissa_bits=0)
 
 
 def sum_of_squares(leaf: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from stepc._core.nodes import (
     UpdateNode,
     named,
 )
-from stepc._language.semantics import draw_tag
+from stepc._language.semantics import draw_tag, narrowed
 from stepc._language.terms import (
     LossOutcome,
     Mean,
@@ -40,6 +40,7 @@ from stepc._language.terms import (
     divide_by_count,
     loss_outcome,
     metric_value,
+    power_of_two,
     sum_arrays,
     sum_of_squares,
 )
@@ -74,12 +75,12 @@ class _SummedGradient:
     metrics: dict[str, Metric]
     model_state: Tree
 
-    def value(self, params: Tree) -> Tree:
-        """Every term divided by its count, and added up, in the dtypes of the parameters."""
+    def value(self) -> Tree:
+        """Every term divided by its count, and added up, in float32 at least."""
         means = [
             jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in self.terms
         ]
-        return jax.tree.map(lambda like, *terms: sum_arrays(terms).astype(like.dtype), params, *means)
+        return jax.tree.map(lambda *terms: sum_arrays(terms), *means)
 
     def reported(self) -> dict[str, Any]:  # Any: arrays
         """The metrics, as numbers."""
@@ -106,7 +107,7 @@ def evaluate(program: Program, state: EvaluationState, batch: Tree) -> tuple[Eva
 def gradient(program: Program, state: EvaluationState, batch: Tree) -> tuple[Tree, dict[str, Any]]:
     """The gradient that a program without an update computes from a batch, and its metrics."""
     summed = _gradient_of_rows(program, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
-    return summed.value(state.params), summed.reported()
+    return summed.value(), summed.reported()
 
 
 def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
@@ -116,7 +117,7 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
     guards = [node for node in outer if isinstance(node, GuardNode)]
     scales = [node for node in inner if isinstance(node, RescaleNode)]
     summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
-    grads, metrics = summed.value(state.params), summed.reported()
+    grads, metrics = narrowed(summed.value(), state.params), summed.reported()
     squares = sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
     finite = bool(jnp.isfinite(metrics["loss"])), bool(jnp.isfinite(squares))
     happens = all(finite) if guards else finite[1] or not scales
@@ -157,7 +158,7 @@ def _gradient_of_rows(
             return _gradient_of_rows(inner, state, batch, rows, factor * by).linear(lambda leaf: leaf / by)
         case MapNode():
             summed = _gradient_of_rows(inner, state, batch, rows, factor)
-            value = summed.value(state.params)
+            value = summed.value()
             key = (_key(state, draw_tag(_name(program, node)), rows[0]),) if node.draws else ()
             measured, before = node.measured(value)
             grads, after = node.applied(value, measured, *key)
@@ -186,8 +187,10 @@ def _differentiated(
     found = outcome(state.params)
     terms = []
     for number, term in enumerate(found.terms):
-        grads = jax.grad(lambda params, number=number: outcome(params).terms[number].total * factor)(state.params)
-        terms.append((_widened(grads), term.count))
+        unit = power_of_two(term.count)
+        by = factor / unit
+        grads = jax.grad(lambda params, number=number, by=by: outcome(params).terms[number].total * by)(state.params)
+        terms.append((jax.tree.map(lambda leaf, unit=unit: leaf * unit, _widened(grads)), term.count))
     return _SummedGradient(tuple(terms), {"loss": Sums(found.terms), **found.metrics}, found.model_state)
 
 

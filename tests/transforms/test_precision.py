@@ -106,3 +106,74 @@ def test_remat_keeps_static_counts_static() -> None:
 
     step = sc.compile(ADAM @ sc.accumulate(2) @ sc.grad(sc.remat() @ loss))
     assert "count first" not in str(step.lower(step.init(probe_params()), probe_batch(8)).plan)
+
+
+def times_x(params: Any, rows: Any) -> jax.Array:
+    """A loss whose gradient is the mean of `x`."""
+    return jnp.mean(rows["x"] * params["w"].astype(jnp.float32))
+
+
+def sum_over_tokens(params: Any, rows: Any) -> sc.Mean:
+    """A total in float16 whose gradient overflows where that of the mean does not."""
+    return sc.Mean(jnp.sum(rows["x"].astype(jnp.float16) * params["w"]), jnp.sum(rows["x"] > 0))
+
+
+def two_counts(params: Any, rows: Any) -> Any:
+    """Two terms in float16 with counts of their own, whose gradients are the means of `x` and 0."""
+    total = jnp.sum(rows["x"].astype(jnp.float16) * params["w"])
+    return sc.Mean(total, jnp.sum(rows["x"] > 0)) + sc.Mean(jnp.sum(rows["x"]), jnp.sum(rows["x"] > -1) + 1)
+
+
+def both_steps(pipeline: sc.Pipeline, x: Any, *, axes: dict[str, int] | None = None) -> tuple[Any, Any]:
+    """The update of one float16 parameter and the metrics, by the program and by the reference, which must agree."""
+    step = sc.compile(pipeline, mesh=mesh_of(**axes) if axes else None)
+    state = step.init({"w": np.float16(0.0)})
+    batch = {"x": np.asarray(x, np.float32)}
+    expected, _ = step.reference(state, batch)
+    state, metrics = step(state, batch)
+    assert state.params["w"].dtype == expected.params["w"].dtype == jnp.float16
+    assert float(state.params["w"]) == float(expected.params["w"])
+    assert int(state.step) == int(expected.step)
+    return -float(state.params["w"]), metrics
+
+
+@pytest.mark.parametrize(
+    ("transforms", "gradient", "expected"),
+    [
+        (sc.scale(2.0**-17) @ sc.clip(2.0**17) @ sc.scale(2.0**16), 8.0, 1.0),
+        (sc.clip(1.0) @ sc.scale(1e5), 8.0, 1.0),  # 800,000 overflows
+        (sc.scale(2.0**20) @ sc.clip(2.0**-20), 1024.0, 1.0),  # the factor underflows, and what it makes is subnormal
+        (sc.scale(2.0**30) @ sc.clip(2.0**-30), 0.25, 1.0),
+        (sc.scale(2.0**30) @ sc.accumulate(2) @ sc.clip(2.0**-30), 0.25, 1.0),
+        (sc.scale(2.0**30) @ DATA @ sc.rows() @ sc.clip(2.0**-30), 0.25, 1.0),
+    ],
+)
+def test_nothing_overflows_float16_between_two_transforms(transforms: Any, gradient: float, expected: float) -> None:
+    pipeline = sc.update(optax.sgd(1.0)) @ transforms @ sc.grad(times_x)
+    assert both_steps(pipeline, np.full(4, gradient), axes={"data": 2})[0] == expected
+
+
+def test_noise_overflows_float16_only_where_the_optimizer_would_see_it() -> None:
+    pipeline = sc.update(optax.sgd(1.0)) @ sc.scale(2.0**-20) @ sc.noise(2.0**20) @ sc.grad(times_x)
+    small, _ = both_steps(pipeline, np.zeros(4))
+    assert 0 < abs(small) < 5
+
+
+@pytest.mark.parametrize("transforms", [sc.scale(1e5), sc.clip(1e6) @ sc.scale(1e5), sc.noise(1e8)])
+def test_gradient_that_overflows_the_dtype_of_its_parameter_is_not_finite(transforms: Any) -> None:
+    pipeline = sc.skip_nonfinite() @ sc.update(optax.sgd(1.0)) @ transforms @ sc.grad(times_x)
+    update, metrics = both_steps(pipeline, np.full(4, 8.0))
+    assert (update, int(metrics["skipped"])) == (0.0, 1)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("loss", [sum_over_tokens, two_counts])
+def test_gradient_of_a_mean_does_not_overflow_as_its_total_would(loss: Any, k: int) -> None:
+    pipeline = sc.update(optax.sgd(1.0)) @ sc.accumulate(k) @ DATA @ sc.grad(loss)
+    # 16,384 tokens whose gradients are 16: their sum is four times the largest float16.
+    assert both_steps(pipeline, np.full(16384, 16.0), axes={"data": 2})[0] == 16.0
+
+
+def test_small_gradient_of_one_of_several_terms_does_not_underflow_by_the_number_of_parts() -> None:
+    pipeline = sc.update(optax.sgd(1.0)) @ sc.scale(2.0**20) @ sc.accumulate(8) @ sc.grad(two_counts)
+    assert both_steps(pipeline, np.full(8, 2.0**-23))[0] == 2.0**-3

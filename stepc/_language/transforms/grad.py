@@ -12,7 +12,7 @@ from stepc._language.kinds import Kind, Params
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, function_name, quoted_argument
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, key_of
 from stepc._language.state import State
-from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome
+from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome, power_of_two
 from stepc.errors import FieldTypeError
 
 KEYS_PER = (None, "example", "microbatch")
@@ -52,13 +52,21 @@ class Grad(Transform):
             outcome = self._outcome(loss, state.params, state, microbatch)
 
             # One backward pass for each term: slow and obvious.
-            def total(params: Params, number: int) -> jax.Array:
-                return self._outcome(loss, params, state, microbatch).terms[number].total * microbatch.factor
+            def term(number: int) -> GradientTerm:
+                count = outcome.terms[number].count
+                unit = power_of_two(count)
 
-            totals = [jax.grad(total)(state.params, number) for number in range(len(outcome.terms))]
-            sums = [jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), one) for one in totals]
-            terms = tuple(GradientTerm(one, term.count) for one, term in zip(sums, outcome.terms, strict=True))
-            return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, state.params, outcome.model_state)
+                def total(params: Params) -> jax.Array:
+                    term = self._outcome(loss, params, state, microbatch).terms[number]
+                    return term.total / unit * microbatch.factor
+
+                narrow = jax.grad(total)(state.params)
+                return GradientTerm(
+                    jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)) * unit, narrow), count
+                )
+
+            terms = tuple(map(term, range(len(outcome.terms))))
+            return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, outcome.model_state)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 
@@ -123,7 +131,8 @@ def grad(
         `(value, model_state)`, or `(value, metrics, model_state)`. It passes through microbatches in order, and is
         averaged over a mesh axis where the pipeline names the axis: `accumulate(4) @ shard(...)` averages it once a
         microbatch.
-    Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes and dtypes of `params`.
+    Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes of `params`, in float32
+      at least up to `update`, which takes it in their dtypes.
     Units: per example, if the loss is a mean over examples; per unit of the count, for `sc.Mean`.
     Type: loss -> gradient; adds the metric `loss`
     Errors: FieldTypeError, FieldValueError for bad fields. At the first call, LossError if the loss does not return

@@ -9,7 +9,7 @@ import optax
 from stepc._core.nodes import UpdateNode
 from stepc._language.kinds import Batch, Kind
 from stepc._language.pipeline import QuotedArgument, Transform, quoted_argument
-from stepc._language.semantics import Fn, StepResult, is_finite, whole_batch
+from stepc._language.semantics import Fn, StepResult, is_finite, narrowed, whole_batch
 from stepc._language.state import State
 from stepc.errors import FieldTypeError
 
@@ -35,7 +35,7 @@ class Update(Transform):
 
         def apply(state: State, batch: Batch) -> StepResult:
             gradient = inner.apply(state, whole_batch(batch))
-            grads, metrics = gradient.value, gradient.reported
+            grads, metrics = narrowed(gradient.value, state.params), gradient.reported
             loss_is_finite, gradient_is_finite = bool(jnp.isfinite(metrics["loss"])), is_finite(grads)
             # These slots advance in any case, such as the loss scale; where there are any, an overflow is skipped.
             always = {name: advance(loss_is_finite, gradient_is_finite) for name, advance in gradient.advances.items()}
@@ -65,7 +65,7 @@ def update(optimizer: optax.GradientTransformation) -> Update:
 
     Args:
       optimizer: any optax `GradientTransformation`; one with extra args is passed `value` and `grad`.
-    Shapes: the gradient has the shapes of `params`; `opt_state` is the optimizer's own tree.
+    Shapes: the gradient has the shapes and dtypes of `params`; `opt_state` is the optimizer's own tree.
     Units: the optimizer's: it sees the mean gradient, not a sum.
     Type: gradient -> step
     Errors: FieldTypeError if it is not an optimizer; PipelineTypeError if the stage on its right returns no gradient.
