@@ -32,11 +32,14 @@ so a loop that retries after errors still ends on Ctrl-C and on SIGTERM.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 # Facts are rows of (label, value); they are printed aligned.
 Facts = Sequence[tuple[str, str]]
+
+_MOST_PATTERNS = 8  # of paths that a message shows
 
 
 @runtime_checkable
@@ -247,6 +250,22 @@ def faults_in_one(faults: Sequence[str], *, of: str) -> str:
         return faults[0]
     listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, start=1))
     return f"{len(faults)} faults in {of}:\n\n{listed}"
+
+
+def grouped_paths(paths: Iterable[str]) -> str:
+    """Paths as a message shows them: those that differ in numbers alone as one pattern, with how many they are.
+
+    At most eight patterns are shown, and the others counted, so that a message does not grow with the model.
+    """
+    patterns: dict[str, list[str]] = {}
+    for path in paths:
+        patterns.setdefault(re.sub(r"\d+", "*", path), []).append(path)
+    shown = [
+        f"`{pattern}` ({len(same)})" if len(same) > 1 else f"`{same[0]}`" if same[0] else "the only one"
+        for pattern, same in patterns.items()
+    ]
+    more = sum(map(len, list(patterns.values())[_MOST_PATTERNS:]))
+    return ", ".join(shown[:_MOST_PATTERNS]) + (f" and {more} more" if more else "")
 
 
 def first_line(error: BaseException) -> str:

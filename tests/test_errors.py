@@ -391,6 +391,13 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.LossError,
         lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(b["y"]), jnp.sum(p["w"])) + jnp.sum(p["b"])),
     ),
+    "parameters_not_reached": (
+        sc.LossError,
+        lambda: trained_with(
+            lambda p, b: loss(p, b) * jax.lax.stop_gradient(p["layers"][0]["mean"]),
+            params={**probe_params(), "layers": [{"mean": np.ones((), np.float32)}] * 3},
+        ),
+    ),
     "mean_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(b["x"] @ p["w"], 3))),
     "count_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(p["w"]), b["y"] > 0))),
     "aux_missing": (sc.LossError, lambda: trained_with(loss, has_aux=True)),

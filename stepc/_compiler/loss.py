@@ -29,7 +29,7 @@ from stepc._language.terms import (
     loss_outcome,
     merge_terms,
 )
-from stepc.errors import LossError, ShardingError, faults_in_one
+from stepc.errors import LossError, ShardingError, faults_in_one, grouped_paths
 
 # The metrics that a step reports itself.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
@@ -73,8 +73,8 @@ def trace_loss_structure(
     Args:
       key: the state's, or its shape.
       manual_axes: the mesh axes along which the loss sees its own rows only.
-    Errors: LossError if a count depends on the parameters or on the model state, or if the implementation of the keys
-      cannot give one key per row; ShardingError if the loss names a manual axis.
+    Errors: LossError if a count depends on the parameters or on the model state, if no gradient reaches a parameter, or
+      if the implementation of the keys cannot give one key per row; ShardingError if the loss names a manual axis.
     """
     if node.rng == "example":
         _check_keys(key, node)
@@ -83,6 +83,7 @@ def trace_loss_structure(
     _check_axes(traced, node, manual_axes)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
+    _check_reached(traced, range(outputs.start), params, node)
     return structure
 
 
@@ -137,6 +138,37 @@ def _check_counts(needs: list[bool], params: Params, model_state: Any, node: Dif
             f"A count of the loss of `{node.written}` depends on the parameters, or on the model state.",
             facts=(("depends on", ", ".join(f"`{path}`" for path in used)),),
             suggestion="Count rows or tokens: `sc.Mean(total, count)` is divided by the count, which has no gradient.",
+        )
+
+
+def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: DifferentiateNode) -> None:
+    """Refuse a parameter that no gradient can reach: an optimizer with weight decay would change it all the same.
+
+    A gradient reaches what the tangents of the totals depend on: in one branch of a conditional is enough, through
+    `stop_gradient` or whole numbers is not. That a gradient happens to be 0 does not matter.
+    """
+    paths = [path for path, _ in leaves_by_path(params)]
+    num = len(paths)
+    _, run = depends_on(traced, outputs=totals)
+    values = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in traced.in_avals]
+
+    def tangents_of_totals(tangents: list[Any], values: list[Any]) -> list[Any]:
+        def run_with(leaves: list[Any]) -> list[Any]:
+            return run([*leaves, *values[num:]])
+
+        return jax.jvp(run_with, (values[:num],), (tangents,))[1]
+
+    reached, _ = depends_on(jax.make_jaxpr(tangents_of_totals)(values[:num], values), outputs=range(len(totals)))
+    if unreached := [path for path, is_reached in zip(paths, reached, strict=False) if not is_reached]:
+        raise LossError(
+            f"No gradient of `{node.written}` reaches {len(unreached)} of its {num} parameters.",
+            facts=(
+                ("parameters", grouped_paths(unreached)),
+                ("reason", "the loss does not depend on them, or only through `stop_gradient` or whole numbers"),
+                ("what for", "an optimizer with weight decay would change them silently"),
+            ),
+            suggestion="Give batch statistics and the like as model state (`grad(loss, model_state=True)`, "
+            "`step.init(params, model_state=...)`), and leave out of the parameters what the loss does not use.",
         )
 
 
