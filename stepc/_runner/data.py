@@ -10,11 +10,12 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
+from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeAlias, assert_never, runtime_checkable
 
 import jax
@@ -128,6 +129,7 @@ class Source:
     Args:
       place: moves a batch to the devices, or leaves it on the host.
       short: "raise", "drop" or "pad" for a batch that has the first one's signature but fewer rows.
+      is_reading: whether a read has begun and not ended; after a signal the iterator stands anywhere within it.
     """
 
     data: Iterable[Batch]
@@ -141,6 +143,7 @@ class Source:
     position: Callable[[], Any] = field(init=False)  # Any: see Positioned
     failed: Exception | None = None
     before: Any = None  # Any: see Positioned
+    is_reading: bool = False
     saved_rows: dict[str, str] | None = None  # `BatchSpec.rows` of the run that is resumed
 
     def __post_init__(self) -> None:
@@ -159,14 +162,16 @@ class Source:
             try:
                 with reading():
                     self.before = self.position()
+                    self.is_reading = True
                     batch = next(self.batches)
                     after = self.position()
             except StopIteration:
+                self.is_reading = False
                 return EndOfData() if self.failed is None else self._failure(self.failed, is_dead=True)
             except Exception as error:  # whatever the user's iterator raises; a policy decides
-                self.failed = error
+                self.is_reading, self.failed = False, error
                 return self._failure(error)
-            self.failed = None
+            self.is_reading, self.failed = False, None
             if self.short == "drop" and is_short(batch, self.spec):
                 self.num_dropped += 1
                 continue
@@ -181,12 +186,17 @@ class Source:
             self.num_given += 1
             return item
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the iterator is the user's own, which the next run may go on with, and not one of this run."""
+        return self.batches is self.data
+
     def go_to(self, position: Any) -> None:  # Any: see Positioned
         """Set the position of the data, if it has one."""
         match self.batches:
             case Positioned() if position is not None:
                 self.batches.set_state(deepcopy(position))  # it may become one that changes
-                self.failed = None
+                self.failed, self.is_reading = None, False
             case _:
                 pass
 
@@ -217,17 +227,20 @@ class DataReader:
         self.again: deque[DataItem] = deque()  # to be given before what is read next
         self._failure: ReadFailure | None = None
         self._num_ahead, self._seconds = num_ahead, seconds
-        self._ready: queue.Queue[Read | ReaderError] = queue.Queue(max(num_ahead, 1))
-        self._stop = threading.Event()
+        self._ahead = ReadAhead(source, num_ahead, 0)
         self._thread: threading.Thread | None = None
 
-    def read(self) -> Read:
-        """The next read. A failure is given again until `retry` or `skip`."""
+    def read(self, most: int | None = None) -> Read:
+        """The next read. A failure is given again until `retry` or `skip`.
+
+        Args:
+          most: how many batches the run asks for at most, this one included: no more are read ahead. None for all.
+        """
         if self.again:
             return self.again.popleft()
         if self._failure is not None:
             return self._failure
-        found = self._take() if self._num_ahead else self.source.read(self.reading)
+        found = self._take(most) if self._num_ahead else self.source.read(self.reading)
         self._failure = found if isinstance(found, ReadFailure) else None
         return found
 
@@ -247,54 +260,122 @@ class DataReader:
     def go_to(self, position: Any) -> None:  # Any: see Positioned
         """Set the position of the data, and drop what was read ahead."""
         self.close()
+        self._ahead = ReadAhead(self.source, self._num_ahead, 0)
         self.again.clear()
         self._failure = None
         self.source.go_to(position)
 
-    def close(self) -> None:
-        """Stop reading ahead, and drop what was read. A read that hangs is abandoned: nothing can end a thread."""
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join(LEAVE_SECONDS)
-            self._thread = None
-        self._ready = queue.Queue(max(self._num_ahead, 1))
+    def give_back(self, unfinished: Sequence[DataItem]) -> tuple[int, str] | None:
+        """Set the user's own iterator to where the finished steps leave it, so that the next run goes on from there.
 
-    def _take(self) -> Read:
-        if self._thread is None:
-            self._stop = threading.Event()
-            read_ahead = in_this_context(partial(self._read_ahead, self._ready, self._stop))
-            self._thread = threading.Thread(target=read_ahead, name="stepc-data", daemon=True)
+        Args:
+          unfinished: the batches that were given and whose steps the state does not contain, in order.
+        Returns: how many batches that were read ahead are lost, and why; None if none is.
+        """
+        is_hung = not self.close()
+        ahead = [*self.again, *self._ahead.left()]
+        unused = [*unfinished, *ahead]
+        if not self.source.is_shared or not (unused or is_hung or self.source.is_reading):
+            return None
+        num = sum(not item.is_hole for item in ahead)
+        if is_hung:
+            return num, "its read is still running, and gives one more"
+        before = next((item.before for item in unused), self.source.before)
+        if before is None:
+            return (num, "the data has no `set_state(state)`") if num else None
+        try:
+            self.source.go_to(before)
+        except Exception as error:  # the iterator's own
+            return num, f"`set_state` failed: {type(error).__name__}: {error}"
+        return None
+
+    def close(self) -> bool:
+        """Stop reading ahead; whether that succeeded. A read that hangs is abandoned: nothing can end a thread."""
+        if self._thread is not None:
+            self._ahead.stop.set()
+            self._thread.join(LEAVE_SECONDS)
+            has_ended = not self._thread.is_alive()
+            self._thread = None
+            return has_ended
+        return True
+
+    def _take(self, most: int | None) -> Read:
+        if self._ahead.is_used_up:
+            self._ahead = ReadAhead(self.source, self._num_ahead, most)
+            self._thread = threading.Thread(target=in_this_context(self._ahead.read), name="stepc-data", daemon=True)
             self._thread.start()
         began = time.monotonic()
         while not self.is_over():
             try:
-                found = self._ready.get(timeout=POLL_SECONDS)
+                found = self._ahead.take()
             except queue.Empty:
                 if self._seconds is not None and time.monotonic() - began > self._seconds:
                     error = DataTimeout(f"no batch arrived within {self._seconds:g} s")
                     return ReadFailure(error, self.source.num_reads, self.source.num_given, is_dead=True)
                 continue
-            if not isinstance(found, DataItem):  # the thread has ended
-                self._thread = None
             if isinstance(found, ReaderError):
                 raise found.error
             return found
         return EndOfData()
 
-    def _read_ahead(self, ready: "queue.Queue[Read | ReaderError]", stop: threading.Event) -> None:
-        while not stop.is_set():
+
+class ReadAhead:
+    """What one thread reads ahead: so many batches, or up to the first failure or the end of the data.
+
+    Args:
+      size: how many batches it holds ready.
+      most: how many it reads; None for all.
+      stop: ends it after the read that is under way.
+    """
+
+    def __init__(self, source: Source, size: int, most: int | None) -> None:
+        self.source, self.most = source, most
+        self.stop = threading.Event()
+        self._num_taken = 0
+        self.is_used_up = most == 0  # all that it reads has been taken
+        self._in_hand: DataItem | None = None
+        self._ready: queue.Queue[Read | ReaderError] = queue.Queue(max(size, 1))
+
+    def read(self) -> None:
+        """Read until it has read enough; the thread runs this."""
+        for _ in count() if self.most is None else range(self.most):
+            if self.stop.is_set():
+                return
             try:
                 found = self.source.read()
             except BaseException as error:  # SystemExit and the like: if the thread just ended, the run would hang
                 found = ReaderError(error)
-            while not stop.is_set():
-                try:
-                    ready.put(found, timeout=POLL_SECONDS)
-                    break
-                except queue.Full:
-                    continue
+            if isinstance(found, DataItem):
+                self._in_hand = found
+            while not self._put(found):
+                if self.stop.is_set():
+                    return
+            self._in_hand = None
             if not isinstance(found, DataItem):
                 return
+
+    def _put(self, found: Read | ReaderError) -> bool:
+        try:
+            self._ready.put(found, timeout=POLL_SECONDS)
+        except queue.Full:
+            return False
+        return True
+
+    def take(self) -> Read | ReaderError:
+        """The next read. Errors: queue.Empty if it does not come soon."""
+        found = self._ready.get(timeout=POLL_SECONDS)
+        self._num_taken += 1
+        self.is_used_up = not isinstance(found, DataItem) or self._num_taken == self.most
+        return found
+
+    def left(self) -> list[DataItem]:
+        """What it has read and nobody has taken, once its thread has ended."""
+        left: list[DataItem] = []
+        with suppress(queue.Empty):
+            while True:
+                if isinstance(found := self._ready.get_nowait(), DataItem):
+                    left.append(found)
+        return left if self._in_hand is None else [*left, self._in_hand]
 
 
 def data_failure(failure: ReadFailure, step: int) -> DataError:

@@ -281,7 +281,7 @@ class Snapshot:
         """All batches since, with a hole in place of the call that made the step `leave_out`."""
         hole = None if leave_out is None else self.index_of(leave_out)
         return [
-            DataItem(None, item.after, is_hole=True) if index == hole else item for index, item in enumerate(self.items)
+            item._replace(batch=None, is_hole=True) if index == hole else item for index, item in enumerate(self.items)
         ]
 
     def items_after(self, step: int) -> list[DataItem]:

@@ -64,7 +64,9 @@ class Data:
 
     Args:
       loader: an iterable of batches. An iterator with `get_state` and `set_state` is resumed exactly.
-      prefetch: how many batches a thread reads ahead and puts on the devices; 0 reads in the main thread.
+      prefetch: how many batches a thread reads ahead and puts on the devices; 0 reads in the main thread. It reads no
+        more than `steps` asks for. A run that ends earlier leaves an iterator with `set_state` where its last step
+        stands; what it has read ahead of another one is lost, and the event `batches_lost` says how much.
       short_batches: what becomes of a batch with fewer rows than the first: "raise"; "drop"; or "pad" with copies of
         its first row that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
       timeout_seconds: how long to wait for a batch before that is a DataError; needs `prefetch`.
@@ -437,6 +439,7 @@ def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
                 trainer.checkpoints.finish()
         if deleted := deleted_leaves(jax.block_until_ready(run.state)):
             raise StepError(f"The state was lost: {deleted[0]}.", phase="wait", step=run.steps, state_ok=False)
+        trainer.give_back()
         events.event("end", run.steps, level=logging.INFO, ended=run.ended)
     except BaseException as error:  # it is raised again, after what must be done first
         if os.getpid() != pid:

@@ -3,7 +3,8 @@
 import logging
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
@@ -106,6 +107,7 @@ class Trainer:
     position: Any = None  # Any: where the data stands after the last finished step
     last_item: DataItem | None = None  # the batch of that step
     in_flight: deque[PendingStep] = field(default_factory=deque)
+    dispatching: DataItem | None = None  # a batch whose step is called, and is not in flight yet
     snapshot: Snapshot | None = None
     metric_names: Any = None  # Any: the keys of the metrics of the last call
 
@@ -117,14 +119,16 @@ class Trainer:
         """Take a batch, dispatch a step, wait for an older one; until the steps are made, the data ends or a signal."""
         self.take_snapshot()
         while True:
-            found: DataItem | ReadFailure | EndOfData = EndOfData()
+            found = read = EndOfData()
             try:
                 self.peers.at("data", self.number)
                 if not self.is_over():
-                    found = self.reader.read()
-                found = self.peers.agreed(found, self.number, self.reader.source.spec, self.signals)
+                    read = self.reader.read(self._num_calls_left())
+                found = self.peers.agreed(read, self.number, self.reader.source.spec, self.signals)
                 match found:
                     case EndOfData():
+                        if isinstance(read, DataItem):  # another process has ended the run
+                            self.reader.again.appendleft(read)
                         self.wait(0)
                         return
                     case ReadFailure():
@@ -143,6 +147,10 @@ class Trainer:
         """Whether no further step is to be made."""
         return self.signals.is_over() or (self.steps is not None and self.number >= self.steps)
 
+    def _num_calls_left(self) -> int | None:
+        """How many calls the run makes at most from here; None for as many as the data has."""
+        return None if self.steps is None else -(-(self.steps - self.number) // self.steps_per_call)
+
     def dispatch(self, item: DataItem) -> None:
         """Call the step on a batch. What the call raises is this step's own, once the older steps are waited for."""
         first = self.number + 1
@@ -150,7 +158,11 @@ class Trainer:
         log_stalls(self.watcher, self.events)
         if self.snapshot is not None:
             self.snapshot.items.append(item)
-        if not item.is_hole:
+        if item.is_hole:
+            self.wait(0)
+            self.position = item.after  # what is left out is not read again
+        else:
+            self.dispatching = item
             try:
                 self.monitor.prepare(self.number, self.run.state, item.batch)
                 state, metrics, diagnostics = self.step.step_with_diagnostics(self.run.state, item.batch)
@@ -169,6 +181,7 @@ class Trainer:
                 self.metric_names = metrics.keys()
             self.run.state = state
             self.in_flight.append(PendingStep(first, item, metrics, diagnostics))
+            self.dispatching = None
         self.number += self.steps_per_call
         self.monitor.check_traces(first)
 
@@ -239,6 +252,16 @@ class Trainer:
             self.callbacks.act(self.number, self.steps_per_call, self.run.state, self.events)
             if is_save:
                 self.save()
+
+    def unfinished(self) -> list[DataItem]:
+        """The batches that were given to a step that has not finished, in order."""
+        return [pending.item for pending in self.in_flight] + ([self.dispatching] if self.dispatching else [])
+
+    def give_back(self, unfinished: Sequence[DataItem] = ()) -> None:
+        """Leave the data where the state in `run` stands, or say what is lost."""
+        if (lost := self.reader.give_back(unfinished)) is not None:
+            num, why = lost
+            self.events.event("batches_lost", self.run.steps, batches=num, why=why)
 
     def save(self) -> None:
         """Begin a checkpoint of the finished state, if this step has none."""
@@ -345,6 +368,7 @@ class Trainer:
 
     def _restart_from(self, state: Any, number: int, position: Any) -> None:  # Any: a state, and where the data stands
         self.in_flight.clear()
+        self.dispatching = None
         self.run.state, self.number, self.position, self.last_item = copy_state(state), number, position, None
         self.run.steps = number
         self.snapshot = Snapshot(state, number, position, self.steps_per_call)
@@ -368,21 +392,31 @@ def finish_after_error(trainer: Trainer, error: BaseException) -> None:
         abandon_after_error(trainer, error)
         return
     trainer.events.is_leaving = True
-    try:
+    with _noted_on(error):
         _settle(trainer, error)
-        is_good = not trainer.in_flight and not (isinstance(error, StepError) and not error.state_ok)
-        if not is_good or deleted_leaves(run.state):
-            snapshot = trainer.snapshot
-            run.state = None if snapshot is None else copy_state(snapshot.state)
-            run.steps = run.steps if snapshot is None else snapshot.step
-        if trainer.checkpoints is not None:
+    is_good = not trainer.in_flight and not (isinstance(error, StepError) and not error.state_ok)
+    unfinished = trainer.unfinished()
+    if not is_good or deleted_leaves(run.state):
+        run.state = None
+        if (snapshot := trainer.snapshot) is not None:
+            run.state, run.steps, unfinished = copy_state(snapshot.state), snapshot.step, snapshot.items
+    if trainer.checkpoints is not None:
+        with _noted_on(error):
             if is_good and not isinstance(error, CheckpointError | ResumeError) and trainer.number > 0:
                 trainer.save()
             with trainer.watcher.patient():
                 trainer.checkpoints.finish()
+    trainer.give_back(unfinished)
+    _attach_run(error, run)
+
+
+@contextmanager
+def _noted_on(error: BaseException) -> Generator[None]:
+    """What fails while an error is handled becomes a note on it."""
+    try:
+        yield
     except (StepError, CheckpointError) as second:
         error.add_note(f"stepc: and then: {type(second).__name__}: {str(second).partition(chr(10))[0]}")
-    _attach_run(error, run)
 
 
 def _settle(trainer: Trainer, error: BaseException) -> None:
@@ -403,8 +437,10 @@ def _settle(trainer: Trainer, error: BaseException) -> None:
 def abandon_after_error(trainer: Trainer, error: BaseException) -> None:
     """The same where the processes can do nothing together any more: no last checkpoint; what is in flight is lost."""
     run = trainer.run
+    trainer.events.is_leaving = True
     if trainer.in_flight or deleted_leaves(run.state):
         run.state = None
+    trainer.give_back(trainer.unfinished())
     _attach_run(error, run)
 
 
