@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +15,13 @@ from stepc._language.terms import AbstractTerms, Last, Max, Mean, Metric, Min, S
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
 from stepc._runner.events import EventLog, is_due
+from stepc._runner.multihost import Peers, SingleProcess
 from stepc._runner.pending import CompiledStep, copy_state, deleted_leaves
 from stepc._runner.watchdog import StallWatcher
 from stepc.errors import ConfigError, StepError
+
+HAS_NONE, CAN_FILL, HAS_BATCH = 0, 1, 2  # what a process has of the next batch of an evaluation
+UNKNOWN = -1  # the leaves of a batch have other numbers of rows
 
 
 @runtime_checkable
@@ -104,6 +109,7 @@ class Callbacks:
     hooks: Sequence[tuple[int, Hook]] = ()
     profile: Profile | None = None
     watcher: StallWatcher = field(default_factory=lambda: StallWatcher(None))
+    peers: Peers = field(default_factory=SingleProcess)
     done: int = 0
     _is_profiling: bool = False
 
@@ -149,7 +155,7 @@ class Callbacks:
     def _evaluate(self, evaluation: Eval, state: Any, events: EventLog) -> dict[str, float]:  # Any: a state
         """Errors: ConfigError if the step has a metric of the same name, with which it would be one curve."""
         self.watcher.progress()
-        metrics = eval_metrics(evaluation, state, self.watcher.progress)
+        metrics = eval_metrics(evaluation, state, self.peers, self.watcher.progress)
         if both := [name for name in metrics if name in events.last_metrics()]:
             names = ", ".join(map(repr, both))
             raise ConfigError(f"The step has metrics of the same name: {names}. Rename one of each.")
@@ -188,25 +194,26 @@ class _SnapshotOf:
 
 
 def eval_metrics(
-    evaluation: Eval, state: Any, progress: Callable[[], None] = lambda: None
-) -> dict[str, float]:  # Any: a state
+    evaluation: Eval,
+    state: Any,  # Any: a state
+    peers: Peers | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Each metric over the rows of all batches, with `eval_` before its name. It is added up on the host, in float64.
 
     Args:
+      peers: the processes that evaluate together, each on rows of its own.
       progress: called after each batch.
-    Errors: ConfigError if there is no batch, or if `evaluate` does not return metrics that can be added up.
+    Errors: ConfigError if there is no batch, if the processes have other numbers of them, or if `evaluate` does not
+      return metrics that can be added up.
     """
     sums: dict[str, Metric] = {}
     sizes: set[tuple[int, ...]] = set()
-    first: BatchSpec | None = None
     mine = copy_state(state)
-    for batch in evaluation.data:
+    for batch, rows, num_rows in _batches(evaluation, peers or SingleProcess()):
         if deleted_leaves(mine):  # a step donates the state that it gets
             mine = copy_state(state)
-        sizes.add(rows := _rows(evaluation, batch))
-        if isinstance(evaluation.evaluate, CompiledStep) and isinstance(batch, dict) and MASK in batch:
-            first = first or checked(batch, None)
-            batch = padded(batch, first) if is_short(batch, first) else batch  # its rows may not divide by the mesh
+        sizes.add(rows)
         for name, value in _named(evaluation.evaluate(mine, batch), state).items():
             if not isinstance(value, Metric) and len(sizes) > 1 and any(len(set(one)) != 1 for one in sizes):
                 got = ", ".join(map(str, rows)) or "none"
@@ -214,12 +221,46 @@ def eval_metrics(
                     f"The rows by which `{name}` is weighed are not known: the leaves of the batch have {got} rows. "
                     "Return `sc.Mean(total, count)`."
                 )
-            one = _on_host(value, rows[0] if len(set(rows)) == 1 else 1)
+            one = _on_host(value, num_rows)
             sums[name] = one if name not in sums else _added(sums[name], one)
         progress()
     if not sizes:
         raise ConfigError("Its data gave no batch.")
     return {f"eval_{name}": _number(metric) for name, metric in sums.items()}
+
+
+def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int, ...], int]]:
+    """Each batch, the rows of its leaves, and those of all processes, 1 where they are not known.
+
+    A process whose data has ended before that of the others gives rows that its mask leaves out, where a step
+    evaluates. Errors: ConfigError on all processes, if it cannot.
+    """
+    first: BatchSpec | None = None
+    batch: Batch = None
+    left, num = iter(evaluation.data), 0
+    while True:
+        is_masked = isinstance(evaluation.evaluate, CompiledStep) and isinstance(batch, dict) and MASK in batch
+        match list(islice(left, 1)):
+            case [batch]:
+                rows, state = _rows(evaluation, batch), HAS_BATCH
+            case _ if is_masked:
+                batch, rows, state = {**batch, MASK: np.zeros_like(batch[MASK])}, (0,), CAN_FILL
+            case _:
+                rows, state = (0,), HAS_NONE
+        states = peers.numbers(state)
+        if HAS_BATCH not in states:
+            return
+        if HAS_NONE in states:
+            has, ended = states.index(HAS_BATCH), states.index(HAS_NONE)
+            what = f"Its data gave {num} batches on process {ended}, and more on process {has}."
+            remedy = "Give each process as many, or evaluate by a step on batches with a leaf 'mask'."
+            peers.raise_on_all(ConfigError(what, suggestion=remedy))
+        each = peers.numbers(rows[0] if len(set(rows)) == 1 else UNKNOWN)
+        if isinstance(evaluation.evaluate, CompiledStep) and isinstance(batch, dict) and MASK in batch:
+            first = first or checked(batch, None)
+            batch = padded(batch, first) if is_short(batch, first) else batch  # its rows may not divide by the mesh
+        yield batch, rows, 1 if UNKNOWN in each else sum(each)
+        num += 1
 
 
 def _rows(evaluation: Eval, batch: Batch) -> tuple[int, ...]:

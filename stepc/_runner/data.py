@@ -52,6 +52,17 @@ class DataItem(NamedTuple):
     before: Any = None  # Any: see Positioned
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """The place of a short batch that is dropped; of a full one, where that of another process is dropped.
+
+    Args:
+      process: the process with the short batch; None if there is one process.
+    """
+
+    process: int | None = None
+
+
 class DataTimeout(TimeoutError):
     """No batch arrived in time. The read goes on: nothing can end a thread."""
 
@@ -65,7 +76,7 @@ class ReadFailure:
       given: the number of batches given so far.
       is_dead: the iterator ended with the failure.
       is_final: the same read would fail again.
-      held: the batch that this process has, when the read failed on another process.
+      held: what this process has read, when the read failed on another process.
     """
 
     error: Exception
@@ -73,7 +84,7 @@ class ReadFailure:
     given: int
     is_dead: bool = False
     is_final: bool = False
-    held: DataItem | None = None
+    held: DataItem | LeftOut | None = None
 
     def refusal(self, *, is_retry: bool) -> str | None:
         """Why a policy cannot go on; None if it can."""
@@ -96,7 +107,7 @@ class ReaderError:
     error: BaseException
 
 
-Read: TypeAlias = DataItem | ReadFailure | EndOfData
+Read: TypeAlias = DataItem | LeftOut | ReadFailure | EndOfData
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,6 @@ class Source:
     spec: BatchSpec | None = None
     num_reads: int = 0
     num_given: int = 0
-    num_dropped: int = 0
     batches: Iterator[Batch] = field(init=False)
     position: Callable[[], Any] = field(init=False)  # Any: see Positioned
     failed: Exception | None = None
@@ -157,34 +167,32 @@ class Source:
 
     def read(self, reading: Callable[[], AbstractContextManager[object]] = nullcontext) -> Read:
         """The next batch, checked, copied and placed. The user's iterator runs inside the context `reading()`."""
-        while True:
-            self.num_reads += 1
-            try:
-                with reading():
-                    self.before = self.position()
-                    self.is_reading = True
-                    batch = next(self.batches)
-                    after = self.position()
-            except StopIteration:
-                self.is_reading = False
-                return EndOfData() if self.failed is None else self._failure(self.failed, is_dead=True)
-            except Exception as error:  # whatever the user's iterator raises; a policy decides
-                self.is_reading, self.failed = False, error
-                return self._failure(error)
-            self.is_reading, self.failed = False, None
-            if self.short == "drop" and is_short(batch, self.spec):
-                self.num_dropped += 1
-                continue
-            try:
-                if self.short == "pad":
-                    check_mask(batch)
-                    batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
-                self.spec = checked(batch, self.spec, self.saved_rows)
-                item = DataItem(self.place(copied(batch)), after, before=self.before)
-            except Exception as error:  # BatchError, or whatever the user's `place` raises
-                return self._failure(error)
-            self.num_given += 1
-            return item
+        self.num_reads += 1
+        try:
+            with reading():
+                self.before = self.position()
+                self.is_reading = True
+                batch = next(self.batches)
+                after = self.position()
+        except StopIteration:
+            self.is_reading = False
+            return EndOfData() if self.failed is None else self._failure(self.failed, is_dead=True)
+        except Exception as error:  # whatever the user's iterator raises; a policy decides
+            self.is_reading, self.failed = False, error
+            return self._failure(error)
+        self.is_reading, self.failed = False, None
+        if self.short == "drop" and is_short(batch, self.spec):
+            return LeftOut()
+        try:
+            if self.short == "pad":
+                check_mask(batch)
+                batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
+            self.spec = checked(batch, self.spec, self.saved_rows)
+            item = DataItem(self.place(copied(batch)), after, before=self.before)
+        except Exception as error:  # BatchError, or whatever the user's `place` raises
+            return self._failure(error)
+        self.num_given += 1
+        return item
 
     @property
     def is_shared(self) -> bool:
@@ -224,7 +232,7 @@ class DataReader:
         reading: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.source, self.is_over, self.reading = source, is_over, reading
-        self.again: deque[DataItem] = deque()  # to be given before what is read next
+        self.again: deque[DataItem | LeftOut] = deque()  # to be given before what is read next
         self._failure: ReadFailure | None = None
         self._num_ahead, self._seconds = num_ahead, seconds
         self._ahead = ReadAhead(source, num_ahead, 0)
@@ -252,7 +260,7 @@ class DataReader:
         """Set the data back to where the failed read began, if it has a position; or give the held batch again."""
         self._failure = None
         match found:
-            case ReadFailure(held=DataItem() as held):
+            case ReadFailure(held=DataItem() | LeftOut() as held):
                 self.again.appendleft(held)
             case _:
                 self.source.go_to(self.source.before)
@@ -273,7 +281,7 @@ class DataReader:
         Returns: how many batches that were read ahead are lost, and why; None if none is.
         """
         is_hung = not self.close()
-        ahead = [*self.again, *self._ahead.left()]
+        ahead = [item for item in self.again if isinstance(item, DataItem)] + self._ahead.left()
         unused = [*unfinished, *ahead]
         if not self.source.is_shared or not (unused or is_hung or self.source.is_reading):
             return None
@@ -351,7 +359,7 @@ class ReadAhead:
                 if self.stop.is_set():
                     return
             self._in_hand = None
-            if not isinstance(found, DataItem):
+            if not isinstance(found, DataItem | LeftOut):
                 return
 
     def _put(self, found: Read | ReaderError) -> bool:
@@ -365,7 +373,7 @@ class ReadAhead:
         """The next read. Errors: queue.Empty if it does not come soon."""
         found = self._ready.get(timeout=POLL_SECONDS)
         self._num_taken += 1
-        self.is_used_up = not isinstance(found, DataItem) or self._num_taken == self.most
+        self.is_used_up = not isinstance(found, DataItem | LeftOut) or self._num_taken == self.most
         return found
 
     def left(self) -> list[DataItem]:
@@ -666,6 +674,8 @@ def check_data(source: Source, last: DataFingerprint, *, after: Any, step: int, 
             tell("the data ends before that batch")  # then the run ends too, and trains on nothing else
         case ReadFailure(error=BatchError()):
             pass  # another signature: the next read says so, leaf by leaf
+        case LeftOut():  # it has fewer rows than a first batch that is read again
+            tell("it has fewer rows than the first batch")
         case ReadFailure():
             tell(f"{type(found.error).__name__}: {found.error}")
         case _:

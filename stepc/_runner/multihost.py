@@ -5,10 +5,12 @@ Several processes exchange a heartbeat, and compare their replicas of the state 
 """
 
 import json
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 
 from stepc._distributed.coordination import FailureBroadcast, FailureCause, KeyValueStore, listen, poll, poll_digest
 from stepc._language.state import key_data, leaves_by_path
-from stepc._runner.data import BatchSpec, DataItem, DataReader, EndOfData, Read, ReadFailure
+from stepc._runner.data import BatchSpec, DataItem, DataReader, EndOfData, LeftOut, Read, ReadFailure
 from stepc._runner.signals import SignalWatch
 from stepc.errors import (
     BatchError,
@@ -35,10 +37,11 @@ from stepc.errors import (
 
 HEARTBEAT_SECONDS = 0.4
 MISSED_BEATS = 3  # a process that misses so many heartbeats counts as gone
+GONE_SECONDS = 10.0  # a process that was killed while the others wait for a disk; jax itself ends them after 30
 WAITING = "waiting for the others"
 RECEIVED_SECONDS = 0.3  # the store delivers within this time what another process broadcast before it ended
 BARRIER_SECONDS = 0.02  # how often a barrier looks for the others
-ENDS, FAILS, IS_DEAD, IS_FINAL = 1, 2, 4, 8  # the bits that a process polls in place of a batch
+ENDS, FAILS, IS_DEAD, IS_FINAL, SHORT = 1, 2, 4, 8, 16  # the bits that a process polls in place of a batch
 # What libraries of collectives call themselves in their errors; jax has no exception class for a lost process.
 COLLECTIVES = ("gloo", "nccl", "connection closed by peer", "connection reset")
 SPREAD = 2654435761  # odd, near 2**32 over the golden ratio: the weights of neighbours are far apart
@@ -65,6 +68,18 @@ class SingleProcess:
     def has_none(self, feed: DataReader) -> bool:
         """Whether a run that made no step had no batch."""
         return feed.source.num_given == 0
+
+    def numbers(self, mine: int) -> list[int]:
+        """The number of each process."""
+        return [mine]
+
+    def verdict(self, mine: str | None) -> str | None:
+        """Why a step is not wanted, by this process or another; None if all want it."""
+        return mine
+
+    def raise_on_all(self, error: StepcError) -> NoReturn:
+        """Raise an error that all processes raise."""
+        raise error
 
     def raised(self, failure: StepError) -> StepcError:
         """The error to raise for a failure that no policy recovers from."""
@@ -107,8 +122,9 @@ class ProcessGroup:
         self.is_first = store.me == 0
         self.prefix = f"stepc/run/{store.number('run')}"
         self.heartbeat = Heartbeat(store, f"{self.prefix}/heartbeat")
-        self.commit = GroupCommit(store, failures, self.prefix)
+        self.commit = GroupCommit(store, failures, self.prefix, self._poll, self.heartbeat)
         self._num_polls, self._began, self._tenths = 0, time.monotonic(), 0
+        self._num_verdicts = 0
         self._spec_digest: tuple[BatchSpec | None, int] = (None, 0)
         self._raised_by_all: BaseException | None = None
 
@@ -143,10 +159,12 @@ class ProcessGroup:
             process = int(np.flatnonzero(bits & FAILS)[0])
             text = self.store.read(f"{self.prefix}/read/{self._num_polls}/{process}", seconds=5) or "the data failed"
             error = PeerError(f"Process {process} failed: {text}", process=process, step=number + 1, phase="data")
-            held = found if isinstance(found, DataItem) else None
+            held = found if isinstance(found, DataItem | LeftOut) else None
             return ReadFailure(error, self._num_polls, number, is_dead, is_final, held)
         if all_bits & ENDS:
             return EndOfData()
+        if all_bits & SHORT:
+            return LeftOut(int(np.flatnonzero(bits & SHORT)[0]))
         if (digests != digests[0]).any():
             facts = self.store.differences("batch", {} if spec is None else spec.rows())
             error = BatchError("The batches of the processes have different signatures.", facts=facts)
@@ -157,10 +175,29 @@ class ProcessGroup:
         """Always: the process without a batch keeps all others from making a step."""
         return True
 
+    def numbers(self, mine: int) -> list[int]:
+        return self._poll((mine,))[:, 0].tolist()
+
+    def verdict(self, mine: str | None) -> str | None:
+        """If one process rejects a step, all of them do: each with its own reason, or else with that of another."""
+        self._num_verdicts += 1
+        key = f"{self.prefix}/verdict/{self._num_verdicts}"
+        if mine:
+            self.store.put(f"{key}/{self.store.me}", str(mine))
+        if not any(rejecting := self.numbers(int(bool(mine)))):
+            return None
+        process = rejecting.index(1)
+        return mine or f"process {process}: {self.store.read(f'{key}/{process}', seconds=5)}"
+
+    def raise_on_all(self, error: StepcError) -> NoReturn:
+        self._raised_by_all = error
+        raise error
+
     def raised(self, failure: StepError) -> StepcError:
         """Failed data is a PeerError on the other processes, and so is a lost process; the rest stays as it is."""
         cause = failure.__cause__
-        if isinstance(failure, DataError | NonFiniteError | RejectedError):
+        is_by_all = cause is not None and cause is self._raised_by_all
+        if isinstance(failure, DataError | NonFiniteError | RejectedError) or is_by_all:
             self._raised_by_all = cause if isinstance(cause, PeerError) else failure
             return self._raised_by_all
         if isinstance(failure, DeviceError | BuildError) and (peer := self._lost_process(failure)) is not None:
@@ -178,14 +215,12 @@ class ProcessGroup:
         rows = {path: ", ".join(f"{one:08x}" for one in dict.fromkeys(row)) for path, row in mine.items()}
         facts = self.store.differences("state", rows) or [("devices", "the replicas within one process differ")]
         what = f"After step {number} the replicas of the state differ between processes."
-        self._raised_by_all = PeerError(what, step=number, phase="compare", facts=facts)
-        raise self._raised_by_all
+        self.raise_on_all(PeerError(what, step=number, phase="compare", facts=facts))
 
     def check_same(self, topic: str, mine: Callable[[], Mapping[str, str]]) -> None:
         """Errors: ConfigError on all processes, with both values."""
         if facts := self.store.differences(topic, mine()):
-            self._raised_by_all = ConfigError(f"The processes do not agree on the {topic} of the run.", facts=facts)
-            raise self._raised_by_all
+            self.raise_on_all(ConfigError(f"The processes do not agree on the {topic} of the run.", facts=facts))
 
     def ends_all(self, error: BaseException, number: int) -> bool:
         """Broadcasts an error of this process alone. One that all raise together ends each of them in its own time."""
@@ -273,6 +308,8 @@ def _bits(found: Read) -> int:
     match found:
         case DataItem():
             return 0
+        case LeftOut():
+            return SHORT
         case EndOfData():
             return ENDS
         case ReadFailure():
@@ -284,11 +321,19 @@ class GroupCommit:
 
     Args:
       prefix: of its keys.
+      poll: the numbers of all processes. Errors: PeerError that names the process that is gone.
     `is_busy` says whether a save is in flight on any process, as of the last poll before a step.
     """
 
-    def __init__(self, store: KeyValueStore, failures: FailureBroadcast, prefix: str) -> None:
-        self.store, self.failures, self.prefix = store, failures, prefix
+    def __init__(
+        self,
+        store: KeyValueStore,
+        failures: FailureBroadcast,
+        prefix: str,
+        poll: Callable[[tuple[int, ...]], np.ndarray],
+        heartbeat: "Heartbeat",
+    ) -> None:
+        self.store, self.failures, self.prefix, self.poll, self.heartbeat = store, failures, prefix, poll, heartbeat
         self.is_first = store.me == 0
         self.is_busy = False
         self.is_busy_here: Callable[[], bool] = lambda: False
@@ -307,7 +352,7 @@ class GroupCommit:
         """
         if failure is not None:
             self.store.put(self._failure_key, f"process {self.store.me}: {failure}")
-        failed = poll((int(failure is not None),), tuple(range(self.store.num)))
+        failed = self.poll((int(failure is not None),))
         return self.store.read(self._failure_key, seconds=5) if failed.any() else None
 
     def gather(self, step: int, mine: Any) -> Any:  # Any: a JSON value
@@ -316,7 +361,7 @@ class GroupCommit:
         self.store.put(f"{prefix}/{self.store.me}", text)
         if not self.is_first:
             return mine
-        each = [self.store.read(f"{prefix}/{process}", seconds=60) or text for process in range(self.store.num)]
+        each = self._read_all(prefix, list(range(self.store.num)), math.inf)
         return mine if all(one == text for one in each) else {"each": [json.loads(one) for one in each]}
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
@@ -325,20 +370,29 @@ class GroupCommit:
         Why: jax's own barrier waits out its timeout for a process that has failed to write, or is gone.
         Errors: OSError with the failure of another process; TimeoutError.
         """
-        prefix, until = f"{self.prefix}/barrier/{self._attempt}/{key}", time.monotonic() + timeout_ms / 1000
+        prefix = f"{self.prefix}/barrier/{self._attempt}/{key}"
         self.store.put(f"{prefix}/{self.store.me}", "here")
-        missing = list(range(self.store.num)) if self.is_first else ["all"]
-        while missing:
-            missing = [process for process in missing if self.store.peek(f"{prefix}/{process}") is None]
+        self._read_all(prefix, list(range(self.store.num)) if self.is_first else ["all"], timeout_ms / 1000)
+        if self.is_first:
+            self.store.put(f"{prefix}/all", "here")
+
+    def _read_all(self, prefix: str, names: Sequence[int | str], seconds: float) -> list[str]:
+        """The texts under these names, when all of them are there. Errors: those of `barrier`."""
+        until, texts = time.monotonic() + seconds, dict[int | str, str]()
+        alive = LivingProcesses(self.heartbeat)
+        while missing := [name for name in names if name not in texts]:
+            texts |= {name: text for name in missing if (text := self.store.peek(f"{prefix}/{name}")) is not None}
             if (failure := self.store.peek(self._failure_key)) is not None:
                 raise OSError(failure)
             if (cause := self.failures.received()) is not None or self.failures.exit_code is not None:
                 raise OSError("the run has ended" if cause is None else cause.text)
-            if missing and time.monotonic() > until:
-                raise TimeoutError(f"processes that did not write in time: {', '.join(map(str, missing))}")
-            time.sleep(BARRIER_SECONDS if missing else 0)
-        if self.is_first:
-            self.store.put(f"{prefix}/all", "here")
+            if (gone := alive.gone()) is not None:
+                raise OSError(f"process {gone} is gone")
+            if len(texts) < len(names):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"processes that did not write in time: {', '.join(map(str, missing))}")
+                time.sleep(BARRIER_SECONDS)
+        return [texts[name] for name in names]
 
     @property
     def _failure_key(self) -> str:
@@ -375,9 +429,9 @@ class Heartbeat:
 
     def silent(self) -> int | None:
         """A process whose heartbeat has stopped, if there is one. It takes three beats to tell."""
-        before = self._numbers()
+        before = self.numbers()
         time.sleep(HEARTBEAT_SECONDS * MISSED_BEATS)
-        after = self._numbers()
+        after = self.numbers()
         return next((process for process in before if before[process] == after[process]), None)
 
     def slowest(self) -> tuple[int, int, str]:
@@ -403,12 +457,34 @@ class Heartbeat:
             if self._stop.wait(HEARTBEAT_SECONDS):
                 return
 
-    def _numbers(self) -> dict[int, int]:
+    def numbers(self) -> dict[int, int]:
+        """The number of the last heartbeat of each process."""
         return {process: self._read(process).number for process in range(self.store.num)}
 
     def _read(self, process: int) -> HeartbeatRecord:
         text = self.store.peek(f"{self.prefix}/{process}")
         return HeartbeatRecord(0, 0, "start", 0.0) if text is None else HeartbeatRecord(*json.loads(text))
+
+
+@dataclass
+class LivingProcesses:
+    """Finds, while this process waits in a thread, another one whose heartbeat has stopped."""
+
+    heartbeat: Heartbeat
+    _seen: dict[int, int] = field(default_factory=dict)
+    _since: dict[int, float] = field(default_factory=dict)
+    _asked_at: float = -math.inf
+
+    def gone(self) -> int | None:
+        """A process whose heartbeat has stopped for `GONE_SECONDS`; it asks the store once in a heartbeat."""
+        now = time.monotonic()
+        if now - self._asked_at < HEARTBEAT_SECONDS:
+            return None
+        self._asked_at = now
+        for process, number in self.heartbeat.numbers().items():
+            if self._seen.get(process) != number:
+                self._seen[process], self._since[process] = number, now
+        return next((process for process, since in self._since.items() if now - since > GONE_SECONDS), None)
 
 
 def replica_digests(state: Any) -> dict[str, list[int]]:  # Any: a state

@@ -197,9 +197,13 @@ def _nonfinite_batch_leaves(batch: Batch, row: int | None) -> list[tuple[str, st
 RejectIf: TypeAlias = Callable[[Mapping[str, float]], str | None]
 
 
-def check_verdict(reject_if: RejectIf, metrics: Metrics, *, row: int, step: int) -> None:
+def check_verdict(
+    reject_if: RejectIf, metrics: Metrics, *, row: int, step: int, agreed: Callable[[str | None], str | None]
+) -> None:
     """Ask `reject_if` about a finished step.
 
+    Args:
+      agreed: what all processes say, given what this one says.
     Errors: RejectedError with the reason it gives; StepError from what it raises.
     """
     numbers = floats_of(metrics, row)
@@ -208,7 +212,7 @@ def check_verdict(reject_if: RejectIf, metrics: Metrics, *, row: int, step: int)
     except Exception as error:  # whatever a user's function raises: it is raised from
         what = f"`reject_if` failed at step {step}: {type(error).__name__}: {error}"
         raise StepError(what, phase="reject_if", step=step, state_ok=True) from error
-    if why:
+    if why := agreed(why):
         facts = [(name, f"{number:g}") for name, number in numbers.items()]
         raise RejectedError(
             f"Step {step} is rejected: {why}", phase="reject_if", step=step, state_ok=False, facts=facts

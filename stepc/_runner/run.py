@@ -13,6 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import jax
@@ -187,10 +188,11 @@ def run(
     _check_state(state, ours)
     with ExitStack() as at_the_end:
         peers = at_the_end.enter_context(closing(peers_for(state)))
-        peers.check_same("arguments", lambda: _comparable(arguments, policies, watchdog, buffers))
         place = data.place or (ours.put if data.prefetch > 0 or peers.are_many else lambda batch: batch)
         source = Source(data.loader, place, data.short_batches)
-        _check_replay(policies, checkpoint, is_positioned=isinstance(source.batches, Positioned))
+        is_positioned = isinstance(source.batches, Positioned)
+        peers.check_same("arguments", lambda: _comparable(arguments, policies, watchdog, buffers, data, is_positioned))
+        _check_replay(policies, checkpoint, is_positioned=is_positioned)
         watcher = StallWatcher(watchdog.warn_seconds, peers.stalled, watchdog.exit_seconds)
         at_the_end.enter_context(closing(watcher))
         signals = at_the_end.enter_context(watched_signals(watchdog.signals))
@@ -205,7 +207,7 @@ def run(
             is_over=signals.is_over,
             reading=signals.reading,
         )
-        callbacks = Callbacks(eval, hooks, profile, watcher)
+        callbacks = Callbacks(eval, hooks, profile, watcher, peers)
         for one in (reader, callbacks):
             at_the_end.callback(one.close)
         trainer = Trainer(
@@ -358,11 +360,15 @@ def _check_state(state: object, step: AnyStep) -> None:
 
 
 def _comparable(
-    arguments: Mapping[str, Any], policies: Mapping[str, Policy], watchdog: Watchdog, buffers: Buffers
-) -> dict[str, str]:  # Any: arguments
-    """The arguments that must be the same on all processes of a run."""
+    arguments: Mapping[str, Any],  # Any: arguments
+    policies: Mapping[str, Policy],
+    watchdog: Watchdog,
+    buffers: Buffers,
+    data: Data,
+    is_positioned: bool,
+) -> dict[str, str]:
+    """The arguments that must be the same on all processes of a run: those by which it decides what all do next."""
     evaluation, hooks = arguments["eval"], arguments["hooks"]
-    every = [None if evaluation is None else evaluation.every, [hook[0] for hook in hooks]]
     return {name: repr(arguments[name]) for name in ("step", "steps", "checkpoint")} | {
         "in_flight": repr(buffers.in_flight),
         "snapshot_every": repr(buffers.snapshot_every),
@@ -370,8 +376,24 @@ def _comparable(
         "warn_seconds": repr(watchdog.warn_seconds),
         "signals": ", ".join(map(_name_of, watchdog.signals)),
         "on_error": repr(policies),
-        "eval and hooks": repr(every),
+        "eval": "None" if evaluation is None else f"Eval({evaluation.every}, {_name_of_function(evaluation.evaluate)})",
+        "hooks": f"every {[every for every, _ in hooks]}",
+        "reject_if": _name_of_function(arguments["reject_if"]),
+        "short_batches": repr(data.short_batches),
+        "place": _name_of_function(data.place),
+        "data": f"with{'' if is_positioned else 'out'} `get_state()` and `set_state(state)`",
     }
+
+
+def _name_of_function(function: object) -> str:
+    """What a function is called; of another object, its class."""
+    match function:
+        case None:
+            return "None"
+        case FunctionType() | MethodType():
+            return function.__qualname__
+        case _:
+            return type(function).__name__
 
 
 def _check_replay(policies: Mapping[str, Policy], checkpoint: Checkpoints | None, *, is_positioned: bool) -> None:

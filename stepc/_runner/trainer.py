@@ -12,7 +12,16 @@ import jax
 
 from stepc._runner.callbacks import Callbacks
 from stepc._runner.checkpoint import CheckpointKeeper
-from stepc._runner.data import DataItem, DataReader, EndOfData, ReadFailure, data_failure, data_fingerprint
+from stepc._runner.data import (
+    DataItem,
+    DataReader,
+    EndOfData,
+    LeftOut,
+    Read,
+    ReadFailure,
+    data_failure,
+    data_fingerprint,
+)
 from stepc._runner.events import EventLog, is_due
 from stepc._runner.multihost import Peers
 from stepc._runner.pending import (
@@ -131,6 +140,9 @@ class Trainer:
                             self.reader.again.appendleft(read)
                         self.wait(0)
                         return
+                    case LeftOut(process):
+                        if process is not None:
+                            self.events.event("batch_left_out", self.number, why=f"it is short on process {process}")
                     case ReadFailure():
                         self.wait(0)
                         raise data_failure(found, self.number + 1) from found.error
@@ -227,7 +239,7 @@ class Trainer:
         elif status is not None and not status.is_finite[row]:
             raise nonfinite_failure(pending, step, row, state_ok=False)
         elif self.reject_if is not None:
-            check_verdict(self.reject_if, pending.metrics, row=row, step=step)
+            check_verdict(self.reject_if, pending.metrics, row=row, step=step, agreed=self.peers.verdict)
 
     def between_steps(self) -> None:
         """Do what is due after this step, with nothing in flight."""
@@ -276,7 +288,7 @@ class Trainer:
                     None if self.peers.are_many else data_fingerprint(self.last_item),
                 )
 
-    def recover(self, failure: StepError, found: DataItem | ReadFailure | EndOfData) -> None:
+    def recover(self, failure: StepError, found: Read) -> None:
         """Log a failure; then raise it, or restore what the policy needs to continue."""
         self.watcher.progress()
         kind = KINDS.get(type(failure))

@@ -21,6 +21,7 @@ from faults.plan import Remembering, digest
 from jax.experimental.multihost_utils import process_allgather
 
 import stepc as sc
+from stepc._runner.multihost import GroupCommit
 
 FEATURES, ROWS = 8, 16  # rows of the batch of all processes
 TRUTH = np.float32([1.0, -2.0, 0.5, 3.0, 0.0, 1.0, -1.0, 2.0])
@@ -237,6 +238,8 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     if "differs" in options and jax.process_index() == 1:
         options |= dict([options["differs"].split(":")])
     options.pop("differs", None)
+    if options.pop("dies", "") and int(on) == jax.process_index():
+        GroupCommit.barrier = GroupCommit.gather = kill  # pyright: ignore[reportAttributeAccessIssue]
     prefetch, on_error = int(options.pop("prefetch", 0)), STRICT[options.pop("on_error", "raise")]
     watchdog = sc.Watchdog(
         warn_seconds=max(float(options["warn_seconds"]), seconds_to_warm_up(failing.step))
@@ -254,7 +257,7 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
         run = sc.run(
             step,
             fresh(failing.step),
-            sc.Data(rows, prefetch=prefetch),
+            sc.Data(rows, prefetch=prefetch, short_batches=options.get("short_batches", "raise")),
             loggers=loggers,
             hooks=hooks,
             log_every=1,
@@ -275,7 +278,43 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     return {**found, "told": told.told, "events": told.names(), "given": rows.given}
 
 
+def kill(*about: Any, **more: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def verdict(which: str) -> Callable[[Any], str | None]:
+    """`reject_if` that process 1 calls with another result, at its seventh step, once."""
+    judged: list[int] = []
+
+    def judge(metrics: Any) -> str | None:
+        judged.append(1)
+        return "I do not like it" if len(judged) == 7 and str(jax.process_index()) in which else None
+
+    return judge
+
+
+def masked_loss(params: Any, batch: Any) -> sc.Mean:
+    error = batch["x"] @ params["w"] - batch["y"]
+    return sc.Mean((error**2 * batch["mask"]).sum(), batch["mask"].sum())
+
+
+def evaluation(numbers: str) -> sc.Eval:
+    """Of so many batches on each process, of which the last has half of the rows: by a step if there are masks."""
+    kind, *counts = numbers.split(",")
+    num = int(counts[jax.process_index() % len(counts)])
+    batches: list[Any] = [local(global_batch(number)) for number in range(1, num + 1)]
+    batches = [{**batch, "mask": np.ones(len(batch["x"]), np.float32)} for batch in batches]
+    if kind == "plain":
+        return sc.Eval(3, lambda state, batch: {"w": state.params["w"].sum()}, batches)
+    batches[-1] = first_rows(batches[-1], 4)
+    gradient = sc.shard(sc.dp("data")) @ sc.grad(masked_loss)
+    judge = sc.compile(sc.update(optax.sgd(0.0)) @ gradient, mesh=jax.make_mesh((jax.device_count(),), ("data",)))
+    return sc.Eval(3, judge, batches)
+
+
 READ: dict[str, Callable[[str, Path], Any]] = {
+    "reject_if": lambda value, _: verdict(value),
+    "eval": lambda value, _: evaluation(value),
     "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
     "steps": lambda value, _: int(value),
 }

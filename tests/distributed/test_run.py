@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed.job import TRUTH, global_batch
 from distributed.launching import Job, alone, started
 
 fault = pytest.mark.fault
@@ -63,6 +64,15 @@ def test_sharded_state_is_restored_by_another_number_of_processes(whole: dict[st
     assert "resumed" in job.found(0)["events"]
     one = alone("run", tmp_path, devices=4, checkpoint=5, zero=1)  # restores, and is done
     assert {job.found(process)["digest"] for process in range(4)} == {one["digest"], whole["digest"]}
+
+
+def by_hand_after_three_steps() -> np.ndarray:
+    """The parameters after the first three batches: with the sign of the gradient they are exact."""
+    weights = np.zeros_like(TRUTH)
+    for number in (1, 2, 3):
+        batch = global_batch(number)
+        weights -= np.float32(0.25) * np.sign(batch["x"].T @ (batch["x"] @ weights - batch["y"]))
+    return weights
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -124,6 +134,15 @@ def test_kill_of_one_ends_all_and_leaves_a_checkpoint(at: int, whole: dict[str, 
         assert "resumed" in found["events"]
 
 
+@fault("73", "kill -9 of process 1 in its first save, while process 0 waits for it", "PeerError that names it")
+@pytest.mark.parametrize("options", [{}, {"steps": 5}], ids=["in the run", "at its end"])
+def test_kill_in_the_first_save_is_named(options: dict[str, int], tmp_path: Path) -> None:
+    with started("run", tmp_path, dies="save", checkpoint=5, raises=1, **options) as job:
+        other, killed = job.wait()
+    assert killed == -9 and other == 1, job.said(0)
+    assert "stepc.errors.PeerError: Process 1 is gone: it crashed or was killed" in job.said(0)
+
+
 @fault("74", "kill -9 of process 0", "jax ends the other; its exit code is not 0")
 def test_kill_of_process_0_ends_all(tmp_path: Path) -> None:
     with started("run", tmp_path, fault="kill", on=0) as job:
@@ -153,7 +172,9 @@ def test_process_that_hangs_is_named(kind: str, on: int, text: str, tmp_path: Pa
 
 
 @fault("76", "another number of steps, another policy on one process", "ConfigError on both, with both sides")
-@pytest.mark.parametrize("differs", ["steps:19", "on_error:skip"])
+@pytest.mark.parametrize(
+    "differs", ["steps:19", "on_error:skip", "short_batches:drop", "reject_if:none", "eval:plain,1", "checkpoint:4"]
+)
 def test_arguments_that_differ_between_processes_are_refused(differs: str, tmp_path: Path) -> None:
     job = done(tmp_path, steps=18, differs=differs)
     texts = [job.found(process)["error"] for process in (0, 1)]
@@ -161,6 +182,52 @@ def test_arguments_that_differ_between_processes_are_refused(differs: str, tmp_p
     assert texts[0].startswith("ConfigError: The processes do not agree on the arguments of the run.")
     assert f"{differs.partition(':')[0]}  process 0: " in texts[0]
     assert [job.found(process)["given"] for process in (0, 1)] == [0, 0]
+
+
+@fault("76", "a short batch on one process, short_batches=drop", "all leave out that batch; bitwise as without it")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_short_batch_on_one_is_left_out_by_all(prefetch: int, tmp_path: Path) -> None:
+    job = done(tmp_path / "two", fault="rows", short_batches="drop", prefetch=prefetch)
+    one = alone("run", tmp_path / "one", devices=4, fault="read", on=0, on_error="skip")
+    for process in (0, 1):
+        found = job.found(process)
+        assert (found["ended"], found["step"], found["given"], found["digest"]) == ("data", 19, 20, one["digest"])
+    assert job.found(0)["events"].count("batch_left_out") == 1
+
+
+@fault("80", "`reject_if` rejects a step on one process alone", "RejectedError on both, or both leave it out")
+@pytest.mark.parametrize("on", ["0", "1", "01"])
+def test_verdict_of_one_is_that_of_all(on: str, tmp_path: Path) -> None:
+    job = done(tmp_path / "raised", reject_if=on)
+    for process in (0, 1):
+        who = "" if str(process) in on else f"process {on}: "
+        assert job.found(process)["error"].startswith(f"RejectedError: Step 7 is rejected: {who}I do not like it\n")
+    job = done(tmp_path / "skipped", reject_if=on, on_error="skip")
+    one = alone("run", tmp_path / "one", devices=4, fault="read", on=0, on_error="skip")
+    for process in (0, 1):
+        found = job.found(process)
+        assert (found["ended"], found["step"], found["digest"]) == ("data", 19, one["digest"])
+
+
+@fault("76", "an evaluation with another number of batches on one process", "StepError on both that names them")
+def test_uneven_evaluation_is_refused_on_both(tmp_path: Path) -> None:
+    job = done(tmp_path, eval="plain,3,2")
+    texts = [job.found(process)["error"] for process in (0, 1)]
+    assert texts[0] == texts[1]
+    what = "Its data gave 2 batches on process 1, and more on process 0."
+    assert texts[0].startswith(f"StepError: The eval at step 3 failed: ConfigError: {what}\n")
+
+
+@fault("76", "the same, by a step on batches with a mask", "exact: the process without a batch adds no row")
+def test_uneven_evaluation_by_a_step_is_exact(tmp_path: Path) -> None:
+    job = done(tmp_path, eval="step,3,2", steps=3)
+    ((at, found),) = [(at, one["eval_loss"]) for at, one in job.found(0)["told"] if "eval_loss" in one]
+    # The state after three steps of `sign_sgd(0.25)`, and the rows that the masks keep: 8, 8, 4 and 8, 4.
+    kept = [np.r_[0:16], np.r_[0:8, 8:12], np.r_[0:4]]
+    weights = by_hand_after_three_steps()
+    batches = [global_batch(number) for number in (1, 2, 3)]
+    errors = [((one["x"] @ weights - one["y"]) ** 2)[rows] for one, rows in zip(batches, kept, strict=True)]
+    assert (at, found) == (3, float(np.concatenate(errors).mean()))
 
 
 @fault("76", "another number of rows on one process, in the first batch", "DataError on both before a step, both sides")

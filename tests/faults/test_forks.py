@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.plan import batch_of, fresh, step, wait_until
-from waiting import LIMIT_SECONDS
+from faults.plan import batch_of, fresh, step
+from waiting import LIMIT_SECONDS, eventually
 
 import stepc as sc
 
@@ -107,7 +107,7 @@ def test_pool_in_a_hook_ends() -> None:
         with FORK.Pool(2) as pool:
             found.append(pool.map(abs, [-1, 2, -3]))
             workers = multiprocessing.active_children()
-        wait_until(lambda: not any(worker.is_alive() for worker in workers), LIMIT_SECONDS / 10)
+        eventually(lambda: not any(worker.is_alive() for worker in workers))
 
     sc.run(step(), fresh(), [batch_of(1)], hooks=[(1, hook)])
     assert found == [[1, 2, 3]]
@@ -159,7 +159,7 @@ def test_child_of_a_run_that_was_killed_does_not_hold_the_directory(tmp_path: Pa
         job.wait()
         try:
             os.kill(child, 0)  # it lives
-            wait_until(lambda: can_lock(tmp_path))  # its own copy of the lock is closed soon after it was forked
+            eventually(lambda: can_lock(tmp_path))  # its own copy of the lock is closed soon after it was forked
         finally:
             os.kill(child, signal.SIGKILL)
 
