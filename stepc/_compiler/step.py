@@ -49,7 +49,7 @@ from stepc._compiler.validation import (
     signature_text,
 )
 from stepc._language.kinds import Batch, Metrics, Params
-from stepc._language.pipeline import Pipeline, Transform
+from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State
 from stepc.inspect.budget import Budget
@@ -129,6 +129,10 @@ class Step:
     def __repr__(self) -> str:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
         return f"compile({self.pipeline!r}{mesh})"
+
+    def settings(self) -> list[tuple[str, dict[str, str]]]:
+        """Each transform as it prints, with the numbers that it does not print, such as a learning rate."""
+        return settings_of(self.pipeline)
 
     @property
     def traces(self) -> int:

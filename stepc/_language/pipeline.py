@@ -9,7 +9,9 @@ import linecache
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType, FunctionType
@@ -26,6 +28,7 @@ from stepc.errors import PipelineTypeError, caret
 Operand: TypeAlias = "Transform | Pipeline | Callable[..., Any]"
 
 _LONGEST_QUOTE = 60  # columns; a longer argument is printed by its name
+_MOST_NUMBERS = 100  # of the closures of one transform: a loss may hold a whole model
 _LONGEST_NAME = 40  # columns; messages name a longer value by its type
 
 
@@ -227,6 +230,57 @@ def quoted_argument(value: object, *, position: int, keyword: str, otherwise: st
     if text is None or len(text) > _LONGEST_QUOTE or "\n" in text:
         return QuotedArgument(value, otherwise)
     return QuotedArgument(value, text)
+
+
+def settings_of(pipeline: "Transform | Pipeline") -> list[tuple[str, dict[str, str]]]:
+    """Each transform as it prints, with the numbers that it does not print: those in the closures of its arguments.
+
+    Why: `update(tx)` prints alike for every learning rate, since optax keeps it in a closure.
+    """
+    found: list[tuple[str, dict[str, str]]] = []
+    for transform in transforms_of(pipeline):
+        numbers: dict[str, str] = {}
+        for one in fields(transform):
+            _add_numbers(getattr(transform, one.name), one.name, numbers, seen=set())
+        found.append((repr(transform), numbers))
+    return found
+
+
+def _add_numbers(value: object, name: str, numbers: dict[str, str], seen: set[int]) -> None:
+    """Add the numbers and names that a value holds, each by the function that it belongs to."""
+    if id(value) in seen or len(numbers) >= _MOST_NUMBERS:
+        return
+    match value:
+        case QuotedArgument(value=inner):
+            _add_numbers(inner, name, numbers, seen)
+        case Pipeline(transforms=parts):
+            for part in parts:
+                for one in fields(part):
+                    _add_numbers(getattr(part, one.name), one.name, numbers, seen)
+        case FunctionType(__closure__=cells, __code__=code):
+            seen.add(id(value))
+            owner = value.__qualname__.partition(".")[0]
+            for variable, cell in zip(code.co_freevars, cells or (), strict=True):
+                with suppress(ValueError):  # a variable that has no value yet
+                    _add_numbers(cell.cell_contents, f"{owner}.{variable}", numbers, seen)
+        case partial(func=function, args=args, keywords=keywords):
+            for one, part in (("", function), *enumerate(args), *keywords.items()):
+                _add_numbers(part, f"{name}.{one}", numbers, seen)
+        case tuple() | list():
+            seen.add(id(value))
+            for part in value:
+                _add_numbers(part, name, numbers, seen)
+        case dict():
+            seen.add(id(value))
+            for part in value.values():
+                _add_numbers(part, name, numbers, seen)
+        case bool() | int() | float() | complex() | str() | np.generic() if "." in name:
+            text = repr(value).removesuffix(".0")  # optax's schedules make a float of an integer when they are called
+            while numbers.get(name, text) != text:
+                name += "'"  # of two functions alike, the second
+            numbers[name] = text
+        case _:
+            pass
 
 
 def _frame_of_caller() -> FrameType:

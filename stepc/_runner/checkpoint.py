@@ -4,10 +4,11 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import DataFingerprint
@@ -18,6 +19,7 @@ from stepc.errors import CheckpointError
 if TYPE_CHECKING:  # `import stepc` must not need Orbax
     from stepc._runner.checkpoint_store import CheckpointStore
 
+Settings: TypeAlias = Sequence[tuple[str, Mapping[str, str]]]
 SLOW_SECONDS = 0.5  # shorter waits for saves, added up, are no event
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash: `Path("s3://bucket")` has lost the other
 
@@ -40,10 +42,13 @@ class Checkpoints:
       timeout_seconds: a save that takes longer has failed. A thread that waits for a disk cannot be ended, and Python
         waits for it at exit; a second Ctrl-C ends that wait.
       check_data: on resume, read the last batch before the checkpoint again, and refuse data that gives another one: an
-        iterator made with another seed accepts its old position without a word.
+        iterator made with another seed accepts its old position without a word. False also lets the signature of the
+        batches change, such as their number of rows.
       exact_resume: refuse data that has no position. Otherwise that is an event, and a resumed run begins with the
         first batch again.
     Errors: FieldTypeError or ConfigError with all faults. A run with checkpoints needs the extra "checkpoint".
+    A pipeline with the same tree of leaves resumes, such as one with another learning rate, clip or k, or with adamw in
+    place of adam. The event `pipeline_changed` says what changed.
     For an exact resume the data must be an iterator with `get_state()` and `set_state(state)`, such as those of Grain.
     Example:
       >>> Checkpoints("runs/first", every=100).keep
@@ -87,13 +92,42 @@ def _check_directory(directory: str | Path, faults: ArgumentFaults) -> None:
 
 @dataclass(frozen=True)
 class RestoredCheckpoint:
-    """What was read: a state and its step; position, batch signature and fingerprint of the data."""
+    """What was read: a state and its step; position, batch signature and fingerprint of the data; what was trained."""
 
     state: Any  # Any: a state
     number: int
     position: Any  # Any: see Positioned
     batch: Mapping[str, str]
     last: DataFingerprint | None
+    settings: Settings | None = None  # None in the checkpoints of stepc 0.1
+
+
+def pipeline_changes(before: Settings, now: Settings) -> tuple[str, str] | None:
+    """What two pipelines have not in common, as they print; None if they are the same.
+
+    Of a transform that prints alike in both, the numbers that differ.
+    """
+    parts = [[(text, tuple(sorted(numbers.items()))) for text, numbers in one] for one in (before, now)]
+    was: list[str] = []
+    instead: list[str] = []
+    for kind, i, i_end, j, j_end in SequenceMatcher(None, *parts, autojunk=False).get_opcodes():
+        old, new = parts[0][i:i_end], parts[1][j:j_end]
+        if kind == "equal":
+            continue
+        if [text for text, _ in old] == [text for text, _ in new]:
+            for (text, mine), (_, theirs) in zip(old, new, strict=True):
+                was.append(_with_numbers(text, mine, theirs))
+                instead.append(_with_numbers(text, theirs, mine))
+        else:
+            was += [text for text, _ in old]
+            instead += [text for text, _ in new]
+    return (" @ ".join(was) or "nothing", " @ ".join(instead) or "nothing") if was or instead else None
+
+
+def _with_numbers(text: str, mine: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> str:
+    return (
+        f"{text} with {', '.join(f'{name}={value}' for name, value in mine if (name, value) not in theirs) or 'none'}"
+    )
 
 
 @dataclass
@@ -101,6 +135,7 @@ class CheckpointKeeper:
     """Saves and restores the checkpoints of one run.
 
     Args:
+      settings: what the run trains, as `CompiledStep.settings` gives it.
       saved: the step of the last committed checkpoint; -1 before the first.
     """
 
@@ -108,6 +143,7 @@ class CheckpointKeeper:
     store: "CheckpointStore"
     counts: FailureCounts
     events: EventLog
+    settings: Settings = ()
     clock: Callable[[], float] = time.monotonic
     saved: int = -1
     _in_flight: int = -1
@@ -152,7 +188,7 @@ class CheckpointKeeper:
             return
         if is_slow:
             self._note_wait(number, self.clock() - began)
-        meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
+        meta = {"step": number, "position": position, "batch": dict(batch), "last": last, "settings": self.settings}
         if self._guarded(number, lambda: self.store.save(number, state, meta)):
             self._in_flight = number
         self._saved_at = self.clock()

@@ -168,7 +168,8 @@ class CheckpointStore:
                 before = decode_position(meta["last"]["before"], is_same=True)
                 last = DataFingerprint(before, meta["last"]["crc32"])
             position = decode_position(meta["position"], is_same=same)
-            return RestoredCheckpoint(state, meta["step"], position, meta["batch"] if same else {}, last)
+            settings = meta.get("settings")  # stepc 0.1 did not write them
+            return RestoredCheckpoint(state, meta["step"], position, meta["batch"] if same else {}, last, settings)
         if faults:
             raise ResumeError(
                 f"None of the checkpoints in {self.directory} can be read.",

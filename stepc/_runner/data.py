@@ -477,8 +477,10 @@ def _compared(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | Non
         faults = faults or [("structure", f"expected {first.structure}, got {structure}")]
         _raise_for("The signature of this batch is not that of the first batch.", faults)
     _raise_for("A batch must be a tree of arrays of numbers, with at least one row each.", faults)
-    faults = _changes(spec.rows(), saved or spec.rows())
-    _raise_for("The signature of this batch is not that of the batches before the checkpoint.", faults)
+    # numpy arrays may have become arrays of jax, or the other way round: their numbers are the same.
+    faults = _changes(_without_place(spec.rows()), _without_place(saved or spec.rows()))
+    what = "The signature of this batch is not that of the batches before the checkpoint."
+    _raise_for(what, faults, "If that is meant: Checkpoints(…, check_data=False).")
     return replace(
         spec,
         leaf_types=tuple((type(leaf), leaf.shape, leaf.dtype) for leaf in leaves),
@@ -532,9 +534,13 @@ def _too_large(batch: Batch) -> list[tuple[str, str]]:
     return found
 
 
-def _raise_for(what: str, faults: list[tuple[str, str]]) -> None:
+def _without_place(rows: Mapping[str, str]) -> dict[str, str]:
+    return {path: text.removeprefix("host ").removeprefix("device ") for path, text in rows.items()}
+
+
+def _raise_for(what: str, faults: list[tuple[str, str]], remedy: str | None = None) -> None:
     if faults:
-        raise BatchError(what, facts=faults)
+        raise BatchError(what, facts=faults, suggestion=remedy)
 
 
 def _canonical(dtype: Any) -> Any:  # Any: a dtype of numpy

@@ -1,6 +1,6 @@
 """One call of a step: what `run` asks of a step, waiting for its result, and copies of the state to come back to."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from stepc._distributed.coordination import ADDRESS
 from stepc._language.kinds import Batch, Metrics
 from stepc._language.state import leaves_by_path
 from stepc._runner.data import DataItem
@@ -58,6 +59,10 @@ class CompiledStep(Protocol):
         """How many steps in a row the program may skip; None if it skips none."""
         ...
 
+    def settings(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """The parts of what it trains, each as it prints, with the numbers that it does not print."""
+        ...
+
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]: ...  # Any: a state
 
     def step_with_diagnostics(
@@ -94,6 +99,9 @@ class PlainStep:
 
     def __repr__(self) -> str:
         return repr(self.function)
+
+    def settings(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        return [(ADDRESS.sub("", repr(self.function)), {})]
 
     def step_with_diagnostics(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics, None]:  # Any: a state
         return *self.function(state, batch), None

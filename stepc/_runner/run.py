@@ -23,7 +23,7 @@ from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.callbacks import Callbacks, Eval, Hook, Profile
-from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints
+from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints, pipeline_changes
 from stepc._runner.data import DataReader, Positioned, Source, check_data, go_to
 from stepc._runner.events import EventLog, Logger
 from stepc._runner.multihost import Peers, peers_for, replica_digests
@@ -218,7 +218,7 @@ def run(
             events=events,
             signals=signals,
             callbacks=callbacks,
-            checkpoints=checkpoint and _keeper(checkpoint, state, counts, events, peers, at_the_end),
+            checkpoints=checkpoint and _keeper(checkpoint, ours, state, counts, events, peers, at_the_end),
             watcher=watcher,
             peers=peers,
             monitor=RecompilationMonitor(ours, events, watchdog.max_recompiles),
@@ -422,7 +422,13 @@ def _needs_snapshots(policies: Mapping[str, Policy]) -> bool:
 
 
 def _keeper(
-    wanted: Checkpoints, state: State, counts: FailureCounts, events: EventLog, peers: Peers, at_the_end: ExitStack
+    wanted: Checkpoints,
+    step: AnyStep,
+    state: State,
+    counts: FailureCounts,
+    events: EventLog,
+    peers: Peers,
+    at_the_end: ExitStack,
 ) -> CheckpointKeeper:
     # By name, and not at the top: `import stepc` must not need Orbax. Asking first keeps other failures a traceback.
     if importlib.util.find_spec("orbax") is None:
@@ -435,7 +441,7 @@ def _keeper(
     at_the_end.callback(store.close)
     if store.why_exclusive is not None:
         events.event("exclusive_lock", 0, why=store.why_exclusive)
-    return CheckpointKeeper(wanted, store, counts, events, peers.clock)
+    return CheckpointKeeper(wanted, store, counts, events, step.settings(), peers.clock)
 
 
 def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
@@ -486,8 +492,11 @@ def _resume(trainer: Trainer) -> None:
         trainer.run.state, trainer.number, trainer.position = found.state, found.number, found.position
         trainer.run.steps = found.number
         go_to(source, found.position, step=found.number)
-        source.saved_rows = dict(found.batch)
-        if trainer.checkpoints.wanted.check_data and found.last is not None and isinstance(source.batches, Positioned):
+        if found.settings is not None and (change := pipeline_changes(found.settings, trainer.checkpoints.settings)):
+            trainer.events.event("pipeline_changed", found.number, was=change[0], now=change[1])
+        is_checked = trainer.checkpoints.wanted.check_data
+        source.saved_rows = dict(found.batch) if is_checked else None
+        if is_checked and found.last is not None and isinstance(source.batches, Positioned):
             tell = partial(trainer.events.event, "data_not_checked", found.number)
             check_data(source, found.last, after=found.position, step=found.number, tell=lambda why: tell(why=why))
         trainer.callbacks.done = found.number
