@@ -31,8 +31,8 @@ from stepc._language.transforms.scale import scale
 from stepc._language.transforms.shard import shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
-from stepc._runner.callbacks import Eval, Profile
-from stepc._runner.checkpoint import Checkpoints
+from stepc._runner.callbacks import Eval, Profile, Stop
+from stepc._runner.checkpoint import Checkpoints, restore
 from stepc._runner.loggers.console import Console
 from stepc._runner.loggers.files import CSV, JSONL
 from stepc._runner.loggers.picture import Picture
@@ -124,6 +124,7 @@ __all__ = [
     "StepError",
     "StepResult",
     "StepcError",
+    "Stop",
     "Sum",
     "TensorBoard",
     "Transform",
@@ -146,6 +147,7 @@ __all__ = [
     "remat",
     "repeat",
     "report",
+    "restore",
     "rows",
     "run",
     "scale",

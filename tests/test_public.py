@@ -21,8 +21,8 @@ BatchError Budget BudgetError Buffers BuildError CSV CheckpointError Checkpoints
 DataError DeviceError EquivalenceError Eval FieldTypeError FieldValueError Fn Gradient Interrupted JSONL Kind Last
 LossError Lowered Max Mean Microbatch Min NonFiniteError PeerError Picture Pipeline PipelineTypeError Preempted
 Profile Raise Reference RejectedError ResumeError Retry Rollback Run ShardingError Skip State Step StepError
-StepResult StepcError Sum TensorBoard Transform Watchdog accumulate cast clip compile dp ema errors grad
-init_distributed inspect loss_scale nodes noise pad_batch reference remat repeat report rows run scale shard
+StepResult StepcError Stop Sum TensorBoard Transform Watchdog accumulate cast clip compile dp ema errors grad
+init_distributed inspect loss_scale nodes noise pad_batch reference remat repeat report restore rows run scale shard
 skip_nonfinite testing topology tp update
 """.split()
 

@@ -3,7 +3,6 @@
 It reports all faults at once. It knows specs and shapes, no arrays and no devices.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, TypeAlias
 
 from stepc._core.nodes import MeanNode, OverMesh, Program
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
-from stepc._language.state import describe_leaf
+from stepc._language.state import describe_leaf, path_matches
 from stepc.errors import ShardingError, did_you_mean, faults_in_one, misspelt_axes
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
@@ -116,7 +115,7 @@ def specs_of_params(rules: BoundRules, params: Shapes) -> dict[str, Spec]:
     faults: list[str] = []
     hints: list[str | None] = []
     for path, leaf in params:
-        rule = next((rule for rule in rules.layout.params if matches(rule[0], path)), None)
+        rule = next((rule for rule in rules.layout.params if path_matches(rule[0], path)), None)
         if rule is not None:
             applied.add(rule[0])
         spec = rules.layout.default if rule is None else rule[1]
@@ -130,7 +129,7 @@ def specs_of_params(rules: BoundRules, params: Shapes) -> dict[str, Spec]:
     for pattern, spec in rules.layout.params:
         if pattern in applied:
             continue
-        if any(matches(pattern, path) for path, _ in params):
+        if any(path_matches(pattern, path) for path, _ in params):
             faults.append(f"{_rule(pattern, spec)} never applies: earlier rules match the same parameters.")
         else:
             faults.append(f"{_rule(pattern, spec)} matches no parameter.")
@@ -222,7 +221,7 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
     faults: list[str] = []
     hints: list[str | None] = []
     for path, leaf in batch:
-        rule = next((rule for rule in rules.layout.batch if matches(rule[0], path)), None)
+        rule = next((rule for rule in rules.layout.batch if path_matches(rule[0], path)), None)
         spec = (rows,) if rule is None else rule[1]
         if rule is not None and (spec[0] if spec else None) != rows:
             over = "no axis" if rows is None else " and ".join(map(repr, rules.rows))
@@ -234,19 +233,12 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
             faults += _fit_faults(path, leaf, spec, rules, by)
         found[path] = normalized_spec(spec)
     for pattern, spec in rules.layout.batch:
-        if not any(matches(pattern, path) for path, _ in batch):
+        if not any(path_matches(pattern, path) for path, _ in batch):
             faults.append(f"{_rule(pattern, spec, of='batch ')} matches no leaf of the batch.")
             hints.append(did_you_mean(pattern, [path for path, _ in batch]))
     if faults:
         raise _error(faults, dict(rules.sizes), of="the sharding of the batch", hints=hints)
     return found
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a path matches: `*` stands for anything within a key, `**` across keys."""
-    parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
-    means = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
-    return re.fullmatch("".join(means.get(part, re.escape(part)) for part in parts), path) is not None
 
 
 def _fit_faults(path: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes

@@ -1,7 +1,9 @@
 """The state of training, and how its leaves are named, printed and unwrapped. It knows no transform and no mesh."""
 
+import re
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,6 +19,7 @@ Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
 # The implementation of the key that an integer seed makes. Fixed here instead of taken from jax's configuration: no
 # ambient state changes what a pipeline means.
 KEYS = "threefry2x32"
+KEY_IMPLS = (KEYS, "rbg", "unsafe_rbg")  # those of jax
 
 
 class SkipCounts(NamedTuple):
@@ -58,6 +61,13 @@ def leaves_by_path(tree: object) -> list[tuple[str, Any]]:  # Any: leaves of the
     return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a path matches: `*` stands for anything within a key, `**` across keys."""
+    parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
+    means = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
+    return re.fullmatch("".join(means.get(part, re.escape(part)) for part in parts), path) is not None
+
+
 def describe_leaf(leaf: object) -> str:
     """A leaf in messages: `float32[3, 4]` for an array or a shape, the name of its type for anything else."""
     if isinstance(leaf, np.ndarray | np.generic | jax.Array | jax.ShapeDtypeStruct):
@@ -85,9 +95,16 @@ def key_data(leaf: Any) -> Any:  # Any: an array
     return jax.random.key_data(leaf) if is_typed_key(leaf) else leaf
 
 
-def with_key_type(data: Any, like: Any) -> Any:  # Any: arrays
+def with_key_type(data: Any, like: Any) -> Any:  # Any: arrays; `like` may be a shape
     """The inverse of `key_data`: the data as a typed key like `like`; as it is, if `like` is not one."""
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if is_typed_key(like) else data
+    return jax.random.wrap_key_data(data, impl=key_impl_of(like)) if is_typed_key(like) else data
+
+
+def key_impl_of(key: Any) -> str:  # Any: a typed key, or its shape
+    """The implementation of a typed key, by the name that `jax.random.key` takes."""
+    if isinstance(key, jax.Array):
+        return str(jax.random.key_impl(key))
+    return next(name for name in KEY_IMPLS if jax.eval_shape(partial(jax.random.key, 0, impl=name)).dtype == key.dtype)
 
 
 def leaf_crc32(leaf: Any, crc32: int = 0) -> int:  # Any: an array

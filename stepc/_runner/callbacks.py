@@ -24,12 +24,38 @@ HAS_NONE, CAN_FILL, HAS_BATCH = 0, 1, 2  # what a process has of the next batch 
 UNKNOWN = -1  # the leaves of a batch have other numbers of rows
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What a hook returns to end the run, or the `evaluate` of an `sc.Eval`.
+
+    Meaning: no further step is made; what was made is logged and saved, and `run.ended` is "stopped".
+    Why: a loss that no longer falls, or a budget of time, ends a training as well as a number of steps does.
+
+    Args:
+      why: the reason, for the log and `run.why`; not empty.
+    Errors: FieldTypeError or ConfigError.
+    On several processes the reason of one ends all of them, at the same step. A run that resumes from the checkpoint
+    goes on, until a hook says so again.
+    Example:
+      >>> Stop("the loss no longer falls")
+      Stop(why='the loss no longer falls')
+    """
+
+    why: str
+
+    def __post_init__(self) -> None:
+        faults = ArgumentFaults("Stop")
+        if faults.instance("why", self.why, str, "a text") and not self.why:
+            faults.wrong_value("why", "a reason", self.why)
+        faults.refuse()
+
+
 @runtime_checkable
 class Hook(Protocol):
-    """A function that `run` calls every so many steps."""
+    """A function that `run` calls every so many steps. It may return a `Stop`."""
 
     def __call__(self, step: int, metrics: Mapping[str, float], snapshot: Callable[[], Any], /) -> object:
-        """Take the host floats of a finished step; `snapshot()` makes a copy of the state, at the price of a copy."""
+        """Take the host floats of a finished step and of an evaluation after it; `snapshot()` copies the state."""
         ...
 
 
@@ -37,7 +63,7 @@ class Hook(Protocol):
 class Eval:
     """Evaluate the state every `every` steps.
 
-    Meaning: each metric of `evaluate(state, batch)`, over the rows of all of `data`, logged as `eval_<name>`. Totals
+    Meaning: each metric of `evaluate(state, batch)`, over the rows of all of `data`, logged as `eval/<name>`. Totals
       and counts of an `sc.Mean` are added up, then divided once; an `sc.Sum`, `Max`, `Min` or `Last` is that of all
       batches; a plain number is the mean of its batch, and weighs as much as the batch has rows.
     Why: a loss on data that is not trained on, beside the losses of training.
@@ -103,7 +129,13 @@ class Profile:
 
 @dataclass
 class Callbacks:
-    """What is due between two steps. What was done after a step is not done again when that step is made again."""
+    """What is due between two steps. What was done after a step is not done again when that step is made again.
+
+    Args:
+      evaluated: the metrics of the last evaluation.
+      evaluated_at: the step after which it was made.
+      stopped: why a hook or an evaluation ends the run; None if none does.
+    """
 
     eval: Eval | None = None
     hooks: Sequence[tuple[int, Hook]] = ()
@@ -111,6 +143,9 @@ class Callbacks:
     watcher: StallWatcher = field(default_factory=lambda: StallWatcher(None))
     peers: Peers = field(default_factory=SingleProcess)
     done: int = 0
+    evaluated: Mapping[str, float] = field(default_factory=dict)
+    evaluated_at: int = 0
+    stopped: str | None = None
     _is_profiling: bool = False
 
     def is_due(self, step: int, steps_per_call: int) -> bool:
@@ -131,16 +166,32 @@ class Callbacks:
             self._start_or_stop_profile(step)
         if step <= self.done:
             return
+        stops: list[Stop] = []
         evaluation = self.eval
         if evaluation is not None and is_due(evaluation.every, step, steps_per_call):
-            events.log(_guarded("eval", step, partial(self._evaluate, evaluation, state, events)), step)
+            match _guarded("eval", step, partial(self._evaluate, evaluation, state, events)):
+                case Stop() as stop:
+                    stops.append(stop)
+                case metrics:
+                    self.evaluated, self.evaluated_at = metrics, step
+                    events.log(metrics, step)
         for every, hook in self.hooks:
             if is_due(every, step, steps_per_call):
                 snapshot = _SnapshotOf(step, state)
-                _guarded("hook", step, partial(hook, step, events.last_metrics(), snapshot))
+                match _guarded("hook", step, partial(hook, step, self.metrics_of(step, events), snapshot)):
+                    case Stop() as stop:
+                        stops.append(stop)
+                    case _:
+                        pass
                 snapshot.state = None
                 self.watcher.progress()
         self.done = step
+        if evaluation is not None or self.hooks:
+            self.stopped = self.peers.verdict("; ".join(stop.why for stop in stops) or None)
+
+    def metrics_of(self, step: int, events: EventLog) -> dict[str, float]:
+        """The metrics of the last finished step, with those of an evaluation after it."""
+        return {**events.last_metrics(), **(self.evaluated if self.evaluated_at == step else {})}
 
     def go_back(self, step: int) -> None:
         """Let what was done after `step` be done again."""
@@ -152,10 +203,12 @@ class Callbacks:
             jax.profiler.stop_trace()
             self._is_profiling = False
 
-    def _evaluate(self, evaluation: Eval, state: Any, events: EventLog) -> dict[str, float]:  # Any: a state
+    def _evaluate(self, evaluation: Eval, state: Any, events: EventLog) -> dict[str, float] | Stop:  # Any: a state
         """Errors: ConfigError if the step has a metric of the same name, with which it would be one curve."""
         self.watcher.progress()
         metrics = eval_metrics(evaluation, state, self.peers, self.watcher.progress)
+        if isinstance(metrics, Stop):
+            return metrics
         if both := [name for name in metrics if name in events.last_metrics()]:
             names = ", ".join(map(repr, both))
             raise ConfigError(f"The step has metrics of the same name: {names}. Rename one of each.")
@@ -196,10 +249,10 @@ class _SnapshotOf:
 def eval_metrics(
     evaluation: Eval,
     state: Any,  # Any: a state
-    peers: Peers | None = None,
+    peers: Peers,
     progress: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Each metric over the rows of all batches, with `eval_` before its name. It is added up on the host, in float64.
+) -> dict[str, float] | Stop:
+    """Each metric over the rows of all batches, with `eval/` before its name. It is added up on the host, in float64.
 
     Args:
       peers: the processes that evaluate together, each on rows of its own.
@@ -210,11 +263,14 @@ def eval_metrics(
     sums: dict[str, Metric] = {}
     sizes: set[tuple[int, ...]] = set()
     mine = copy_state(state)
-    for batch, rows, num_rows in _batches(evaluation, peers or SingleProcess()):
+    for batch, rows, num_rows in _batches(evaluation, peers):
         if deleted_leaves(mine):  # a step donates the state that it gets
             mine = copy_state(state)
         sizes.add(rows)
-        for name, value in _named(evaluation.evaluate(mine, batch), state).items():
+        result = evaluation.evaluate(mine, batch)
+        if (stop := peers.verdict(result.why if isinstance(result, Stop) else None)) is not None:
+            return Stop(stop)
+        for name, value in _named(result, state).items():
             if not isinstance(value, Metric) and len(sizes) > 1 and any(len(set(one)) != 1 for one in sizes):
                 got = ", ".join(map(str, rows)) or "none"
                 raise ConfigError(
@@ -226,7 +282,7 @@ def eval_metrics(
         progress()
     if not sizes:
         raise ConfigError("Its data gave no batch.")
-    return {f"eval_{name}": _number(metric) for name, metric in sums.items()}
+    return {f"eval/{name}": _number(metric) for name, metric in sums.items()}
 
 
 def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int, ...], int]]:

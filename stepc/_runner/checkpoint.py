@@ -1,5 +1,10 @@
-"""`Checkpoints`, what a user asks for; `CheckpointKeeper`, which decides when to save. It does not know the disk."""
+"""`Checkpoints`, what a user asks for; `restore`, which reads one; `CheckpointKeeper`, which decides when to save.
 
+It does not know the disk.
+"""
+
+import importlib
+import importlib.util
 import logging
 import math
 import re
@@ -8,17 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from stepc._language.state import leaves_by_path, path_matches
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import DataFingerprint
 from stepc._runner.events import EventLog, is_due
 from stepc._runner.policies import FailureCounts
-from stepc.errors import CheckpointError
+from stepc.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:  # `import stepc` must not need Orbax
     from stepc._runner.checkpoint_store import CheckpointStore
 
+T = TypeVar("T")
 Settings: TypeAlias = Sequence[tuple[str, Mapping[str, str]]]
 SLOW_SECONDS = 0.5  # shorter waits for saves, added up, are no event
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash: `Path("s3://bucket")` has lost the other
@@ -37,7 +44,9 @@ class Checkpoints:
       directory: where to save, on a mounted file system, and no URL; created if it is missing. `~` is the home
         directory. One run at a time may use it.
       every: in steps; a positive integer.
-      keep: how many checkpoints to keep; a positive integer.
+      keep: how many of the newest checkpoints to keep; a positive integer.
+      best: a metric and "min" or "max", such as ("eval/loss", "min"): the checkpoint with the best value is kept too.
+        An evaluation that has the best value is saved, at whatever step. A value that is not finite is never the best.
       every_seconds: save sooner than `every` if this long has passed; None for never.
       timeout_seconds: a save that takes longer has failed. A thread that waits for a disk cannot be ended, and Python
         waits for it at exit; a second Ctrl-C ends that wait.
@@ -62,6 +71,7 @@ class Checkpoints:
     timeout_seconds: float = 600.0
     check_data: bool = True
     exact_resume: bool = False
+    best: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Checkpoints")
@@ -75,7 +85,61 @@ class Checkpoints:
         )
         faults.instance("check_data", self.check_data, bool, "True or False")
         faults.instance("exact_resume", self.exact_resume, bool, "True or False")
+        match self.best:
+            case None | (str(), "min" | "max"):
+                pass
+            case _:
+                faults.wrong_type("best", 'a pair such as ("eval/loss", "min"), or None', self.best)
         faults.refuse()
+
+
+def restore(
+    directory: str | Path,
+    *,
+    like: T,
+    only: str | Sequence[str] = "**",
+    step: int | None = None,
+) -> T:
+    """Read a checkpoint without a run.
+
+    Meaning: `like`, with each leaf that `only` names as it was saved after `step`.
+    Why: inference needs the parameters, and fine-tuning begins with them; neither needs the optimizer's state.
+
+    Args:
+      directory: that of the `Checkpoints`.
+      like: a state, or the shapes of one (`jax.eval_shape(step.init, params)`). Each leaf is placed as the one there.
+      only: a pattern of paths, or several: `*` stands for anything within a key, `**` across keys. Only these are read.
+      step: None for the newest checkpoint that is intact.
+    Errors: CheckpointError if there is none, or the one that is asked for cannot be read; ResumeError if it does not
+      fit `like`, with every leaf that differs; ConfigError for a pattern that matches no leaf of `like`.
+    It takes no lock, and changes nothing: a run may go on in the directory.
+    Example:
+      >>> params = restore("runs/first", like=state, only="params/**").params  # doctest: +SKIP
+
+    Source: ours.
+    """
+    faults = ArgumentFaults("restore")
+    if faults.instance("directory", directory, (str, Path), "a path"):
+        _check_directory(directory, faults)
+    patterns = (only,) if isinstance(only, str) else only
+    if faults.instance("only", patterns, Sequence, "a pattern, or a list of patterns"):
+        paths = [path for path, _ in leaves_by_path(like)]
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                faults.wrong_type("only", "a pattern, or a list of patterns", pattern)
+            elif not any(path_matches(pattern, path) for path in paths):
+                faults.wrong_value("only", "a pattern that matches a leaf of `like`", pattern)
+    faults.count("step", step, least=0, optional=True)
+    faults.refuse()
+    return checkpoint_store().restored(Path(directory).expanduser(), like, tuple(patterns), step)
+
+
+def checkpoint_store() -> Any:  # Any: a module
+    """The module that writes and reads. Errors: ConfigError without Orbax."""
+    # By name, and not at the top: `import stepc` must not need Orbax. Asking first keeps other failures a traceback.
+    if importlib.util.find_spec("orbax") is None:
+        raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
+    return importlib.import_module("stepc._runner.checkpoint_store")
 
 
 def _check_directory(directory: str | Path, faults: ArgumentFaults) -> None:
@@ -137,6 +201,7 @@ class CheckpointKeeper:
     Args:
       settings: what the run trains, as `CompiledStep.settings` gives it.
       saved: the step of the last committed checkpoint; -1 before the first.
+      best: the step and the value of the checkpoint that is kept as the best.
     """
 
     wanted: Checkpoints
@@ -146,6 +211,8 @@ class CheckpointKeeper:
     settings: Settings = ()
     clock: Callable[[], float] = time.monotonic
     saved: int = -1
+    best: tuple[int, float] | None = None
+    _metrics: Mapping[str, float] = field(default_factory=dict)  # of the step that is being saved
     _in_flight: int = -1
     _saved_at: float = field(init=False)
     _waited: float = 0.0
@@ -158,9 +225,31 @@ class CheckpointKeeper:
         """The last good checkpoint, placed like `target`; None if there is none. Later ones are set aside."""
         self.finish()
         found = self.store.restore(target, lambda name, step, why: self.events.event(name, step, why=why))
+        self.best = None
         if found is not None:
             self.saved = found.number
+            if self.wanted.best is not None:
+                for number, metrics in self.store.metrics().items():
+                    self._note_value(number, metrics)
         return found
+
+    @property
+    def asks_for_best(self) -> bool:
+        return self.wanted.best is not None
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the value of the metric that decides is better than that of every checkpoint."""
+        if self.wanted.best is None:
+            return False
+        name, mode = self.wanted.best
+        value = metrics.get(name, math.nan)
+        if not math.isfinite(value) or self.best is None:
+            return math.isfinite(value)
+        return value < self.best[1] if mode == "min" else value > self.best[1]
+
+    def _note_value(self, number: int, metrics: Mapping[str, float]) -> None:
+        if self.wanted.best is not None and self.is_best(metrics):
+            self.best = (number, metrics[self.wanted.best[0]])
 
     def is_due(self, number: int, *, steps_per_call: int) -> bool:
         """Whether it is time to save, by steps or by seconds."""
@@ -178,6 +267,7 @@ class CheckpointKeeper:
         position: Any,  # Any: see Positioned
         batch: Mapping[str, str],
         last: DataFingerprint | None,
+        metrics: Mapping[str, float],
     ) -> None:
         """Begin to save a state whose steps have all finished, once the save before it is committed."""
         if number == self._in_flight:
@@ -188,9 +278,10 @@ class CheckpointKeeper:
             return
         if is_slow:
             self._note_wait(number, self.clock() - began)
-        meta = {"step": number, "position": position, "batch": dict(batch), "last": last, "settings": self.settings}
+        meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
+        meta |= {"settings": self.settings, "metrics": dict(metrics)}
         if self._guarded(number, lambda: self.store.save(number, state, meta)):
-            self._in_flight = number
+            self._in_flight, self._metrics = number, metrics
         self._saved_at = self.clock()
 
     def _note_wait(self, number: int, seconds: float) -> None:
@@ -218,10 +309,12 @@ class CheckpointKeeper:
             number, self._in_flight = self._in_flight, -1
             if self._guarded(number, self.store.wait):
                 self.saved = number
+                self._note_value(number, self._metrics)
+                best = {} if self.best is None or self.best[0] != number else {"best": self.best[1]}
                 try:
-                    self._guarded(number, self.store.delete_old)
+                    self._guarded(number, lambda: self.store.delete_old(but=() if self.best is None else self.best[:1]))
                 finally:
-                    self.events.event("checkpoint", number, level=logging.INFO)
+                    self.events.event("checkpoint", number, level=logging.INFO, **best)
 
     def _guarded(self, number: int, act: Callable[[], None]) -> bool:
         """Whether it succeeded; raises if the policy for saves does not allow it to fail."""

@@ -11,7 +11,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import SingleDeviceSharding
 
-from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, with_key_type
+from stepc._language.state import (
+    is_typed_key,
+    key_data,
+    key_impl_of,
+    leaf_crc32,
+    leaves_by_path,
+    path_matches,
+    with_key_type,
+)
 from stepc._runner.checkpoint import RestoredCheckpoint
 from stepc._runner.checkpoint_lock import DirectoryLock
 from stepc._runner.data import DataFingerprint, decode_position, encode_position
@@ -36,6 +45,14 @@ ABANDONED, DELETING = "abandoned", ".deleting"
 # Orbax globs the path of a checkpoint for the files of each process, and does not escape it: it finds none, or those
 # of another directory. TensorStore reads "\\" as "/".
 UNUSABLE = "*?[\\\0"
+
+
+# How Orbax is told to read some of the leaves; an older one has no name for that.
+SOME_LEAVES: Mapping[str, Any] = (  # Any: arguments of Orbax
+    {"partial_restore": True}
+    if "partial_restore" in ocp.args.PyTreeRestore.__dataclass_fields__
+    else {"transforms": {}}
+)
 
 
 class CheckpointStore:
@@ -119,20 +136,26 @@ class CheckpointStore:
             if self._is_first:
                 self._in_time(self._check_committed)
 
-    def delete_old(self) -> None:
-        """Delete the oldest checkpoints, all but `keep`; only those that a run has written. Errors: CheckpointError."""
+    def metrics(self) -> dict[int, Mapping[str, float]]:
+        """The metrics of each checkpoint that a run has written; none for those of stepc 0.1."""
+        return {step: self._body(step).get("metrics", {}) for step in self.steps() if self._is_ours(step)}
+
+    def delete_old(self, *, but: Sequence[int] = ()) -> None:
+        """Delete the oldest checkpoints, all but `keep` and those that are named; only those that a run has written.
+
+        Errors: CheckpointError.
+        """
         with self._all_or_none(self._begun, "is saved, but older checkpoints could not be deleted"):
             ours = [step for step in self.steps() if self._is_ours(step)] if self._is_first else []
-            for old in ours[self.keep :]:
+            for old in [step for step in ours[self.keep :] if step not in but]:
                 doomed = self.directory / f"{old}{DELETING}"
                 with suppress(FileNotFoundError):  # someone else has deleted it
                     (self.directory / str(old)).rename(doomed)  # first, so that one that is half deleted has no number
                     shutil.rmtree(doomed)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, newest first: of the directories with a number as `save` writes it."""
-        names = [path.name for path in self.directory.iterdir() if path.is_dir() and not _is_foreign(path)]
-        return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+        """The steps of all checkpoints, newest first."""
+        return steps_in(self.directory)
 
     def restore(self, target: Any, tell: Callable[[str, int, str], None]) -> RestoredCheckpoint | None:
         """The newest intact checkpoint, placed like `target` (a state); None if there is none at all.
@@ -143,11 +166,9 @@ class CheckpointStore:
         faults: list[tuple[str, str]] = []
         for step in self.steps():
             try:
-                meta = self._read_meta(step)
-                if meta["step"] != step:
-                    raise CheckpointError(f"it is the checkpoint of step {meta['step']}, and its folder was renamed")
+                meta = _checked_meta(self.directory, step)
                 _check_fits(meta, target)
-                state = self._read_state(step, target, meta)
+                state = _read_leaves(self._writer, self.directory, step, target, meta)
             except ResumeError:
                 raise
             except Exception as error:  # damage shows as ValueError, KeyError, AttributeError, a bare Exception, …
@@ -237,15 +258,14 @@ class CheckpointStore:
         base = {"driver": "file", "path": f"{path}/state/"}
         stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
         found = {key.decode().partition("/")[0] for key in stored}
-        leaves = json.loads(self._stored(self._begun)["body"])["leaves"]
+        leaves = self._body(self._begun)["leaves"]
         missing = [leaf[0] for leaf, name in zip(leaves, _names(leaves), strict=True) if name not in found]
         if missing:
             self._set_aside(self._begun, self._begun)
             raise OSError(f"it was written, and {len(missing)} of {len(leaves)} leaves are not in it: {missing[0]}")
 
-    def _stored(self, step: int) -> Mapping[str, Any]:  # Any: a JSON value
-        """The metadata as it is in the file. Orbax's own `restore` waits for the other processes."""
-        return json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+    def _body(self, step: int) -> Mapping[str, Any]:  # Any: a JSON value
+        return json.loads(_stored(self.directory, step)["body"])
 
     def _is_ours(self, step: int) -> bool:
         """Whether a run wrote this checkpoint here: it is no link, and its metadata is of the step in its name."""
@@ -254,7 +274,7 @@ class CheckpointStore:
     def _saved_step(self, step: int) -> int | None:
         """The step in the metadata of a folder; None if it cannot be read."""
         try:
-            return json.loads(self._stored(step)["body"])["step"]
+            return self._body(step)["step"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -285,32 +305,6 @@ class CheckpointStore:
         if failures:
             raise failures[0]
 
-    def _read_meta(self, step: int) -> Mapping[str, Any]:
-        stored = self._stored(step)
-        if zlib.crc32(stored["body"].encode()) != stored["crc32"]:
-            raise CheckpointError("the CRC-32 of the metadata is not the saved one")
-        meta = json.loads(stored["body"])
-        if meta["format"] > FORMAT:
-            facts = (("this stepc reads", f"format {FORMAT}"), ("saved", f"format {meta['format']}"))
-            raise ResumeError(f"The checkpoint of step {step} was saved by a newer stepc.", facts=facts)
-        return meta
-
-    def _read_state(self, step: int, target: Any, meta: Mapping[str, Any]) -> Any:  # Any: a state
-        arrays = _arrays(target)
-        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding) for array in arrays]
-        wanted = dict(zip(_names(arrays), shapes, strict=True))
-        restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-        args = ocp.args.Composite(state=restore)
-        restored = self._writer.restore(self.directory / str(step), args=args)["state"]
-        arrays = [restored[name] for name in wanted]
-        for (path, _, _, _, saved), array in zip(meta["leaves"], arrays, strict=True):
-            if (found := _saved_crc32(array)) != saved:
-                raise CheckpointError(f"the CRC-32 of {path} is {found:08x}, and {saved:08x} was saved")
-        likes, structure = jax.tree.flatten(target)
-        return copy_state(
-            structure.unflatten([with_key_type(array, like) for array, like in zip(arrays, likes, strict=True)])
-        )
-
     def _failure(self, error: Exception, step: int, failed: str) -> CheckpointError:
         exists = self.directory.is_dir()
         facts = (
@@ -321,6 +315,93 @@ class CheckpointStore:
         )
         what = f"Step {step} {failed}: {type(error).__name__}: {error}"
         return CheckpointError(what.partition("\n")[0], step=step, facts=facts)
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps of all checkpoints, newest first: of the directories with a number as `save` writes it."""
+    names = [path.name for path in directory.iterdir() if path.is_dir() and not _is_foreign(path)]
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+
+def restored(directory: Path, like: Any, patterns: Sequence[str], step: int | None) -> Any:  # Any, twice: see `restore`
+    """What `restore` gives, of checked arguments."""
+    directory = directory.absolute()
+    _check_path(directory)
+    steps = steps_in(directory) if directory.is_dir() else []
+    wanted = steps if step is None else [step]
+    if not wanted or wanted[0] not in steps:
+        what = f"There is no checkpoint{'' if step is None else f' of step {step}'} in {directory}."
+        raise CheckpointError(what, step=step, facts=[("steps", ", ".join(map(str, steps)) or "none")])
+    is_read = [any(path_matches(one, path) for one in patterns) for path, _ in leaves_by_path(like)]
+    leaves, structure = jax.tree.flatten(like)
+    chosen = structure.unflatten([leaf if read else None for leaf, read in zip(leaves, is_read, strict=True)])
+    faults: list[tuple[str, str]] = []
+    with closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler("state"))) as reader:
+        for one in wanted:
+            try:
+                meta = _checked_meta(directory, one)
+                _check_fits(meta, chosen, are_all=False)
+                found = iter(jax.tree.leaves(_read_leaves(reader, directory, one, chosen, meta)))
+                return structure.unflatten(
+                    [next(found) if read else leaf for leaf, read in zip(leaves, is_read, strict=True)]
+                )
+            except ResumeError:
+                raise
+            except Exception as error:  # damage shows as ValueError, KeyError, AttributeError, a bare Exception, …
+                faults.append((str(one), first_line(error)[:300]))
+    raise CheckpointError(f"No checkpoint in {directory} can be read.", step=step, facts=faults)
+
+
+def _stored(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
+    """The metadata as it is in the file. Orbax's own `restore` waits for the other processes."""
+    return json.loads((directory / str(step) / "meta" / "metadata").read_text())
+
+
+def _checked_meta(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
+    """The metadata of a checkpoint. Errors: CheckpointError if it is damaged, ResumeError if it is of a newer stepc."""
+    stored = _stored(directory, step)
+    if zlib.crc32(stored["body"].encode()) != stored["crc32"]:
+        raise CheckpointError("the CRC-32 of the metadata is not the saved one")
+    meta = json.loads(stored["body"])
+    if meta["format"] > FORMAT:
+        facts = (("this stepc reads", f"format {FORMAT}"), ("saved", f"format {meta['format']}"))
+        raise ResumeError(f"The checkpoint of step {step} was saved by a newer stepc.", facts=facts)
+    if meta["step"] != step:
+        raise CheckpointError(f"it is the checkpoint of step {meta['step']}, and its folder was renamed")
+    return meta
+
+
+def _read_leaves(
+    reader: ocp.Checkpointer, directory: Path, step: int, target: Any, meta: Mapping[str, Any]
+) -> Any:  # Any: a state, or some leaves of one, or their shapes
+    """The leaves of a checkpoint at the paths of `target`, placed like those. Errors: CheckpointError for a digest."""
+    numbers = {path: number for number, (path, *_) in enumerate(meta["leaves"])}
+    paths = [path for path, _ in leaves_by_path(target)]
+    likes, structure = jax.tree.flatten(target)
+    names = _names(meta["leaves"])
+    wanted = {names[numbers[path]]: _shape_of(like) for path, like in zip(paths, likes, strict=True)}
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            **({} if len(wanted) == len(names) else SOME_LEAVES),
+        )
+    )
+    read = reader.restore(directory / str(step), args=args)["state"]
+    arrays = [read[name] for name in wanted]
+    for path, array in zip(paths, arrays, strict=True):
+        saved = meta["leaves"][numbers[path]][-1]
+        if (found := _saved_crc32(array)) != saved:
+            raise CheckpointError(f"the CRC-32 of {path} is {found:08x}, and {saved:08x} was saved")
+    return copy_state(structure.unflatten([with_key_type(one, like) for one, like in zip(arrays, likes, strict=True)]))
+
+
+def _shape_of(like: Any) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
+    """What Orbax reads for a leaf: a typed key as its numbers; a shape without a place on the default device."""
+    numbers = jax.eval_shape(key_data, like)
+    sharding = key_data(like).sharding if isinstance(like, jax.Array) else like.sharding
+    place = SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=sharding or place)
 
 
 def _is_foreign(path: Path) -> bool:
@@ -356,13 +437,17 @@ def _check_saveable(state: Any) -> None:  # Any: a state
         raise CheckpointError("This state cannot be saved: Orbax does not write empty arrays.", facts=faults)
 
 
-def _check_fits(meta: Mapping[str, Any], target: Any) -> None:  # Any: a state
-    """Raise if a checkpoint is of another state. Errors: ResumeError with every leaf that differs."""
+def _check_fits(meta: Mapping[str, Any], target: Any, *, are_all: bool = True) -> None:  # Any: a state
+    """Raise if a checkpoint is of another state. Errors: ResumeError with every leaf that differs.
+
+    Args:
+      are_all: whether the target must have every leaf that was saved.
+    """
     saved = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl, _ in meta["leaves"]}
     wanted = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl in _described(target)}
     facts = [
         (path, f"saved {saved.get(path, 'nothing')}, the state has {wanted.get(path, 'nothing')}")
-        for path in [*wanted, *(path for path in saved if path not in wanted)]
+        for path in [*wanted, *(path for path in saved if are_all and path not in wanted)]
         if saved.get(path) != wanted.get(path)
     ]
     if facts:
@@ -372,7 +457,7 @@ def _check_fits(meta: Mapping[str, Any], target: Any) -> None:  # Any: a state
 def _described(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a state
     """Path, shape, dtype and, for typed keys, implementation of each leaf."""
     return [
-        (path, list(leaf.shape), str(leaf.dtype), f" {jax.random.key_impl(leaf)}" if is_typed_key(leaf) else "")
+        (path, list(leaf.shape), str(leaf.dtype), f" {key_impl_of(leaf)}" if is_typed_key(leaf) else "")
         for path, leaf in leaves_by_path(state)
     ]
 

@@ -1,7 +1,5 @@
 """`run`: the arguments of a run, checked all at once, and the parts that it puts together. It knows no loop."""
 
-import importlib
-import importlib.util
 import inspect
 import logging
 import os
@@ -23,7 +21,7 @@ from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.callbacks import Callbacks, Eval, Hook, Profile
-from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints, pipeline_changes
+from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints, checkpoint_store, pipeline_changes
 from stepc._runner.data import DataReader, Positioned, Source, check_data, go_to
 from stepc._runner.events import EventLog, Logger
 from stepc._runner.multihost import Peers, peers_for, replica_digests
@@ -162,8 +160,9 @@ def run(
       checkpoint: where to save, and to resume from.
       loggers: they get the metrics of the first step, of every `log_every`-th, and of the last.
       log_every: in steps.
-      eval: `sc.Eval(every, evaluate, data)` logs metrics of `evaluate(state, batch)` over all rows, as `eval_<name>`.
-      hooks: pairs (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` makes a copy of the state.
+      eval: `sc.Eval(every, evaluate, data)` logs metrics of `evaluate(state, batch)` over all rows, as `eval/<name>`.
+      hooks: pairs (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` makes a copy of the state. A hook
+        that returns `sc.Stop(why)` ends the run.
       profile: `sc.Profile(start, stop, directory)` traces these steps with JAX's profiler.
       reject_if: `reject_if(metrics)` takes host floats and returns why the step is not wanted, in words, or None. It
         is called for every finished step, replayed ones too; the policy for "nonfinite" governs a rejection.
@@ -430,11 +429,7 @@ def _keeper(
     peers: Peers,
     at_the_end: ExitStack,
 ) -> CheckpointKeeper:
-    # By name, and not at the top: `import stepc` must not need Orbax. Asking first keeps other failures a traceback.
-    if importlib.util.find_spec("orbax") is None:
-        raise ConfigError("Checkpoints need Orbax.", suggestion="Install it with: pip install 'stepc[checkpoint]'")
-    module = importlib.import_module("stepc._runner.checkpoint_store")
-    store = module.CheckpointStore(
+    store = checkpoint_store().CheckpointStore(
         Path(wanted.directory).expanduser(), keep=wanted.keep, timeout_seconds=wanted.timeout_seconds, state=state,
         commit=peers.commit,
     )  # fmt: skip
@@ -459,6 +454,8 @@ def _train(trainer: Trainer, header: Mapping[str, object]) -> None:
             raise DataError("The data gave no batch at all.", phase="data", step=1, state_ok=True)
         if run.ended == "data" and trainer.steps is not None:
             events.event("data_ended_early", run.steps, asked=trainer.steps, why="the data has no further batch")
+        if run.ended == "stopped":
+            events.event("stopped", run.steps, level=logging.INFO, why=trainer.callbacks.stopped)
         if trainer.checkpoints is None or not trainer.signals.is_over():
             events.log_last()  # an interrupted run that resumes logs only what an uninterrupted one would
         if trainer.checkpoints is not None:

@@ -71,8 +71,9 @@ class Run:
     Args:
       state: the state after the last finished step; alive.
       steps: the number of the last finished step, counting those of earlier runs on the same checkpoints.
-      ended: "steps", all that were asked for; "data", which ended, before that if `steps` was given; "interrupted" or
-        "preempted".
+      ended: "steps", all that were asked for; "data", which ended, before that if `steps` was given; "stopped", by a
+        `Stop`; "interrupted" or "preempted".
+      why: the reason of the `Stop`, if one ended it.
       metrics: the metrics of the last finished step, as floats.
       failures: how many failures of each kind there were, counting those that a policy recovered from.
       skipped: how many steps and reads of the data were left out.
@@ -84,6 +85,7 @@ class Run:
     state: Any  # Any: a state, whatever it is made of; None in the `.run` of an error that destroyed it
     steps: int = 0
     ended: str = ""
+    why: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
@@ -157,7 +159,8 @@ class Trainer:
 
     def is_over(self) -> bool:
         """Whether no further step is to be made."""
-        return self.signals.is_over() or (self.steps is not None and self.number >= self.steps)
+        is_made = self.steps is not None and self.number >= self.steps
+        return is_made or self.callbacks.stopped is not None or self.signals.is_over()
 
     def _num_calls_left(self) -> int | None:
         """How many calls the run makes at most from here; None for as many as the data has."""
@@ -262,8 +265,16 @@ class Trainer:
             # Before the save: a run that resumes from it does not repeat them, so a process that dies between the two
             # would lose them.
             self.callbacks.act(self.number, self.steps_per_call, self.run.state, self.events)
-            if is_save:
+            if is_save or self._is_best():
                 self.save()
+
+    def _is_best(self) -> bool:
+        """Whether the evaluation after this step has the best value so far, by process 0's numbers."""
+        if self.checkpoints is None or self.callbacks.evaluated_at != self.number:
+            return False
+        return self.checkpoints.asks_for_best and bool(
+            self.peers.numbers(self.checkpoints.is_best(self.callbacks.evaluated))[0]
+        )
 
     def unfinished(self) -> list[DataItem]:
         """The batches that were given to a step that has not finished, in order."""
@@ -286,6 +297,7 @@ class Trainer:
                     self.position,
                     {} if spec is None else spec.rows(),
                     None if self.peers.are_many else data_fingerprint(self.last_item),
+                    self.callbacks.metrics_of(self.number, self.events),
                 )
 
     def recover(self, failure: StepError, found: Read) -> None:
@@ -387,8 +399,10 @@ class Trainer:
 
 
 def end_reason(trainer: Trainer) -> str:
-    """Why the loop ended without an error: a signal, all steps made, or the end of the data."""
+    """Why the loop ended without an error: a signal, a `Stop`, all steps made, or the end of the data."""
     match trainer.signals.received:
+        case None if trainer.callbacks.stopped is not None:
+            return "stopped"
         case None:
             return "steps" if trainer.is_over() else "data"
         case signal.SIGINT:
@@ -464,6 +478,7 @@ def _attach_run(error: BaseException, run: Run) -> None:
 def fill_in_run(trainer: Trainer) -> None:
     """Write what was counted into the run."""
     run, counts = trainer.run, trainer.counts
+    run.why = trainer.callbacks.stopped or ""
     run.failures = dict(counts.failures)
     run.skipped, run.rollbacks = counts.num_skipped, counts.rollbacks
     run.logger_failures = dict(trainer.events.failures)

@@ -198,10 +198,11 @@ class Failing:
     def log(self, metrics: Any, step: int) -> None:
         self.fail("logger", step)
 
-    def hook(self, number: int, metrics: Any, snapshot: Any) -> None:
+    def hook(self, number: int, metrics: Any, snapshot: Any) -> sc.Stop | None:
         self.fail("hook", number)
         if self.where == "exit" and self.is_due and number == self.at:
             sys.exit(3)
+        return sc.Stop("enough") if self.where == "stop" and self.is_due and number == self.at else None
 
     def __call__(self, state: Any, batch: Any) -> Any:
         self.num_calls += 1
@@ -248,9 +249,11 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
         compare_replicas_every=int(options["compare_every"]) if "compare_every" in options else None,
     )
     more: dict[str, Any] = {name: READ[name](value, folder) for name, value in options.items() if name in READ}
+    if "best_every" in more:
+        more["checkpoint"] = more.pop("best_every")
     rows = Rows(folder, fault=fault, at=int(at), on=int(on))
     step = failing if failing.where in ("step", "state") else failing.step
-    hooks = [(1, failing.hook)] if failing.where in ("hook", "exit") else []
+    hooks = [(1, failing.hook)] if failing.where in ("hook", "exit", "stop") else []
     loggers = [told, failing] if failing.where == "logger" else [told]
     found: dict[str, Any] = {}
     try:
@@ -265,7 +268,7 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
             watchdog=watchdog,
             **more,
         )
-        found |= {"ended": run.ended, "skipped": run.skipped}
+        found |= {"ended": run.ended, "skipped": run.skipped, "why": run.why}
     except (sc.StepcError, sc.Interrupted, sc.Preempted) as error:
         run: Any = vars(error).get("run")
         found |= {"error": f"{type(error).__name__}: {error}"}
@@ -316,6 +319,9 @@ READ: dict[str, Callable[[str, Path], Any]] = {
     "reject_if": lambda value, _: verdict(value),
     "eval": lambda value, _: evaluation(value),
     "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
+    "best_every": lambda value, folder: sc.Checkpoints(
+        folder / "kept", every=int(value), keep=1, best=("eval/loss", "min")
+    ),
     "steps": lambda value, _: int(value),
 }
 # The policies by their names, with loggers that are to raise.

@@ -221,7 +221,7 @@ def test_uneven_evaluation_is_refused_on_both(tmp_path: Path) -> None:
 @fault("76", "the same, by a step on batches with a mask", "exact: the process without a batch adds no row")
 def test_uneven_evaluation_by_a_step_is_exact(tmp_path: Path) -> None:
     job = done(tmp_path, eval="step,3,2", steps=3)
-    ((at, found),) = [(at, one["eval_loss"]) for at, one in job.found(0)["told"] if "eval_loss" in one]
+    ((at, found),) = [(at, one["eval/loss"]) for at, one in job.found(0)["told"] if "eval/loss" in one]
     # The state after three steps of `sign_sgd(0.25)`, and the rows that the masks keep: 8, 8, 4 and 8, 4.
     kept = [np.r_[0:16], np.r_[0:8, 8:12], np.r_[0:4]]
     weights = by_hand_after_three_steps()
@@ -255,6 +255,24 @@ def test_signal_to_one_ends_all_at_the_same_step(kind: str, code: int, tmp_path:
     assert sorted(one.name for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()) == ["5", "6"]
     if kind == "int":
         assert "stepc.errors.Interrupted: Interrupted after step 6" in job.said(0)
+
+
+@fault("79", "a hook of one process returns `Stop`", "all end after the same step, with its reason")
+@pytest.mark.parametrize("on", [0, 1])
+def test_stop_of_one_ends_all(on: int, tmp_path: Path) -> None:
+    job = done(tmp_path, where="stop", on=on, prefetch=2)
+    both = [job.found(process) for process in (0, 1)]
+    assert [(one["ended"], one["step"], one["given"]) for one in both] == [("stopped", 7, 7)] * 2
+    assert [both[on]["why"], both[1 - on]["why"]] == ["enough", f"process {on}: enough"]
+    assert both[0]["digest"] == both[1]["digest"]
+
+
+def test_best_checkpoint_of_two_processes_is_kept(tmp_path: Path) -> None:
+    job = done(tmp_path, best_every=100, eval="step,3,2", steps=12)
+    losses = {at: one["eval/loss"] for at, one in job.found(0)["told"] if "eval/loss" in one}
+    best = min(losses, key=lambda at: losses[at])
+    steps = {int(one.name) for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()}
+    assert sorted(losses) == [3, 6, 9, 12] and steps == {best, 12}
 
 
 @fault("79", "the data of one process ends early", "all end after the same step; states bitwise equal")

@@ -17,7 +17,7 @@ UNEVEN = [{"x": VALUES[:8]}, {"x": VALUES[8:]}]
 
 class Logged(list[tuple[int, dict[str, float]]]):
     def log(self, metrics: Any, step: int) -> None:
-        if any(name.startswith("eval_") for name in metrics):
+        if any(name.startswith("eval/") for name in metrics):
             self.append((step, dict(metrics)))
 
 
@@ -50,7 +50,7 @@ def evaluated(evaluate: Any, data: Any = UNEVEN, devices: int | None = None) -> 
 
 @pytest.mark.parametrize("devices", MESHES)
 def test_scalar_is_weighed_by_the_rows_of_its_batch(devices: int | None) -> None:
-    assert evaluated(lambda state, batch: {"loss": batch["x"].mean()}, devices=devices) == {"eval_loss": 4.5}
+    assert evaluated(lambda state, batch: {"loss": batch["x"].mean()}, devices=devices) == {"eval/loss": 4.5}
 
 
 @pytest.mark.parametrize("devices", MESHES)
@@ -69,8 +69,8 @@ def test_terms_are_added_up_over_the_whole_set(devices: int | None, is_jitted: b
         }
 
     assert evaluated(jax.jit(judge) if is_jitted else judge, devices=devices) == {
-        "eval_loss": 4.5, "eval_two": 4.5 + 2 * 1 / 2, "eval_sum": 45.0, "eval_max": 21.0, "eval_min": 0.0,
-        "eval_last": 21.0, "eval_none": 0.0,
+        "eval/loss": 4.5, "eval/two": 4.5 + 2 * 1 / 2, "eval/sum": 45.0, "eval/max": 21.0, "eval/min": 0.0,
+        "eval/last": 21.0, "eval/none": 0.0,
     }  # fmt: skip
 
 
@@ -79,14 +79,14 @@ def test_mean_over_tokens_weighs_tokens_and_not_rows() -> None:
         {"x": np.full((2, 3), 6, np.float32), "mask": np.array([[1, 0, 0], [0, 0, 0]], np.float32)}
     ]
     by_tokens = evaluated(lambda s, b: {"loss": sc.Mean((b["x"] * b["mask"]).sum(), b["mask"].sum())}, data)
-    assert by_tokens == {"eval_loss": 2.0}  # (4 * 1 + 1 * 6) / 5
+    assert by_tokens == {"eval/loss": 2.0}  # (4 * 1 + 1 * 6) / 5
 
 
 def test_counts_beyond_float32_stay_exact() -> None:
     large = 2**24
     data = [{"x": np.zeros(1)}] * 3
     found = evaluated(lambda s, b: {"n": sc.Sum(large + 1), "m": sc.Max(large + 1)}, data)
-    assert found == {"eval_n": 3.0 * (large + 1), "eval_m": large + 1.0}
+    assert found == {"eval/n": 3.0 * (large + 1), "eval/m": large + 1.0}
 
 
 @pytest.mark.parametrize("devices", MESHES)
@@ -99,7 +99,7 @@ def test_short_batch_of_a_step_is_padded_by_its_mask(devices: int | None) -> Non
     data = [{**batch, "mask": np.ones(len(batch["x"]), np.float32)} for batch in UNEVEN]
     logged = Logged()
     sc.run(judge, judge.init(jnp.float32(0.0)), data[:1], loggers=[logged], eval=sc.Eval(1, judge, data))
-    assert (logged[0][1]["eval_loss"], judge.traces) == (4.5, 1)
+    assert (logged[0][1]["eval/loss"], judge.traces) == (4.5, 1)
 
 
 def test_scalar_of_rows_that_are_not_known_is_refused() -> None:
@@ -109,7 +109,7 @@ def test_scalar_of_rows_that_are_not_known_is_refused() -> None:
     def mean(state: sc.State, batch: Any) -> Any:
         return {"n": batch["nodes"].sum()}
 
-    assert evaluated(mean, [graph(3, 6)] * 2) == {"eval_n": 3.0}  # batches that are alike weigh the same
+    assert evaluated(mean, [graph(3, 6)] * 2) == {"eval/n": 3.0}  # batches that are alike weigh the same
     with pytest.raises(sc.StepError) as raised:
         evaluated(mean, [graph(3, 6), graph(1, 2)])
     assert str(raised.value) == (
@@ -151,7 +151,7 @@ def test_evaluation_that_returns_no_metrics_is_refused(returned: Any, got: str) 
 
 def test_evaluation_does_not_share_a_name_with_the_step() -> None:
     def own(state: Any, batch: Any) -> Any:
-        return state, {"loss": batch["x"].mean(), "eval_loss": batch["x"].max()}
+        return state, {"loss": batch["x"].mean(), "eval/loss": batch["x"].max()}
 
-    with pytest.raises(sc.StepError, match="The step has metrics of the same name: 'eval_loss'. Rename one of each."):
+    with pytest.raises(sc.StepError, match="The step has metrics of the same name: 'eval/loss'. Rename one of each."):
         sc.run(own, {"w": jnp.zeros(2)}, UNEVEN[:1], eval=sc.Eval(1, lambda s, b: {"loss": b["x"].mean()}, UNEVEN))

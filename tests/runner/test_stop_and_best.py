@@ -1,0 +1,193 @@
+"""A run that a hook or an evaluation ends; the checkpoint with the best value; reading one without a run."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
+from jax.sharding import NamedSharding, PartitionSpec
+
+import stepc as sc
+
+
+def test_hook_that_returns_a_stop_ends_the_run(tmp_path: Path) -> None:
+    def enough(number: int, metrics: Any, snapshot: Any) -> sc.Stop | None:
+        return sc.Stop("the loss no longer falls") if number == 6 else None
+
+    logger, batches = Remembering(), FaultPlan().batches(20)
+    run = sc.run(
+        step(), fresh(), sc.Data(batches, prefetch=2), hooks=[(2, enough), (3, lambda *about: None)], loggers=[logger],
+        checkpoint=sc.Checkpoints(tmp_path, every=100),
+    )  # fmt: skip
+    assert (run.ended, run.why, run.steps, batches.given) == ("stopped", "the loss no longer falls", 6, 6)
+    assert digest(run.state) == digest(by_a_plain_loop([1, 2, 3, 4, 5, 6]))
+    assert [(facts, at) for name, facts, at in logger.events if name == "stopped"] == [({"why": run.why}, 6)]
+    assert (tmp_path / "6").is_dir() and logger.told[-1][0] == 6
+
+
+def judged(values: Sequence[float]) -> Any:
+    """`evaluate` that gives these numbers, one for each evaluation."""
+    left = iter(values)
+    return lambda state, batch: {"loss": next(left)}
+
+
+def test_evaluation_that_returns_a_stop_ends_the_run() -> None:
+    logger = Remembering()
+
+    def evaluate(state: sc.State, batch: Any) -> Any:
+        return sc.Stop("enough") if int(state.step) == 4 else {"loss": state.params["w"].sum()}
+
+    run = sc.run(step(), fresh(), FaultPlan().batches(20), eval=sc.Eval(2, evaluate, [batch_of(1)]), loggers=[logger])
+    assert (run.ended, run.why, run.steps) == ("stopped", "enough", 4)
+    assert [at for at, metrics in logger.told if "eval/loss" in metrics] == [2]
+
+
+def test_hook_sees_the_evaluation_of_its_step_and_no_older_one() -> None:
+    seen: list[tuple[int, Any]] = []
+    sc.run(
+        step(), fresh(), FaultPlan().batches(5), eval=sc.Eval(2, judged([1.5, 2.5]), [batch_of(1)]),
+        hooks=[(1, lambda number, metrics, snapshot: seen.append((number, metrics.get("eval/loss"))))],
+    )  # fmt: skip
+    assert seen == [(1, None), (2, 1.5), (3, None), (4, 2.5), (5, None)]
+
+
+@pytest.mark.parametrize("why", ["", 3])
+def test_stop_needs_a_reason(why: Any) -> None:
+    with pytest.raises((sc.ConfigError, sc.FieldTypeError), match="why  expected a"):
+        sc.Stop(why)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(one.name) for one in folder.iterdir() if one.name.isdecimal())
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "kept"),
+    [
+        ("min", [3.0, 1.0, 2.0, 4.0, 5.0], [4, 10]),
+        ("max", [3.0, 1.0, 2.0, 4.0, 2.0], [8, 10]),
+        ("min", [NAN, 2.0, NAN, 2.0, 3.0], [4, 10]),
+        ("min", [5.0, 4.0, 3.0, 2.0, 1.0], [10]),
+        ("min", [NAN] * 5, [10]),
+    ],
+)
+def test_best_checkpoint_is_kept(mode: str, values: list[float], kept: list[int], tmp_path: Path) -> None:
+    logger = Remembering()
+    sc.run(
+        step(), fresh(), FaultPlan().batches(10), eval=sc.Eval(2, judged(values), [batch_of(1)]), loggers=[logger],
+        checkpoint=sc.Checkpoints(tmp_path, every=5, keep=1, best=("eval/loss", mode)),
+    )  # fmt: skip
+    assert steps_of(tmp_path) == kept
+    best = [at for name, facts, at in logger.events if name == "checkpoint" and "best" in facts]
+    assert best[-1:] == ([] if np.isnan(values).all() else kept[:1])
+
+
+def test_best_checkpoint_is_known_after_a_resume(tmp_path: Path) -> None:
+    keep = sc.Checkpoints(tmp_path, every=100, keep=1, best=("eval/loss", "min"))
+    for values, steps in (([1.0, 2.0], 4), ([3.0, 1.5], 8)):
+        sc.run(
+            step(), fresh(), FaultPlan().batches(20), steps=steps, checkpoint=keep,
+            eval=sc.Eval(2, judged(values), [batch_of(1)]),
+        )  # fmt: skip
+    assert steps_of(tmp_path) == [2, 8]
+    assert digest(sc.restore(tmp_path, like=fresh(), step=2)) == digest(by_a_plain_loop([1, 2]))
+
+
+def test_metric_of_a_step_decides_among_the_checkpoints(tmp_path: Path) -> None:
+    logger = Remembering()
+    sc.run(
+        step(), fresh(), FaultPlan().batches(12), loggers=[logger], log_every=1,
+        checkpoint=sc.Checkpoints(tmp_path, every=3, keep=1, best=("loss", "max")),
+    )  # fmt: skip
+    losses = {at: metrics["loss"] for at, metrics in logger.told if at % 3 == 0}
+    assert steps_of(tmp_path) == sorted({max(losses, key=lambda at: losses[at]), 12})
+
+
+@pytest.mark.parametrize("best", ["eval/loss", ("eval/loss", "least"), ("loss",), (1, "min")])
+def test_best_that_is_no_pair_is_refused(best: Any, tmp_path: Path) -> None:
+    with pytest.raises(sc.FieldTypeError, match=r'best  expected a pair such as \("eval/loss", "min"\), or None'):
+        sc.Checkpoints(tmp_path, every=1, best=best)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    for steps in (3, 5):
+        sc.run(step(), fresh(), FaultPlan().batches(20), steps=steps, checkpoint=sc.Checkpoints(folder, every=100))
+    return folder
+
+
+@pytest.mark.parametrize(("number", "steps"), [(None, 5), (5, 5), (3, 3)])
+@pytest.mark.parametrize("is_shape", [False, True])
+def test_restored_state_is_the_saved_one(saved: Path, number: int | None, steps: int, is_shape: bool) -> None:
+    like = jax.eval_shape(fresh) if is_shape else fresh()
+    state = sc.restore(saved, like=like, step=number)
+    assert digest(state) == digest(by_a_plain_loop(list(range(1, steps + 1))))
+    state, _ = step()(state, batch_of(steps + 1))  # it trains on
+    assert digest(state) == digest(by_a_plain_loop(list(range(1, steps + 2))))
+
+
+def test_only_what_is_named_is_read(saved: Path) -> None:
+    like = fresh()
+    state = sc.restore(saved, like=like, only=["params/**", "step"])
+    expected = by_a_plain_loop([1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(np.asarray(state.params["w"]), np.asarray(expected.params["w"]))
+    assert int(state.step) == 5 and state.rng is like.rng
+    assert state.opt_state[0].mu["w"] is like.opt_state[0].mu["w"]
+    shapes = jax.eval_shape(fresh)
+    assert sc.restore(saved, like=shapes, only="params/**").opt_state == shapes.opt_state
+
+
+def test_leaves_are_placed_as_those_of_like(saved: Path) -> None:
+    sharding = NamedSharding(mesh_of(data=3), PartitionSpec("data"))
+    like: Any = {"params": {"w": jax.ShapeDtypeStruct((3,), np.float32, sharding=sharding)}}
+    found = sc.restore(saved, like=like)["params"]["w"]
+    assert found.sharding == sharding
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(by_a_plain_loop([1, 2, 3, 4, 5]).params["w"]))
+
+
+def test_damaged_checkpoint_is_passed_over_unless_it_is_asked_for(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "5" / "state")
+    assert digest(sc.restore(tmp_path, like=fresh())) == digest(by_a_plain_loop([1, 2, 3]))
+    with pytest.raises(sc.CheckpointError, match="No checkpoint in .* can be read") as raised:
+        sc.restore(tmp_path, like=fresh(), step=5)
+    assert raised.value.step == 5
+
+
+def test_restore_while_a_run_goes_on(tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def hook(number: int, metrics: Any, snapshot: Any) -> None:
+        found.append(digest(sc.restore(tmp_path, like=fresh())))
+
+    keep = sc.Checkpoints(tmp_path, every=2, keep=9)
+    sc.run(step(), fresh(), FaultPlan().batches(2), checkpoint=keep)
+    sc.run(step(), fresh(), FaultPlan().batches(4), checkpoint=keep, hooks=[(3, hook)])
+    assert found == [digest(by_a_plain_loop([1, 2]))]
+
+
+def test_restore_of_nothing_is_an_error(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(sc.CheckpointError, match="There is no checkpoint in .*/none.\n\n  steps  none"):
+        sc.restore(tmp_path / "none", like=fresh())
+    with pytest.raises(sc.CheckpointError, match="There is no checkpoint of step 4 in .*\n\n  steps  5, 3"):
+        sc.restore(saved, like=fresh(), step=4)
+    with pytest.raises(sc.ConfigError, match="only  expected a pattern that matches a leaf of `like`, got 'weights"):
+        sc.restore(saved, like=fresh(), only="weights/**")
+    wrong: Any = {"params": {"w": jnp.zeros(4), "b": jnp.zeros(1)}}
+    with pytest.raises(sc.ResumeError) as raised:
+        sc.restore(saved, like=wrong)
+    assert str(raised.value) == (
+        "The checkpoint of step 5 does not fit this state.\n\n"
+        "  params/b  saved nothing, the state has float32[1]\n"
+        "  params/w  saved float32[3], the state has float32[4]"
+    )
