@@ -127,6 +127,6 @@ def test_waits_that_add_up_to_little_are_no_event() -> None:
         clock=lambda: next(now),  # pyright: ignore
     )
     for number in range(1, 301):
-        keeper.save(number, None, None, {}, None)
+        keeper.save(number, None, None, {}, None, {})
     told = [at for name, _, at in logger.events if name == "slow_checkpoint"]
     assert len(told) == 2  # at half a second in all and at one, and not 299 times
