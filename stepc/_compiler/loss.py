@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import compress
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+from stepc._compiler.rows import RowUse, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import LossStructure
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
@@ -66,13 +67,21 @@ def checked_loss(node: DifferentiateNode) -> Call:
 
 
 def trace_loss_structure(
-    node: DifferentiateNode, params: Params, rows: BatchRows, key: Any, model_state: Any, manual_axes: tuple[str, ...]
+    node: DifferentiateNode,
+    params: Params,
+    rows: BatchRows,
+    key: Any,
+    model_state: Any,
+    manual_axes: tuple[str, ...],
+    *,
+    is_split: bool,
 ) -> LossStructure:
     """What a loss returns for one local microbatch, from the shapes of its arguments.
 
     Args:
       key: the state's, or its shape.
       manual_axes: the mesh axes along which the loss sees its own rows only.
+      is_split: whether these are not all rows of the batch: then what the loss does with them matters.
     Errors: LossError if a count depends on the parameters or on the model state, if no gradient reaches a parameter, or
       if the implementation of the keys cannot give one key per row; ShardingError if the loss names a manual axis.
     """
@@ -84,7 +93,14 @@ def trace_loss_structure(
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)
-    return structure
+    if not is_split:
+        return structure
+    if num_rows(rows) == 1:
+        return replace(structure, row_use=RowUse("single"))
+    inputs = ((params, False), (model_state, False), (rows, True), (keys, node.rng == "example"))
+    of_rows = [has_rows for tree, has_rows in inputs for _ in jax.tree.leaves(tree)]
+    values = row_uses(traced, of_rows=of_rows, num_rows=num_rows(rows))
+    return replace(structure, row_use=loss_row_use(values, structure.counts, num_rows(rows)))
 
 
 def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any) -> list[jax.Array]:
@@ -332,9 +348,9 @@ def named_axes(traced: ClosedJaxpr) -> Iterator[tuple[str, tuple[str, ...], str]
                 spec = equation.params["sharding"].spec
                 entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
                 axes = tuple(axis for entry in entries for axis in entry if isinstance(axis, str))
-                yield "with_sharding_constraint", axes, _line(equation)
+                yield "with_sharding_constraint", axes, user_line(equation)
             case "shard_map":
-                yield "shard_map", tuple(sorted(equation.params.get("newly_manual_axes", ()))), _line(equation)
+                yield "shard_map", tuple(sorted(equation.params.get("newly_manual_axes", ()))), user_line(equation)
             case _:
                 pass
 
@@ -346,17 +362,6 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:  # Any: a jax.extend.core.JaxprEq
             for inner in part if isinstance(part, tuple | list) else (part,):
                 if isinstance(inner, ClosedJaxpr | Jaxpr):
                     yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
-
-
-def _line(equation: Any) -> str:  # Any: a jax.extend.core.JaxprEqn
-    """The innermost line outside jax and stepc; empty where this jax keeps no traceback."""
-    libraries = (str(Path(jax.__file__).parent), str(Path(__file__).parent.parent))
-    try:
-        frames = equation.source_info.traceback.frames
-    except AttributeError:
-        return ""
-    frame = next((frame for frame in frames if not frame.file_name.startswith(libraries)), None)
-    return "" if frame is None else f"{Path(frame.file_name).name}:{frame.line_num}"
 
 
 def _without_effects(jaxpr: Jaxpr) -> Jaxpr:

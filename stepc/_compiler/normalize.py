@@ -114,7 +114,7 @@ class NormalForm:
 
         params, key, model_state = jax.tree.map(shape_of, (state.params, state.rng, state.model_state))
         rows = jax.tree.map(microbatch, batch)
-        return trace_loss_structure(self.loss, params, rows, key, model_state, self.batch_axes)
+        return trace_loss_structure(self.loss, params, rows, key, model_state, self.batch_axes, is_split=bool(means))
 
 
 def normalize(transforms: tuple[Transform, ...], mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> NormalForm:

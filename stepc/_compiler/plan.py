@@ -12,6 +12,7 @@ from typing import assert_never
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.normalize import AppliedLaw
+from stepc._compiler.rows import RowUse
 from stepc._compiler.schedule import (
     AllGather,
     AllReduce,
@@ -148,6 +149,7 @@ class Plan:
       notes: what the sharding costs where that may surprise.
       accumulator: for each parameter, the shape of its gradient on one device while microbatches are summed.
       search: how `accumulate(memory=...)` found its k; None if the pipeline states every number.
+      losses: each loss as written, and what it does with the rows that it is given; none where the batch is not split.
     """
 
     pipeline: str
@@ -160,6 +162,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     accumulator: tuple[tuple[int, ...], ...] = ()
     search: SearchResult | None = None
+    losses: tuple[tuple[str, RowUse], ...] = ()
 
     @property
     def normal(self) -> Program:
@@ -194,6 +197,8 @@ class Plan:
         no_collectives = "none in the schedule; XLA inserts its own" if self.rows else "none"
         yield "collectives", aligned_table(map(_row, self.collectives)) or [no_collectives]
         yield "batch", [f"rows sharded over {', '.join(self.rows)}" if self.rows else "replicated"]
+        if self.losses:
+            yield "loss", [f"{written}: {use}" for written, use in self.losses]
         if self.notes:
             yield "sharding", list(self.notes)
         total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)

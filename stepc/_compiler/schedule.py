@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias, assert_never
 
+from stepc._compiler.rows import RowUse
 from stepc._compiler.sharding import BoundRules
 from stepc._core.nodes import (
     DifferentiateNode,
@@ -42,12 +43,14 @@ class LossStructure:
       separate_metrics: "max", "min" and "whole numbers", where a metric is one: they are not summed with the gradient.
       has_last: whether a metric is a `Last`.
       model_state_dtypes: the dtypes of the leaves of the model state.
+      row_use: what it does with the rows that it is given; None where the batch is not split.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
     separate_metrics: tuple[str, ...] = ()
     has_last: bool = False
     model_state_dtypes: tuple[str, ...] = ()
+    row_use: RowUse | None = None
 
     @property
     def counts_first(self) -> bool:

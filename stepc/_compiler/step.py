@@ -32,7 +32,7 @@ from stepc._compiler.placement import (
     without_weak_types,
 )
 from stepc._compiler.plan import Plan, ShardingTable
-from stepc._compiler.schedule import Schedule, accumulator_is_sharded, draws, sharding_notes
+from stepc._compiler.schedule import LossStructure, Schedule, accumulator_is_sharded, draws, sharding_notes
 from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.validation import (
     BatchSignature,
@@ -117,7 +117,7 @@ class Step:
         self._autotuner = autotuner
         self._batches = BatchPlacement(self.mesh, normal_form)
         self._traced_batches: list[str] = []
-        self._schedules: dict[BatchSignature, Schedule] = {}
+        self._schedules: dict[BatchSignature, tuple[Schedule, LossStructure]] = {}
 
         def stepc_step(
             state: State, batch: Batch
@@ -267,7 +267,7 @@ class Step:
             check_batch(shapes_of(batch), self.normal_form.core)
             check_state(state, self._transform_state)
             schedule, structure = self.normal_form.schedule(state, batch)
-            self._schedules[_signature(state, batch)] = schedule
+            self._schedules[_signature(state, batch)] = schedule, structure
             rules = self.normal_form.rules
             specs, dimensions = shard_dimensions(state.params, state.placement, rules)
             region = ManualRegion(
@@ -293,7 +293,7 @@ class Step:
         with self._own_mesh():
             mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
             form, rules = self.normal_form, self.normal_form.rules
-            schedule = self._schedules[_signature(state, batch)]
+            schedule, structure = self._schedules[_signature(state, batch)]
             leaves = sharding_table(state, rules, self.mesh).rows
             gradient = gradient_shapes(state.params, state.placement, rules, sharded=False)
             notes = sharding_notes(schedule, rules, sum(leaf.size * leaf.dtype.itemsize for leaf in gradient))
@@ -301,6 +301,7 @@ class Step:
             return Plan(
                 repr(self.pipeline), mesh, form.core, form.laws, schedule, rules.rows, leaves, notes,
                 tuple(leaf.shape for leaf in sums),
+                losses=() if structure.row_use is None else ((form.loss.written, structure.row_use),),
             )  # fmt: skip
 
     def _own_mesh(self) -> AbstractContextManager[Any]:

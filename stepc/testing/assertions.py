@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepc._compiler.rows import RowUse
 from stepc._compiler.step import Step
 from stepc._core.nodes import InScan, MapNode, MeanNode, OverMesh, RepeatNode
 from stepc._language.kinds import Batch, Kind
@@ -46,7 +47,13 @@ def assert_equivalent(step: Step, state: State, batch: Batch, *, tolerance: floa
     """
     expected = step.reference(state, batch)
     got = step(_copied(state), batch)
-    assert_equal_trees(got, expected, tolerance=tolerance, of=f"{step!r} and its reference")
+    assert_equal_trees(
+        got,
+        expected,
+        tolerance=tolerance,
+        of=f"{step!r} and its reference",
+        facts=tuple(("loss", f"`{loss}`: {use}") for loss, use in _dependent_losses(step, state, batch)),
+    )
 
 
 def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance: float = 1e-5) -> None:
@@ -100,16 +107,23 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
     inside = [repr(one) for one in below_update[splits[0] :] if any(isinstance(node, MapNode) for node in one.expand())]
     shown = [f"{path} by {difference:.3g}" for path, difference in differ[:_MOST_LEAVES]]
     shown += [f"and {len(differ) - _MOST_LEAVES} more"] if len(differ) > _MOST_LEAVES else []
-    causes = ["the loss couples the rows that it is given (a contrastive loss, batch statistics)"]
-    causes += ["it is not a mean over them (a sum)"]
+    causes = [f"`{loss}`: {use}" for loss, use in _dependent_losses(step, state, batch)]
+    if not causes:
+        causes = ["the loss couples the rows that it is given (a contrastive loss, batch statistics)"]
+        causes += ["it is not a mean over them (a sum)"]
     causes += [f"`{one}` takes the gradient of each part" for one in inside]
     gradient = (
         [("gradient", f"differs in {', '.join(shown)}; its largest magnitude is {largest:.3g}")] if differ else []
     )
     raise EquivalenceError(
         f"`{written}` changes the gradient: the mean over parts of the batch is not that of the whole batch.",
-        facts=(*metrics, *gradient, ("cause", f"either {', or '.join(causes)}")),
+        facts=(*metrics, *gradient, ("cause", f"either {', or '.join(causes)}" if len(causes) > 1 else causes[0])),
     )
+
+
+def _dependent_losses(step: Step, state: State, batch: Batch) -> list[tuple[str, RowUse]]:
+    """The losses that the plan knows to depend on the split, with what they do. The step is traced already."""
+    return [(loss, use) for loss, use in step.lower(state, batch).plan.losses if use.depends_on_split]
 
 
 def _is_split(transform: Transform) -> bool:
@@ -127,7 +141,14 @@ def _largest_difference(one: Any, two: Any) -> float:  # Any: arrays
     return float(np.max(np.abs(np.asarray(one, np.float64) - np.asarray(two, np.float64)), initial=0.0))
 
 
-def assert_equal_trees(got: Any, expected: Any, *, tolerance: float, of: str) -> None:  # Any: trees of arrays
+def assert_equal_trees(
+    got: Any,  # Any, twice: trees of arrays
+    expected: Any,
+    *,
+    tolerance: float,
+    of: str,
+    facts: tuple[tuple[str, str], ...] = (),
+) -> None:
     """Assert that two trees of arrays agree, leaf by leaf.
 
     Args:
@@ -135,17 +156,20 @@ def assert_equal_trees(got: Any, expected: Any, *, tolerance: float, of: str) ->
       expected: a tree with the same paths.
       tolerance: as in `assert_equivalent`; 0 for bitwise.
       of: what is compared, for the message.
+      facts: further rows for the message.
     Errors: EquivalenceError with every leaf that differs, and by how much.
     """
     left, right = leaves_by_path(got), leaves_by_path(expected)
     missing = {path for path, _ in right} ^ {path for path, _ in left}
     if missing or len(left) != len(right):
-        raise EquivalenceError(f"The leaves of {of} differ.", facts=(("only in one", ", ".join(sorted(missing))),))
+        raise EquivalenceError(
+            f"The leaves of {of} differ.", facts=(("only in one", ", ".join(sorted(missing))), *facts)
+        )
     by_path = dict(right)
     pairs = ((path, np.asarray(key_data(one)), np.asarray(key_data(by_path[path]))) for path, one in left)
     faults = [fault for path, one, two in pairs if (fault := _difference(path, one, two, tolerance))]
     if faults:
-        raise EquivalenceError(faults_in_one(faults, of=of))
+        raise EquivalenceError(faults_in_one(faults, of=of), facts=facts)
 
 
 def _difference(path: str, got: np.ndarray, expected: np.ndarray, tolerance: float) -> str | None:
