@@ -15,7 +15,7 @@ import numpy as np
 
 from stepc._language.terms import AbstractTerms, Last, Max, Metric, Min, Sum, divide_by_count, is_static, sum_arrays
 
-SUMMED_KINDS = ("mean", "sum", "last")  # those that are reduced by a sum over devices
+SUMMED_KINDS = ("mean", "sum", "whole", "last")  # those that are reduced by a sum over devices
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +26,9 @@ class MetricAccumulator:
     Args:
       value: the sum so far, or the largest, smallest or last value.
       count: of a mean whose rows decide its count, the sum of the counts; else None.
-      kind: "mean", "sum", "max", "min" or "last".
+      kind: "mean", "sum", "whole", "max", "min" or "last". "whole" is a sum of whole numbers of 32 bits, in two parts:
+        the value is `[2, ...]`, a multiple of 2**16 and a rest, and does not overflow.
+      dtype: of a "whole" sum.
       static_count: of a mean with the same count in every local microbatch, the sum of the counts.
     """
 
@@ -34,6 +36,7 @@ class MetricAccumulator:
     count: Any
     kind: str = field(metadata={"static": True})
     static_count: float = field(default=0.0, metadata={"static": True})
+    dtype: str = field(default="", metadata={"static": True})
 
 
 # By name; a metric is the sum of its terms.
@@ -106,6 +109,9 @@ def accumulate_metric(metric: Metric) -> tuple[MetricAccumulator, ...]:
                 else MetricAccumulator(term.total, term.count, "mean")
                 for term in metric.terms
             )
+        case Sum(value) if value.dtype in (jnp.int32, jnp.uint32):
+            parts = jnp.stack([(value >> 16).astype(jnp.int32), (value & 0xFFFF).astype(jnp.int32)])
+            return (MetricAccumulator(parts, None, "whole", dtype=str(value.dtype)),)
         case Sum(value):
             return (MetricAccumulator(value, None, "sum"),)
         case Max(value):
@@ -145,6 +151,8 @@ def add_metrics(before: MetricAccumulators, after: MetricAccumulators) -> Metric
                 return replace(one, value=jnp.minimum(one.value, two.value))
             case "last":
                 return two
+            case "whole":
+                return replace(one, value=_carried(one.value + two.value))
             case _:
                 return jax.tree.map(jnp.add, one, two)
 
@@ -208,12 +216,30 @@ def final_metrics(accumulators: MetricAccumulators) -> dict[str, jax.Array]:
     """The metrics, once everything is added up."""
 
     def value(one: MetricAccumulator) -> jax.Array:
+        if one.kind == "whole":
+            return _whole_number(one.value, jnp.dtype(one.dtype))
         if one.kind != "mean":
             return one.value
         return divide_by_count(one.value, one.static_count if one.count is None else one.count)
 
     values = {name: list(map(value, terms)) for name, terms in accumulators.items()}
     return {name: sum_arrays(each) for name, each in values.items()}
+
+
+def _carried(parts: jax.Array) -> jax.Array:
+    """The same whole number with a rest below 2**16."""
+    high, low = parts
+    return jnp.stack([high + (low >> 16), low & 0xFFFF])
+
+
+def _whole_number(parts: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A sum of whole numbers; the largest or smallest of the dtype if that does not hold it."""
+    high, low = _carried(parts)
+    limits = jnp.iinfo(dtype)
+    value = (high.astype(dtype) << 16) | low.astype(dtype)
+    least, most = limits.min >> 16, limits.max >> 16
+    largest, smallest = np.asarray(limits.max, dtype), np.asarray(limits.min, dtype)
+    return jnp.where(high > most, largest, jnp.where(high < least, smallest, value))
 
 
 def _map_metrics(

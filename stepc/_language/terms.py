@@ -108,7 +108,8 @@ class Sum:
     """A metric that is added up over microbatches and devices.
 
     Args:
-      value: a scalar.
+      value: a scalar. Whole numbers are added exactly; a sum that is too large for int32 (2,147,483,647) is reported as
+        the largest int32, and never wraps. With `jax_enable_x64`, int64 has room for it: pass it as int64.
     Example:
       >>> Sum(3)
       Sum(value=3)
@@ -225,7 +226,7 @@ def combine_metrics(first: Metric, second: Metric) -> Metric:
             pairs = zip(first.terms, second.terms, strict=True)
             return Sums(tuple(Mean(one.total + two.total, one.count + two.count) for one, two in pairs))
         case Sum(), Sum():
-            return Sum(first.value + second.value)
+            return Sum(_exact(first.value) + _exact(second.value))
         case Max(), Max():
             return Max(jnp.maximum(first.value, second.value))
         case Min(), Min():
@@ -241,6 +242,12 @@ def metric_value(metric: Metric) -> jax.Array:
     match metric:
         case AbstractTerms():
             return sum_arrays([divide_by_count(term.total, term.count) for term in metric.terms])
+        case Sum(np.ndarray() | np.integer() as value) if (
+            value.dtype.kind in "iu"
+        ):  # a sum of whole numbers, exact so far
+            dtype = accumulation_dtype(value.dtype)
+            limits = jnp.iinfo(dtype)
+            return jnp.asarray(np.clip(value, limits.min, limits.max).astype(dtype))
         case Sum(value) | Max(value) | Min(value) | Last(value):
             return jnp.asarray(value)
 
@@ -285,7 +292,15 @@ def accumulation_dtype(dtype: Any) -> Any:  # Any, twice: whatever numpy takes f
     """The dtype in which values of this dtype are added up: at least float32 for floats, int32 for integers."""
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.promote_types(dtype, jnp.float32)
-    return jnp.promote_types(dtype, jnp.int32)
+    is_wide = np.dtype(dtype).name in ("uint32", "uint64")  # int32 does not hold them
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.uint32 if is_wide else jnp.int32))
+
+
+def _exact(value: Any) -> Any:  # Any, twice: an array
+    """A whole number in 64 bits, which the sum of a step does not overflow."""
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        return value
+    return np.asarray(value).astype(np.uint64 if np.dtype(value.dtype).kind == "u" else np.int64)
 
 
 def _wide_metric(metric: Metric) -> Metric:
