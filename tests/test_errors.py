@@ -51,6 +51,11 @@ def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = No
     step(step.init(params or probe_params(), seed=seed, model_state=given), probe_batch(8))
 
 
+def trained_on_devices(bad: Any, model_state: Any, rules: Any = True) -> None:
+    step = sc.compile(sc.update(tx) @ dp @ sc.grad(bad, model_state=rules), mesh=mesh_of(data=2))
+    step(step.init(probe_params(), model_state=model_state), probe_batch(8))
+
+
 def asking(memory: int | str, batch: Any) -> None:
     step = sc.compile(sc.update(tx) @ sc.accumulate(memory=memory) @ dp @ sc.grad(loss), mesh=mesh_of(data=N))
     step(step.init(probe_params()), batch)
@@ -230,6 +235,9 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "not_a_loss": (sc.FieldTypeError, lambda: sc.grad(3)),
     "loss_is_a_word": (sc.FieldTypeError, lambda: sc.grad(sc.clip(1.0))),
     "loss_words_alone": (sc.FieldTypeError, lambda: sc.grad(sc.cast(jnp.bfloat16) @ sc.remat())),
+    "model_state_rule": (sc.FieldValueError, lambda: sc.grad(loss, model_state={"hidden": "row"})),
+    "model_state_text": (sc.FieldTypeError, lambda: sc.grad(loss, model_state="rows")),  # pyright: ignore[reportArgumentType]
+    "model_state_pattern": (sc.FieldTypeError, lambda: sc.grad(loss, model_state={3: "rows"})),  # pyright: ignore[reportArgumentType]
     "rng_unknown": (sc.FieldValueError, lambda: sc.grad(loss, rng="row")),
     "has_aux_number": (sc.FieldTypeError, lambda: sc.grad(loss, has_aux=1)),
     "accumulate_dtype": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.int32)),
@@ -352,7 +360,37 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "carry_not_asked_for": (sc.ConfigError, lambda: fresh_with(sc.grad(loss), {"mean": np.zeros(3)})),
     "carry_of_text": (
         sc.ConfigError,
-        lambda: fresh_with(sc.grad(loss, model_state=True), {"a": "b", "c": np.array(True)}),
+        lambda: fresh_with(sc.grad(loss, model_state=True), {"a": "b", "c": 1.0, "d": np.array(1j)}),
+    ),
+    "model_state_rules_that_do_not_fit": (
+        sc.ConfigError,
+        lambda: fresh_with(
+            sc.grad(
+                loss,
+                model_state={
+                    "mean": "average",
+                    "on": "sum",
+                    "key": "max",
+                    "raw": "key",
+                    "scale": "rows",
+                    "hiden": "rows",
+                },
+            ),
+            {
+                "mean": np.arange(3),
+                "on": np.array(True),
+                "key": jax.random.key(0),
+                "raw": np.zeros(2, np.uint32),
+                "scale": np.float32(1),
+                "hidden": np.zeros((8, 2)),
+            },
+        ),
+    ),
+    "model_state_rows_on_a_mesh": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.update(tx) @ dp @ sc.grad(loss, model_state={"h": "rows"}), mesh=mesh_of(data=N)).init(
+            probe_params(), model_state={"h": np.zeros((12, 2))}
+        ),
     ),
     "seed_fraction": (sc.FieldTypeError, lambda: step_on().init(probe_params(), seed=0.5)),
 }
@@ -411,6 +449,35 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.LossError,
         lambda: trained_with(
             lambda p, b, c: (loss(p, b), {"m": c["m"] > 0}), given={"m": np.zeros(())}, model_state=True
+        ),
+    ),
+    "model_state_of_rows": (
+        sc.LossError,
+        lambda: trained_on_devices(lambda p, b, c: (loss(p, b), {"h": c["h"] + b["x"]}), {"h": np.zeros((4, 3))}),
+    ),
+    "model_state_of_the_whole_batch": (
+        sc.LossError,
+        lambda: trained_on_devices(lambda p, b, c: (loss(p, b), {"h": c["h"] + b["x"]}), {"h": np.zeros((8, 3))}),
+    ),
+    "model_state_of_another_batch": (
+        sc.LossError,
+        lambda: trained_on_devices(
+            lambda p, b, c: (loss(p, b), {"h": c["h"] + b["x"]}), {"h": np.zeros((16, 3))}, {"h": "rows"}
+        ),
+    ),
+    "whole_numbers_by_rows": (
+        sc.LossError,
+        lambda: trained_on_devices(
+            lambda p, b, c: (loss(p, b), {"n": c["n"] + jnp.sum(b["y"] > 0), "on": c["on"] | jnp.any(b["y"] > 0)}),
+            {"n": np.array(0, np.int32), "on": np.array(False)},
+        ),
+    ),
+    "rules_that_the_loss_breaks": (
+        sc.LossError,
+        lambda: trained_on_devices(
+            lambda p, b, c: (loss(p, b), {"table": 0.5 * c["table"], "n": jnp.sum(b["y"] > 0)}),
+            {"table": np.zeros(3), "n": np.array(0, np.int32)},
+            {"table": "constant", "n": "sum"},
         ),
     ),
     "narrow_masters": (

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from catalogue import EXACT, PROBES, ROUNDED, SAMPLES, SOURCES, UPDATES, probe_batch, probe_model_state, probe_params
@@ -25,7 +26,7 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
     batch = probe_batch(num_rows)
     for laws in (LAWS, ()):
         step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, laws))
-        state = fresh(step)
+        state = fresh(step, batch)
         before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
         expected, metrics_of_core = evaluate(
             step.normal_form.core, evaluation_state(jax.tree.map(jnp.copy, before)), batch_
@@ -36,9 +37,10 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
         assert_equal_trees(got, (compared_leaves(expected), metrics_of_core), tolerance=0.0, of=of)
 
 
-def fresh(step: sc.Step, *, seed: int = 0) -> sc.State:
-    """A fresh state of the probes."""
-    return step.init(probe_params(), seed=seed, model_state=probe_model_state(step.pipeline.transforms[-1]))
+def fresh(step: sc.Step, batch: dict[str, np.ndarray], *, seed: int = 0) -> sc.State:
+    """A fresh state of the probes, for such a batch."""
+    num_rows = batch["y"].shape[-1]
+    return step.init(probe_params(), seed=seed, model_state=probe_model_state(step.pipeline.transforms[-1], num_rows))
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -83,7 +85,8 @@ def test_compiled_word_equals_its_reference_among_others(name: str, source: str)
     split = replica @ transform if name == "rows" else transform @ replica
     step = sc.compile(SGD @ sc.accumulate(2) @ split @ SOURCES[source], mesh=mesh_of(data=2, replica=4))
     # bfloat16 holds 8 bits, and the sums are taken in another order.
-    assert_equivalent(step, fresh(step), probe_batch(64), tolerance=1e-5 if name != "accumulate_narrow" else 2e-2)
+    batch = probe_batch(64)
+    assert_equivalent(step, fresh(step, batch), batch, tolerance=1e-5 if name != "accumulate_narrow" else 2e-2)
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -104,7 +107,7 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     pipeline = data.draw(pipelines(axes=axes, exact=exact))
     batch = data.draw(batches(pipeline, axes=axes))
     step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, data.draw(st.sampled_from([LAWS, LAWS, ()]))))
-    assert_equivalent(step, fresh(step), batch, tolerance=tolerance)
+    assert_equivalent(step, fresh(step, batch), batch, tolerance=tolerance)
 
 
 @settings(max_examples=40)

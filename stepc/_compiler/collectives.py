@@ -25,9 +25,10 @@ from stepc._compiler.metrics import (
     mask_last_metrics,
     replace_extremes,
 )
-from stepc._compiler.schedule import AllGather, AllReduce, AverageModelState, Compute, ReduceScatter
+from stepc._compiler.schedule import AllGather, AllReduce, Compute, ModelStateLeaf, ReduceModelState, ReduceScatter
 from stepc._core.sharding import sharded_spec
 from stepc._language.kinds import Grads, Params
+from stepc._language.model_state import MEANS, part_of_mean
 from stepc._language.terms import accumulation_dtype
 
 
@@ -42,7 +43,9 @@ class ManualRegion:
       dimensions: a tree like the parameters, of the dimension that is sharded over `shard_axis`, or -1.
       shard_axis: the axis that gradients and optimizer state are sharded over; None if they are replicated.
       has_sharded_params: whether the parameters are sharded over `shard_axis` too.
-      model_state_specs: a tree of PartitionSpec like the model state.
+      model_state: the leaves of the model state.
+      model_state_tree: its structure.
+      model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
       sites: the transforms of the pipeline as written, each with the line of the user's that made it.
     """
@@ -53,7 +56,9 @@ class ManualRegion:
     dimensions: Any  # Any: a tree like the parameters
     shard_axis: str | None
     has_sharded_params: bool
-    model_state_specs: Any  # Any: a tree like the model state
+    model_state: tuple[ModelStateLeaf, ...]
+    model_state_specs: tuple[tuple[int, PartitionSpec], ...]
+    model_state_tree: Any  # Any: a jax.tree_util.PyTreeDef
     has_row_numbers: bool
     sites: tuple[tuple[str, str], ...] = ()
 
@@ -209,13 +214,37 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
     return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
 
 
-def average_model_state(instruction: AverageModelState, model_state: Any, region: ManualRegion) -> Any:  # Any: a tree
-    """The mean over devices of the model state, leaf by leaf."""
+def reduce_model_state(
+    instruction: ReduceModelState, results: tuple[Any, ...], region: ManualRegion
+) -> tuple[Any, ...]:  # Any: arrays, or None
+    """The results over all devices, of those leaves of the model state that this instruction reduces."""
+    chosen = {
+        place: leaf.rule
+        for place, leaf in enumerate(region.model_state)
+        if leaf.reduction and leaf.rule in instruction.rules
+    }
+
+    def reduce(results: dict[int, Any]) -> dict[int, Any]:  # Any: arrays
+        summed = {place: wide for place, wide in results.items() if chosen[place] != "max"}
+        # XLA has no maximum of bools over devices.
+        others = {place: leaf for place, leaf in results.items() if chosen[place] == "max"}
+        numbers = {place: leaf.astype(jnp.int8) if leaf.dtype == bool else leaf for place, leaf in others.items()}
+        summed = jax.lax.psum(summed, instruction.axes) if summed else {}
+        return {**summed, **(jax.lax.pmax(numbers, instruction.axes) if numbers else {})}
+
+    # A mean is divided first, so that the sum cannot overflow.
+    wide = {
+        place: part_of_mean(results[place], instruction.num_devices) if rule in MEANS else results[place]
+        for place, rule in chosen.items()
+    }
+    specs = {
+        place: PartitionSpec(*([None] * (results[place].ndim - rank)), *spec)
+        for place in chosen
+        for rank, spec in (region.model_state_specs[place],)
+    }
     with region.scope(instruction.written):
-        total = region.fully_manual(
-            lambda tree: jax.lax.psum(tree, instruction.axes), model_state, region.model_state_specs
-        )
-    return jax.tree.map(lambda leaf: (leaf / instruction.num_devices).astype(leaf.dtype), total)
+        reduced = region.fully_manual(reduce, wide, specs)
+    return tuple(reduced[place].astype(old.dtype) if place in reduced else old for place, old in enumerate(results))
 
 
 def _replicated(tree: Any) -> Any:

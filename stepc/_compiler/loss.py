@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import compress
+from operator import or_
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from stepc._compiler.rows import RowUse, loss_row_use, row_uses, user_line
-from stepc._compiler.schedule import LossStructure
+from stepc._compiler.schedule import LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
 from stepc._language.kinds import BatchRows, Params
-from stepc._language.state import describe_leaf, leaves_by_path
+from stepc._language.model_state import explicit_rule, is_overwritten, rules_by_leaf
+from stepc._language.state import describe_leaf, leaves_by_path, same_tree
 from stepc._language.terms import (
     AbstractTerms,
     Last,
@@ -26,6 +28,7 @@ from stepc._language.terms import (
     Metric,
     Min,
     Sum,
+    accumulation_dtype,
     is_static,
     loss_outcome,
     merge_terms,
@@ -36,6 +39,21 @@ from stepc.errors import LossError, ShardingError, faults_in_one, grouped_paths
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Key implementations whose draws for one key do not depend on how many keys are vmapped over.
 BATCH_STABLE = ("threefry2x32",)
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """What the calls of a loss have in common.
+
+    Args:
+      num_rows: of the whole batch.
+      side_by_side: the transform that computes parts side by side, as written; None if there is none.
+    """
+
+    num_rows: int
+    side_by_side: str | None
+
+
 Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
 
@@ -46,7 +64,10 @@ def checked_loss(node: DifferentiateNode) -> Call:
     """
 
     def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
-        options = (*(() if node.rng is None else (keys,)), *((model_state,) if node.model_state else ()))
+        options = (
+            *(() if node.rng is None else (keys,)),
+            *(() if node.model_state is None else (same_tree(model_state),)),
+        )
         try:
             returned = node.function(params, rows, *options)
         except NameError as error:
@@ -58,8 +79,8 @@ def checked_loss(node: DifferentiateNode) -> Call:
             _add_note(error, node, rows)
             raise
         _check_returned(returned, node)
-        outcome = loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state)
-        if node.model_state:
+        outcome = loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state is not None)
+        if node.model_state is not None:
             _check_model_state(model_state, outcome.model_state, node)
         return outcome
 
@@ -73,6 +94,7 @@ def trace_loss_structure(
     key: Any,
     model_state: Any,
     manual_axes: tuple[str, ...],
+    whole: WholeBatch,
     *,
     is_split: bool,
 ) -> LossStructure:
@@ -80,26 +102,35 @@ def trace_loss_structure(
 
     Args:
       key: the state's, or its shape.
+      model_state: the whole of it.
       manual_axes: the mesh axes along which the loss sees its own rows only.
+      whole: what is known of the batch that the rows are a part of.
       is_split: whether these are not all rows of the batch: then what the loss does with them matters.
-    Errors: LossError if a count depends on the parameters or on the model state, if no gradient reaches a parameter, or
-      if the implementation of the keys cannot give one key per row; ShardingError if the loss names a manual axis.
+    Errors: LossError if a count depends on the parameters or on the model state, if no gradient reaches a parameter, if
+      the model state and its rules do not fit the loss, or if the implementation of the keys cannot give one key per
+      row; ShardingError if the loss names a manual axis.
     """
     if node.rng == "example":
         _check_keys(key, node)
     keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
+    if node.model_state is not None:
+        model_state = _rows_of_model_state(node, model_state, whole, num_rows(rows))
+        _check_sizes(node, (params, model_state, rows, keys), whole)
     structure, traced, outputs = _trace(node, params, model_state, rows, keys)
     _check_axes(traced, node, manual_axes)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)
+    if node.model_state is not None:
+        leaves = _model_state_leaves(node, traced, (params, model_state, rows, keys), whole)
+        structure = replace(structure, model_state=leaves)
     if not is_split:
         return structure
     if num_rows(rows) == 1:
         return replace(structure, row_use=RowUse("single"))
-    inputs = ((params, False), (model_state, False), (rows, True), (keys, node.rng == "example"))
-    of_rows = [has_rows for tree, has_rows in inputs for _ in jax.tree.leaves(tree)]
-    values = row_uses(traced, of_rows=of_rows, num_rows=num_rows(rows))
+    of_rows = [False] * len(jax.tree.leaves(params)) + [leaf.rule == "rows" for leaf in structure.model_state]
+    of_rows += [True] * len(jax.tree.leaves(rows)) + [node.rng == "example"] * len(jax.tree.leaves(keys))
+    values = row_uses(traced, of_rows=of_rows, num_rows=num_rows(rows))[: outputs.stop]
     return replace(structure, row_use=loss_row_use(values, structure.counts, num_rows(rows)))
 
 
@@ -116,7 +147,9 @@ def _trace(
     """What the loss returned, its jaxpr, and which outputs of that are counts that the rows decide."""
     structures: list[LossStructure] = []
 
-    def totals_and_counts(params: Params, model_state: Any, rows: BatchRows, keys: Any) -> tuple[list[Any], list[Any]]:
+    def results(
+        params: Params, model_state: Any, rows: BatchRows, keys: Any
+    ) -> tuple[list[Any], list[Any], list[Any]]:  # Any: arrays
         outcome = checked_loss(node)(params, rows, keys, model_state)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
         structures.append(
@@ -124,14 +157,12 @@ def _trace(
                 counts=tuple(float(term.count) if is_static(term.count) else None for term in terms),
                 separate_metrics=tuple(sorted({why for metric in metrics if (why := _why_separate(metric))})),
                 has_last=any(isinstance(metric, Last) for metric in metrics),
-                model_state_dtypes=tuple(
-                    sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(outcome.model_state)})
-                ),
             )
         )
-        return [term.total for term in terms], [term.count for term in terms if not is_static(term.count)]
+        counts = [term.count for term in terms if not is_static(term.count)]
+        return [term.total for term in terms], counts, jax.tree.leaves(outcome.model_state)
 
-    traced, (totals, counts) = jax.make_jaxpr(totals_and_counts, return_shape=True)(params, model_state, rows, keys)
+    traced, (totals, counts, _) = jax.make_jaxpr(results, return_shape=True)(params, model_state, rows, keys)
     return structures[0], traced, range(len(totals), len(totals) + len(counts))
 
 
@@ -217,7 +248,7 @@ def num_rows(rows: BatchRows) -> int:
 
 
 def _check_returned(returned: Any, node: DifferentiateNode) -> None:
-    wanted = ("value", *(("metrics",) if node.has_aux else ()), *(("model_state",) if node.model_state else ()))
+    wanted = ("value", *(("metrics",) if node.has_aux else ()), *(() if node.model_state is None else ("model_state",)))
     if len(wanted) > 1 and not (isinstance(returned, tuple) and len(returned) == len(wanted)):
         facts = (("expected", f"a tuple ({', '.join(wanted)})"), ("got", described(returned)))
         raise LossError(f"The loss of `{node.written}` does not return what its options ask for.", facts=facts)
@@ -275,6 +306,206 @@ def _check_model_state(before: Any, after: Any, node: DifferentiateNode) -> None
     if faults or jax.tree.structure(before) != jax.tree.structure(after):
         what = faults_in_one(sorted(faults) or ["its tree structure changes."], of="the model state")
         raise LossError(f"The loss of `{node.written}` must return a model state like the one it takes: {what}")
+
+
+def _rows_of_model_state(
+    node: DifferentiateNode, model_state: Any, whole: WholeBatch, num_rows: int
+) -> Any:  # Any: shapes; the model's own tree
+    """The shapes of the model state that one call is given. Errors: LossError for "rows" that are not the batch's."""
+    rules = iter(rules_by_leaf(node.model_state or (), model_state))
+    faults: list[str] = []
+
+    def local(path: str, leaf: Any) -> Any:
+        if next(rules) != "rows":
+            return leaf
+        if leaf.shape[0] != whole.num_rows:
+            faults.append(
+                f'`model_state/{path}` is {describe_leaf(leaf)}, with the rule "rows", and the batch has '
+                f"{whole.num_rows} rows."
+            )
+        return jax.ShapeDtypeStruct((num_rows, *leaf.shape[1:]), leaf.dtype)
+
+    leaves = [local(path, leaf) for path, leaf in leaves_by_path(model_state)]
+    if faults:
+        what = faults_in_one(faults, of="the model state")
+        raise LossError(f"`{node.written}`: {what}")
+    return jax.tree.structure(model_state).unflatten(leaves)
+
+
+def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], whole: WholeBatch) -> None:
+    """Refuse a leaf without a rule that has the rows of the batch, or of one call: it would be handed to other rows.
+
+    A leaf whose size is theirs by accident, as of 64 channels, works with any number of rows.
+    Errors: LossError.
+    """
+    params, model_state, rows, keys = given
+    sizes = (num_rows(rows), whole.num_rows)
+    like_rows = [
+        (path, leaf)
+        for path, leaf in leaves_by_path(model_state)
+        if leaf.ndim and leaf.shape[0] in sizes and explicit_rule(node.model_state or (), path) is None
+    ]
+    if not like_rows:
+        return
+
+    def with_rows(times: int, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * times, *leaf.shape[1:]), leaf.dtype), tree
+        )
+
+    def is_accepted(times: int) -> bool:
+        more = with_rows(times, keys) if node.rng == "example" else keys
+        leaves, tree = jax.tree.flatten(model_state)
+        by_rule = zip(rules_by_leaf(node.model_state or (), model_state), leaves, strict=True)
+        state = tree.unflatten([with_rows(times, leaf) if rule == "rows" else leaf for rule, leaf in by_rule])
+        try:
+            jax.eval_shape(checked_loss(node), params, with_rows(times, rows), more, state)
+        except Exception:  # whatever the user's own code raises for a leaf of the wrong size
+            return False
+        return True
+
+    if is_accepted(1) and is_accepted(2):
+        return
+    listed = [f"`model_state/{path}` is {describe_leaf(leaf)}." for path, leaf in like_rows]
+    what = faults_in_one(listed, of="the model state")
+    example = like_rows[0][0]
+    raise LossError(
+        f"`{node.written}`: the model state seems to have rows, and no rule says so: {what}",
+        facts=(
+            ("rows", f"{whole.num_rows} of the batch, {sizes[0]} of one call of the loss"),
+            ("reason", "a hidden state of one row may not be handed to another, or be averaged"),
+        ),
+        suggestion=f"Give it the {whole.num_rows} rows of the batch and write "
+        f'`model_state={{"{example}": "rows"}}`; or write "sequential" if its size is no number of rows.',
+    )
+
+
+def _model_state_leaves(
+    node: DifferentiateNode, traced: ClosedJaxpr, given: tuple[Any, Any, Any, Any], whole: WholeBatch
+) -> tuple[ModelStateLeaf, ...]:
+    """Each leaf of the model state, its rule, and how it is reduced.
+
+    Errors: LossError with every leaf whose rule does not fit what the loss does to it.
+    """
+    params, model_state, rows, keys = given
+    rules, paths = rules_by_leaf(node.model_state or (), model_state), [path for path, _ in leaves_by_path(model_state)]
+    leaves, first = jax.tree.leaves(model_state), len(jax.tree.leaves(params))
+    inputs = [False] * first + [rule in ("rows", "key") for rule in rules]
+    inputs += [True] * len(jax.tree.leaves((rows, keys)))
+    # What one microbatch hands on, the next one starts from: to be repeated until nothing is added.
+    while True:
+        varies = varying(traced.jaxpr, inputs)[-len(leaves) :] if leaves else []
+        varies = [one or is_overwritten(path) for path, one in zip(paths, varies, strict=True)]
+        more = [rule == "sequential" and one for rule, one in zip(rules, varies, strict=True)]
+        wider = [*inputs[:first], *map(or_, inputs[first : first + len(leaves)], more), *inputs[first + len(leaves) :]]
+        if wider == inputs:
+            break
+        inputs = wider
+    passed = passed_on(traced.jaxpr)[-len(leaves) :] if leaves else []
+    faults: list[str] = []
+    for place, (path, leaf, rule) in enumerate(zip(paths, leaves, rules, strict=True)):
+        is_whole = not jnp.issubdtype(leaf.dtype, jnp.floating)
+        if is_overwritten(path) and passed[place] != first + place:
+            faults.append(f"`model_state/{path}` is assigned its gradient, and the loss returns another value.")
+        elif rule == "constant" and passed[place] != first + place:
+            faults.append(f'`model_state/{path}` has the rule "constant", and the loss returns another value.')
+        elif rule == "sequential" and is_whole and varies[place] and whole.side_by_side is not None:
+            faults.append(
+                f"`model_state/{path}` ({describe_leaf(leaf)}) depends on the rows, and has no mean: "
+                f"give it a rule, "
+                + ('`"max"`.' if leaf.dtype == bool else '`"sum"` for a counter, `"max"` or `"rows"`.')
+            )
+        elif rule == "sum" and not _reads(traced, len(traced.jaxpr.outvars) - len(leaves) + place, first + place):
+            faults.append(
+                f'`model_state/{path}` has the rule "sum", and the loss returns a value that does not depend on it: '
+                f"return what it was, plus what is added."
+            )
+    if faults:
+        what = faults_in_one(faults, of="the model state")
+        raise LossError(f"`{node.written}`: {what}")
+    return tuple(
+        ModelStateLeaf(path, rule, _reduction(rule, leaf.dtype) if one or rule == "sum" else None)
+        for path, rule, leaf, one in zip(paths, rules, leaves, varies, strict=True)
+    )
+
+
+def _reads(traced: ClosedJaxpr, output: int, place: int) -> bool:
+    """Whether an output depends on the input at a place."""
+    return depends_on(traced, outputs=[output])[0][place]
+
+
+def _reduction(rule: str, dtype: Any) -> str | None:  # Any: a dtype of numpy
+    """How a leaf with this rule is reduced over a mesh axis, as plans print it."""
+    match rule:
+        case "sequential" | "average":
+            return f"mean in {accumulation_dtype(dtype)}"
+        case "max":
+            return f"max in {dtype}"
+        case "sum":
+            is_floating = jnp.issubdtype(dtype, jnp.floating)
+            return f"sum in {accumulation_dtype(dtype)}" if is_floating else "sum in int32, byte by byte"
+        case _:
+            return None
+
+
+def varying(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """For each output, whether it may depend on one of these inputs; in doubt it does."""
+    known = dict(zip(map(id, jaxpr.invars), inputs, strict=True))
+    for equation in jaxpr.eqns:
+        given = [known.get(id(var), False) for var in equation.invars]
+        for var, one in zip(equation.outvars, _varying_results(equation, given), strict=True):
+            known[id(var)] = one
+    return [known.get(id(var), False) for var in jaxpr.outvars]
+
+
+def _varying_results(equation: Any, given: list[bool]) -> list[bool]:  # Any: a jax.extend.core.JaxprEqn
+    if not any(given):
+        return [False] * len(equation.outvars)
+    match equation.primitive.name:
+        case "scan":
+            body, constants = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
+            carried = equation.params["num_carry"]
+            while True:
+                made = varying(body, given)
+                old = given[constants : constants + carried]
+                new = list(map(or_, old, made[:carried]))
+                if new == old:
+                    return made
+                given = [*given[:constants], *new, *given[constants + carried :]]
+        case "cond" if not given[0]:
+            branches = [varying(branch.jaxpr, given[1:]) for branch in equation.params["branches"]]
+            return [any(each) for each in zip(*branches, strict=True)]
+        case _:
+            inner = _same_function(equation)
+            return [True] * len(equation.outvars) if inner is None else varying(inner, given)
+
+
+def passed_on(jaxpr: Jaxpr) -> list[int | None]:
+    """For each output, the position of the input that it is, unchanged; None if it is none."""
+    known: dict[int, int] = {id(var): place for place, var in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        inner = _same_function(equation)
+        if inner is None:
+            continue
+        for var, place in zip(equation.outvars, passed_on(inner), strict=True):
+            source = None if place is None else known.get(id(equation.invars[place]))
+            if source is not None:
+                known[id(var)] = source
+    return [known.get(id(var)) for var in jaxpr.outvars]
+
+
+def _same_function(equation: Any) -> Jaxpr | None:  # Any: a jax.extend.core.JaxprEqn
+    """The jaxpr that an equation calls with its own inputs and outputs, as `jit`, `checkpoint` and `custom_vjp` do."""
+    if equation.primitive.name in ("scan", "while", "cond"):
+        return None
+    for part in equation.params.values():
+        inner = part.jaxpr if isinstance(part, ClosedJaxpr) else part
+        if isinstance(inner, Jaxpr) and (len(inner.invars), len(inner.outvars)) == (
+            len(equation.invars),
+            len(equation.outvars),
+        ):
+            return inner
+    return None
 
 
 def _check_keys(key: Any, node: DifferentiateNode) -> None:

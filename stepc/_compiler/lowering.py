@@ -20,8 +20,8 @@ from stepc._compiler.collectives import (
     ManualRegion,
     all_gather,
     all_reduce,
-    average_model_state,
     gathering_loss,
+    reduce_model_state,
     reduce_scatter,
 )
 from stepc._compiler.loss import checked_loss, counts_of, keys_of, num_rows
@@ -40,14 +40,15 @@ from stepc._compiler.schedule import (
     AllGather,
     AllReduce,
     Apply,
-    AverageModelState,
     Compute,
     Count,
     CountFirst,
     DivideByCount,
     Instruction,
+    ModelStateLeaf,
     Multiply,
     Optimize,
+    ReduceModelState,
     ReduceScatter,
     RepeatSteps,
     ScanMicrobatches,
@@ -60,6 +61,17 @@ from stepc._compiler.schedule import (
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
+from stepc._language.model_state import (
+    SUMMED,
+    add_results,
+    fold_key,
+    next_leaves,
+    overwrite,
+    overwritten_leaves,
+    part_of_mean,
+    start_of_sum,
+    wide_result,
+)
 from stepc._language.semantics import draw_tag, narrowed
 from stepc._language.state import SkipCounts, State, leaves_by_path
 from stepc._language.terms import (
@@ -96,10 +108,12 @@ class LocalMicrobatch:
     Args:
       rows: a batch with fewer rows.
       numbers: int32 `[rows]`, their positions in the batch; None if nothing depends on them.
+      model_state: the leaves whose rule is "rows", and None for the others.
     """
 
     rows: BatchRows
     numbers: Any  # Any: an array, or None
+    model_state: tuple[Any, ...] = ()  # Any: arrays, or None
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +123,7 @@ class StepInputs:
 
     Args:
       params: the parameters.
-      model_state: the model state, or None.
+      model_state: the leaves of the model state, None for those whose rule is "rows".
       key: the key of this step, or None if nothing draws.
       scale: what the loss is multiplied by, or None.
       first_row: the position in the batch of this device's first row; None outside the manual region.
@@ -119,7 +133,7 @@ class StepInputs:
     """
 
     params: Params
-    model_state: Any  # Any: a tree of the user's
+    model_state: tuple[Any, ...]  # Any: arrays
     key: Any  # Any: a typed key
     scale: Any  # Any: a scalar
     first_row: Any = None  # Any: an int32 scalar
@@ -142,14 +156,14 @@ class GradientSum:
       metrics: what the step reports. It comes first: scalars after the gradient in the carry of the scan cost XLA's
         buffer assignment half a megabyte on the demo's GPT (measured, jax 0.10.2 on CPU).
       grads: a sum, or after `DivideByCount` a value, in float32 at least.
-      model_state: the model state after the rows so far.
+      model_state: for each leaf of the model state, the result over the calls of the loss so far.
       finite: `[microbatches]`, whether each loss is finite.
       count: what the sum is to be divided by, if each call of the loss counts the same.
     """
 
     metrics: MetricAccumulators
     grads: Grads
-    model_state: Any  # Any: a tree of the user's
+    model_state: tuple[Any, ...]  # Any: arrays; None where there is no result
     finite: Any  # Any: a bool array
     count: float = field(default=1.0, metadata={"static": True})
 
@@ -201,8 +215,9 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     key = jax.random.fold_in(state.rng, state.step) if draws(schedule) else None
     scale = None if optimize.rescale is None else _scale_of(state, optimize.rescale[0])
     numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if region.has_row_numbers else None
-    inputs = StepInputs(state.params, state.model_state, key, scale)
-    microbatch = LocalMicrobatch(batch, numbers)
+    leaves = tuple(jax.tree.leaves(state.model_state))
+    inputs = StepInputs(state.params, _only(leaves, region, "rows", others=True), key, scale)
+    microbatch = LocalMicrobatch(batch, numbers, _only(leaves, region, "rows"))
 
     # In the manual region, up to the last reduction: the scan over microbatches, the loss in it, the reductions.
     end = max((index + 1 for index, one in enumerate(schedule) if reduces(one)), default=0)
@@ -218,6 +233,10 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     gradient, value, squares = _measure(final_maps, total, keys, inputs.params, region)
     losses = total.finite[None] if losses is None else losses
     metrics = final_metrics(value.metrics)
+    model_state, fits = next_leaves([leaf.rule for leaf in region.model_state], leaves, total.model_state)
+    gradient = gradient._replace(total=replace(total, model_state=_only(model_state, region, "constant", others=True)))
+    if fits is not True:  # a sum of whole numbers that overflows makes the step one that is not finite
+        metrics["loss"] = jnp.where(fits, metrics["loss"], jnp.nan)
 
     # The optimizer, in a branch if the step may be skipped; it runs the final maps again.
     update = partial(_update, optimize, final_maps, region)
@@ -271,21 +290,23 @@ def _run_on_devices(
 
     def on_device(
         params: Params, inputs: StepInputs, microbatch: LocalMicrobatch
-    ) -> tuple[GradientSum, Grads, jax.Array]:
+    ) -> tuple[GradientSum, Grads, tuple[Any, ...], jax.Array]:  # Any: arrays, or None
         inputs = replace(inputs, params=params)
         if microbatch.numbers is not None:
             inputs = replace(inputs, first_row=microbatch.numbers[0], rows_per_device=num_rows(microbatch.rows))
         total = _run(schedule[:end], None, microbatch, inputs, region)
-        return replace(total, grads=(), finite=None), total.grads, total.finite[None]
+        by_rows, others = (_only(total.model_state, region, "rows", others=others) for others in (False, True))
+        return replace(total, grads=(), finite=None, model_state=others), total.grads, by_rows, total.finite[None]
 
     rows, params = PartitionSpec(region.batch_axes), region.manual_specs(sharded=region.has_sharded_params)
     grads = region.manual_specs(sharded=gradient_is_sharded(schedule))
     run = jax.shard_map(
-        on_device, mesh=region.mesh, in_specs=(params, PartitionSpec(), rows), out_specs=(PartitionSpec(), grads, rows),
+        on_device, mesh=region.mesh, in_specs=(params, PartitionSpec(), rows),
+        out_specs=(PartitionSpec(), grads, rows, rows),
         axis_names=set(region.batch_axes), check_vma=False,
     )  # fmt: skip
-    total, grads, losses = run(inputs.params, replace(inputs, params=()), microbatch)
-    return replace(total, grads=grads), losses
+    total, grads, by_rows, losses = run(inputs.params, replace(inputs, params=()), microbatch)
+    return replace(total, grads=grads, model_state=_either(total.model_state, by_rows)), losses
 
 
 def _run(
@@ -316,7 +337,7 @@ def _run_one(
         case Compute():
             return _compute(instruction, microbatch, inputs, region)
         case Count():
-            return _count(instruction, microbatch, inputs)
+            return _count(instruction, microbatch, inputs, region)
         case ScanMicrobatches():
             return _scan(instruction, microbatch, inputs, region)
         case Vmap():
@@ -326,8 +347,8 @@ def _run_one(
             return _times(replace(total, metrics=metrics, grads=grads), region.num_devices(axes))
         case ReduceScatter():
             return replace(total, grads=reduce_scatter(instruction, total.grads, region))
-        case AverageModelState():
-            return replace(total, model_state=average_model_state(instruction, total.model_state, region))
+        case ReduceModelState():
+            return replace(total, model_state=reduce_model_state(instruction, total.model_state, region))
         case Multiply(factor):
             return replace(total, grads=jax.tree.map(lambda leaf: leaf * factor, total.grads))
         case Unscale():
@@ -351,9 +372,12 @@ def _compute(
     node = instruction.node
     loss = gathering_loss(instruction, checked_loss(node), inputs.params, region)
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
-    def scaled_loss(params: Params) -> tuple[jax.Array, tuple[LossOutcome, Any]]:  # Any: a number, or an array
-        outcome: LossOutcome = loss(params, microbatch.rows, keys, inputs.model_state)
+    def scaled_loss(
+        params: Params, overwritten: list[Any]
+    ) -> tuple[jax.Array, tuple[LossOutcome, Any]]:  # Any: arrays; a number, or an array
+        outcome: LossOutcome = loss(params, microbatch.rows, keys, overwrite(given, overwritten))
         terms = merge_terms(outcome.terms)
         # What is differentiated is about as large as a mean over these rows, whatever the loss adds up.
         if instruction.counts_first:
@@ -365,12 +389,37 @@ def _compute(
         return total * inputs.scale if instruction.rescaled else total, (outcome, unit)
 
     with region.scope(node.written):
-        (_, (outcome, unit)), grads = jax.value_and_grad(scaled_loss, has_aux=True)(inputs.params)
+        (_, (outcome, unit)), (grads, overwritten) = jax.value_and_grad(scaled_loss, argnums=(0, 1), has_aux=True)(
+            inputs.params, overwritten_leaves(given)
+        )
         grads = jax.tree.map(lambda leaf: leaf * unit, _as_sum(grads))
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
     metrics = {"loss": Sums(outcome.terms), **outcome.metrics}
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
-    return GradientSum(accumulators, grads, outcome.model_state, finite, instruction.count)
+    after = jax.tree.leaves(overwrite(outcome.model_state, overwritten))
+    triples = zip(region.model_state, jax.tree.leaves(given), after, strict=True)
+    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    return GradientSum(accumulators, grads, results, finite, instruction.count)
+
+
+def _given_model_state(
+    microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> list[Any]:  # Any: arrays
+    """The leaves of the model state as one call of the loss takes them: rows of its own, keys folded with its place."""
+    leaves = zip(region.model_state, _either(inputs.model_state, microbatch.model_state), strict=True)
+    return [fold_key(leaf, microbatch.numbers[0]) if one.rule == "key" else leaf for one, leaf in leaves]
+
+
+def _only(
+    leaves: tuple[Any, ...], region: ManualRegion, *rules: str, others: bool = False
+) -> tuple[Any, ...]:  # Any: arrays, or None
+    """The leaves of the model state with one of these rules, or without; None in the place of the others."""
+    pairs = zip(region.model_state, leaves, strict=True)
+    return tuple(leaf if (one.rule in rules) is not others else None for one, leaf in pairs)
+
+
+def _either(leaves: tuple[Any, ...], others: tuple[Any, ...]) -> tuple[Any, ...]:  # Any: arrays, or None
+    return tuple(other if leaf is None else leaf for leaf, other in zip(leaves, others, strict=True))
 
 
 def _sum_of_ratios(terms: tuple[Mean, ...], inputs: StepInputs) -> jax.Array:
@@ -380,13 +429,14 @@ def _sum_of_ratios(terms: tuple[Mean, ...], inputs: StepInputs) -> jax.Array:
     return sum_arrays([divide_by_count(term.total, count) for term, count in zip(terms, counts, strict=True)])
 
 
-def _count(instruction: Count, microbatch: LocalMicrobatch, inputs: StepInputs) -> GradientSum:
+def _count(instruction: Count, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
     """The counts, as the metrics of a sum that holds no gradient."""
     node = instruction.node
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
-    counts = counts_of(node, inputs.params, inputs.model_state, microbatch.rows, keys)
+    model_state = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
+    counts = counts_of(node, inputs.params, model_state, microbatch.rows, keys)
     metrics = {str(index): (MetricAccumulator(count, None, "sum"),) for index, count in enumerate(counts)}
-    return GradientSum(metrics, (), None, jnp.ones(1, bool))
+    return GradientSum(metrics, (), (None,) * len(region.model_state), jnp.ones(1, bool))
 
 
 def _scan(
@@ -409,27 +459,47 @@ def _scan(
     evaluate, result = jaxpr_as_fun(traced), jax.tree.structure(shapes)
 
     # The index is carried, not scanned over: an array of indices would be read for every row.
+    # Of the model state, what a microbatch hands on to the next is carried too, and rows are scanned over.
     def add_one(
         carry: tuple[jax.Array, GradientSum, Any], _: None
-    ) -> tuple[tuple[jax.Array, GradientSum, Any], jax.Array]:
-        index, total, model_state = carry
-        arguments = jax.tree.leaves((part(index), replace(inputs, model_state=model_state)))
+    ) -> tuple[tuple[jax.Array, GradientSum, Any], tuple[jax.Array, Any]]:
+        index, total, handed_on = carry
+        arguments = jax.tree.leaves((part(index), replace(inputs, model_state=_either(handed_on, inputs.model_state))))
         one: GradientSum = result.unflatten(evaluate(*arguments))
-        return (index + 1, _add(total, one, dtype), one.model_state), one.finite
+        handed_on = _either(_only(one.model_state, region, "sequential"), handed_on)
+        return (index + 1, _add(total, one, instruction, region), handed_on), (one.finite, by_rows(one.model_state))
+
+    def by_rows(leaves: tuple[Any, ...]) -> tuple[Any, ...]:  # Any: arrays, or None
+        return _only(leaves, region, "rows")
 
     with jax.named_scope(SCAN_NAME):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), shapes.grads)
-        start = GradientSum(zero_metrics(shapes.metrics), zeros, None, None, shapes.count)
-        carry = (first, start, inputs.model_state)
-        (_, total, model_state), finite = jax.lax.scan(add_one, carry, None, length=size)
+        results = tuple(
+            None if leaf is None else start_of_sum(one.rule, leaf)
+            for one, leaf in zip(region.model_state, _only(shapes.model_state, region, *SUMMED), strict=True)
+        )
+        start = GradientSum(zero_metrics(shapes.metrics), zeros, results, None, shapes.count)
+        carry = (first, start, _only(inputs.model_state, region, "sequential"))
+        (_, total, handed_on), (finite, rows) = jax.lax.scan(add_one, carry, None, length=size)
+    # [size, n / size, ...] -> [n, ...]
+    rows = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), rows)
+    model_state = _either(_either(total.model_state, handed_on), rows)
     return _times(replace(total, model_state=model_state, finite=finite.reshape(-1)), size)
 
 
-def _add(total: GradientSum, one: GradientSum, dtype: str | None) -> GradientSum:
-    """One more part, in the dtype of the sum. Model state and flags are the scan's own carry and result."""
+def _add(total: GradientSum, one: GradientSum, scan: ScanMicrobatches, region: ManualRegion) -> GradientSum:
+    """One more part, in the dtype of the sum. What is handed on, and the flags, are the scan's own."""
+    dtype = scan.dtype
     grads = one.grads if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), one.grads)
+    model_state = tuple(
+        old if old is None else add_results(leaf.rule, old, new, scan.size)
+        for leaf, old, new in zip(region.model_state, total.model_state, one.model_state, strict=True)
+    )
     return replace(
-        total, metrics=add_metrics(total.metrics, one.metrics), grads=jax.tree.map(jnp.add, total.grads, grads)
+        total,
+        metrics=add_metrics(total.metrics, one.metrics),
+        grads=jax.tree.map(jnp.add, total.grads, grads),
+        model_state=model_state,
     )
 
 
@@ -441,11 +511,28 @@ def _vmap(instruction: Vmap, microbatch: LocalMicrobatch, inputs: StepInputs, re
     total = GradientSum(
         reduce_vmap_metrics(each.metrics),
         jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), each.grads),
-        jax.tree.map(lambda leaf: (leaf.sum(axis=0) / size).astype(leaf.dtype), each.model_state),
+        tuple(map(_over_rows, region.model_state, each.model_state)),
         each.finite.all(axis=0),
         each.count,
     )
     return _times(total, size)
+
+
+def _over_rows(leaf: ModelStateLeaf, each: Any) -> Any:  # Any: arrays, or None
+    """The result over single rows, from that of each."""
+    if each is None:
+        return None
+    match leaf.rule:
+        case "rows":
+            return each.reshape(-1, *each.shape[2:])
+        case "max":
+            return each.max(axis=0)
+        case "sum":
+            return each.sum(axis=0)
+        case _ if leaf.reduction is None:
+            return each[0]
+        case _:
+            return part_of_mean(each, len(each)).sum(axis=0).astype(each.dtype)
 
 
 def _times(total: GradientSum, size: int) -> GradientSum:
@@ -582,7 +669,9 @@ def _update(
     with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
         params = constrain(params, sharded=region.has_sharded_params)
     new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)
-    return replace(new, model_state=gradient.total.model_state)
+    # What is not changed is taken here: the same array on both sides of a branch.
+    leaves, tree = jax.tree.flatten(state.model_state)
+    return replace(new, model_state=tree.unflatten(_either(gradient.total.model_state, tuple(leaves))))
 
 
 def _update_if(

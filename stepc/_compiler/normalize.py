@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stepc._compiler.loss import trace_loss_structure
+from stepc._compiler.loss import WholeBatch, trace_loss_structure
 from stepc._compiler.schedule import LossStructure, Schedule, batch_axes, make_schedule
 from stepc._compiler.sharding import BoundRules, bind_rules
 from stepc._compiler.validation import bind
@@ -17,6 +17,7 @@ from stepc._core.nodes import (
     DifferentiateNode,
     FollowNode,
     GuardNode,
+    InScan,
     MapNode,
     MeanNode,
     Program,
@@ -114,7 +115,14 @@ class NormalForm:
 
         params, key, model_state = jax.tree.map(shape_of, (state.params, state.rng, state.model_state))
         rows = jax.tree.map(microbatch, batch)
-        return trace_loss_structure(self.loss, params, rows, key, model_state, self.batch_axes, is_split=bool(means))
+        total = next(leaf.shape[int(self.steps_per_call > 1)] for leaf in jax.tree.leaves(batch))
+        side_by_side = [
+            one.written for one in self.core if isinstance(one, MeanNode) and not isinstance(one.place, InScan)
+        ]
+        whole = WholeBatch(total, side_by_side[0] if side_by_side else None)
+        return trace_loss_structure(
+            self.loss, params, rows, key, model_state, self.batch_axes, whole, is_split=bool(means)
+        )
 
 
 def normalize(transforms: tuple[Transform, ...], mesh: Mesh | None, laws: tuple[Law, ...] = LAWS) -> NormalForm:
@@ -136,7 +144,7 @@ def apply_laws(program: Program, laws: tuple[Law, ...]) -> tuple[AppliedLaw, ...
     Every law either removes a node or moves a reduction or a constant outwards, so `n` nodes need at most `n²`
     applications; a table that needs more contradicts itself, which is a bug in the table.
     """
-    has_model_state = any(isinstance(node, DifferentiateNode) and node.model_state for node in program)
+    has_model_state = any(isinstance(node, DifferentiateNode) and node.model_state is not None for node in program)
     laws = tuple(law for law in laws if law.keeps_order or not has_model_state)
     applied: list[AppliedLaw] = []
     while found := _first_that_applies(program, laws):

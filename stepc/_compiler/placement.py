@@ -26,6 +26,7 @@ from stepc._compiler.sharding import (
 from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
 from stepc._language.kinds import Batch, Params
+from stepc._language.model_state import rules_by_leaf
 from stepc._language.state import Placement, State, is_typed_key, key_data, leaves_by_path, path_of
 
 
@@ -60,8 +61,12 @@ def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*normalized_spec(kept))
 
 
-def placement_of_state(shapes: State, specs: Mapping[str, Spec], rules: BoundRules) -> Placement:
+def placement_of_state(
+    shapes: State, specs: Mapping[str, Spec], rules: BoundRules, model_state: tuple[tuple[str, str], ...]
+) -> Placement:
     """Extend the specs of parameters to a state: what mirrors a parameter is sharded as it is.
+
+    Leaves of the model state whose rule, by `model_state`, is "rows" are sharded as the rows of a batch are.
 
     `zero` shards the optimizer state and the slots besides, and at level 3 the parameters.
     """
@@ -74,6 +79,13 @@ def placement_of_state(shapes: State, specs: Mapping[str, Spec], rules: BoundRul
         if rules.layout.zero == 3 or (rules.layout.zero and field not in ("params", "model_state")):
             spec = sharded_spec(spec, shard_dimension(like, spec, rules), rules.axis)
         found[path] = mirrored_spec(leaves[path].shape, like.shape, spec)
+    rows = normalized_spec((rules.rows,))
+    of_model_state = zip(
+        leaves_by_path(shapes.model_state), rules_by_leaf(model_state, shapes.model_state), strict=True
+    )
+    for (path, _), rule in of_model_state:
+        if rule == "rows":
+            found["/".join(filter(None, ("model_state", path)))] = rows
     return tuple(sorted((path, PartitionSpec(*spec)) for path, spec in found.items() if spec))
 
 
@@ -118,6 +130,14 @@ def specs_by_path(tree: Any, placement: Placement, *, prefix: str = "") -> Any: 
     )
 
 
+def specs_of_model_state(state: State, rules: BoundRules) -> tuple[tuple[int, PartitionSpec], ...]:
+    """The number of dimensions of each leaf of the model state, and its spec along the automatic axes."""
+    specs = specs_by_path(state.model_state, state.placement, prefix="model_state")
+    flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+    leaves = jax.tree.leaves(state.model_state)
+    return tuple((leaf.ndim, _without(rules.rows, spec)) for leaf, spec in zip(leaves, flat, strict=True))
+
+
 def shardings_of(tree: Any, placement: Placement, mesh: Mesh) -> Any:  # Any, twice: as `specs_by_path`
     """A tree of NamedSharding."""
     return jax.tree.map(
@@ -143,7 +163,7 @@ def shapes_with(shapes: State, shardings: Any) -> State:  # Any: a tree of Named
 
 def without_weak_types(tree: Any) -> Any:  # Any, twice: trees of one structure
     """The same arrays with strong types: jax makes weak ones of Python numbers, and a step returns strong ones."""
-    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: leaf if is_typed_key(leaf) else leaf.astype(leaf.dtype), tree)
 
 
 def place_on_devices(tree: Any, shardings: Any | None) -> Any:  # Any: trees of one structure
@@ -156,7 +176,7 @@ def place_on_devices(tree: Any, shardings: Any | None) -> Any:  # Any: trees of 
         return arrays if shardings is None else jax.device_put(arrays, shardings)
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:  # Any: an array, or a number
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if isinstance(leaf, jax.Array) and (is_typed_key(leaf) or not leaf.is_fully_addressable):
             return jax.device_put(leaf, sharding)
         host = np.asarray(jnp.asarray(np.asarray(leaf)))  # in a dtype of jax
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

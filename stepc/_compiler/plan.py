@@ -17,14 +17,15 @@ from stepc._compiler.schedule import (
     AllGather,
     AllReduce,
     Apply,
-    AverageModelState,
     Compute,
     Count,
     CountFirst,
     DivideByCount,
     Instruction,
+    ModelStateLeaf,
     Multiply,
     Optimize,
+    ReduceModelState,
     ReduceScatter,
     RepeatSteps,
     ScanMicrobatches,
@@ -147,6 +148,7 @@ class Plan:
       rows: the mesh axes that the rows of a batch are sharded over.
       leaves: every leaf of the state; all of them are donated.
       notes: what the sharding costs where that may surprise.
+      model_state: the leaves of the model state, with their rules.
       accumulator: for each parameter, the shape of its gradient on one device while microbatches are summed.
       search: how `accumulate(memory=...)` found its k; None if the pipeline states every number.
       losses: each loss as written, and what it does with the rows that it is given; none where the batch is not split.
@@ -160,6 +162,7 @@ class Plan:
     rows: tuple[str, ...]
     leaves: tuple[LeafSharding, ...]
     notes: tuple[str, ...] = ()
+    model_state: tuple[ModelStateLeaf, ...] = ()
     accumulator: tuple[tuple[int, ...], ...] = ()
     search: SearchResult | None = None
     losses: tuple[tuple[str, RowUse], ...] = ()
@@ -204,6 +207,8 @@ class Plan:
         total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)
         size = f"{total:,} bytes" + (f" ({local:,} per device)" if local != total else "")
         yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(map(_leaf, self.leaves))
+        if self.model_state:
+            yield "model state", aligned_table([(leaf.path, leaf.cost) for leaf in self.model_state])
 
 
 def _sizes(mesh: tuple[tuple[str, int], ...]) -> str:
@@ -259,8 +264,9 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             return f"reduce-scatter over {axis} ({num_devices} devices){_in(dtype)}: {reason}"
         case AllGather(axis, num_devices, reason):
             return f"all-gather of parameters over {axis} ({num_devices} devices): {reason}"
-        case AverageModelState(axes, num_devices, reason):
-            return f"all-reduce of the model state over {', '.join(axes)} ({num_devices} devices): {reason}"
+        case ReduceModelState(axes, num_devices, reason):
+            kinds = ", ".join(one.kinds)
+            return f"all-reduce of the model state over {', '.join(axes)} ({num_devices} devices), {kinds}: {reason}"
         case Multiply(factor):
             return f"multiply by {factor}"
         case Unscale(node):
@@ -357,9 +363,9 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                 yield planned("all-reduce", axes, reason)
                 for kind in apart:
                     yield planned("all-reduce", axes, f"{kind} of metrics: not a sum in the dtype of the gradient")
-            case AverageModelState(axes, _, reason, dtypes):
-                for dtype in dtypes:
-                    yield planned("all-reduce", axes, f"{reason}, in {dtype}")
+            case ReduceModelState(axes, _, reason):
+                for kind in one.kinds:
+                    yield planned("all-reduce", axes, f"{reason}, {kind}")
             case _:
                 pass
 

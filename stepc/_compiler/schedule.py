@@ -35,6 +35,31 @@ from stepc._core.nodes import (
 
 
 @dataclass(frozen=True)
+class ModelStateLeaf:
+    """One leaf of the model state, and what becomes of it.
+
+    Args:
+      rule: one of `RULES`.
+      reduction: how the results of parts are combined, such as "mean in float32"; None if all have the same, or rows of
+        their own.
+    """
+
+    path: str
+    rule: str
+    reduction: str | None
+
+    @property
+    def cost(self) -> str:
+        """The rule, and what it costs, as plans print it."""
+        free = {
+            "rows": "each row keeps its own",
+            "constant": "read only",
+            "key": "folded for each call, advanced once a step",
+        }
+        return f"{self.rule}: {self.reduction or free.get(self.rule, 'passes as it is')}"
+
+
+@dataclass(frozen=True)
 class LossStructure:
     """What a loss returns, as far as the schedule depends on it.
 
@@ -42,15 +67,20 @@ class LossStructure:
       counts: for each term of its value, the count of one local microbatch; None where the rows decide it.
       separate_metrics: "max", "min" and "whole numbers", where a metric is one: they are not summed with the gradient.
       has_last: whether a metric is a `Last`.
-      model_state_dtypes: the dtypes of the leaves of the model state.
+      model_state: the leaves of the model state.
       row_use: what it does with the rows that it is given; None where the batch is not split.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
     separate_metrics: tuple[str, ...] = ()
     has_last: bool = False
-    model_state_dtypes: tuple[str, ...] = ()
+    model_state: tuple[ModelStateLeaf, ...] = ()
     row_use: RowUse | None = None
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a leaf of the model state is a key, which is folded with the position of the first row."""
+        return any(leaf.rule == "key" for leaf in self.model_state)
 
     @property
     def counts_first(self) -> bool:
@@ -156,14 +186,24 @@ class AllGather:
 
 
 @dataclass(frozen=True)
-class AverageModelState:
-    """Average the model state over `axes` as soon as it is there: one collective per dtype."""
+class ReduceModelState:
+    """Reduce the model state over `axes`, those leaves that have one of the rules: one collective per kind.
+
+    `"sequential"` leaves are reduced as soon as they are there, since the next microbatch starts from them; the others
+    once a step.
+    """
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
-    dtypes: tuple[str, ...]
+    rules: tuple[str, ...]
+    leaves: tuple[ModelStateLeaf, ...]
     written: str = ""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The reductions, in words."""
+        return tuple(sorted({why for leaf in self.leaves if (why := leaf.reduction) and leaf.rule in self.rules}))
 
 
 @dataclass(frozen=True)
@@ -237,7 +277,7 @@ class RepeatSteps:
 
 
 Instruction: TypeAlias = (
-    Compute | Count | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce | AverageModelState
+    Compute | Count | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce | ReduceModelState
     | Multiply | Unscale | DivideByCount | Apply | Optimize | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
@@ -317,8 +357,24 @@ def _replicated_schedule(program: Program, structure: LossStructure) -> Schedule
     for position in reversed(range(len(program))):
         pending = _add_node(pending, program[position], program[:position], names)
         if isinstance(program[position], UpdateNode):
-            return pending.schedule  # the nodes on the left of the update are fields of its instruction
+            # The nodes on the left of the update are fields of its instruction.
+            return _reduce_model_state(pending.schedule, program, structure)
     raise ValueError("a program without an update makes no step")
+
+
+def _reduce_model_state(schedule: Schedule, program: Program, structure: LossStructure) -> Schedule:
+    """With the reduction of the leaves that no microbatch waits for: once a step, right after the last microbatch."""
+    means = [node for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
+    rules = ("average", "max", "sum")
+    leaves = tuple(leaf for leaf in structure.model_state if leaf.rule in rules and leaf.reduction)
+    if not means or not leaves:
+        return schedule
+    axes = tuple(axis for node in means if isinstance(node.place, OverMesh) for axis in node.place.axes)
+    written = " @ ".join(node.written for node in means)
+    reason = "model state whose rule takes one reduction a step"
+    one = ReduceModelState(axes, prod(node.size for node in means), reason, rules, leaves, written)
+    last = next(n for n, one in enumerate(schedule) if isinstance(one, Compute | ScanMicrobatches | Vmap))
+    return (*schedule[: last + 1], one, *schedule[last + 1 :])
 
 
 def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int, str]) -> _PendingSum:
@@ -353,10 +409,10 @@ def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
         case UnderVmap():
             return replace(pending, schedule=(Vmap(pending.schedule, node.written),), vmapped=True)
         case OverMesh(axes):
-            if any(isinstance(one, Compute) and one.node.model_state for one in all_instructions(pending.schedule)):
+            leaves = pending.structure.model_state
+            if any(leaf.rule == "sequential" and leaf.reduction for leaf in leaves):
                 reason = f"`{node.written}` averages the model's own state"
-                dtypes = pending.structure.model_state_dtypes
-                pending = pending.then(AverageModelState(axes, node.size, reason, dtypes, node.written))
+                pending = pending.then(ReduceModelState(axes, node.size, reason, ("sequential",), leaves, node.written))
             return replace(
                 pending,
                 axes=(*axes, *pending.axes),
@@ -512,7 +568,7 @@ def draws(schedule: Schedule) -> bool:
 
 def reduces(instruction: Instruction) -> bool:
     """Whether it holds a reduction over the mesh."""
-    return any(isinstance(one, AllReduce | AverageModelState) for one in all_instructions((instruction,)))
+    return any(isinstance(one, AllReduce | ReduceModelState) for one in all_instructions((instruction,)))
 
 
 def gradient_is_sharded(schedule: Schedule) -> bool:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from stepc._compiler.placement import (
     shard_dimensions,
     sharding_table,
     shardings_of,
-    specs_by_path,
+    specs_of_model_state,
     with_automatic_axes,
     without_weak_types,
 )
@@ -172,13 +173,14 @@ class Step:
         """
         check_params(params)
         check_seed(seed)
-        check_model_state(model_state, self.normal_form.core)
         rules = self.normal_form.rules
+        sizes = dict(rules.sizes)
+        check_model_state(model_state, self.normal_form.core, prod(sizes[axis] for axis in rules.rows))
         specs = model_axis_specs(params, self.mesh, rules)
         shapes = jax.eval_shape(
             lambda params, model_state: self._fresh(params, seed, model_state), *shapes_of((params, model_state))
         )
-        placement = placement_of_state(shapes, specs, rules)
+        placement = placement_of_state(shapes, specs, rules, self.normal_form.loss.model_state or ())
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -277,8 +279,10 @@ class Step:
                 dimensions=dimensions,
                 shard_axis=rules.axis if rules.layout.zero else None,
                 has_sharded_params=rules.layout.zero == 3,
-                model_state_specs=specs_by_path(state.model_state, state.placement, prefix="model_state"),
-                has_row_numbers=draws(schedule) or structure.has_last,
+                model_state=structure.model_state,
+                model_state_specs=specs_of_model_state(state, rules),
+                model_state_tree=jax.tree.structure(state.model_state),
+                has_row_numbers=draws(schedule) or structure.has_last or structure.has_keys,
                 sites=self.normal_form.sites,
             )
             new, metrics, diagnostics = lower_schedule(schedule, region)(state, batch)
@@ -300,7 +304,7 @@ class Step:
             sums = gradient_shapes(state.params, state.placement, rules, sharded=accumulator_is_sharded(schedule))
             return Plan(
                 repr(self.pipeline), mesh, form.core, form.laws, schedule, rules.rows, leaves, notes,
-                tuple(leaf.shape for leaf in sums),
+                structure.model_state, tuple(leaf.shape for leaf in sums),
                 losses=() if structure.row_use is None else ((form.loss.written, structure.row_use),),
             )  # fmt: skip
 

@@ -13,12 +13,21 @@ import numpy as np
 
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
 from stepc._language.kinds import Batch, Params
-from stepc._language.state import State, describe_leaf, describe_tied_leaves, is_typed_key, leaves_by_path
+from stepc._language.model_state import OVERWRITTEN, is_overwritten, rules_by_leaf
+from stepc._language.state import (
+    State,
+    describe_leaf,
+    describe_tied_leaves,
+    is_typed_key,
+    leaves_by_path,
+    path_matches,
+)
 from stepc.errors import (
     BatchError,
     ConfigError,
     FieldTypeError,
     ShardingError,
+    did_you_mean,
     faults_in_one,
     misspelt_axes,
 )
@@ -117,6 +126,14 @@ def check_params(params: Params) -> None:
             faults.append(f"{shown} has dtype {jnp.result_type(leaf)}; a gradient needs floating-point parameters.")
     if faults:
         raise ConfigError(_all(faults, of="the parameters"))
+    overwritten = [path for path, _ in leaves if is_overwritten(path)]
+    if overwritten:
+        raise ConfigError(
+            f"`{overwritten[0]}`{f' and {len(overwritten) - 1} more' if overwritten[1:] else ''}: what arrives as the "
+            "gradient of these leaves is their next value, which an optimizer must not see.",
+            suggestion=f'Give them as model state: `init(params, model_state={{"{OVERWRITTEN}": ...}})`, '
+            "with `grad(loss, model_state=True)`; the loss returns them as they were.",
+        )
     if ties := describe_tied_leaves(params):
         _LOG.warning("tied parameters are copied, and trained apart: %s", ties)
 
@@ -134,29 +151,64 @@ def check_seed(seed: object) -> None:
         raise ConfigError("`seed` has more than 64 bits.", facts=(expected, ("got", repr(seed))))
 
 
-def check_model_state(model_state: object, program: Program) -> None:
-    """Refuse model state that the loss does not take, missing model state, and leaves that cannot be averaged.
+def check_model_state(model_state: Any, program: Program, num_devices: int) -> None:  # Any: the model's own tree
+    """Refuse model state that the loss does not take, missing model state, and leaves that their rules do not fit.
 
+    Args:
+      num_devices: that the rows of a batch are sharded over.
     Errors: ConfigError with all faults.
     """
     node = program[-1]
     if not isinstance(node, DifferentiateNode):
         raise ValueError("a complete program ends in a loss")
-    if model_state is None and node.model_state:
+    if model_state is None and node.model_state is not None:
         what = f"`{node.written}` takes model state, but `init` was given none."
         raise ConfigError(what, suggestion="Write `step.init(params, model_state=...)`.")
-    if model_state is not None and not node.model_state:
+    if model_state is not None and node.model_state is None:
         what = f"`init` was given model state, but `{node.written}` takes none."
         raise ConfigError(what, suggestion="Write `grad(loss, model_state=True)`.")
-    faults: list[str] = []
-    for path, leaf in leaves_by_path(model_state):
-        is_number = isinstance(leaf, (*_ARRAYS, np.generic)) and (
-            jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)
-        )
-        if not is_number:
-            faults.append(f"`model_state/{path}` is {describe_leaf(leaf)}; an average over devices needs numbers.")
+    leaves, patterns = leaves_by_path(model_state), node.model_state or ()
+    faults = [
+        f"`model_state/{path}` is {describe_leaf(leaf)}, not an array of numbers, bools or typed keys."
+        for path, leaf in leaves
+        if not _is_model_state(leaf)
+    ]
+    hints: list[str | None] = []
+    if not faults:
+        for (path, leaf), rule in zip(leaves, rules_by_leaf(patterns, model_state), strict=True):
+            if fault := _rule_fault(rule, leaf, num_devices):
+                faults.append(f'`model_state/{path}` is {describe_leaf(leaf)}, with the rule "{rule}": {fault}.')
+    for pattern, rule in patterns:
+        if not any(path_matches(pattern, path) for path, _ in leaves):
+            faults.append(f'the rule {pattern!r}: "{rule}" matches no leaf.')
+            hints.append(did_you_mean(pattern, [path for path, _ in leaves]))
     if faults:
-        raise ConfigError(_all(faults, of="the model state"))
+        raise ConfigError(_all(faults, of="the model state"), suggestion=" ".join(filter(None, hints)) or None)
+
+
+def _is_model_state(leaf: object) -> bool:
+    kinds = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.prng_key)
+    return isinstance(leaf, (*_ARRAYS, np.generic)) and any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds)
+
+
+def _rule_fault(rule: str, leaf: Any, num_devices: int) -> str | None:  # Any: an array, or its shape
+    """Why a leaf cannot have a rule; None if it can."""
+    is_key, is_floating = is_typed_key(leaf), jnp.issubdtype(leaf.dtype, jnp.floating)
+    match rule:
+        case "key" if not is_key:
+            return "it needs typed keys, as `jax.random.key` makes them"
+        case "sequential" | "average" | "max" | "sum" if is_key:
+            return 'keys cannot be combined; write "key", "rows" or "constant"'
+        case "average" if not is_floating:
+            return 'whole numbers have no mean; write "sum", "max", or keep the leaf in float32'
+        case "sum" if leaf.dtype == bool:
+            return 'bools cannot be added; write "max", which is true if any part says so'
+        case "rows" if not leaf.ndim:
+            return "a scalar has no rows"
+        case "rows" if leaf.shape[0] % num_devices:
+            return f"its rows do not divide by the {num_devices} devices that share the batch"
+        case _:
+            return None
 
 
 def refuse_state(state: Any, expected: Callable[[Params], Any]) -> NoReturn:  # Any, twice: as `check_state`

@@ -14,6 +14,8 @@ from typing import Any
 
 from stepc._core.sharding import ShardingRules
 
+# (path pattern, name of a rule) pairs; the first pattern that matches applies.
+Rules = tuple[tuple[str, str], ...]
 # What the user wrote; kept for messages and plans, never compared.
 Written = str
 
@@ -75,14 +77,14 @@ class DifferentiateNode:
       wraps: the transformations of the loss, outermost first.
       has_aux: whether the loss returns metrics beside its value.
       rng: "example" for one key per row, "microbatch" for one key per call of the loss, None for none.
-      model_state: whether the loss takes and returns model state.
+      model_state: the rules of the model state by path pattern, () for the default ones; None if the loss takes none.
     """
 
     loss: Callable[..., Any]  # Any: a loss takes the user's own trees
     wraps: tuple[Wrap, ...] = ()
     has_aux: bool = False
     rng: str | None = None
-    model_state: bool = False
+    model_state: Rules | None = None
     written: Written = field(default="grad", compare=False)
 
     def __str__(self) -> str:

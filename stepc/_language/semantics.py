@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from stepc._core.nodes import unique_name
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
+from stepc._language.model_state import ModelStateResult
 from stepc._language.state import State
 from stepc._language.terms import (
     Mean,
@@ -84,14 +85,14 @@ class Gradient:
     Args:
       terms: for each term of the loss, the sum of its gradients, in float32 at least, and of its counts.
       metrics: what is reported, as sums.
-      model_state: the model's own state after the rows so far; None without `model_state=True`.
+      model_state: what the calls so far made of the model state; None without `grad(loss, model_state=...)`.
       advances: for a slot, its value after the step as a function of (loss is finite, gradient is finite). It applies
         to skipped steps too.
     """
 
     terms: tuple[GradientTerm, ...]
     metrics: Mapping[str, Metric]
-    model_state: Any = None  # Any: the model's own tree
+    model_state: ModelStateResult | None = None
     advances: Mapping[str, Callable[[bool, bool], Any]] = field(default_factory=dict)  # Any: a slot
 
     @property
@@ -159,12 +160,6 @@ def sum_gradients(parts: Sequence[Gradient], *, dtype: str | None = None) -> Gra
         return Gradient(terms, metrics, None, two.advances)
 
     return reduce(both, parts)
-
-
-def mean_model_states(parts: Sequence[Gradient]) -> Any:  # Any: the model's own tree
-    """The mean of the parts' model states, in the dtypes of the model state."""
-    states = [part.model_state for part in parts]
-    return jax.tree.map(lambda *leaves: (sum_arrays(leaves) / len(leaves)).astype(leaves[0].dtype), *states)
 
 
 def narrowed(grads: Grads, params: Params) -> Grads:

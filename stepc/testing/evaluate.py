@@ -29,7 +29,9 @@ from stepc._core.nodes import (
     UpdateNode,
     named,
 )
+from stepc._language.model_state import ADVANCE, fold_key, overwrite, overwritten_leaves, rules_by_leaf
 from stepc._language.semantics import draw_tag, narrowed
+from stepc._language.state import same_tree
 from stepc._language.terms import (
     LossOutcome,
     Mean,
@@ -68,12 +70,22 @@ class EvaluationState:
 
 
 @dataclass(frozen=True)
+class _Call:
+    """One call of the loss: its rows, and the leaves of the model state before and after it."""
+
+    rows: np.ndarray
+    before: list[Any]  # Any: arrays
+    after: list[Any]  # Any: arrays
+
+
+@dataclass(frozen=True)
 class _SummedGradient:
     """A gradient before division: for each term the sum of its gradients and of its counts; the metrics likewise."""
 
     terms: tuple[tuple[Tree, Any], ...]  # Any: a number, or an array
     metrics: dict[str, Metric]
     model_state: Tree
+    calls: tuple["_Call", ...] = ()
 
     def value(self) -> Tree:
         """Every term divided by its count, and added up, in float32 at least."""
@@ -119,6 +131,9 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
     summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
     grads, metrics = narrowed(summed.value(), state.params), summed.reported()
     squares = sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
+    model_state, fits = _next_model_state(inner[-1], state.model_state, summed)
+    if not fits:
+        metrics["loss"] = jnp.full_like(metrics["loss"], jnp.nan)
     finite = bool(jnp.isfinite(metrics["loss"])), bool(jnp.isfinite(squares))
     happens = all(finite) if guards else finite[1] or not scales
     slots = dict(state.slots)
@@ -133,7 +148,7 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
         for node in outer:
             if isinstance(node, FollowNode):
                 slots[names[id(node)]] = node.advance(slots[names[id(node)]], params, *node.arguments)
-        state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=summed.model_state)
+        state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
     for node in guards:
         name, count = names[id(node)], 0 if happens else 1
         total, consecutive = slots[name]
@@ -179,10 +194,12 @@ def _differentiated(
         drawn = [_key(state, row) for row in (rows if node.rng == "example" else rows[:1])]
         keys = (jnp.stack(drawn) if node.rng == "example" else drawn[0],)
 
+    has_state = node.model_state is not None
+    given = _given_model_state(node, state, rows)
+
     def outcome(params: Tree) -> LossOutcome:
-        model_state = (state.model_state,) if node.model_state else ()
-        returned = node.function(params, microbatch, *keys, *model_state)
-        return loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state)
+        returned = node.function(params, microbatch, *keys, *((same_tree(given),) if has_state else ()))
+        return loss_outcome(returned, has_aux=node.has_aux, model_state=has_state)
 
     found = outcome(state.params)
     terms = []
@@ -191,7 +208,17 @@ def _differentiated(
         by = factor / unit
         grads = jax.grad(lambda params, number=number, by=by: outcome(params).terms[number].total * by)(state.params)
         terms.append((jax.tree.map(lambda leaf, unit=unit: leaf * unit, _widened(grads)), term.count))
-    return _SummedGradient(tuple(terms), {"loss": Sums(found.terms), **found.metrics}, found.model_state)
+    after = found.model_state
+    if overwritten := overwritten_leaves(given):
+
+        def of_model_state(leaves: list[Any]) -> Any:  # Any: arrays
+            returned = node.function(state.params, microbatch, *keys, overwrite(given, leaves))
+            terms = loss_outcome(returned, has_aux=node.has_aux, model_state=True).terms
+            return sum_arrays([term.total / power_of_two(term.count) for term in terms]) * factor
+
+        after = overwrite(after, jax.grad(of_model_state)(overwritten))
+    calls = (_Call(rows, jax.tree.leaves(given), jax.tree.leaves(after)),) if has_state else ()
+    return _SummedGradient(tuple(terms), {"loss": Sums(found.terms), **found.metrics}, found.model_state, calls)
 
 
 def _averaged(
@@ -201,7 +228,7 @@ def _averaged(
     for part in _split(mean, rows):
         parts.append(_gradient_of_rows(inner, state, batch, part, factor))
         if isinstance(mean.place, InScan):
-            state = replace(state, model_state=parts[-1].model_state)
+            state = replace(state, model_state=_handed_on(inner[-1], state.model_state, parts[-1].model_state))
 
     def add(one: Any, two: Any) -> Any:
         dtype = mean.dtype or one.dtype
@@ -211,10 +238,11 @@ def _averaged(
         pairs = zip(one.terms, two.terms, strict=True)
         terms = tuple((jax.tree.map(add, a[0], b[0]), a[1] + b[1]) for a, b in pairs)
         metrics = {name: combine_metrics(one.metrics[name], two.metrics[name]) for name in one.metrics}
-        return _SummedGradient(terms, metrics, None)
+        return _SummedGradient(terms, metrics, None, one.calls + two.calls)
 
     model_states = [part.model_state for part in parts]
-    model_state = model_states[-1] if isinstance(mean.place, InScan) else _mean(model_states)
+    rules = _rules(inner[-1], state.model_state)
+    model_state = model_states[-1] if isinstance(mean.place, InScan) else _mean(rules, model_states)
     return replace(reduce(both, parts), model_state=model_state)
 
 
@@ -230,8 +258,70 @@ def _split(mean: MeanNode, rows: np.ndarray) -> list[np.ndarray]:
             assert_never(mean.place)
 
 
-def _mean(trees: list[Tree]) -> Tree:
-    return jax.tree.map(lambda *leaves: (sum_arrays(leaves) / len(leaves)).astype(leaves[0].dtype), *trees)
+def _rules(node: Any, model_state: Tree) -> tuple[str, ...]:  # Any: a node, the last of a program
+    return rules_by_leaf(node.model_state or (), model_state)
+
+
+def _given_model_state(node: DifferentiateNode, state: EvaluationState, rows: np.ndarray) -> Tree:
+    leaves, tree = jax.tree.flatten(state.model_state)
+    taken = {"rows": lambda leaf: leaf[rows], "key": lambda leaf: fold_key(leaf, rows[0])}
+    rules = _rules(node, state.model_state)
+    return tree.unflatten([taken.get(rule, lambda leaf: leaf)(leaf) for rule, leaf in zip(rules, leaves, strict=True)])
+
+
+def _handed_on(node: Any, before: Tree, after: Tree) -> Tree:  # Any: a node
+    leaves, tree = jax.tree.flatten(before)
+    triples = zip(_rules(node, before), leaves, jax.tree.leaves(after), strict=True)
+    return tree.unflatten([new if rule == "sequential" else old for rule, old, new in triples])
+
+
+def _mean(rules: tuple[str, ...], trees: list[Tree]) -> Tree:
+    """The mean of the leaves that are handed on; of the others the calls keep what counts."""
+
+    def mean(rule: str, leaves: tuple[Any, ...]) -> Any:  # Any: arrays
+        arrays = [np.asarray(leaf) for leaf in leaves] if rule == "sequential" else []
+        if not arrays or all(array.tobytes() == arrays[0].tobytes() for array in arrays):
+            return leaves[0]
+        if not jnp.issubdtype(arrays[0].dtype, jnp.floating):
+            raise ValueError("whole numbers that differ have no mean")
+        return jnp.asarray(np.mean([array.astype(np.float64) for array in arrays], axis=0), arrays[0].dtype)
+
+    each = zip(*map(jax.tree.leaves, trees), strict=True)
+    return jax.tree.structure(trees[0]).unflatten([mean(*pair) for pair in zip(rules, each, strict=True)])
+
+
+def _next_model_state(node: Any, before: Tree, summed: _SummedGradient) -> tuple[Tree, bool]:  # Any: a node
+    """By the calls, however they were nested: whole numbers in Python's integers, floats in float64."""
+    leaves, tree = jax.tree.flatten(before)
+    handed_on, made, fits = jax.tree.leaves(summed.model_state), [], True
+    for place, (rule, leaf) in enumerate(zip(_rules(node, before), leaves, strict=True)):
+        after = [call.after[place] for call in summed.calls]
+        match rule:
+            case "sequential":
+                made.append(handed_on[place])
+            case "constant":
+                made.append(leaf)
+            case "key":
+                made.append(fold_key(leaf, ADVANCE))
+            case "max":
+                made.append(reduce(jnp.maximum, after))
+            case "average":
+                made.append(jnp.asarray(np.mean([np.asarray(one, np.float64) for one in after], axis=0), leaf.dtype))
+            case "rows":
+                for call, one in zip(summed.calls, after, strict=True):
+                    leaf = leaf.at[call.rows].set(one)
+                made.append(leaf)
+            case _:
+                is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+                old, *new = [np.asarray(one).astype(np.float64 if is_floating else object) for one in (leaf, *after)]
+                total = old + sum(one - old for one in new)
+                largest = jnp.finfo(leaf.dtype).max if is_floating else jnp.iinfo(leaf.dtype).max
+                smallest = -largest if is_floating else jnp.iinfo(leaf.dtype).min
+                fits = fits and bool(np.all((total >= smallest) & (total <= largest)))
+                if not is_floating:  # as the dtype would hold it
+                    total = (total - smallest) % (largest - smallest + 1) + smallest
+                made.append(jnp.asarray(np.asarray(total).astype(leaf.dtype)))
+    return tree.unflatten(made), fits
 
 
 def _widened(grads: Tree) -> Tree:

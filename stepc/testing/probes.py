@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from stepc._language.model_state import ModelStateRules
+from stepc._language.state import KEYS
 from stepc._language.terms import Last, Max, Mean, Min, Sum, Sums
 from stepc._language.transforms.grad import Grad, grad
 
@@ -86,7 +88,26 @@ def stateful(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array, 
     return over_rows(params, rows) + model_state["seen"] * params["b"], new
 
 
+def recurrent(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array, ""], Tree]:
+    """A loss with model state of every rule: hidden states by rows, a codebook, a range, a counter, a table, a key."""
+    kept = jax.random.bernoulli(model_state["key"], 0.5, rows["y"].shape)
+    hidden = 0.5 * model_state["hidden"] + rows["x"]
+    read = model_state["code"] + model_state["table"][0] + model_state["mean"] + model_state["largest"]
+    new = {
+        **model_state,
+        "hidden": hidden,
+        "code": jnp.mean(rows["x"], axis=0),
+        "largest": jnp.maximum(model_state["largest"], jnp.max(rows["y"])),
+        "tokens": model_state["tokens"] + jnp.sum(rows["y"] > 0),
+        "mean": 0.5 * model_state["mean"] + 0.5 * jnp.mean(rows["y"]),
+        "calls": model_state["calls"] + 1,
+    }
+    error = jnp.matmul(hidden + read[None], params["w"]) + params["b"] - rows["y"]
+    return jnp.mean(error * kept), new
+
+
 PROBES = MappingProxyType({"over_rows": over_rows, "coupling_rows": coupling_rows, "in_order": in_order})
+RECURRENT = {"hidden": "rows", "code": "average", "largest": "max", "tokens": "sum", "table": "constant"}
 # The same as `grad(...)`. Exact ones give the same bits in any order of summation. The others divide by counts that are
 # not powers of two, where XLA may multiply by the reciprocal.
 EXACT_SOURCES = MappingProxyType(
@@ -96,6 +117,7 @@ EXACT_SOURCES = MappingProxyType(
         "drawing_per_call": grad(drawing_per_call, rng="microbatch"),
         "measuring": grad(measuring, has_aux=True),
         "stateful": grad(stateful, model_state=True),
+        "recurrent": grad(recurrent, model_state=RECURRENT),
     }
 )
 SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "tokens": grad(tokens), "terms": grad(terms)})
@@ -106,9 +128,26 @@ def probe_params() -> dict[str, np.ndarray]:
     return {"w": np.array([2.0, -1.0, 1.0], np.float32), "b": np.array(1.0, np.float32)}
 
 
-def probe_model_state(source: Grad) -> dict[str, np.ndarray] | None:
-    """The initial model state of `stateful`; None for a loss without model state."""
-    return {"seen": np.zeros((), np.float32), "calls": np.zeros((), np.int32)} if source.model_state else None
+def probe_model_state(source: Grad, num_rows: int) -> Tree | None:
+    """The initial model state of `stateful`, or of `recurrent`; None for a loss without model state."""
+    zero, calls = np.zeros((), np.float32), np.zeros((), np.int32)
+    match source.model_state:
+        case None:
+            return None
+        case ModelStateRules(()):
+            return {"seen": zero, "calls": calls}
+        case _:
+            return {
+                "hidden": np.arange(num_rows * 3, dtype=np.float32).reshape(num_rows, 3) % 5 - 2,
+                "code": np.zeros(3, np.float32),
+                "largest": np.float32(-9),
+                "tokens": np.array(7, np.int32),
+                "table": np.array([[1, -1, 2]], np.float32),
+                "kept": np.array([100, -100, 64, 7], np.int8),
+                "mean": zero,
+                "calls": calls,
+                "key": jax.random.key(7, impl=KEYS),
+            }
 
 
 def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 from stepc._core.nodes import InScan, MeanNode
 from stepc._language.fields import floating_dtype, positive_integer
 from stepc._language.kinds import Kind
+from stepc._language.model_state import handed_on, over_parts
 from stepc._language.pipeline import AutotuneRequest, Transform
 from stepc._language.semantics import Fn, Gradient, Microbatch, sum_gradients
 from stepc._language.state import State
@@ -47,8 +48,9 @@ class Accumulate(Transform):
             parts: list[Gradient] = []
             for j in range(k):
                 parts.append(inner.apply(state, microbatch.part(lambda leaf, j=j: leaf[j::k])))
-                state = replace(state, model_state=parts[-1].model_state)
-            return replace(sum_gradients(parts, dtype=self._dtype_name), model_state=state.model_state)
+                state = replace(state, model_state=handed_on(state.model_state, parts[-1].model_state))
+            result = over_parts([part.model_state for part in parts], one_after_another=True)
+            return replace(sum_gradients(parts, dtype=self._dtype_name), model_state=result)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 

@@ -52,9 +52,22 @@ def cast_loss(loss: Callable[..., Any], compute: np.dtype, master: np.dtype | No
 
     def narrow_loss(params: Params, rows: BatchRows, *rest: Any) -> Any:
         _check_master_parameters(params, master)
-        return jax.tree.map(widen, loss(jax.tree.map(narrow, params), jax.tree.map(narrow, rows), *rest))
+        returned = loss(jax.tree.map(narrow, params), jax.tree.map(narrow, rows), *rest)
+        widened = jax.tree.map(widen, returned)
+        if not (rest and isinstance(returned, tuple) and _have_one_structure(returned[-1], rest[-1])):
+            return widened
+        # Model state is not cast, so what has the dtype that it came with keeps it.
+        return (*widened[:-1], jax.tree.map(_of_dtype, rest[-1], returned[-1], widened[-1]))
 
     return narrow_loss
+
+
+def _have_one_structure(one: Any, other: Any) -> bool:
+    return jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def _of_dtype(given: Any, returned: Any, widened: Any) -> Any:
+    return returned if jnp.result_type(returned) == jnp.result_type(given) else widened
 
 
 def _check_master_parameters(params: Params, master: np.dtype | None) -> None:

@@ -1,6 +1,6 @@
 """`grad`: the gradient of a loss, the rightmost stage of every pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,10 +9,18 @@ import jax
 from stepc._core.nodes import DifferentiateNode, Wrap
 from stepc._language.fields import boolean, one_of
 from stepc._language.kinds import Kind, Params
+from stepc._language.model_state import (
+    ModelStateRules,
+    given_model_state,
+    model_state_rules,
+    overwrite,
+    overwritten_leaves,
+    result_of_call,
+)
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, function_name, quoted_argument
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, key_of
-from stepc._language.state import State
-from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome, power_of_two
+from stepc._language.state import State, same_tree
+from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome, power_of_two, sum_arrays
 from stepc.errors import FieldTypeError
 
 KEYS_PER = (None, "example", "microbatch")
@@ -27,11 +35,11 @@ class Grad(Transform):
     loss: QuotedArgument | Pipeline
     has_aux: bool = field(default=False, kw_only=True)
     rng: str | None = field(default=None, kw_only=True)
-    model_state: bool = field(default=False, kw_only=True)
+    model_state: ModelStateRules | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         boolean("grad", "has_aux", self.has_aux)
-        boolean("grad", "model_state", self.model_state)
+        object.__setattr__(self, "model_state", model_state_rules(self.model_state))
         one_of("rng", self.rng, KEYS_PER)
         match self.loss:
             case Pipeline():
@@ -49,7 +57,22 @@ class Grad(Transform):
         loss = self.loss.value if isinstance(self.loss, QuotedArgument) else loss_fn.apply
 
         def apply(state: State, microbatch: Microbatch) -> Gradient:
-            outcome = self._outcome(loss, state.params, state, microbatch)
+            given, rules = None, () if self.model_state is None else self.model_state.by_pattern
+            if self.model_state is not None:
+                given = given_model_state(rules, state.model_state, microbatch.numbers)
+            outcome = self._outcome(loss, state.params, given, state, microbatch)
+            result = None
+            if self.model_state is not None:
+                after = outcome.model_state
+                if leaves := overwritten_leaves(given):  # their gradient is their next value
+
+                    def whole(leaves: list[jax.Array]) -> jax.Array:
+                        found = self._outcome(loss, state.params, overwrite(given, leaves), state, microbatch)
+                        totals = [term.total / power_of_two(term.count) for term in found.terms]
+                        return sum_arrays(totals) * microbatch.factor
+
+                    after = overwrite(after, jax.grad(whole)(leaves))
+                result = result_of_call(rules, given, after, microbatch.numbers)
 
             # One backward pass for each term: slow and obvious.
             def term(number: int) -> GradientTerm:
@@ -57,7 +80,7 @@ class Grad(Transform):
                 unit = power_of_two(count)
 
                 def total(params: Params) -> jax.Array:
-                    term = self._outcome(loss, params, state, microbatch).terms[number]
+                    term = self._outcome(loss, params, given, state, microbatch).terms[number]
                     return term.total / unit * microbatch.factor
 
                 narrow = jax.grad(total)(state.params)
@@ -66,7 +89,7 @@ class Grad(Transform):
                 )
 
             terms = tuple(map(term, range(len(outcome.terms))))
-            return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, outcome.model_state)
+            return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, result)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 
@@ -79,15 +102,16 @@ class Grad(Transform):
         wraps = tuple(
             node for transform in self._loss_transforms for node in transform.expand() if isinstance(node, Wrap)
         )
-        return (DifferentiateNode(value, wraps, self.has_aux, self.rng, self.model_state, written=repr(self)),)
+        rules = None if self.model_state is None else self.model_state.by_pattern
+        return (DifferentiateNode(value, wraps, self.has_aux, self.rng, rules, written=repr(self)),)
 
     @property
     def _loss_transforms(self) -> tuple[Transform, ...]:
         return self.loss.transforms if isinstance(self.loss, Pipeline) else ()
 
     def _outcome(
-        self, loss: Callable[..., Any], params: Params, state: State, microbatch: Microbatch
-    ) -> LossOutcome:  # Any: what the user's loss returns
+        self, loss: Callable[..., Any], params: Params, given: Any, state: State, microbatch: Microbatch
+    ) -> LossOutcome:  # Any: what the user's loss returns; the model's own tree
         match self.rng:
             case "example":
                 keys = (jax.numpy.stack([key_of(state, number) for number in microbatch.numbers]),)
@@ -95,9 +119,9 @@ class Grad(Transform):
                 keys = (key_of(state, microbatch.numbers[0]),)
             case _:
                 keys = ()
-        model_state = (state.model_state,) if self.model_state else ()
+        model_state = () if self.model_state is None else (same_tree(given),)
         returned = loss(params, microbatch.rows, *keys, *model_state)
-        return loss_outcome(returned, has_aux=self.has_aux, model_state=self.model_state)
+        return loss_outcome(returned, has_aux=self.has_aux, model_state=self.model_state is not None)
 
 
 def _check_complete(loss: Pipeline) -> None:
@@ -109,7 +133,11 @@ def _check_complete(loss: Pipeline) -> None:
 
 
 def grad(
-    loss: Callable[..., Any] | Pipeline, *, has_aux: bool = False, rng: str | None = None, model_state: bool = False
+    loss: Callable[..., Any] | Pipeline,
+    *,
+    has_aux: bool = False,
+    rng: str | None = None,
+    model_state: bool | Mapping[str, str] | ModelStateRules | None = None,
 ) -> Grad:
     """Take the value and the gradient of a loss, on the rows it is given.
 
@@ -128,15 +156,29 @@ def grad(
         `loss(params, rows, key)` one key per call, folded from the number of its first row: cheaper, but it does
         depend on the mesh and on k, including a k that `accumulate(memory=...)` picks.
       model_state: the loss takes the model's own state as its last argument and returns it as its last result:
-        `(value, model_state)`, or `(value, metrics, model_state)`. It passes through microbatches in order, and is
-        averaged over a mesh axis where the pipeline names the axis: `accumulate(4) @ shard(...)` averages it once a
-        microbatch.
+        `(value, model_state)`, or `(value, metrics, model_state)`. True gives each leaf the default rule of its dtype;
+        a dict gives rules by path pattern, `*` within a key and `**` across keys, and the defaults to the rest.
+        "sequential", the default: through the microbatches in order; over a mesh axis or `rows()` the mean, in float32
+        at least. `accumulate(4) @ shard(...)` takes it once a microbatch.
+        "average": every call starts from the leaf before the step, and the next leaf is the mean of their results.
+        "rows": the leaf has the rows of the batch on axis 0. It is split and sharded as the batch is, and each row
+        keeps its own.
+        "constant": the loss only reads it.
+        "max", "sum": every call starts from the leaf before the step, and the next leaf is the largest result, or the
+        leaf plus what each call added to it. A sum that does not fit its dtype makes the loss of the step NaN.
+        "key", the default of typed keys: each call is given the key folded with the number of its first row; the key
+        advances once a step, and what the loss returns in its place is dropped.
+        Leaves under the key `_overwrite_with_gradient` (Flax's fp8 ranges and scales) are assigned what arrives as
+        their gradient, by the rule "max"; the loss returns them as they were.
+        A leaf that does not depend on the rows passes as it is, whatever its dtype. Whole numbers and bools that do
+        depend on them need a rule under `shard` and `rows`.
     Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes of `params`, in float32
       at least up to `update`, which takes it in their dtypes.
     Units: per example, if the loss is a mean over examples; per unit of the count, for `sc.Mean`.
     Type: loss -> gradient; adds the metric `loss`
     Errors: FieldTypeError, FieldValueError for bad fields. At the first call, LossError if the loss does not return
-      what it should, if a count depends on the parameters, or if `rng="example"` meets a key implementation whose draws
+      what it should, if a count depends on the parameters, if the model state does not fit its rules (whole numbers or
+      rows without one, a constant that changes), or if `rng="example"` meets a key implementation whose draws
       depend on how many are drawn together (`rbg`). Exceptions of the loss pass through, with a note.
     A loss that couples rows (contrastive losses, batch statistics) sees only the rows of its own call.
     Example:
@@ -145,7 +187,8 @@ def grad(
 
     Source: `jax.value_and_grad`; per-example keys: ours.
     """
+    rules = model_state_rules(model_state)
     if isinstance(loss, Pipeline):
-        return Grad(loss, has_aux=has_aux, rng=rng, model_state=model_state)
+        return Grad(loss, has_aux=has_aux, rng=rng, model_state=rules)
     quoted = quoted_argument(loss, position=0, keyword="loss", otherwise=function_name(loss))
-    return Grad(quoted, has_aux=has_aux, rng=rng, model_state=model_state)
+    return Grad(quoted, has_aux=has_aux, rng=rng, model_state=rules)

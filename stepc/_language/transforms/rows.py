@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from stepc._core.nodes import MeanNode, UnderVmap
 from stepc._language.kinds import Kind
+from stepc._language.model_state import over_parts
 from stepc._language.pipeline import Transform
-from stepc._language.semantics import Fn, Gradient, Microbatch, mean_model_states, sum_gradients
+from stepc._language.semantics import Fn, Gradient, Microbatch, sum_gradients
 from stepc._language.state import State
 
 
@@ -21,7 +22,8 @@ class Rows(Transform):
         def apply(state: State, microbatch: Microbatch) -> Gradient:
             singles = (microbatch.part(lambda leaf, j=j: leaf[j : j + 1]) for j in range(microbatch.num_rows))
             parts = [inner.apply(state, single) for single in singles]
-            return replace(sum_gradients(parts), model_state=mean_model_states(parts))
+            result = over_parts([part.model_state for part in parts], one_after_another=False)
+            return replace(sum_gradients(parts), model_state=result)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 

@@ -9,8 +9,9 @@ from stepc._core.nodes import MeanNode, OverMesh
 from stepc._core.sharding import ShardingRules
 from stepc._language.fields import one_of
 from stepc._language.kinds import Kind
+from stepc._language.model_state import over_parts
 from stepc._language.pipeline import Transform
-from stepc._language.semantics import Fn, Gradient, Microbatch, mean_model_states, sum_gradients
+from stepc._language.semantics import Fn, Gradient, Microbatch, sum_gradients
 from stepc._language.sharding import DataParallel, TensorParallel
 from stepc._language.state import State
 from stepc.errors import FieldTypeError, FieldValueError
@@ -55,7 +56,8 @@ class Shard(Transform):
             for j in range(size):
                 part = microbatch.part(lambda leaf, j=j: leaf[j * width : (j + 1) * width])
                 parts.append(inner.apply(state, part))
-            return replace(sum_gradients(parts), model_state=mean_model_states(parts))
+            result = over_parts([part.model_state for part in parts], one_after_another=False)
+            return replace(sum_gradients(parts), model_state=result)
 
         return Fn(inner.init, apply, inner.axes, inner.names)
 

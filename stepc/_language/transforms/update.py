@@ -8,6 +8,7 @@ import optax
 
 from stepc._core.nodes import UpdateNode
 from stepc._language.kinds import Batch, Kind
+from stepc._language.model_state import next_model_state
 from stepc._language.pipeline import QuotedArgument, Transform, quoted_argument
 from stepc._language.semantics import Fn, StepResult, is_finite, narrowed, whole_batch
 from stepc._language.state import State
@@ -36,6 +37,9 @@ class Update(Transform):
         def apply(state: State, batch: Batch) -> StepResult:
             gradient = inner.apply(state, whole_batch(batch))
             grads, metrics = narrowed(gradient.value, state.params), gradient.reported
+            model_state, fits = next_model_state(state.model_state, gradient.model_state)
+            if not fits:  # a sum of whole numbers that overflows makes the step one that is not finite
+                metrics["loss"] = jnp.full_like(metrics["loss"], jnp.nan)
             loss_is_finite, gradient_is_finite = bool(jnp.isfinite(metrics["loss"])), is_finite(grads)
             # These slots advance in any case, such as the loss scale; where there are any, an overflow is skipped.
             always = {name: advance(loss_is_finite, gradient_is_finite) for name, advance in gradient.advances.items()}
@@ -45,9 +49,7 @@ class Update(Transform):
                 extra = {"value": metrics["loss"], "grad": grads}
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
                 params = optax.apply_updates(state.params, updates)
-                state = replace(
-                    state, params=params, opt_state=opt_state, step=state.step + 1, model_state=gradient.model_state
-                )
+                state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
             return StepResult(state, metrics, all_finite, happens, always)
 
         return Fn(init, apply, inner.axes, inner.names)
