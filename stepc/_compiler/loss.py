@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import compress
 from operator import or_
 from typing import Any
@@ -39,6 +40,8 @@ from stepc.errors import LossError, ShardingError, faults_in_one, grouped_paths
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Key implementations whose draws for one key do not depend on how many keys are vmapped over.
 BATCH_STABLE = ("threefry2x32",)
+# Primitives that call a jaxpr with their own inputs. Of any other, each result is taken to depend on all inputs.
+CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 
 @dataclass(frozen=True)
@@ -345,14 +348,13 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], whol
         for path, leaf in leaves_by_path(model_state)
         if leaf.ndim and leaf.shape[0] in sizes and explicit_rule(node.model_state or (), path) is None
     ]
-    if not like_rows:
-        return
 
     def with_rows(times: int, tree: Any) -> Any:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * times, *leaf.shape[1:]), leaf.dtype), tree
         )
 
+    @cache
     def is_accepted(times: int) -> bool:
         more = with_rows(times, keys) if node.rng == "example" else keys
         leaves, tree = jax.tree.flatten(model_state)
@@ -364,7 +366,13 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], whol
             return False
         return True
 
-    if is_accepted(1) and is_accepted(2):
+    # A loss that does not take as many rows as the leaf has is refused as it is traced, for its own reason.
+    like_rows = [
+        (path, leaf)
+        for path, leaf in like_rows
+        if is_accepted(leaf.shape[0] // sizes[0]) and not is_accepted(2 * leaf.shape[0] // sizes[0])
+    ]
+    if not like_rows:
         return
     listed = [f"`model_state/{path}` is {describe_leaf(leaf)}." for path, leaf in like_rows]
     what = faults_in_one(listed, of="the model state")
@@ -495,17 +503,12 @@ def passed_on(jaxpr: Jaxpr) -> list[int | None]:
 
 
 def _same_function(equation: Any) -> Jaxpr | None:  # Any: a jax.extend.core.JaxprEqn
-    """The jaxpr that an equation calls with its own inputs and outputs, as `jit`, `checkpoint` and `custom_vjp` do."""
-    if equation.primitive.name in ("scan", "while", "cond"):
+    """The jaxpr that an equation calls with its own inputs and outputs; None for any other equation."""
+    if equation.primitive.name not in CALLS:
         return None
-    for part in equation.params.values():
-        inner = part.jaxpr if isinstance(part, ClosedJaxpr) else part
-        if isinstance(inner, Jaxpr) and (len(inner.invars), len(inner.outvars)) == (
-            len(equation.invars),
-            len(equation.outvars),
-        ):
-            return inner
-    return None
+    parts = [part.jaxpr if isinstance(part, ClosedJaxpr) else part for part in equation.params.values()]
+    arity = (len(equation.invars), len(equation.outvars))
+    return next((one for one in parts if isinstance(one, Jaxpr) and (len(one.invars), len(one.outvars)) == arity), None)
 
 
 def _check_keys(key: Any, node: DifferentiateNode) -> None:

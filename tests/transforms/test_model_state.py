@@ -134,6 +134,23 @@ def test_rows_keep_their_own_state_whatever_the_split_is(devices: int, k: int, z
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)  # the sum is taken in another order
 
 
+def test_leaf_with_as_many_features_as_the_batch_has_rows_is_no_state_by_rows() -> None:
+    def loss(params: Any, rows: Any, model_state: Any) -> tuple[jax.Array, Any]:
+        return value(params, rows), {"mean": 0.5 * model_state["mean"] + 0.5 * jnp.mean(rows["x"], axis=0)}
+
+    found, _ = state_after(loss, {"mean": np.zeros(3, np.float32)}, devices=1, rows=3)
+    np.testing.assert_allclose(found["mean"], 0.5 * probe_batch(3)["x"].mean(axis=0), rtol=1e-6)  # thirds are rounded
+
+
+def test_error_of_a_loss_passes_through_whatever_the_size_of_its_model_state() -> None:
+    def loss(params: Any, rows: Any, model_state: Any) -> tuple[jax.Array, Any]:
+        return value(params, {"x": rows["mistyped"], "y": rows["y"]}), model_state
+
+    step = sc.compile(UPDATE @ sc.grad(loss, model_state=True))
+    with pytest.raises(KeyError, match="mistyped"):
+        step(step.init(probe_params(), model_state={"mean": np.zeros(8, np.float32)}), probe_batch(8))
+
+
 def test_rows_are_sharded_as_the_batch_is_and_cost_no_collective() -> None:
     pipeline = UPDATE @ sc.accumulate(2) @ DATA @ sc.grad(unchanged, model_state={"hidden": "rows"})
     step = sc.compile(pipeline, mesh=mesh_of(data=4))
