@@ -684,7 +684,7 @@ def _pad(reader: _Reader, equation: _Equation, operands: list[Value]) -> Value:
 
 
 def _concatenate(reader: _Reader, equation: _Equation, operands: list[Value]) -> Value:
-    axis = equation.params["dimension"]
+    axis = int(equation.params["dimension"])  # a library may give an integer of numpy
     if any(isinstance(one, Total) for one in operands):
         return reduce(lambda one, two: reader.joined(one, two, equation.fault), operands)
     value = reader.together(operands, equation.fault)
@@ -700,7 +700,7 @@ def _concatenate(reader: _Reader, equation: _Equation, operands: list[Value]) ->
 
 
 def _iota(reader: _Reader, equation: _Equation, operands: list[Value]) -> Value:
-    axis = equation.params["dimension"]
+    axis = int(equation.params["dimension"])  # a library may give an integer of numpy
     return Same(frozenset({axis}) if equation.results[0].shape[axis] != 1 else frozenset(), counts=axis)
 
 
