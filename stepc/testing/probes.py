@@ -99,7 +99,7 @@ def recurrent(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array,
         "code": jnp.mean(rows["x"], axis=0),
         "largest": jnp.maximum(model_state["largest"], jnp.max(rows["y"])),
         "tokens": model_state["tokens"] + jnp.sum(rows["y"] > 0),
-        "mean": 0.5 * model_state["mean"] + 0.5 * jnp.mean(rows["y"]),
+        "mean": model_state["mean"] + jnp.mean(rows["y"]),
         "calls": model_state["calls"] + 1,
     }
     error = jnp.matmul(hidden + read[None], params["w"]) + params["b"] - rows["y"]

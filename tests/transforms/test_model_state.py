@@ -134,6 +134,20 @@ def test_rows_keep_their_own_state_whatever_the_split_is(devices: int, k: int, z
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)  # the sum is taken in another order
 
 
+def test_counter_in_a_scan_over_layers_passes_beside_what_depends_on_the_rows() -> None:
+    def loss(params: Any, rows: Any, model_state: Any) -> tuple[jax.Array, Any]:
+        def layer(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            new = {"count": layer["count"] + 1, "mean": 0.5 * layer["mean"] + 0.5 * jnp.mean(x)}
+            return jax.nn.relu(jax.jit(jnp.sin)(x)) - new["mean"], new
+
+        x, model_state = jax.lax.scan(jax.checkpoint(layer), rows["x"], model_state)
+        return value(params, {"x": x, "y": rows["y"]}), model_state
+
+    given = {"count": np.array([1, 2], np.int8), "mean": np.zeros(2, np.float32)}
+    found, _ = state_after(loss, given, devices=2, k=2, rows=8)
+    assert found["count"].tolist() == [3, 4]
+
+
 def test_leaf_with_as_many_features_as_the_batch_has_rows_is_no_state_by_rows() -> None:
     def loss(params: Any, rows: Any, model_state: Any) -> tuple[jax.Array, Any]:
         return value(params, rows), {"mean": 0.5 * model_state["mean"] + 0.5 * jnp.mean(rows["x"], axis=0)}
