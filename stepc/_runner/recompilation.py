@@ -37,13 +37,11 @@ class RecompilationMonitor:
     _reported: int = field(default=0, init=False)
 
     def prepare(self, number: int, state: Any, batch: Batch) -> None:  # Any: a state
-        """Before the first call: log the plan, compile, and refuse a program that does not fit on a device.
+        """Called before the first call: log the plan, compile, and refuse a program that does not fit on a device.
 
         The call that follows neither traces nor compiles again: `lower` traces the program that the call runs, and JAX
         keeps both the trace and the executable. Errors: those of `lower`; MemoryError.
         """
-        if self.is_built:
-            return
         match self.step:
             case PlainStep():
                 pass

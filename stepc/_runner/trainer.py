@@ -137,6 +137,10 @@ class Trainer:
                     read = self.reader.read(self._num_calls_left())
                 found = self.peers.agreed(read, self.number, self.reader.source.spec, self.signals)
                 match found:
+                    case DataItem():
+                        self.dispatch(found)
+                        self.wait(self.max_in_flight)
+                        self.between_steps()
                     case EndOfData():
                         if isinstance(read, DataItem):  # another process has ended the run
                             self.reader.again.appendleft(read)
@@ -148,10 +152,6 @@ class Trainer:
                     case ReadFailure():
                         self.wait(0)
                         raise data_failure(found, self.number + 1) from found.error
-                    case DataItem():
-                        self.dispatch(found)
-                        self.wait(self.max_in_flight)
-                        self.between_steps()
             except LeaveLoop:
                 continue  # a signal came while the data was read
             except StepError as failure:
@@ -179,7 +179,9 @@ class Trainer:
         else:
             self.dispatching = item
             try:
-                self.monitor.prepare(self.number, self.run.state, item.batch)
+                if not self.monitor.is_built:
+                    with self.watcher.patient():  # tracing alone may take minutes, and as long after a new start
+                        self.monitor.prepare(self.number, self.run.state, item.batch)
                 state, metrics, diagnostics = self.step.step_with_diagnostics(self.run.state, item.batch)
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.wait(0)

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from faults.plan import FaultPlan, batch_of, digest, fresh, step
 from faults.points import POINTS, act_at
+from waiting import LIMIT_SECONDS
 
 import stepc as sc
 from stepc._runner.loggers.files import JSONL
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.kill:
         act_at(options.kill, lambda: end(options))
     if options.hang:
-        act_at(options.hang, lambda: has_ended.wait(100))
+        act_at(options.hang, lambda: has_ended.wait(LIMIT_SECONDS))
     if options.fsize:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.fsize, options.fsize))
@@ -56,7 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
         batches = termination.waiting(batches)
     with JSONL(options.folder / "metrics.jsonl") as lines, ExitStack() as at_the_end:
         at_the_end.callback(has_ended.set)
-        at_the_end.callback(lambda: (options.folder / "left").write_text(f"{time.time()}"))
         run = sc.run(
             termination.step if options.term else step(),
             fresh(),
@@ -97,18 +97,18 @@ class SelfTermination:
     def __init__(self, folder: Path, where: str, lose: str = "") -> None:
         self.folder, self.where, self.lose, self.is_sent = folder, where, lose, False
 
-    def at(self, where: str, seconds: float = 0.0) -> None:
+    def at(self, where: str) -> None:
         if where == self.where and not self.is_sent:
             self.is_sent = True
-            threading.Timer(seconds, self._send).start()
-            time.sleep(seconds + 0.05 if where != "between" else 0)
+            if where == "between":  # by another thread, whenever that runs
+                threading.Timer(0.0, self._send).start()
+            else:
+                self._send()
 
     def _send(self) -> None:
-        (self.folder / "sent").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGTERM)
-        if self.where == "save":
-            time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.where == "save":  # while the last checkpoint is written
+            threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     def step(self, state: Any, batch: Any) -> Any:
         number = int(batch["n"][0])
@@ -141,7 +141,7 @@ class SelfTermination:
             if number == 12:
                 self.is_sent = True
                 threading.Timer(0.1, self._send).start()
-                time.sleep(60)
+                time.sleep(LIMIT_SECONDS)
             yield batch
 
 

@@ -7,17 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 import pytest
-from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
+from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
 from faults.test_device import calling_back
 from faults.zygote import Zygote, errors_of
+from waiting import LIMIT_SECONDS
 
 import stepc as sc
 
@@ -66,12 +65,12 @@ def interrupted_at_random(times: int) -> None:
     try:
         for trial in range(times):
             arrived.clear()
-            seconds, timers = draw.uniform(0.0005, 0.02), list[threading.Timer]()
+            timer = threading.Timer(draw.uniform(0.0005, 0.02), os.kill, (os.getpid(), signal.SIGINT))
             if trial % 3 == 0:
-                timers.append(send_after(seconds))  # it may come before the run begins
+                timer.start()  # it may end before the run begins
             try:
                 while not arrived:
-                    batches = endless() if timers else sending(timers, seconds)
+                    batches = endless() if timer.ident else starting(timer)
                     sc.run(step(), state, batches, steps=10_000, on_error="retry", buffers=sc.Buffers(snapshot_every=3))
             except sc.Interrupted as error:
                 run = error.run
@@ -80,7 +79,7 @@ def interrupted_at_random(times: int) -> None:
                 if run.steps not in exact:
                     exact[run.steps] = digest(after(run.steps))
                 assert digest(run.state) == exact[run.steps]
-            timers[0].join()
+            timer.join()
             assert arrived == [signal.SIGINT]
             assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
             assert signal.getsignal(signal.SIGINT) is outside
@@ -88,9 +87,9 @@ def interrupted_at_random(times: int) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def sending(timers: list[threading.Timer], seconds: float) -> Iterator[Any]:
+def starting(timer: threading.Timer) -> Iterator[Any]:
     """Batches, the first of which starts the timer: on a machine of any speed it ends among the steps."""
-    timers.append(send_after(seconds))
+    timer.start()
     yield from endless()
 
 
@@ -121,14 +120,14 @@ def test_wait_for_data_is_left_at_once(prefetch: int) -> None:
         yield batch_of(1)
         yield batch_of(2)
         send_after(0.1, signal.SIGTERM)
-        is_free.wait(60)
+        waited.append(is_free.wait(LIMIT_SECONDS))
         yield batch_of(3)
 
-    is_free, began = threading.Event(), time.monotonic()
+    is_free, waited = threading.Event(), list[bool]()
     with pytest.raises(sc.Preempted) as raised:
         sc.run(step(), fresh(), sc.Data(hangs(), prefetch=prefetch))
+    assert waited == []  # the data hangs still
     is_free.set()
-    assert time.monotonic() - began < 30  # and not the 60 s that the data hangs
     assert digest(raised.value.run.state) == digest(by_a_plain_loop([1, 2]))
 
 
@@ -166,7 +165,7 @@ def test_loop_that_catches_stepc_errors_ends_on_a_signal(number: int) -> None:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["caught DataError\n", "ready\n"]
         process.send_signal(number)
-        said, errors = process.communicate(timeout=300)
+        said, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert "caught" not in said
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGINT)
     assert number == signal.SIGTERM or "stepc.errors.Interrupted: Interrupted after step" in errors
@@ -387,47 +386,39 @@ def test_first_error_is_the_one_that_is_raised(tmp_path: Path) -> None:
 PLACES = ("data", "compile", "step", "eval", "save", "logger", "between")
 
 
+STEPS = 4000
+
+
 @pytest.fixture(scope="module")
-def terminated(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path, float]]:
-    """One process for each place: SIGTERM comes there; how it ended, and how long after that `run` was left."""
+def terminated(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path]]:
+    """One process for each place: SIGTERM comes there; how it ended."""
     found = {}
     for place in PLACES:
         folder = tmp_path_factory.mktemp(place)
-        options = ("--term", place, "--steps", "4000")
+        options = ("--term", place, f"--steps={STEPS}")
         if place == "compile":  # a process of its own, which finds no program in a cache
             with (folder / "stderr").open("w") as said:
                 job = [sys.executable, "-m", "faults.job", str(folder), *options]
-                code = subprocess.run(job, cwd=TESTS, stderr=said, timeout=120).returncode
+                code = subprocess.run(job, cwd=TESTS, stderr=said, timeout=LIMIT_SECONDS).returncode
         else:
             code = zygote.start(folder, *options).wait()
-        sent, left = (float((folder / name).read_text()) for name in ("sent", "left"))
-        found[place] = (code, folder, left - sent)
+        found[place] = (code, folder)
     return found
 
 
-@pytest.fixture(scope="module")
-def step_and_save_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """A first step, which is compiled, and a save."""
-    made = sc.compile(sc.update(optax.adam(0.05)) @ sc.clip(10.0) @ sc.grad(loss))
-    state, began = fresh(), time.monotonic()
-    sc.run(made, state, [batch_of(1)], checkpoint=sc.Checkpoints(tmp_path_factory.mktemp("one"), every=1))
-    return time.monotonic() - began
+# The step that is made when the signal comes, and those that are dispatched by then. "compile" and "between" are by
+# another thread, which runs when it runs.
+LAST = {"data": (10, 12), "step": (20, 22), "eval": (7, 9), "save": (5, 40), "logger": (20, 23)}
 
 
-@fault(
-    "54",
-    "SIGTERM in data, compile, step, eval, save, logger, between",
-    "exit 143; the last finished step; `run` is left within a step and a save",
-)
+@fault("54", "SIGTERM in data, compile, step, eval, save, logger, between", "exit 143; at most the steps in flight")
 @fault("55", "SIGTERM twice, the second while the last checkpoint is written", "exit 143, one checkpoint, whole")
 @pytest.mark.parametrize("place", PLACES)
-def test_sigterm_anywhere_leaves_a_checkpoint(
-    place: str, terminated: dict[str, tuple[int, Path, float]], step_and_save_seconds: float
-) -> None:
-    code, folder, seconds = terminated[place]
+def test_sigterm_anywhere_leaves_a_checkpoint(place: str, terminated: dict[str, tuple[int, Path]]) -> None:
+    code, folder = terminated[place]
     assert code == 143, errors_of(folder)
-    assert seconds < 3 * (step_and_save_seconds + 1)  # loosely: the machine may be busy
     state = fresh()
     run = sc.run(step(), state, FaultPlan().batches(0), checkpoint=sc.Checkpoints(folder / "kept", every=1000))
-    assert int(run.state.step) == run.steps
+    first, last = LAST.get(place, (0, STEPS - 1))
+    assert first <= int(run.state.step) == run.steps <= last
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, run.steps + 1))))

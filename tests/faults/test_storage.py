@@ -20,6 +20,7 @@ from conftest import mesh_of
 from faults.plan import Batches, FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, loss, step
 from faults.test_signals import TESTS
 from faults.zygote import ended_by_itself
+from waiting import LIMIT_SECONDS
 
 import stepc as sc
 
@@ -289,7 +290,7 @@ def test_full_disk_is_never_a_silent_success(tmp_path: Path) -> None:
 
         def run(place: Path, every: str = every) -> tuple[int, str]:
             words = [sys.executable, "-m", "faults.job", str(place), f"--every={every}", "--fsize=400"]
-            ended = subprocess.run(words, cwd=TESTS, capture_output=True, text=True, timeout=120)
+            ended = subprocess.run(words, cwd=TESTS, capture_output=True, text=True, timeout=LIMIT_SECONDS)
             return ended.returncode, ended.stderr
 
         folder = tmp_path / every

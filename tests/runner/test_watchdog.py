@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from waiting import eventually
+from waiting import LIMIT_SECONDS, eventually
 
 import stepc as sc
 from stepc._jax import is_compiling
@@ -21,15 +21,23 @@ TESTS = Path(__file__).parent.parent
 SLOW = """
 import sys, time
 from pathlib import Path
+import optax
 import orbax.checkpoint
 from faults.plan import FaultPlan, batch_of, fresh, step
 import stepc as sc
 from stepc._runner.checkpoint_store import CheckpointStore
 
-EXIT, LONGER, folder = 4.0, 5.0, Path(sys.argv[1])
-options = {}
+folder, options, began = Path(sys.argv[1]), {}, time.monotonic()
 sc.run(step(), fresh(), FaultPlan().batches(1))  # compiled
+EXIT = max(2.0, 2 * (time.monotonic() - began))  # twice what a machine of this speed needs for all that is no stall
+LONGER = 1.25 * EXIT
 match sys.argv[2]:
+    case "trace":
+        def loss(params, batch):
+            time.sleep(LONGER)
+            return ((batch["x"] @ params["w"] - batch["y"]) ** 2).mean()
+        made = sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(loss))
+        step = lambda: made
     case "evaluation":
         def judge(state, batch):
             time.sleep(LONGER / 4)
@@ -57,7 +65,7 @@ plan = FaultPlan({2: "read"} if sys.argv[2] == "retry" else {})
 def batches():
     for number in range(1, 4):
         yield plan.batch(number)
-    print("ready", flush=True)
+    print("ready", LONGER, flush=True)
     while sys.argv[2] == "stopped" and not (folder / "go").exists():
         time.sleep(0.02)
         yield plan.batch(4)
@@ -68,10 +76,10 @@ print("made", run.steps, flush=True)
 """
 
 
-@pytest.mark.parametrize("phase", ["evaluation", "retry", "save", "restore"])
+@pytest.mark.parametrize("phase", ["trace", "evaluation", "retry", "save", "restore"])
 def test_phase_that_takes_longer_than_exit_seconds_is_no_stall(phase: str, tmp_path: Path) -> None:
     command = (sys.executable, "-c", SLOW, str(tmp_path), phase)
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "made 3"
     assert "the process ends" not in done.stderr
@@ -80,13 +88,15 @@ def test_phase_that_takes_longer_than_exit_seconds_is_no_stall(phase: str, tmp_p
 def test_process_that_was_stopped_and_continued_is_not_ended(tmp_path: Path) -> None:
     command = (sys.executable, "-c", SLOW, str(tmp_path), "stopped")
     with subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        ready, longer = process.stdout.readline().split()
+        assert ready == "ready"
         os.kill(process.pid, signal.SIGSTOP)
         eventually(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-        time.sleep(5.0)  # longer than its exit_seconds
+        time.sleep(float(longer))  # than its exit_seconds
         os.kill(process.pid, signal.SIGCONT)
         (tmp_path / "go").touch()
-        said, errors = process.communicate(timeout=300)
+        said, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, errors
     assert said.startswith("made ")
 
