@@ -150,12 +150,12 @@ class Callbacks:
 
     def is_due(self, step: int, steps_per_call: int) -> bool:
         """Whether anything is due after `step`."""
+        return self._profile_is_due(step) or self._calls_are_due(step, steps_per_call)
+
+    def _calls_are_due(self, step: int, steps_per_call: int) -> bool:
+        """Whether an evaluation or a hook is, on all processes."""
         everies = [every for every, _ in self.hooks] + ([] if self.eval is None else [self.eval.every])
-        return (
-            self._profile_is_due(step)
-            or step > self.done
-            and any(is_due(every, step, steps_per_call) for every in everies)
-        )
+        return step > self.done and any(is_due(every, step, steps_per_call) for every in everies)
 
     def act(self, step: int, steps_per_call: int, state: Any, events: EventLog) -> None:  # Any: a state
         """Do what is due after `step`.
@@ -164,7 +164,7 @@ class Callbacks:
         """
         with self.watcher.patient():
             self._start_or_stop_profile(step)
-        if step <= self.done:
+        if not self._calls_are_due(step, steps_per_call):
             return
         stops: list[Stop] = []
         evaluation = self.eval
@@ -186,8 +186,7 @@ class Callbacks:
                 snapshot.state = None
                 self.watcher.progress()
         self.done = step
-        if evaluation is not None or self.hooks:
-            self.stopped = self.peers.verdict("; ".join(stop.why for stop in stops) or None)
+        self.stopped = self.peers.verdict("; ".join(stop.why for stop in stops) or None)
 
     def metrics_of(self, step: int, events: EventLog) -> dict[str, float]:
         """The metrics of the last finished step, with those of an evaluation after it."""

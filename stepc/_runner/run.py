@@ -378,6 +378,8 @@ def _comparable(
         "eval": "None" if evaluation is None else f"Eval({evaluation.every}, {_name_of_function(evaluation.evaluate)})",
         "hooks": f"every {[every for every, _ in hooks]}",
         "reject_if": _name_of_function(arguments["reject_if"]),
+        # A profile waits for the steps in flight, and `reject_if` is voted when they are waited for.
+        "profile": repr(None if arguments["reject_if"] is None else arguments["profile"]),
         "short_batches": repr(data.short_batches),
         "place": _name_of_function(data.place),
         "data": f"with{'' if is_positioned else 'out'} `get_state()` and `set_state(state)`",

@@ -317,6 +317,7 @@ def evaluation(numbers: str) -> sc.Eval:
 
 READ: dict[str, Callable[[str, Path], Any]] = {
     "reject_if": lambda value, _: verdict(value),
+    "profile": lambda value, folder: sc.Profile(2, 4, folder / "trace") if value == str(jax.process_index()) else None,
     "eval": lambda value, _: evaluation(value),
     "checkpoint": lambda value, folder: sc.Checkpoints(folder / "kept", every=int(value)),
     "best_every": lambda value, folder: sc.Checkpoints(

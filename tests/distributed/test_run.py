@@ -267,6 +267,20 @@ def test_stop_of_one_ends_all(on: int, tmp_path: Path) -> None:
     assert both[0]["digest"] == both[1]["digest"]
 
 
+def test_profile_of_one_process_is_refused_where_steps_are_voted_on(tmp_path: Path) -> None:
+    job = done(tmp_path, profile=1, reject_if="none")
+    for process in (0, 1):
+        error = job.found(process)["error"]
+        assert error.startswith("ConfigError: The processes do not agree on the arguments of the run.")
+        assert "profile  process 0: None; process 1: Profile(start=2, stop=4, " in error
+
+
+def test_profile_of_one_process_changes_nothing(whole: dict[str, Any], tmp_path: Path) -> None:
+    job = done(tmp_path, profile=1, where="hook", at=100)
+    assert [job.found(process)["digest"] for process in (0, 1)] == [whole["digest"]] * 2
+    assert (tmp_path / "trace").is_dir()
+
+
 def test_best_checkpoint_of_two_processes_is_kept(tmp_path: Path) -> None:
     job = done(tmp_path, best_every=100, eval="step,3,2", steps=12)
     losses = {at: one["eval/loss"] for at, one in job.found(0)["told"] if "eval/loss" in one}
