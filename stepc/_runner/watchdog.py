@@ -36,9 +36,9 @@ class Watchdog:
         the one that the others wait for is named, and all of them end.
       exit_seconds: when a run makes no progress for so long, the process ends with exit code 75; more than
         `warn_seconds`. The last checkpoint is what a new start resumes from. A step that begins or finishes is
-        progress, and so is an evaluated batch. A compilation, a save, a restore and the wait before a retry do not
-        count, nor does the time in which the process was stopped. One batch of the data, one hook and one call of a
-        logger do: give them time enough.
+        progress, and so is an evaluated batch. A compilation, the first trace, a save, a restore and the wait before a
+        retry do not count, nor does the time in which the process was stopped. One batch of the data, one hook and one
+        call of a logger do: give them time enough.
       max_recompiles: how often the step may be compiled again after its first call; one more is a BuildError.
       compare_replicas_every: in steps; how often the copies of replicated leaves on the devices are compared. It reads
         the state once. Copies that differ are a DeviceError, or on several processes a PeerError on all of them.

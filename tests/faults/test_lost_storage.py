@@ -116,6 +116,8 @@ class InstantStore:
 
     def wait(self) -> None: ...
 
+    def delete_old(self, **about: Any) -> None: ...
+
 
 def test_waits_that_add_up_to_little_are_no_event() -> None:
     logger, now = Remembering(), itertools.count(0, 0.005)

@@ -197,13 +197,13 @@ def test_csv_writes_columns_and_widens_and_trims(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.csv"
     with sc.CSV(path) as logger:
         logger.log({"loss": 2.5}, 1)
-        logger.log({"loss": 2.25, "eval_loss": 3.0}, 2)
+        logger.log({"loss": 2.25, "eval/loss": 3.0}, 2)
         logger.log({"loss": math.nan}, 3)
-    assert path.read_text() == "step,loss,eval_loss\n1,2.5,\n2,2.25,3.0\n3,nan,\n"
+    assert path.read_text() == "step,loss,eval/loss\n1,2.5,\n2,2.25,3.0\n3,nan,\n"
     with sc.CSV(path) as logger:
         logger.trim(1)
-        logger.log({"eval_loss": 1.0}, 2)
-    assert path.read_text() == "step,loss,eval_loss\n1,2.5,\n2,,1.0\n"
+        logger.log({"eval/loss": 1.0}, 2)
+    assert path.read_text() == "step,loss,eval/loss\n1,2.5,\n2,,1.0\n"
 
 
 def test_tensorboard_writes_event_files(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_evaluation_is_logged_beside_the_losses(tmp_path: Path) -> None:
     with sc.CSV(tmp_path / "m.csv") as table:
         small_run(loggers=[table], log_every=4, eval=sc.Eval(4, judge, [jnp.zeros(4), jnp.ones(4)]))
     rows = (tmp_path / "m.csv").read_text().splitlines()
-    assert rows[0] == "step,loss,eval_gap"
+    assert rows[0] == "step,loss,eval/gap"
     assert len(judged) == 4
 
 
@@ -353,12 +353,12 @@ def test_console_without_steps_or_tokens_shows_steps_and_events() -> None:
     console = sc.Console(terminal=Terminal(file=written, force_terminal=False, width=60), clock=clock)
     console.log({"loss": 2.0}, 1)
     console.event("failure", {"what": "it"}, 1)
-    console.log({"eval_loss": 1.5}, 1)
+    console.log({"eval/loss": 1.5}, 1)
     clock.seconds = 20.0
     console.log({"loss": 1.5}, 11)
     assert written.getvalue().splitlines() == [
         "step 1  loss 2.0000  - steps/s  - left",
         "step 1: failure  what: it",
-        "step 1  eval_loss 1.5000",
+        "step 1  eval/loss 1.5000",
         "step 11  loss 1.5000  0 steps/s  - left",
     ]
