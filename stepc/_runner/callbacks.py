@@ -172,13 +172,14 @@ class Callbacks:
             match _guarded("eval", step, partial(self._evaluate, evaluation, state, events)):
                 case Stop() as stop:
                     stops.append(stop)
-                case metrics:
-                    self.evaluated, self.evaluated_at = metrics, step
-                    events.log(metrics, step)
+                case found:
+                    self.evaluated, self.evaluated_at = found, step
+                    events.log(found, step)
         for every, hook in self.hooks:
             if is_due(every, step, steps_per_call):
                 snapshot = _SnapshotOf(step, state)
-                match _guarded("hook", step, partial(hook, step, self.metrics_of(step, events), snapshot)):
+                metrics = {**events.last_metrics(), **self.evaluated_after(step)}
+                match _guarded("hook", step, partial(hook, step, metrics, snapshot)):
                     case Stop() as stop:
                         stops.append(stop)
                     case _:
@@ -188,9 +189,9 @@ class Callbacks:
         self.done = step
         self.stopped = self.peers.verdict("; ".join(stop.why for stop in stops) or None)
 
-    def metrics_of(self, step: int, events: EventLog) -> dict[str, float]:
-        """The metrics of the last finished step, with those of an evaluation after it."""
-        return {**events.last_metrics(), **(self.evaluated if self.evaluated_at == step else {})}
+    def evaluated_after(self, step: int) -> Mapping[str, float]:
+        """The metrics of the evaluation after a step, if there was one."""
+        return self.evaluated if self.evaluated_at == step else {}
 
     def go_back(self, step: int) -> None:
         """Let what was done after `step` be done again."""

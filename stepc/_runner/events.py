@@ -97,6 +97,10 @@ class EventLog:
         if self.loggers:
             self.log(self.last_metrics(), self._logged)
 
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """The metrics of a step, if it is the last that was logged or could have been; none of one that was drained."""
+        return self.last_metrics() if self._last is not None and self._last[0] == step else {}
+
     def last_metrics(self) -> dict[str, float]:
         """The metrics of the last finished step, as floats."""
         if self._last is None:

@@ -299,7 +299,7 @@ class Trainer:
                     self.position,
                     {} if spec is None else spec.rows(),
                     None if self.peers.are_many else data_fingerprint(self.last_item),
-                    self.callbacks.metrics_of(self.number, self.events),
+                    {**self.events.metrics_of(self.number), **self.callbacks.evaluated_after(self.number)},
                 )
 
     def recover(self, failure: StepError, found: Read) -> None:

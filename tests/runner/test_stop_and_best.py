@@ -1,5 +1,6 @@
 """A run that a hook or an evaluation ends; the checkpoint with the best value; reading one without a run."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_metric_of_a_step_decides_among_the_checkpoints(tmp_path: Path) -> None:
     )  # fmt: skip
     losses = {at: metrics["loss"] for at, metrics in logger.told if at % 3 == 0}
     assert steps_of(tmp_path) == sorted({max(losses, key=lambda at: losses[at]), 12})
+
+
+def test_metrics_of_another_step_are_not_saved(tmp_path: Path) -> None:
+    def fails(metrics: Any) -> None:
+        raise ValueError("no verdict")
+
+    with pytest.raises(sc.StepError, match="`reject_if` failed at step 1"):
+        sc.run(step(), fresh(), FaultPlan().batches(9), reject_if=fails, checkpoint=sc.Checkpoints(tmp_path, every=100))
+    assert metrics_in(tmp_path / "3") == {}  # the steps in flight are finished, and neither judged nor logged
+    run = sc.run(step(), fresh(), FaultPlan().batches(9), checkpoint=sc.Checkpoints(tmp_path, every=100))
+    assert metrics_in(tmp_path / "9") == run.metrics
+
+
+def metrics_in(folder: Path) -> dict[str, float]:
+    return json.loads(json.loads((folder / "meta" / "metadata").read_text())["body"])["metrics"]
 
 
 @pytest.mark.parametrize("best", ["eval/loss", ("eval/loss", "least"), ("loss",), (1, "min")])
