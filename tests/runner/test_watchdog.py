@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent.parent
 SLOW = """
 import sys, time
 from pathlib import Path
+import numpy as np
 import optax
 import orbax.checkpoint
 from faults.plan import FaultPlan, batch_of, fresh, step
@@ -37,7 +38,7 @@ match sys.argv[2]:
             time.sleep(LONGER)
             return ((batch["x"] @ params["w"] - batch["y"]) ** 2).mean()
         made = sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(loss))
-        step = lambda: made
+        step, fresh = lambda: made, lambda: made.init({"w": np.zeros(3, np.float32)})
     case "evaluation":
         def judge(state, batch):
             time.sleep(LONGER / 4)
