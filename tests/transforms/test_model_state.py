@@ -14,6 +14,7 @@ from flax import linen, nnx
 
 import stepc as sc
 from stepc._language.state import is_typed_key, key_data, leaves_by_path
+from stepc.errors import EquivalenceError
 from stepc.testing import assert_equal_trees, assert_equivalent
 
 UPDATE = sc.update(optax.sgd(0.1))
@@ -303,6 +304,23 @@ def test_every_rule_equals_its_reference_among_others(devices: int, name: str) -
     state, _ = step(state, batch)
     state, _ = step(state, batch)
     assert step.traces == 1
+
+
+@pytest.mark.parametrize(
+    ("leaf", "wrong"),
+    [("code", "sequential"), ("largest", "average"), ("tokens", "max"), ("mean", "average"), ("key", "constant")],
+)
+def test_another_rule_in_the_place_of_one_is_caught(leaf: str, wrong: str) -> None:
+    source = SOURCES["recurrent"]
+    loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
+    right = dict(source.model_state.by_pattern if source.model_state is not None else ())
+    results = []
+    for rules in (right, {**right, leaf: wrong}):
+        step = sc.compile(UPDATE @ sc.accumulate(2) @ DATA @ sc.grad(loss, model_state=rules), mesh=mesh_of(data=2))
+        state = step.init(probe_params(), model_state=probe_model_state(source, 16))
+        results.append(step(state, probe_batch(16))[0].model_state)
+    with pytest.raises(EquivalenceError, match=f"`{leaf}` differs"):
+        assert_equal_trees(results[1], results[0], tolerance=1e-5, of="both rules")
 
 
 def test_state_by_rows_is_saved_and_resumed(tmp_path: Path) -> None:
