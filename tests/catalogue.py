@@ -7,6 +7,7 @@ import stepc as sc
 from stepc.testing.probes import EXACT_SOURCES as EXACT_SOURCES
 from stepc.testing.probes import PROBES as PROBES
 from stepc.testing.probes import SOURCES as SOURCES
+from stepc.testing.probes import Evaluating
 from stepc.testing.probes import probe_batch as probe_batch
 from stepc.testing.probes import probe_model_state as probe_model_state
 from stepc.testing.probes import probe_params as probe_params
@@ -36,6 +37,7 @@ UPDATES = {
     "update_momentum": sc.update(optax.sgd(0.5, momentum=0.5)),
     "update_adamw": sc.update(optax.adamw(1e-3)),
     "update_extra_args": sc.update(optax.contrib.reduce_on_plateau()),
+    "update_evaluating": sc.update(Evaluating()),
 }
 STEPS = {
     "skip_nonfinite": sc.skip_nonfinite(limit=2),

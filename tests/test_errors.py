@@ -101,9 +101,44 @@ unstable = optax.GradientTransformation(
 )
 
 
+def one_axis_more(grads: Any, state: Any, params: Any = None) -> Any:
+    return {**grads, "b": jnp.reshape(grads["b"], (1,))}, state
+
+
+of_one_axis = optax.GradientTransformation(lambda params: (), one_axis_more)
+
+
 def unstable_state() -> None:
     step = sc.compile(sc.update(unstable) @ sc.grad(loss))
     step(step.init(probe_params()), probe_batch(8))
+
+
+def trained_by(optimizer: Any, params: Any = None) -> None:
+    step = sc.compile(sc.update(optimizer) @ sc.grad(loss))
+    step(step.init(params or probe_params()), probe_batch(8))
+
+
+differentially_private = optax.contrib.differentially_private_aggregate(1.0, 1.0, key=0)
+
+
+class Momentum:
+    def init(self, params: Any) -> Any:
+        return params
+
+    def update(self, grads: Any, state: Any, params: Any) -> Any:
+        return grads, state
+
+
+def schedule(count: Any) -> Any:
+    return 0.1 / (1 + count)
+
+
+def norm(tree: Any) -> jax.Array:
+    return optax.tree.norm(tree)
+
+
+def adversary() -> optax.GradientTransformation:
+    return optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
 
 
 def compiled_by_hand(budget: sc.Budget) -> None:
@@ -232,6 +267,12 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "dp_number": (sc.FieldTypeError, lambda: sc.dp(0)),
     "dp_empty": (sc.FieldValueError, lambda: sc.dp("")),
     "not_an_optimizer": (sc.FieldTypeError, lambda: sc.update(optax.adam)),
+    "optimizer_of_another_library": (sc.FieldTypeError, lambda: sc.update({"lr": 0.1})),
+    "optimizer_class": (sc.FieldTypeError, lambda: sc.update(Momentum)),
+    "optimizer_that_accumulates": (sc.FieldTypeError, lambda: sc.update(optax.MultiSteps(tx, 4))),
+    "schedule": (sc.FieldTypeError, lambda: sc.update(optax.cosine_decay_schedule(0.1, 100))),
+    "schedule_of_your_own": (sc.FieldTypeError, lambda: sc.update(schedule)),
+    "schedule_as_lambda": (sc.FieldTypeError, lambda: sc.update(lambda count: 0.1 / (1 + count))),
     "not_a_loss": (sc.FieldTypeError, lambda: sc.grad(3)),
     "loss_is_a_word": (sc.FieldTypeError, lambda: sc.grad(sc.clip(1.0))),
     "loss_words_alone": (sc.FieldTypeError, lambda: sc.grad(sc.cast(jnp.bfloat16) @ sc.remat())),
@@ -392,6 +433,13 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
             probe_params(), model_state={"h": np.zeros((12, 2))}
         ),
     ),
+    "optimizer_of_rows": (sc.ConfigError, lambda: trained_by(differentially_private)),
+    "optimizer_of_pairs": (sc.ConfigError, lambda: trained_by(optax.lookahead(tx, 5, 0.5))),
+    "optimizer_opaque": (sc.ConfigError, lambda: trained_by(optax.contrib.sam(tx, adversary(), opaque_mode=True))),
+    "optimizer_of_traced_integers": (
+        sc.ConfigError,
+        lambda: trained_by(optax.inject_hyperparams(optax.adafactor)(0.1), {"w": np.ones((4, 4), np.float32)}),
+    ),
     "seed_fraction": (sc.FieldTypeError, lambda: step_on().init(probe_params(), seed=0.5)),
 }
 CALLING: dict[str, tuple[type, Callable[[], object]]] = {
@@ -421,6 +469,9 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         ),
     ),
     "unstable_state": (sc.ConfigError, unstable_state),
+    "optimizer_state_grows": (sc.ConfigError, lambda: trained_by(optax.chain(tx, optax.monitor({"norm": norm})))),
+    "updates_of_another_tree": (sc.ConfigError, lambda: trained_by(optax.measure_with_ema(norm, 0.9))),
+    "updates_of_another_shape": (sc.ConfigError, lambda: trained_by(of_one_axis)),
     "vector_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.matmul(b["x"], p["w"]))),
     "integer_loss": (sc.LossError, lambda: trained_with(lambda p, b: jnp.sum(b["y"]).astype(jnp.int32))),
     "tuple_loss": (sc.LossError, lambda: trained_with(lambda p, b: (jnp.mean(b["y"]), {"a": 1}))),
@@ -661,12 +712,20 @@ def test_mistake_is_refused_before_a_step_is_compiled(name: str) -> None:
 NAMES = {
     **{name: getattr(sc, name) for name in sc.__all__},
     **PROBES,
+    "Momentum": Momentum,
     "adamw": adamw,
+    "c": 1.0,
+    "count": 3,
+    "decay": 0.9,
+    "factory": optax.adafactor,
     "jnp": jnp,
     "jax": jax,
     "loss": loss,
     "optax": optax,
+    "learning_rate": 0.1,
     "optimizer": tx,
+    "s": 0.5,
+    "schedule": schedule,
     "tx": tx,
     "P": P,
     "pipeline": sc.update(tx) @ dp @ sc.grad(loss),

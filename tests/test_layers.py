@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LANGUAGE_OF_PASSES = (
     "_language.kinds",
     "_language.model_state",
+    "_language.optimizers",
     "_language.semantics",
     "_language.state",
     "_language.terms",
@@ -37,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # No transform imports another.
     "_language.transforms": (
         "_core.nodes", "_core.sharding", "_language.fields", "_language.kinds", "_language.model_state",
+        "_language.optimizers",
         "_language.pipeline", "_language.semantics", "_language.sharding", "_language.state", "_language.terms",
         "_text", "_units", "errors",
     ),

@@ -62,6 +62,12 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         sc.update(tx) @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(WIDE["over_rows"]),
         {"data": 8},
     ),
+    "line_search": (
+        sc.update(optax.lbfgs()) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}
+    ),
+    "line_search_zero1": (
+        sc.update(optax.lbfgs()) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(loss), {"data": 8}
+    ),
     "automatic": (sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(loss), {"data": 8}),
 }  # fmt: skip
 
@@ -82,10 +88,12 @@ def test_plan_prints_as_its_golden_text(name: str, golden: Callable[[str, str, s
 
 
 # What is sharded takes several collectives, one for each leaf, and scalars besides: test_sharding.py counts bytes. XLA
-# merges a reduction of the model state with that of the gradient, if both are sums in one dtype.
-@pytest.mark.parametrize(
-    "name", [name for name in PLANS if not name.startswith(("zero", "automatic", "model_state_r"))]
-)
+# merges a reduction of the model state with that of the gradient, if both are sums in one dtype. Nobody knows how often
+# a line search evaluates: tests/optimizers/test_whole_batch_loss.py compares one evaluation.
+APART = ("zero", "automatic", "model_state_r", "line_search")
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if not name.startswith(APART)])
 def test_plan_and_executable_agree_on_collectives(name: str) -> None:
     stage = lowered(name)
     planned = [(one.kind, one.executions, one.in_loop, set(one.axes)) for one in stage.plan.collectives]

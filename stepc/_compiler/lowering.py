@@ -44,6 +44,7 @@ from stepc._compiler.schedule import (
     Count,
     CountFirst,
     DivideByCount,
+    Evaluate,
     Instruction,
     ModelStateLeaf,
     Multiply,
@@ -54,7 +55,9 @@ from stepc._compiler.schedule import (
     ScanMicrobatches,
     Schedule,
     Unscale,
+    Value,
     Vmap,
+    all_instructions,
     draws,
     gradient_is_sharded,
     reduces,
@@ -72,6 +75,7 @@ from stepc._language.model_state import (
     start_of_sum,
     wide_result,
 )
+from stepc._language.optimizers import WHOLE_BATCH_LOSSES, run_optimizer
 from stepc._language.semantics import draw_tag, narrowed
 from stepc._language.state import SkipCounts, State, leaves_by_path
 from stepc._language.terms import (
@@ -219,13 +223,9 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     inputs = StepInputs(state.params, _only(leaves, region, "rows", others=True), key, scale)
     microbatch = LocalMicrobatch(batch, numbers, _only(leaves, region, "rows"))
 
-    # In the manual region, up to the last reduction: the scan over microbatches, the loss in it, the reductions.
-    end = max((index + 1 for index, one in enumerate(schedule) if reduces(one)), default=0)
-    total, losses = _run_on_devices(schedule, end, microbatch, inputs, region) if end else (None, None)
-
-    # Outside of it, where every device has the same: what is left before the last division.
+    # Up to the last division: the scan over microbatches, the loss in it, the reductions.
     division, final_maps = _final_maps(schedule)
-    total = _run(schedule[end:division], total, microbatch, inputs, region)
+    total, losses = _run_reduced(schedule[:division], microbatch, inputs, region)
     total = replace(total, grads=region.constrain(total.grads, sharded=True))
 
     # The last division and the final maps, for the metrics and the norm.
@@ -239,7 +239,10 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
         metrics["loss"] = jnp.where(fits, metrics["loss"], jnp.nan)
 
     # The optimizer, in a branch if the step may be skipped; it runs the final maps again.
-    update = partial(_update, optimize, final_maps, region)
+    loss_fn = None
+    if optimize.evaluate is not None:
+        loss_fn = _loss_of_whole_batch(optimize.evaluate, microbatch, inputs, region)
+    update = partial(_update, optimize, final_maps, region, loss_fn)
     loss_is_finite = jnp.isfinite(metrics["loss"])
     gradient_is_finite = jnp.isfinite(sum_arrays(jax.tree.leaves(squares)))
     is_finite = loss_is_finite & gradient_is_finite
@@ -279,6 +282,43 @@ def _scale_of(state: State, name: str) -> jax.Array:
     return jax.tree.leaves(state.slots[name])[0]
 
 
+def _run_reduced(
+    schedule: Schedule, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> tuple[GradientSum, Any]:  # Any: each device's flags of finite losses; None without reductions
+    """Run instructions in the manual region up to the last reduction, and the rest where every device has the same."""
+    end = max((index + 1 for index, one in enumerate(schedule) if reduces(one)), default=0)
+    total, losses = _run_on_devices(schedule, end, microbatch, inputs, region) if end else (None, None)
+    return _run(schedule[end:], total, microbatch, inputs, region), losses
+
+
+def _loss_of_whole_batch(
+    evaluate: Evaluate, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> Callable[[Params], jax.Array]:
+    """The loss of the whole batch as a function of the parameters. Its derivative is computed as that of the step.
+
+    A derivative of its own, because that of the loop would keep what every microbatch computes.
+    """
+
+    def run(schedule: Schedule, params: Params) -> tuple[jax.Array, Grads]:
+        with nullcontext() if evaluate.gather is None else region.scope(evaluate.gather.written):
+            params = region.constrain(params, sharded=region.has_sharded_params)
+        total, _ = _run_reduced(schedule, microbatch, replace(inputs, params=params), region)
+        return final_metrics(total.metrics)["loss"], total.grads
+
+    @jax.custom_jvp
+    def loss_fn(params: Params) -> jax.Array:
+        return run(evaluate.value, params)[0]
+
+    @loss_fn.defjvp
+    def _(primals: tuple[Params], tangents: tuple[Params]) -> tuple[jax.Array, jax.Array]:
+        loss, grads = run(evaluate.gradient, primals[0])
+        grads = region.constrain(grads, sharded=True)
+        products = jax.tree.map(lambda grad, tangent: jnp.sum(grad * tangent, dtype=loss.dtype), grads, tangents[0])
+        return loss, sum_arrays(jax.tree.leaves(products))
+
+    return lambda params: loss_fn(params)
+
+
 def _run_on_devices(
     schedule: Schedule, end: int, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
 ) -> tuple[GradientSum, jax.Array]:
@@ -299,7 +339,8 @@ def _run_on_devices(
         return replace(total, grads=(), finite=None, model_state=others), total.grads, by_rows, total.finite[None]
 
     rows, params = PartitionSpec(region.batch_axes), region.manual_specs(sharded=region.has_sharded_params)
-    grads = region.manual_specs(sharded=gradient_is_sharded(schedule))
+    has_gradient = any(isinstance(one, Compute) for one in all_instructions(schedule))
+    grads = region.manual_specs(sharded=gradient_is_sharded(schedule)) if has_gradient else ()
     run = jax.shard_map(
         on_device, mesh=region.mesh, in_specs=(params, PartitionSpec(), rows),
         out_specs=(PartitionSpec(), grads, rows, rows),
@@ -338,6 +379,8 @@ def _run_one(
             return _compute(instruction, microbatch, inputs, region)
         case Count():
             return _count(instruction, microbatch, inputs, region)
+        case Value():
+            return _value(instruction, microbatch, inputs, region)
         case ScanMicrobatches():
             return _scan(instruction, microbatch, inputs, region)
         case Vmap():
@@ -394,12 +437,26 @@ def _compute(
         )
         grads = jax.tree.map(lambda leaf: leaf * unit, _as_sum(grads))
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
-    metrics = {"loss": Sums(outcome.terms), **outcome.metrics}
+    metrics = {"loss": Sums(outcome.terms), **(outcome.metrics if instruction.reports else {})}
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
     after = jax.tree.leaves(overwrite(outcome.model_state, overwritten))
     triples = zip(region.model_state, jax.tree.leaves(given), after, strict=True)
     results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
-    return GradientSum(accumulators, grads, results, finite, instruction.count)
+    # A constant of the gradient, also where an optimizer differentiates it once more.
+    return GradientSum(accumulators, grads, jax.lax.stop_gradient(results), finite, instruction.count)
+
+
+def _value(instruction: Value, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
+    """The loss, as the metric of a sum that holds no gradient."""
+    node = instruction.node
+    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    given = _given_model_state(microbatch, inputs, region)
+    with region.scope(node.written):
+        outcome = checked_loss(node)(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
+    triples = zip(region.model_state, given, jax.tree.leaves(outcome.model_state), strict=True)
+    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    metrics = {"loss": accumulate_metric(Sums(outcome.terms))}
+    return GradientSum(metrics, (), results, jnp.ones(1, bool), instruction.count)
 
 
 def _given_model_state(
@@ -643,6 +700,7 @@ def _update(
     optimize: Optimize,
     final_maps: FinalMaps,
     region: ManualRegion,
+    loss_fn: Callable[[Params], jax.Array] | None,
     gradient: MeasuredGradient,
     loss: jax.Array,
     state: State,
@@ -658,9 +716,10 @@ def _update(
         with region.scope(one.node.written):
             value = _apply(one, value, measured, {}, key)
     grads = narrowed(value.grads, params)
-    optimizer = optax.with_extra_args_support(optimize.node.optimizer)
-    with region.scope(optimize.node.written):
-        updates, opt_state = optimizer.update(grads, state.opt_state, params, value=loss, grad=grads)
+    node, losses = optimize.node, dict.fromkeys(WHOLE_BATCH_LOSSES, loss_fn)
+    offered = {"value": loss, "grad": grads, **losses}
+    with region.scope(node.written):
+        updates, opt_state = run_optimizer(node.optimizer, grads, state.opt_state, params, offered, node.written)
         params = constrain(optax.apply_updates(params, updates), sharded=True)
     slots = dict(state.slots)
     for name, node in optimize.follows:

@@ -65,9 +65,9 @@ class NormalForm:
         return self.laws[-1].after if self.laws else self.core
 
     @property
-    def optimizer(self) -> Any:  # Any: an optax GradientTransformation
-        """The optimizer of the update."""
-        return next(node for node in self.core if isinstance(node, UpdateNode)).optimizer
+    def update(self) -> UpdateNode:
+        """The node of the optimizer."""
+        return next(node for node in self.core if isinstance(node, UpdateNode))
 
     @property
     def loss(self) -> DifferentiateNode:

@@ -21,6 +21,7 @@ from stepc._compiler.schedule import (
     Count,
     CountFirst,
     DivideByCount,
+    Evaluate,
     Instruction,
     ModelStateLeaf,
     Multiply,
@@ -31,6 +32,7 @@ from stepc._compiler.schedule import (
     ScanMicrobatches,
     Schedule,
     Unscale,
+    Value,
     Vmap,
 )
 from stepc._compiler.search import SearchResult
@@ -125,7 +127,10 @@ class ShardingTable:
 
 @dataclass(frozen=True)
 class PlannedCollective:
-    """One collective that the schedule asks for. `executions` counts per step, or per dispatch under `repeat`."""
+    """One collective that the schedule asks for.
+
+    `executions` counts per step, or per dispatch under `repeat`; what an optimizer evaluates, per evaluation.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -235,8 +240,18 @@ def _lines(schedule: Schedule, depth: int = 0, unit: str = "local microbatch") -
                 yield from _lines(body, depth + 1, "row")
             case ScanMicrobatches(body=body) | CountFirst(body) | RepeatSteps(body=body):
                 yield from _lines(body, depth + 1, unit)
+            case Optimize(evaluate=Evaluate() as evaluate):
+                for per, body in _evaluations(evaluate):
+                    yield "  " * (depth + 1) + f"every {per} that the optimizer asks for"
+                    yield from _lines(body, depth + 2, unit)
             case _:
                 pass
+
+
+def _evaluations(evaluate: Evaluate) -> tuple[tuple[str, Schedule], ...]:
+    """What each evaluation of the loss of the whole batch runs."""
+    gather = () if evaluate.gather is None else (evaluate.gather,)
+    return ("value of the loss", (*gather, *evaluate.value)), ("gradient of the loss", (*gather, *evaluate.gradient))
 
 
 def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
@@ -246,6 +261,8 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             how += ", times the loss scale" if rescaled else ""
             how += f"; gathers parameters and scatters their gradient over {layered}, {_BY_LAYER}" if layered else ""
             return f"{node.written}: value and gradient of one {unit}{how}"
+        case Value(node):
+            return f"{node.written}: value of one {unit}"
         case Count(node):
             return f"{node.written}: only the counts of one {unit}"
         case CountFirst():
@@ -275,7 +292,7 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             return _divisor(one, before)
         case Apply(node):
             return node.written
-        case Optimize(node, follows, guard, rescale, gather):
+        case Optimize(node, _, follows, guard, rescale, gather):
             text = ", then ".join((node.written, *(node.written for _, node in follows)))
             if guard is not None:
                 text += f", if the loss and the gradient are finite; otherwise the state is kept (`{guard[1].written}`)"
@@ -349,7 +366,13 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
             case ScanMicrobatches(size, body):
                 yield from _collectives(body, times * size)
             case RepeatSteps(node, body):
-                yield from (replace(one, per="dispatch") for one in _collectives(body, times * node.size))
+                for inner in _collectives(body, times * node.size):
+                    yield replace(inner, per="dispatch") if inner.per == "step" else inner
+            case Optimize(evaluate=Evaluate() as evaluate):
+                for per, body in _evaluations(evaluate):
+                    yield from (replace(inner, per=per) for inner in _collectives(body, 1))
+                if one.gather is not None:
+                    yield planned("all-gather", (one.gather.axis,), one.gather.reason)
             case CountFirst(body) | Vmap(body):
                 yield from _collectives(body, times)
             case Compute(layered=str() as axis):

@@ -9,6 +9,7 @@ Sharding does not change the rule. It rewrites the finished schedule: an all-red
 parameters are gathered where they are used. The sum is the same; who holds which shard of it is not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias, assert_never
@@ -32,6 +33,7 @@ from stepc._core.nodes import (
     UpdateNode,
     named,
 )
+from stepc._language.optimizers import evaluates_loss
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Compute:
       layered: the mesh axis that parameters are sharded over, if the loss gathers them one layer at a time.
       dtype: in which their gradient is then reduced; None for its own, or float32 if that is wider.
       written: the transforms that ask the loss to gather, as written.
+      reports: whether the metrics of the loss are kept.
     """
 
     node: DifferentiateNode
@@ -108,6 +111,7 @@ class Compute:
     layered: str | None = None
     dtype: str | None = None
     written: str = ""
+    reports: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,14 @@ class Count:
     """Compute the counts of the terms of the loss on one local microbatch, and nothing else of the loss."""
 
     node: DifferentiateNode
+
+
+@dataclass(frozen=True)
+class Value:
+    """Compute the loss on one local microbatch, and no gradient."""
+
+    node: DifferentiateNode
+    count: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -251,10 +263,28 @@ class Apply:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """The loss of the whole batch as a function of the parameters, for an optimizer that asks for it.
+
+    It is what the step computes, of the same rows, keys and model state, without the transforms that change gradients.
+
+    Args:
+      value: computes the loss.
+      gradient: computes the loss and its gradient, wherever the optimizer differentiates.
+      gather: gathers the parameters before either, if each device updates a shard of them.
+    """
+
+    value: "Schedule"
+    gradient: "Schedule"
+    gather: AllGather | None = None
+
+
+@dataclass(frozen=True)
 class Optimize:
     """Run the optimizer, and everything that happens with a step or not at all.
 
     Args:
+      evaluate: the loss of the whole batch, if the optimizer takes `value_fn` or `obj_fn`.
       follows: the slots that follow the parameters, by name.
       guard: the node that skips a step that is not finite, by name.
       rescale: the node that adapts the scale of the loss, by name.
@@ -262,6 +292,7 @@ class Optimize:
     """
 
     node: UpdateNode
+    evaluate: Evaluate | None = None
     follows: tuple[tuple[str, FollowNode], ...] = ()
     guard: tuple[str, GuardNode] | None = None
     rescale: tuple[str, RescaleNode] | None = None
@@ -277,8 +308,8 @@ class RepeatSteps:
 
 
 Instruction: TypeAlias = (
-    Compute | Count | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce | ReduceModelState
-    | Multiply | Unscale | DivideByCount | Apply | Optimize | RepeatSteps
+    Compute | Count | Value | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce
+    | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Optimize | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 
@@ -356,9 +387,12 @@ def _replicated_schedule(program: Program, structure: LossStructure) -> Schedule
     pending = _PendingSum(structure, counts=structure.counts)
     for position in reversed(range(len(program))):
         pending = _add_node(pending, program[position], program[:position], names)
-        if isinstance(program[position], UpdateNode):
+        if isinstance(node := program[position], UpdateNode):
             # The nodes on the left of the update are fields of its instruction.
-            return _reduce_model_state(pending.schedule, program, structure)
+            *inner, optimize = _reduce_model_state(pending.schedule, program, structure)
+            if isinstance(optimize, Optimize) and evaluates_loss(node.optimizer):
+                optimize = replace(optimize, evaluate=_evaluation(program[position + 1 :], structure, node))
+            return (*inner, optimize)
     raise ValueError("a program without an update makes no step")
 
 
@@ -399,6 +433,19 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
             raise ValueError(f"`{node}` stands on the left of the update")
         case _:
             assert_never(node)
+
+
+def _evaluation(inner: Program, structure: LossStructure, node: UpdateNode) -> Evaluate:
+    """The means of a program and their loss, apart from all that changes the gradient and leaves the loss alone."""
+    plain = tuple(one for one in inner if isinstance(one, MeanNode | DifferentiateNode))
+    pending = _PendingSum(replace(structure, separate_metrics=()), counts=structure.counts)
+    for position in reversed(range(len(plain))):
+        pending = _add_node(pending, plain[position], plain[:position], {})
+    pending = replace(pending, schedule=_replaced(pending.schedule, lambda one: replace(one, reports=False)))
+    reason = f"`{node.written}` evaluates the loss of the whole batch"
+    reduction = (AllReduce(pending.axes, pending.num_devices, reason, written=pending.written),) if pending.axes else ()
+    value = _replaced(pending.schedule, lambda one: Value(one.node, one.count))
+    return Evaluate((*value, *reduction), pending.as_value(reason).schedule)
 
 
 def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
@@ -449,12 +496,24 @@ def _counting(body: Schedule) -> Schedule:
     return tuple(counted)
 
 
+def _replaced(body: Schedule, replacement: Callable[[Compute], Instruction]) -> Schedule:
+    """The same loops, with something else in place of the gradient of a local microbatch."""
+    return tuple(
+        replacement(one)
+        if isinstance(one, Compute)
+        else replace(one, body=_replaced(one.body, replacement))
+        if isinstance(one, ScanMicrobatches | Vmap)
+        else one
+        for one in body
+    )
+
+
 def _optimize(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:
     follows = tuple((names[id(one)], one) for one in reversed(outer) if isinstance(one, FollowNode))
     guard = next(((names[id(one)], one) for one in outer if isinstance(one, GuardNode)), None)
     unscaled = (one.node for one in all_instructions(inner) if isinstance(one, Unscale))
     rescale = next(((names[id(one)], one) for one in unscaled), None)
-    return Optimize(node, follows, guard, rescale)
+    return Optimize(node, None, follows, guard, rescale)
 
 
 def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
@@ -465,6 +524,7 @@ def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
         return schedule
     reductions = (one for one in all_instructions(schedule) if isinstance(one, AllReduce) and rules.axis in one.axes)
     gather = AllGather(rules.axis, rules.num_parts, "the loss needs gathered parameters", next(reductions).written)
+    schedule = tuple(_shard_evaluation(one, gather, rules) for one in schedule)
     schedule = _reduce_scattered(schedule, rules, rules.axis)
     if layout.zero < 3:
         gather = replace(gather, reason="each device updates its own shard of the parameters")
@@ -474,6 +534,20 @@ def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
     if layout.gather == "layer" and _is_linear(schedule):
         return _gather_by_layer(schedule, gather, layout.reduce_dtype)
     return _gather_by_microbatch(schedule, gather)
+
+
+def _shard_evaluation(one: Instruction, gather: AllGather, rules: BoundRules) -> Instruction:
+    if not isinstance(one, Optimize) or one.evaluate is None:
+        return one
+    # By microbatch instead of by layer: a gradient that gathers by layer has no derivative of its own.
+    often = rules.layout.gather if rules.layout.gather == "step" else "microbatch"
+    rules = replace(rules, layout=replace(rules.layout, gather=often))
+    gradient = _shard(one.evaluate.gradient, rules)
+    if rules.layout.zero < 3:
+        return replace(one, evaluate=replace(one.evaluate, gradient=gradient, gather=gather))
+    value = one.evaluate.value
+    value = (gather, *value) if often == "step" else _gather_by_microbatch(value, gather)
+    return replace(one, evaluate=Evaluate(value, gradient))
 
 
 def _reduce_in(one: Instruction, dtype: str | None) -> Instruction:

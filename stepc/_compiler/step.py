@@ -50,6 +50,7 @@ from stepc._compiler.validation import (
     signature_text,
 )
 from stepc._language.kinds import Batch, Metrics, Params
+from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State
@@ -260,7 +261,9 @@ class Step:
 
     def _transform_state(self, params: Params) -> dict[str, Any]:  # Any: by transform
         """The part of a fresh state that the transforms make."""
-        return {"opt_state": self.normal_form.optimizer.init(params), "slots": self.normal_form.slots(params)}
+        update = self.normal_form.update
+        opt_state = initial_state(update.optimizer, params, update.written)
+        return {"opt_state": opt_state, "slots": self.normal_form.slots(params)}
 
     def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics]:
         """What the program does, while jax traces it."""

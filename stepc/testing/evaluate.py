@@ -5,7 +5,7 @@ whole batch only where the loss is computed.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, TypeAlias, assert_never
 
 import jax
@@ -30,6 +30,7 @@ from stepc._core.nodes import (
     named,
 )
 from stepc._language.model_state import ADVANCE, fold_key, overwrite, overwritten_leaves, rules_by_leaf
+from stepc._language.optimizers import WHOLE_BATCH_LOSSES, run_optimizer
 from stepc._language.semantics import draw_tag, narrowed
 from stepc._language.state import same_tree
 from stepc._language.terms import (
@@ -124,8 +125,8 @@ def gradient(program: Program, state: EvaluationState, batch: Tree) -> tuple[Tre
 
 def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
     names = {id(node): name for name, node in named(program).items()}
-    place = next(n for n, node in enumerate(program) if isinstance(node, UpdateNode))
-    outer, update, inner = program[:place], program[place], program[place + 1 :]
+    place, update = next((n, node) for n, node in enumerate(program) if isinstance(node, UpdateNode))
+    outer, inner, before = program[:place], program[place + 1 :], state
     guards = [node for node in outer if isinstance(node, GuardNode)]
     scales = [node for node in inner if isinstance(node, RescaleNode)]
     summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
@@ -142,8 +143,11 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
         metrics[name] = jax.tree.leaves(slots[name])[0]
         slots[name] = node.advance(slots[name], *map(jnp.asarray, finite), *node.arguments)
     if happens:
-        optimizer = optax.with_extra_args_support(update.optimizer)  # pyright: ignore[reportAttributeAccessIssue]
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=metrics["loss"], grad=grads)
+        losses = dict.fromkeys(WHOLE_BATCH_LOSSES, partial(_loss_at, inner, before, batch))
+        offered = {"value": metrics["loss"], "grad": grads, **losses}
+        updates, opt_state = run_optimizer(
+            update.optimizer, grads, state.opt_state, state.params, offered, update.written
+        )
         params = optax.apply_updates(state.params, updates)
         for node in outer:
             if isinstance(node, FollowNode):
@@ -155,6 +159,12 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
         slots[name] = type(slots[name])(total + count, (consecutive + count) * count)
         metrics["skipped"] = jnp.asarray(count, jnp.int32)
     return replace(state, slots=slots), metrics
+
+
+def _loss_at(inner: Program, state: EvaluationState, batch: Tree, params: Tree) -> Any:  # Any: a scalar
+    """The loss of the whole batch at other parameters."""
+    rows = np.arange(len(jax.tree.leaves(batch)[0]))
+    return _gradient_of_rows(inner, replace(state, params=params), batch, rows).reported()["loss"]
 
 
 def _gradient_of_rows(
@@ -202,6 +212,8 @@ def _differentiated(
         return loss_outcome(returned, has_aux=node.has_aux, model_state=has_state)
 
     found = outcome(state.params)
+    # The model state is a constant of the gradient, wherever the loss of the whole batch is differentiated.
+    found = found._replace(model_state=jax.lax.stop_gradient(found.model_state))
     terms = []
     for number, term in enumerate(found.terms):
         unit = power_of_two(term.count)

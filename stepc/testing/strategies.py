@@ -28,7 +28,7 @@ from stepc._language.transforms.scale import scale
 from stepc._language.transforms.shard import Shard, shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
-from stepc.testing.probes import EXACT_SOURCES, SOURCES, Probe, probe_batch
+from stepc.testing.probes import EXACT_SOURCES, SOURCES, Evaluating, Probe, probe_batch
 
 MAX_MICROBATCHES = 32  # the reference calls the loss for each of them
 
@@ -81,7 +81,7 @@ def pipelines(
       longest: the largest number of transforms between `update` and `grad`.
     """
     chosen = draw(_gradient_transforms(axes, exact, transforms, longest))
-    optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5)]
+    optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5), Evaluating()]
     pipeline = update(draw(st.sampled_from(optimizers)))
     outside: list[Transform] = draw(
         st.lists(st.sampled_from([skip_nonfinite(limit=3), ema(0.5)]), max_size=2, unique=True)

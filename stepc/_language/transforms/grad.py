@@ -63,7 +63,8 @@ class Grad(Transform):
             outcome = self._outcome(loss, state.params, given, state, microbatch)
             result = None
             if self.model_state is not None:
-                after = outcome.model_state
+                # A constant of the gradient, also of that which a line search takes of the whole batch.
+                after = jax.lax.stop_gradient(outcome.model_state)
                 if leaves := overwritten_leaves(given):  # their gradient is their next value
 
                     def whole(leaves: list[jax.Array]) -> jax.Array:

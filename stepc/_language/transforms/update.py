@@ -3,16 +3,23 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from stepc._core.nodes import UpdateNode
-from stepc._language.kinds import Batch, Kind
+from stepc._language.kinds import Batch, Kind, Params
 from stepc._language.model_state import next_model_state
+from stepc._language.optimizers import (
+    WHOLE_BATCH_LOSSES,
+    Optimizer,
+    check_optimizer,
+    initial_state,
+    run_optimizer,
+)
 from stepc._language.pipeline import QuotedArgument, Transform, quoted_argument
 from stepc._language.semantics import Fn, StepResult, is_finite, narrowed, whole_batch
 from stepc._language.state import State
-from stepc.errors import FieldTypeError
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,18 +31,22 @@ class Update(Transform):
     optimizer: QuotedArgument
 
     def __post_init__(self) -> None:
-        if not isinstance(self.optimizer.value, optax.GradientTransformation):
-            facts = (("expected", "an optax GradientTransformation"), ("got", type(self.optimizer.value).__name__))
-            raise FieldTypeError(f"`update({self.optimizer!r})`: this is not an optimizer.", facts=facts)
+        check_optimizer(self.optimizer.value, repr(self.optimizer))
 
     def reference(self, inner: Fn) -> Fn:
-        optimizer = optax.with_extra_args_support(self.optimizer.value)
+        optimizer, written = self.optimizer.value, repr(self)
 
         def init(state: State) -> State:
-            return replace(inner.init(state), opt_state=optimizer.init(state.params))
+            return replace(inner.init(state), opt_state=initial_state(optimizer, state.params, written))
 
         def apply(state: State, batch: Batch) -> StepResult:
-            gradient = inner.apply(state, whole_batch(batch))
+            before, rows = state, whole_batch(batch)
+
+            def loss_of_whole_batch(params: Params) -> jax.Array:
+                """The loss that the pipeline reports of the same rows, keys and model state, at other parameters."""
+                return inner.apply(replace(before, params=params), rows).reported["loss"]
+
+            gradient = inner.apply(state, rows)
             grads, metrics = narrowed(gradient.value, state.params), gradient.reported
             model_state, fits = next_model_state(state.model_state, gradient.model_state)
             if not fits:  # a sum of whole numbers that overflows makes the step one that is not finite
@@ -46,8 +57,9 @@ class Update(Transform):
             state = replace(state, slots={**state.slots, **always})
             all_finite, happens = loss_is_finite and gradient_is_finite, gradient_is_finite or not always
             if happens:
-                extra = {"value": metrics["loss"], "grad": grads}
-                updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
+                losses = dict.fromkeys(WHOLE_BATCH_LOSSES, loss_of_whole_batch)
+                offered = {"value": metrics["loss"], "grad": grads, **losses}
+                updates, opt_state = run_optimizer(optimizer, grads, state.opt_state, state.params, offered, written)
                 params = optax.apply_updates(state.params, updates)
                 state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
             return StepResult(state, metrics, all_finite, happens, always)
@@ -58,23 +70,32 @@ class Update(Transform):
         return (UpdateNode(self.optimizer.value, written=repr(self)),)
 
 
-def update(optimizer: optax.GradientTransformation) -> Update:
+def update(optimizer: Optimizer) -> Update:
     """Let an optimizer turn the gradient into new parameters.
 
-    Meaning: updates, opt_state = optimizer.update(grads, opt_state, params, value=loss, grad=grads);
-      params = optax.apply_updates(params, updates); step = step + 1.
+    Meaning: updates, opt_state = optimizer.update(grads, opt_state, params, **extra);
+      params = optax.apply_updates(params, updates); step = step + 1. `extra` has those of the following that `update`
+      takes: `value`, the loss; `grad`, the gradient; `value_fn` and `obj_fn`, the loss as a function of the parameters,
+      for the whole batch and under the same pipeline, with the same keys and model state.
     Why: it makes a step of a gradient, so every pipeline that trains has one.
 
     Args:
-      optimizer: any optax `GradientTransformation`; one with extra args is passed `value` and `grad`.
+      optimizer: an optax `GradientTransformation`, or an object with `init(params)` and `update(grads, state, params)`.
+        What else `update` takes is read from its signature. One that takes any keyword is given `value` and `grad`, and
+        what the optimizers inside it name.
     Shapes: the gradient has the shapes and dtypes of `params`; `opt_state` is the optimizer's own tree.
     Units: the optimizer's: it sees the mean gradient, not a sum.
     Type: gradient -> step
-    Errors: FieldTypeError if it is not an optimizer; PipelineTypeError if the stage on its right returns no gradient.
-    An optimizer that needs `value_fn` (a line search) does not work: the batch is no longer there when it runs.
+    Errors: FieldTypeError if it is not an optimizer; PipelineTypeError if the stage on its right returns no gradient;
+      ConfigError for an optimizer that no step can run (`optax.lookahead`, DP-SGD, `contrib.sam` in its opaque mode),
+      for updates that do not fit the parameters, and for a state whose tree changes.
+    `value_fn` is the loss itself: `clip`, `noise` and `scale` change the gradient that a line search starts from, and
+    nothing that it evaluates. Every evaluation costs as much as the loss of a step, or its gradient, and one reduction.
     Example:
       >>> update(optax.adamw(3e-4)) @ grad(loss)
       update(optax.adamw(3e-4)) @ grad(loss)
+      >>> update(optax.lbfgs()) @ accumulate(4) @ grad(loss)
+      update(optax.lbfgs()) @ accumulate(4) @ grad(loss)
 
     Source: optax, https://github.com/google-deepmind/optax.
     """
