@@ -118,6 +118,11 @@ def trained_by(optimizer: Any, params: Any = None) -> None:
     step(step.init(params or probe_params()), probe_batch(8))
 
 
+def update_by_loss(grads: Any, state: Any, params: Any, *, loss: Any, value: Any) -> Any:
+    return grads, state
+
+
+curious = optax.GradientTransformationExtraArgs(lambda params: (), update_by_loss)
 differentially_private = optax.contrib.differentially_private_aggregate(1.0, 1.0, key=0)
 
 
@@ -270,6 +275,7 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "optimizer_of_another_library": (sc.FieldTypeError, lambda: sc.update({"lr": 0.1})),
     "optimizer_class": (sc.FieldTypeError, lambda: sc.update(Momentum)),
     "optimizer_that_accumulates": (sc.FieldTypeError, lambda: sc.update(optax.MultiSteps(tx, 4))),
+    "optimizer_that_asks_for_more": (sc.FieldTypeError, lambda: sc.update(curious)),
     "schedule": (sc.FieldTypeError, lambda: sc.update(optax.cosine_decay_schedule(0.1, 100))),
     "schedule_of_your_own": (sc.FieldTypeError, lambda: sc.update(schedule)),
     "schedule_as_lambda": (sc.FieldTypeError, lambda: sc.update(lambda count: 0.1 / (1 + count))),

@@ -3,6 +3,7 @@
 It knows no transform and no pass: the reference, the evaluator and the lowering all call an optimizer through it.
 """
 
+import gc
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,10 @@ def check_optimizer(value: object, written: str) -> None:
             is_optimizer = isinstance(value, Optimizer) and not issubclass(value, tuple)
             suggestion = f"This is a class: write `update({written}())`." if is_optimizer else None
         case Optimizer():
+            if unknown := _required_by(value):
+                names = ", ".join(f"`{name}`" for name in unknown)
+                facts = (("offered", ", ".join(EXTRA_ARGUMENTS)),)
+                raise FieldTypeError(f"`update({written})`: it asks for {names}, which no step offers.", facts=facts)
             return
         case FunctionType():
             suggestion = _remedy_of_function(value, written)
@@ -56,6 +61,12 @@ def check_optimizer(value: object, written: str) -> None:
             pass
     facts = (("expected", "an optimizer, with `init` and `update`"), ("got", type(value).__name__))
     raise FieldTypeError(what, facts=facts, suggestion=suggestion)
+
+
+def _required_by(optimizer: Optimizer) -> list[str]:
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    required = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    return [name for name in required if name not in EXTRA_ARGUMENTS]
 
 
 def _remedy_of_function(function: FunctionType, written: str) -> str:
@@ -241,7 +252,7 @@ def _functions_in(value: Any, seen: set[int]) -> Iterator[FunctionType]:  # Any:
             nonlocals = inspect.getclosurevars(value).nonlocals.values()
             held = (*nonlocals, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         case MethodType():
-            held = (value.__func__, *vars(value.__self__).values())
+            held = (value.__func__, *gc.get_referents(value.__self__))  # whatever keeps them: a dict, slots, a tuple
         case partial():
             held = (value.func, *value.args, *value.keywords.values())
         case dict():
