@@ -1,9 +1,15 @@
 """A sample of every transform, the probe losses, and the axis sizes that samples name. Tests run over all of them."""
 
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
 import stepc as sc
+from stepc._core.nodes import DifferentiateNode, Node
 from stepc.testing.probes import EXACT_SOURCES as EXACT_SOURCES
 from stepc.testing.probes import PROBES as PROBES
 from stepc.testing.probes import SOURCES as SOURCES
@@ -52,3 +58,21 @@ LOSSES = {
 }
 GRADS = {"grad": sc.grad(PROBES["over_rows"])}
 SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **GRADS}
+
+
+def every_probe(params: Any, rows: Any) -> jax.Array:
+    """The sum of the probes, exact as they are: one program in which a wrong split shows if any of them notices it."""
+    return sum((probe(params, rows) for probe in PROBES.values()), start=jnp.float32(0.0))
+
+
+def with_jitted_loss(node: Node) -> Node:
+    """The node, its loss traced once for all local microbatches of one shape: the evaluator calls it for each."""
+    return replace(node, loss=_jitted(node.loss)) if isinstance(node, DifferentiateNode) else node
+
+
+_jitted = cache(jax.jit)
+# The same sources for tests that compare two naive readings, each of which calls the loss for every microbatch.
+JITTED_SOURCES = {
+    name: replace(source, loss=replace(source.loss, value=_jitted(source.loss.value)))  # pyright: ignore
+    for name, source in SOURCES.items()
+}

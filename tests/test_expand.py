@@ -8,11 +8,11 @@ import pytest
 from catalogue import (
     AXES,
     EXACT,
+    JITTED_SOURCES,
     LOSSES,
     PROBES,
     ROUNDED,
     SAMPLES,
-    SOURCES,
     STEPS,
     UPDATES,
     probe_batch,
@@ -46,21 +46,21 @@ def assert_expansion_equals_reference(pipeline: sc.Pipeline, *, tolerance: float
     assert_equal_trees(got, expected, tolerance=tolerance, of=repr(pipeline))
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", JITTED_SOURCES)
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
 def test_expansion_of_a_gradient_transform_equals_its_reference(name: str, source: str) -> None:
-    transform, grad, replica = SAMPLES[name], SOURCES[source], sc.shard(sc.dp("replica"))
+    transform, grad, replica = SAMPLES[name], JITTED_SOURCES[source], sc.shard(sc.dp("replica"))
     split = sc.accumulate(2) @ replica @ transform if name == "rows" else sc.accumulate(2) @ transform @ replica
     # The same operations in the same order, so bitwise even where there is rounding.
     for pipeline in (SGD @ transform @ grad, SGD @ split @ grad):
         assert_expansion_equals_reference(pipeline, tolerance=0.0)
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", JITTED_SOURCES)
 @pytest.mark.parametrize("name", STEPS)
 def test_expansion_of_a_step_transform_equals_its_reference(name: str, source: str) -> None:
     assert_expansion_equals_reference(
-        SAMPLES[name] @ SGD @ sc.clip(1.0) @ sc.accumulate(2) @ SOURCES[source], tolerance=0.0
+        SAMPLES[name] @ SGD @ sc.clip(1.0) @ sc.accumulate(2) @ JITTED_SOURCES[source], tolerance=0.0
     )
 
 

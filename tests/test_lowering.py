@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import EXACT, PROBES, ROUNDED, SAMPLES, SOURCES, UPDATES, probe_batch, probe_model_state, probe_params
+from catalogue import (
+    EXACT,
+    PROBES,
+    ROUNDED,
+    SAMPLES,
+    SOURCES,
+    UPDATES,
+    every_probe,
+    probe_batch,
+    probe_model_state,
+    probe_params,
+    with_jitted_loss,
+)
 from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,18 +35,18 @@ DATA = sc.shard(sc.dp("data"))
 
 
 def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh, num_rows: int) -> None:
-    batch = probe_batch(num_rows)
+    batch, expected = probe_batch(num_rows), None
     for laws in (LAWS, ()):
         step = sc.Step(pipeline, mesh, normalize(pipeline.transforms, mesh, laws))
         state = fresh(step, batch)
-        before, batch_ = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
-        expected, metrics_of_core = evaluate(
-            step.normal_form.core, evaluation_state(jax.tree.map(jnp.copy, before)), batch_
-        )
+        if expected is None:  # the core is the program before any law, so both steps must equal the same evaluation
+            before, rows = jax.device_put((state, jax.tree.map(jnp.asarray, batch)), jax.devices()[0])
+            core = tuple(map(with_jitted_loss, step.normal_form.core))
+            evaluated, metrics = evaluate(core, evaluation_state(jax.tree.map(jnp.copy, before)), rows)
+            expected = (compared_leaves(evaluated), metrics)
         after, metrics = step(state, batch)
         of = f"{pipeline!r} on {dict(mesh.shape)} with {'all' if laws else 'no'} laws"
-        got = (compared_leaves(evaluation_state(after)), metrics)
-        assert_equal_trees(got, (compared_leaves(expected), metrics_of_core), tolerance=0.0, of=of)
+        assert_equal_trees((compared_leaves(evaluation_state(after)), metrics), expected, tolerance=0.0, of=of)
 
 
 def fresh(step: sc.Step, batch: dict[str, np.ndarray], *, seed: int = 0) -> sc.State:
@@ -43,26 +55,23 @@ def fresh(step: sc.Step, batch: dict[str, np.ndarray], *, seed: int = 0) -> sc.S
     return step.init(probe_params(), seed=seed, model_state=probe_model_state(step.pipeline.transforms[-1], num_rows))
 
 
-@pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
-def test_lowered_accumulate_and_shard_equal_the_core_in_both_orders(k: int, devices: int, probe: str) -> None:
-    mesh, grad = mesh_of(data=devices), sc.grad(PROBES[probe])
+def test_lowered_accumulate_and_shard_equal_the_core_in_both_orders(k: int, devices: int) -> None:
+    mesh, grad = mesh_of(data=devices), sc.grad(every_probe)
     assert_lowered_means_the_core(SGD @ sc.accumulate(k) @ DATA @ grad, mesh, 64)
     assert_lowered_means_the_core(SGD @ DATA @ sc.accumulate(k) @ grad, mesh, 64)
 
 
-@pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_lowered_nested_means_equal_the_core(devices: int, probe: str) -> None:
-    mesh, grad = mesh_of(data=devices), sc.grad(PROBES[probe])
+def test_lowered_nested_means_equal_the_core(devices: int) -> None:
+    mesh, grad = mesh_of(data=devices), sc.grad(every_probe)
     nested = SGD @ sc.accumulate(2) @ sc.scale(0.5) @ DATA @ sc.accumulate(4) @ grad
     assert_lowered_means_the_core(nested, mesh, 64)
 
 
-@pytest.mark.parametrize("probe", PROBES)
-def test_lowered_means_over_two_axes_equal_the_core_in_both_orders(probe: str) -> None:
-    grad, other = sc.grad(PROBES[probe]), sc.shard(sc.dp("replica"))
+def test_lowered_means_over_two_axes_equal_the_core_in_both_orders() -> None:
+    grad, other = sc.grad(every_probe), sc.shard(sc.dp("replica"))
     for mesh in (mesh_of(data=2, replica=4), mesh_of(replica=4, data=2), mesh_of(data=4, model=2, replica=1)):
         assert_lowered_means_the_core(SGD @ sc.accumulate(2) @ other @ DATA @ grad, mesh, 32)
         assert_lowered_means_the_core(SGD @ DATA @ sc.accumulate(2) @ other @ grad, mesh, 32)
@@ -83,9 +92,9 @@ def test_steps_of_one_device_and_of_eight_agree_bitwise_on_whole_numbers() -> No
 def test_compiled_word_equals_its_reference_among_others(name: str, source: str) -> None:
     transform, replica = SAMPLES[name], sc.shard(sc.dp("replica"))
     split = replica @ transform if name == "rows" else transform @ replica
-    step = sc.compile(SGD @ sc.accumulate(2) @ split @ SOURCES[source], mesh=mesh_of(data=2, replica=4))
+    step = sc.compile(SGD @ sc.accumulate(2) @ split @ SOURCES[source], mesh=mesh_of(data=2, replica=2))
     # bfloat16 holds 8 bits, and the sums are taken in another order.
-    batch = probe_batch(64)
+    batch = probe_batch(32)
     assert_equivalent(step, fresh(step, batch), batch, tolerance=1e-5 if name != "accumulate_narrow" else 2e-2)
 
 

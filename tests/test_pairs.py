@@ -21,7 +21,7 @@ SPLITS = ("accumulate", "shard")
 
 
 def is_legal(outer: str, inner: str) -> bool:
-    """The language refuses to split one row again, what may appear once twice, and `repeat` inside."""
+    """The language refuses to split one row again, what may appear once twice, `repeat` inside, and more."""
     one, two = SAMPLES[outer], SAMPLES[inner]
     if outer == "rows" and inner.startswith(SPLITS) and inner != "accumulate_one":
         return False
@@ -29,6 +29,8 @@ def is_legal(outer: str, inner: str) -> bool:
         return False
     if (outer, inner) == ("cast_any", "cast"):
         return False  # the inner one refuses what the outer one narrowed: it is not float32
+    if outer == "loss_scale" and any(isinstance(node, sc.nodes.MapNode) for node in two.expand()):
+        return False  # it would see the gradient of the scaled loss
     return not (inner == "repeat" and outer in STEPS)
 
 

@@ -30,7 +30,7 @@ from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
 from stepc.testing.probes import EXACT_SOURCES, SOURCES, Evaluating, Probe, probe_batch
 
-MAX_MICROBATCHES = 32  # the reference calls the loss for each of them
+MAX_MICROBATCHES = 16  # the reference calls the loss for each of them
 
 
 def meshes(*, axes: tuple[str, ...] = ("data", "replica"), most_devices: int | None = None) -> st.SearchStrategy[Mesh]:
@@ -71,7 +71,7 @@ def pipelines(
     transforms: tuple[Transform, ...] = (),
     longest: int = 5,
 ) -> Pipeline:
-    """Well-typed pipelines over a mesh with these axes, with at most 32 local microbatches.
+    """Well-typed pipelines over a mesh with these axes, with at most 16 local microbatches.
 
     Args:
       axes: the size of each mesh axis; a pipeline names each at most once.
