@@ -199,7 +199,7 @@ class Step:
 
         return jax.block_until_ready(jax.jit(fresh, out_shardings=shardings)(*placed))
 
-    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step. The state is donated: use the returned one.
 
         Errors: ConfigError, BatchError and LossError before anything is compiled; the state is then alive.
@@ -356,7 +356,7 @@ class StepReference:
         """
         return reference(self.pipeline, axes=self.axes).init(params, seed=seed, model_state=model_state)
 
-    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step. Nothing is donated: state and batch are copied, from wherever they are, to one device.
 
         Errors: BatchError for a batch that does not divide.

@@ -1,20 +1,20 @@
 """`pad_batch`: fill up a short last batch, with a mask that leaves the filling out. It knows no pipeline."""
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Bool
 
 from stepc._language.fields import is_positive_integer
-from stepc._language.kinds import Batch
 from stepc._language.state import leaves_by_path
 from stepc.errors import BatchError, faults_in_one
 
 Mask: TypeAlias = Bool[np.ndarray, " rows"]
+Tree = TypeVar("Tree")  # whatever the user makes a batch of
 
 
-def pad_batch(batch: Batch, rows: int) -> tuple[Batch, Mask]:
+def pad_batch(batch: Tree, rows: int) -> tuple[Tree, Mask]:
     """Fill a batch up to a number of rows, and say which of them are real.
 
     Meaning: the rows of the batch, then copies of its first row; the mask is True for the former.

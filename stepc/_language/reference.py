@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from stepc._language.kinds import Batch, Kind, Metrics, Params
+from stepc._language.kinds import Batch, Kind, Params
 from stepc._language.pipeline import Pipeline, Transform, transform_name, transforms_of
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State
@@ -35,7 +35,7 @@ class Reference:
         key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else seed
         return self.fn.init(State(params, None, jnp.zeros((), jnp.int32), key, model_state))
 
-    def __call__(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step, eagerly. Nothing is donated."""
         result = self.fn.apply(state, jax.tree.map(jnp.asarray, batch))
         return result.state, result.metrics

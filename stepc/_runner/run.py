@@ -40,6 +40,7 @@ from stepc._runner.recompilation import RecompilationMonitor
 from stepc._runner.signals import SignalWatch, watched_signals
 from stepc._runner.trainer import (
     Run,
+    StateTree,
     Trainer,
     abandon_after_error,
     end_reason,
@@ -128,7 +129,7 @@ OnError: TypeAlias = str | Policy | Mapping[str, str | Policy]
 
 def run(
     step: Runnable,
-    state: State,
+    state: StateTree,
     data: Iterable[Batch] | Data,
     *,
     steps: int | None = None,
@@ -142,7 +143,7 @@ def run(
     reject_if: RejectIf | None = None,
     watchdog: Watchdog | None = None,
     buffers: Buffers | None = None,
-) -> Run:
+) -> Run[StateTree]:
     """Train: one step for each batch.
 
     Meaning: for batch in data: state, metrics = step(state, batch).
@@ -425,7 +426,7 @@ def _needs_snapshots(policies: Mapping[str, Policy]) -> bool:
 def _keeper(
     wanted: Checkpoints,
     step: AnyStep,
-    state: State,
+    state: Any,
     counts: FailureCounts,
     events: EventLog,
     peers: Peers,

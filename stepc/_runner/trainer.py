@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from typing import Any, Generic, TypeVar, assert_never
 
 import jax
 
@@ -64,8 +64,11 @@ KINDS: dict[type[StepError], str] = {
 }
 
 
+StateTree = TypeVar("StateTree")  # a state, whatever it is made of
+
+
 @dataclass
-class Run:
+class Run(Generic[StateTree]):
     """What a run did.
 
     Args:
@@ -82,7 +85,7 @@ class Run:
       log_seconds: how long each logger took, by the name of its class.
     """
 
-    state: Any  # Any: a state, whatever it is made of; None in the `.run` of an error that destroyed it
+    state: StateTree  # None in the `.run` of an error that destroyed it
     steps: int = 0
     ended: str = ""
     why: str = ""
@@ -99,7 +102,7 @@ class Trainer:
     """One run: its parts, each from a file of its own, and where it stands."""
 
     step: AnyStep
-    run: Run
+    run: Run[Any]  # Any: a state
     reader: DataReader
     counts: FailureCounts
     events: EventLog
@@ -472,7 +475,7 @@ def abandon_after_error(trainer: Trainer, error: BaseException) -> None:
     _attach_run(error, run)
 
 
-def _attach_run(error: BaseException, run: Run) -> None:
+def _attach_run(error: BaseException, run: Run[Any]) -> None:  # Any: a state
     """Every exception keeps the run that it ended, a user's own too: without checkpoints it is all that is left."""
     error.__dict__["run"] = run
 
@@ -489,7 +492,7 @@ def fill_in_run(trainer: Trainer) -> None:
         run.metrics = trainer.events.last_metrics()
 
 
-def run_or_exit(run: Run, signals: SignalWatch) -> Run:
+def run_or_exit(run: Run[StateTree], signals: SignalWatch) -> Run[StateTree]:
     """The run, or the exception that its signal asks for. The handlers from before are back by now."""
     what = f"after step {run.steps}; the state is alive in `.run.state`."
     match run.ended:
