@@ -8,7 +8,7 @@ _UNDONE: list[Callable[[], None]] = []
 
 
 def undo_in_children(undo: Callable[[], None]) -> None:
-    """Call this in each child that is forked from now on; what was said last is called first."""
+    """Call this in each child that is forked from now on; the last one registered is called first."""
     _UNDONE.append(undo)
 
 

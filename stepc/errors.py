@@ -235,7 +235,7 @@ class Interrupted(KeyboardInterrupt):
 class Preempted(SystemExit):
     """SIGTERM: `run` ended at a step boundary. `.run` is the finished part; the exit code is 143.
 
-    One of `sc.Watchdog(signals=…)` ends a run alike. The exit code is 128 and the number of the signal.
+    A signal in `sc.Watchdog(signals=…)` ends a run the same way. The exit code is 128 plus the number of the signal.
     """
 
     def __init__(self, what: str, *, run: RunRecord, signal: int = 15) -> None:

@@ -1,6 +1,6 @@
 """The manual region of a step, and the collectives in it: trees are reduced, scattered and gathered over mesh axes.
 
-The region is manual over the axes that rows are split over, and automatic over the others. Each collective stands in
+The region is manual over the axes that rows are split over, and automatic over the others. Each collective is in
 an inner region that is manual over all axes: in a partly automatic one XLA gathers model-sharded operands of tiled
 collectives, and bfloat16 sums abort the process on CPU.
 """
@@ -47,7 +47,7 @@ class ManualRegion:
       model_state_tree: its structure.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
-      sites: the transforms of the pipeline as written, each with the line of the user's that made it.
+      sites: the transforms of the pipeline as written, each with the user's line that made it.
     """
 
     mesh: Mesh | None
@@ -72,7 +72,7 @@ class ManualRegion:
         return prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
 
     def scope(self, written: str) -> AbstractContextManager[Any]:
-        """The named scope of what transforms ask for: by it, compiled text and profiles name them with their lines."""
+        """The named scope for what transforms ask for, so that compiled text and profiles show their lines."""
         named = (written, *written.split(" @ "))  # a law merges two into one; `grad(cast(...) @ loss)` is one itself
         lines = dict.fromkeys(line for transform, line in self.sites if transform in named)
         # XLA drops what follows an `@` in a name; compositions are written with a dot, as programs of the core are.
@@ -118,7 +118,7 @@ def all_reduce(
     region: ManualRegion,
     device: Callable[[], jax.Array],
 ) -> tuple[MetricAccumulators, Grads]:
-    """Reduce metrics and gradient, but for what is scattered already. `device` is called only for a `Last`."""
+    """Reduce metrics and gradient, except what is already scattered. `device` is called only for a `Last`."""
     axes = instruction.axes
     if has_last_metrics(metrics):
         index = jnp.zeros((), jnp.int32)
@@ -180,7 +180,7 @@ def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> 
 
 
 def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
-    """The loss as a function of sharded parameters, if it is to gather them itself: a layer at a time in a scan."""
+    """The loss as a function of sharded parameters, if it gathers them itself: one layer at a time in a scan."""
     axis = instruction.layered
     if axis is None:
         return loss

@@ -4,8 +4,8 @@ The operations of the loss are read and run again. A scan over sharded parameter
 gathers one layer; any other operation that takes a shard is given the gathered leaf. The gradient with respect to a
 shard is then reduced and scattered by the transpose of the gather.
 
-What a layer has gathered is not kept for its gradient but gathered again. What the loss rematerialises itself stays so:
-shards go into its `jax.checkpoint`, because a second one around it would decide anew what is kept, inside it too.
+Gathered parameters are not kept for the gradient; they are gathered again. Whatever the loss itself rematerialises
+stays that way: shards go into its own `jax.checkpoint`, because a second one around it would override what it keeps.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
-# What a layer does to gathered parameters before it uses them. It is done again for the gradient instead of kept: else
-# the gathered parameters of all layers would be kept, in one form or another.
+# What a layer does to gathered parameters before it uses them. It is recomputed for the gradient: otherwise the
+# gathered parameters of all layers would be kept, in one form or another.
 DONE_AGAIN = (
     "custom_vjp_call", "custom_vjp_call_jaxpr", "all_gather", "shard_map", "convert_element_type", "transpose",
     "reshape", "squeeze", "broadcast_in_dim",
@@ -57,7 +57,7 @@ class _Shard:
         return _Shard(value, self.dim - 1, PartitionSpec(*tuple(self.spec)[1:]), self.dtype)
 
     def of(self, value: jax.Array) -> "_Shard":
-        """Another value, sharded alike."""
+        """Another value with the same sharding."""
         return _Shard(value, self.dim, self.spec, self.dtype)
 
 
@@ -114,8 +114,8 @@ def _run(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[
 def _run_layer(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[jax.Array]:
     """Run one layer, whose gathered parameters are not kept.
 
-    Each stretch of operations that the loss does not rematerialise gathers them again for its gradient, and does
-    nothing else again.
+    Each stretch of operations that the loss does not rematerialise gathers them again for its gradient, and recomputes
+    nothing else.
     """
     jaxpr, known = traced.jaxpr, _known(traced, values)
     for is_rematerialised, group in groupby(jaxpr.eqns, key=lambda one: one.primitive.name in REMATERIALISED):
@@ -183,7 +183,7 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
 
 
 def _apply(equation: Any, values: list[Any], jaxpr: Jaxpr) -> Sequence[Any]:  # Any: an equation; arrays
-    """Run one operation as a function of its own, which jax runs as it runs any."""
+    """Run one operation as a function of its own, which jax treats like any other."""
     inputs = {var: value for var, value in zip(equation.invars, values, strict=True) if not isinstance(var, Literal)}
     return jaxpr_as_fun(_program_of([equation], jaxpr, equation.outvars))(*inputs.values())
 

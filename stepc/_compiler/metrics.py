@@ -1,7 +1,7 @@
 """Metric accumulators, which add up what a step reports over microbatches, rows and devices; and its diagnostics.
 
-This is the lowering's own reading of `_language/terms.py`: a count that is the same in every local microbatch is no
-array of the program, but a number that is multiplied while it is traced.
+This is the lowering's own reading of `_language/terms.py`: a count that is the same in every local microbatch is not an
+array of the program but a number, which is multiplied at trace time.
 """
 
 import math
@@ -46,7 +46,7 @@ MetricAccumulators: TypeAlias = dict[str, tuple[MetricAccumulator, ...]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Diagnostics:
-    """What a step saw of numbers that are not finite. It is never donated, so it can be read at any later time.
+    """Which losses and gradients of a step are not finite. It is never donated, so it can be read at any later time.
 
     Args:
       finite: whether the loss and the norm of the reduced gradient are finite. With `loss_scale` alone, which adapts to
@@ -76,7 +76,7 @@ class Diagnostics:
         return math.sqrt(sum(map(float, np.asarray(self.squares))))
 
     def _microbatches(self) -> str:
-        # Each device has its own row, or all have all of them: by number, each row once.
+        # Each device has its own row, or every device has all rows. Collected by number, each row counts once.
         by_device: dict[int, np.ndarray] = {}
         for shard in sorted(self.losses.addressable_shards, key=lambda shard: shard.index[0].start or 0):
             first = shard.index[0].start or 0

@@ -1,7 +1,7 @@
 """What a step needs when its mesh spans several processes: agreement before it runs, global arrays from local rows.
 
 `jax.experimental.multihost_utils` does not replace the agreement, as the tests of fault 76 show (test_together.py):
-with `assert_equal` each process gets another text, without both sides, so "start that differs" and "program that
+with `assert_equal` each process gets a different text, without both sides, so "start that differs" and "program that
 differs is refused on both" fail; with `process_allgather` uneven rows abort a process (gloo: "data size doesn't match")
 instead of being "refused on both"; `broadcast_one_to_all` hides a difference instead of naming it. None of them has a
 timeout, or works for a mesh on some of the processes.

@@ -50,7 +50,7 @@ class NormalForm:
       laws: the laws that were applied, in order.
       batch_axes: the mesh axes that rows are split over by hand, the outermost first.
       rules: the sharding rules of the pipeline, bound to the mesh.
-      sites: the transforms as written, each with the line of the user's that made it.
+      sites: the transforms as written, each with the user's line that made it.
     """
 
     core: Program

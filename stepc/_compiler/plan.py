@@ -1,4 +1,4 @@
-"""What prints: the plan of a step, and the shardings of a state as a table with drawings. It decides nothing.
+"""The texts that print: the plan of a step, and the shardings of a state as a table with drawings. It decides nothing.
 
 Texts are compared with golden files, and read by people.
 """
@@ -56,7 +56,7 @@ class LeafSharding:
       spec: its dimensions along the axes of the mesh.
       bytes_: of its shard on one device.
       total_bytes: of the whole array.
-      mirrors: the parameter whose sharding it has, or why it has none's.
+      mirrors: the parameter whose sharding it has, or why it mirrors none.
       unsharded: why `zero` does not shard it, though it shards others.
     """
 

@@ -1,4 +1,4 @@
-"""The schedule of one step: what is computed, in which order, and where each reduction sits. `lowering` obeys it.
+"""The schedule of one step: what is computed, in which order, and where each reduction is. `lowering` follows it.
 
 The rule that places every reduction: a gradient has pending reductions. A mean over mesh axes adds a pending
 reduction over them; linear nodes pass it on, through loops as well; the first node that is not linear needs the

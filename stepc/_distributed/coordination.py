@@ -3,7 +3,7 @@
 It knows no arrays but those of the poll. `jax.experimental.multihost_utils` does not replace it, as fault tests show:
 `assert_equal` shows a process its own value and all values concatenated, without names (rows 76 and 77 ask for both
 sides, by path); `process_allgather` waits for the steps that an accelerator has in its queue, and lets gloo's
-ValueError through (73); `reached_preemption_sync_point` hears SIGTERM alone, and agrees on a later step in a thread of
+ValueError through (73); `reached_preemption_sync_point` handles SIGTERM only, and agrees on a later step in a thread of
 its own (78: SIGINT and SIGTERM, at the same step; 79: the end of data). `live_devices` waits, as a barrier without a
 timeout, for each process that is alive but stuck (75).
 """
@@ -142,8 +142,8 @@ def poll(numbers: tuple[int, ...], among: tuple[int, ...]) -> np.ndarray:
     """The numbers of every process: one row of int32 each, in the order of `among`. All of them must call this.
 
     Why: what one host alone knows (its data has ended, a signal came) must be known to all before the next step,
-      since a process that leaves out a step on its own lets the others wait for ever. It takes 0.3 ms on two processes
-      of one machine.
+      since a process that leaves out a step on its own keeps the others waiting for ever. It takes 0.3 ms on two
+      processes of one machine.
     Errors: PeerError if one of them is gone.
     It runs on CPU devices where there are any, so as not to wait for the steps that an accelerator has in its queue.
     """
@@ -229,7 +229,7 @@ class FailureBroadcast:
             self.store.put(_key(process), json.dumps(cause.__dict__))
 
     def received(self, *, seconds: float = 0.0) -> FailureCause | None:
-        """What another process has failed of, if one did; waits this long for it."""
+        """Why another process failed, if one did; waits this long for an answer."""
         return self.cause if self._received.wait(seconds) else None
 
     def end_now(self, cause: FailureCause) -> None:
@@ -269,7 +269,7 @@ class FailureBroadcast:
             self.fail(cause, exit_code=130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     def _forget(self) -> None:
-        """In a forked child: its end and its failures are no news to the job."""
+        """In a forked child: the job must not hear of its end or of its failures."""
         atexit.unregister(self._at_exit)
         self.exit_code = 0  # so that `fail` broadcasts nothing
         if sys.excepthook == self._uncaught:

@@ -1,4 +1,4 @@
-"""`stepc launch`: start the processes of a job on this machine, to try out what will run on many. It knows no jax."""
+"""`stepc launch`: start the processes of a job on this machine, to try out what will run on many. It imports no jax."""
 
 import os
 import signal

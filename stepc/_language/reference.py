@@ -77,7 +77,7 @@ def _nothing_on_the_right(state: State, rows: object) -> NoReturn:
 
 
 class _AxisSizes(dict[str, int]):
-    """Axis sizes that refuse an unknown axis with an error of ours."""
+    """Axis sizes; an unknown axis is a ShardingError."""
 
     def __missing__(self, axis: str) -> NoReturn:
         facts = (("axes", ", ".join(f"{name}={size}" for name, size in self.items()) or "none"),)

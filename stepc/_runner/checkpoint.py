@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # `import stepc` must not need Orbax
 
 T = TypeVar("T")
 Settings: TypeAlias = Sequence[tuple[str, Mapping[str, str]]]
-SLOW_SECONDS = 0.5  # shorter waits for saves, added up, are no event
+SLOW_SECONDS = 0.5  # waits for saves that add up to less are not logged
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # with one slash: `Path("s3://bucket")` has lost the other
 
 
@@ -41,7 +41,7 @@ class Checkpoints:
       to the last bit.
 
     Args:
-      directory: where to save, on a mounted file system, and no URL; created if it is missing. `~` is the home
+      directory: where to save: a path on a mounted file system, not a URL; created if it is missing. `~` is the home
         directory. One run at a time may use it.
       every: in steps; a positive integer.
       keep: how many of the newest checkpoints to keep; a positive integer.
@@ -51,7 +51,7 @@ class Checkpoints:
       timeout_seconds: a save that takes longer has failed. A thread that waits for a disk cannot be ended, and Python
         waits for it at exit; a second Ctrl-C ends that wait.
       check_data: on resume, read the last batch before the checkpoint again, and refuse data that gives another one: an
-        iterator made with another seed accepts its old position without a word. False also lets the signature of the
+        iterator made with another seed accepts its old position silently. False also lets the signature of the
         batches change, such as their number of rows.
       exact_resume: refuse data that has no position. Otherwise that is an event, and a resumed run begins with the
         first batch again.

@@ -55,7 +55,7 @@ class DirectoryLock:
             return
         if self.why_exclusive is None:
             with suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)  # a copy in a child that Python did not fork holds it no longer
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # for a copy in a child that Python did not fork, too
         else:
             (self.directory / EXCLUSIVE).unlink(missing_ok=True)
         self._leave()
@@ -127,7 +127,7 @@ def _read(path: Path) -> str | None:
 
 
 def _has_ended(holder: str) -> bool:
-    """Whether a holder is a process of this host that is gone; of another host nothing is known."""
+    """Whether a holder is a process of this host that has ended; nothing is known about other hosts."""
     found = re.fullmatch(r"process (\d+) on (.+), since .+", holder)
     if found is None or found[2] != socket.gethostname():
         return False

@@ -55,7 +55,7 @@ class SingleProcess:
     commit: "GroupCommit | None" = None
 
     def at(self, phase: str, step: int) -> None:
-        """Note what this process does now."""
+        """Note what this process is doing now."""
 
     def clock(self) -> float:
         """The time in seconds, the same on all processes."""

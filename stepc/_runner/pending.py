@@ -267,7 +267,7 @@ def deleted_leaves(state: Any) -> list[str]:  # Any: a state
 
 @jax.jit
 def copy_state(state: Any) -> Any:  # Any: a state, whatever it is made of
-    """New buffers for every leaf, sharded alike. `device_put` would alias them, and a donation delete both."""
+    """New buffers for every leaf, sharded the same. `device_put` would alias them, and a donation delete both."""
     return jax.tree.map(jnp.copy, state)
 
 

@@ -53,7 +53,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Retry:
-    """Do again what failed: read at the same place, or repeat the step from the same state.
+    """Repeat what failed: the read at the same place, or the step from the same state.
 
     Args:
       times: how often for one failure; then it is raised.

@@ -57,7 +57,7 @@ class SignalWatch:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler: it sets the flag; a second Ctrl-C does what it would do without us."""
-        if os.getpid() != self._pid:  # a forked child that has not come to `forget` yet
+        if os.getpid() != self._pid:  # a forked child that has not reached `forget` yet
             self.forget()
             os.kill(os.getpid(), number)
             return

@@ -1,4 +1,4 @@
-"""Says where a run hangs, and ends the process if `exit_seconds` is given. It touches no run."""
+"""Says where a run hangs, and ends the process if `exit_seconds` is given. It never touches the run."""
 
 import faulthandler
 import logging
@@ -17,7 +17,7 @@ from stepc._jax import is_compiling
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.events import EventLog
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: to start again may help
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: starting again may help
 # The system handles the first two itself; after the others the faulty instruction would run again, for ever.
 NOT_HANDLED = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
@@ -43,7 +43,8 @@ class Watchdog:
       compare_replicas_every: in steps; how often the copies of replicated leaves on the devices are compared. It reads
         the state once. Copies that differ are a DeviceError, or on several processes a PeerError on all of them.
       signals: what ends the run as SIGTERM does, with a checkpoint and by Preempted: `(signal.SIGUSR1, signal.SIGHUP)`,
-        as a scheduler sends before it preempts a job. One that is ignored when the run begins, as by `nohup`, stays so.
+        as a scheduler sends before it preempts a job. One that is ignored when the run begins, as by `nohup`, stays
+        ignored.
     Errors: FieldTypeError or ConfigError with all faults.
     Example:
       >>> Watchdog(warn_seconds=60, max_recompiles=0)

@@ -1,4 +1,4 @@
-"""Questions about a compiled program. It knows executables and HLO text, and nothing of pipelines.
+"""Questions about a compiled program. It knows executables and HLO text, and nothing about pipelines.
 
 `DEVICES` is the table of devices, by name, that `roofline` estimates for.
 """

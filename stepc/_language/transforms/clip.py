@@ -82,16 +82,17 @@ def clip(max_norm: float, *, nonfinite: str = "nan") -> Clip:
 
     Args:
       max_norm: the largest norm that passes unchanged; a positive finite number.
-      nonfinite: "nan" makes every leaf of a gradient NaN whose norm is not finite, so that nobody overlooks it; "zero"
-        makes it zero, which bounds what a row can add to a private mean: `rows() @ clip(c, nonfinite="zero")`.
+      nonfinite: what becomes of a gradient whose norm is not finite. "nan" makes every leaf NaN, so that nobody
+        overlooks it; "zero" makes every leaf zero, which bounds what a row can add to a private mean: `rows() @ clip(c,
+        nonfinite="zero")`.
     Shapes: those of the gradient.
     Units: those of the gradient.
     Type: gradient -> gradient; adds the metric `grad_norm`, the norm before clipping
     Errors: FieldTypeError, FieldValueError for a bad `max_norm` or `nonfinite`; PipelineTypeError if the stage on its
       right returns no gradient.
     It is not linear, so its position matters: `clip(c) @ accumulate(k)` clips the average once, `accumulate(k) @
-    clip(c)` clips each microbatch, and to the right of `shard` it clips each device's part. The loss is reported as it
-    is, also that of a row whose gradient "zero" drops.
+    clip(c)` clips each microbatch, and to the right of `shard` it clips each device's part. The loss is
+    reported unchanged, even that of a row whose gradient "zero" drops.
     Example:
       >>> clip(1.0) @ accumulate(4) @ grad(loss)
       clip(1.0) @ accumulate(4) @ grad(loss)

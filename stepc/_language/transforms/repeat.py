@@ -55,7 +55,7 @@ def repeat(n: int) -> Repeat:
     Errors: FieldTypeError, FieldValueError for a bad `n`; PipelineTypeError if the stage on its right returns no step;
       ConfigError at `compile` if it is not the outermost transform; BatchError if the first axis is not `n`.
     It gains nothing if a step takes longer than its dispatch. `run` checks for errors, signals and limits between
-    dispatches, so up to `n` steps later.
+    dispatches only, up to `n` steps late.
     Example:
       >>> repeat(32) @ update(optax.sgd(0.1)) @ grad(loss)
       repeat(32) @ update(optax.sgd(0.1)) @ grad(loss)

@@ -36,7 +36,7 @@ def rows() -> Rows:
 
     Meaning: mean(inner(params, rows[j:j + 1]) for j in range(number of rows)).
     Why: per-example gradients, for transforms that are not linear. `rows() @ clip(c, nonfinite="zero")` bounds what any
-      one example adds, as DP-SGD asks: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c, nonfinite="zero") @
+      one example adds, as DP-SGD requires: `noise(s) @ accumulate(k) @ shard(dp) @ rows() @ clip(c, nonfinite="zero") @
       grad(loss)`. Without "zero", one row with a NaN makes the mean NaN.
 
     Shapes: the stage on its right sees batch leaves `[1, ...]`.

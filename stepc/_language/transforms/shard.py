@@ -105,8 +105,8 @@ def shard(*rules: DataParallel | TensorParallel, mode: str = "manual") -> Shard:
         device or on many.
       mode: "manual": the compiler places the one reduction of the gradient itself. "auto": the loss is called once for
         the rows of all devices, and XLA partitions it and places the reductions, at least one a microbatch. That is
-        for losses that cannot be in a region that is manual over the axis. It is then no mean over parts: a loss that
-        depends on which rows share a call sees the whole microbatch.
+        for losses that cannot be in a region that is manual over the axis. It is then not a mean over parts: a loss
+        that depends on which rows share a call sees the whole microbatch.
     Shapes: every batch leaf `[batch, ...]`; the gradient has the shapes of `params`.
     Units: the gradient is per example (a mean), not a sum.
     Type: gradient -> gradient

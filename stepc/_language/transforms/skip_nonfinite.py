@@ -51,14 +51,14 @@ def skip_nonfinite(*, limit: int = 10) -> SkipNonfinite:
     """Leave every leaf of the state as it was if the loss or the gradient of a step is not finite, and count the skip.
 
     Meaning: the step, if its loss and the norm of its gradient are finite; else the state it was given. This is decided
-      after the reduction, so all devices decide alike.
+      after the reduction, so all devices decide the same.
     Why: one bad batch would write NaN into the parameters, the moments and the averages for good.
 
     Args:
       limit: the number of skips in a row at which `run` raises NonFiniteError; a positive integer.
     Shapes: the state keeps `slots["skip_nonfinite"]`: the number of skips in total, and in a row.
     Units: steps.
-    Type: step -> step; adds the metric `skipped`, 1 for a step that was skipped and else 0
+    Type: step -> step; adds the metric `skipped`, 1 for a skipped step and 0 otherwise
     Errors: FieldTypeError, FieldValueError for a bad `limit`; PipelineTypeError if the stage on its right returns no
       step; ConfigError at `compile` if it appears twice. A program cannot raise, so it is `run` that applies `limit`.
     The state is the same, bit for bit, as without the batch: parameters, optimizer state and its count, the step
