@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Test processes side by side, and further options of pytest.
+# Test processes side by side, and further options of pytest. With `worksteal` each process gets a range of files, so
+# that what a file prepares once (a compiled step, a killed process) is prepared in one of them.
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
 
@@ -14,7 +15,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.gpt --out runs/demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not long" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" $(PYTEST_OPTIONS)
 
 # Thousands of random pipelines with XLA's own flags: more than an hour on two cores. Run it by hand, and say so where
 # you report it.
