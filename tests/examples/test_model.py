@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +112,7 @@ def test_gradient_strict_promotion_is_finite_everywhere() -> None:
 
 def test_init_same_key_same_parameters() -> None:
     again = gpt.init(jax.random.key(0), SIZE)
-    assert all(jax.tree.leaves(jax.tree.map(lambda one, other: bool((one == other).all()), params(), again)))
+    chex.assert_trees_all_equal(params(), again)
 
 
 def test_compiled_step_on_devices_equals_reference() -> None:
@@ -121,9 +122,8 @@ def test_compiled_step_on_devices_equals_reference() -> None:
     state = step.init(params(), seed=0)
     expected, _ = step.reference(state, windows(8))
     found, _ = step(state, windows(8))
-    for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
-        # Sums over rows are ordered differently.
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    # Sums over rows are ordered differently.
+    chex.assert_trees_all_close(jax.device_get(found.params), jax.device_get(expected.params), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("prompt", [b"ab", b"longer than the window"])
