@@ -102,6 +102,7 @@ def _gradient_transforms(
     free, count, is_sharded, chosen = dict(axes), 1, False, []
     for _ in range(draw(st.integers(0, longest))):
         single = rows() in chosen  # what is left to split is one row, which has no parts
+        scaled = loss_scale(initial=8.0) in chosen  # what is not linear would see the gradient of the scaled loss
         sizes = [k for k in (1, 2, 4, 8) if count * k <= MAX_MICROBATCHES] if not single else [1]
         fitting = [
             axis for axis, size in free.items() if count * size <= MAX_MICROBATCHES and not (single and size > 1)
@@ -110,11 +111,11 @@ def _gradient_transforms(
             st.sampled_from(sizes).map(accumulate),
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
             *([_shards(fitting, levels=[0, 0, 1, 2, 3] if not is_sharded else [0])] if fitting else []),
-            *([st.just(loss_scale(initial=8.0))] if loss_scale(initial=8.0) not in chosen else []),
+            *([] if scaled else [st.just(loss_scale(initial=8.0))]),
             *([st.just(rows())] if count <= MAX_MICROBATCHES // 4 else []),
-            *([] if exact else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
+            *([] if exact or scaled else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
             st.sampled_from(sizes).map(lambda k: accumulate(k, dtype=jnp.float32)),
-            *([st.sampled_from(transforms)] if transforms else []),
+            *([st.sampled_from(transforms)] if transforms and not scaled else []),
         ]
         transform = draw(st.one_of(options))
         chosen.append(transform)
