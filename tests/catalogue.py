@@ -65,6 +65,13 @@ def every_probe(params: Any, rows: Any) -> jax.Array:
     return sum((probe(params, rows) for probe in PROBES.values()), start=jnp.float32(0.0))
 
 
+# One gradient for all probes that are alike to a program, and one for each that is not.
+KINDS_OF_SOURCES = {
+    "every_probe": sc.grad(every_probe),
+    **{name: source for name, source in SOURCES.items() if name not in PROBES},
+}
+
+
 def with_jitted_loss(node: Node) -> Node:
     """The node, its loss traced once for all local microbatches of one shape: the evaluator calls it for each."""
     return replace(node, loss=_jitted(node.loss)) if isinstance(node, DifferentiateNode) else node
@@ -74,5 +81,5 @@ _jitted = cache(jax.jit)
 # The same sources for tests that compare two naive readings, each of which calls the loss for every microbatch.
 JITTED_SOURCES = {
     name: replace(source, loss=replace(source.loss, value=_jitted(source.loss.value)))  # pyright: ignore
-    for name, source in SOURCES.items()
+    for name, source in KINDS_OF_SOURCES.items()
 }

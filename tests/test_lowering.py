@@ -7,10 +7,10 @@ import optax
 import pytest
 from catalogue import (
     EXACT,
+    KINDS_OF_SOURCES,
     PROBES,
     ROUNDED,
     SAMPLES,
-    SOURCES,
     UPDATES,
     every_probe,
     probe_batch,
@@ -88,11 +88,11 @@ def test_steps_of_one_device_and_of_eight_agree_bitwise_on_whole_numbers() -> No
 
 
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", KINDS_OF_SOURCES)
 def test_compiled_word_equals_its_reference_among_others(name: str, source: str) -> None:
     transform, replica = SAMPLES[name], sc.shard(sc.dp("replica"))
     split = replica @ transform if name == "rows" else transform @ replica
-    step = sc.compile(SGD @ sc.accumulate(2) @ split @ SOURCES[source], mesh=mesh_of(data=2, replica=2))
+    step = sc.compile(SGD @ sc.accumulate(2) @ split @ KINDS_OF_SOURCES[source], mesh=mesh_of(data=2, replica=2))
     # bfloat16 holds 8 bits, and the sums are taken in another order.
     batch = probe_batch(32)
     assert_equivalent(step, fresh(step, batch), batch, tolerance=1e-5 if name != "accumulate_narrow" else 2e-2)
