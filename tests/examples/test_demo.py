@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from waiting import LIMIT_SECONDS
 
 from examples.gpt.__main__ import main
 
@@ -161,7 +162,7 @@ def interrupted(directory: Path, *options: str) -> tuple[str, str]:
         while not running.stdout.readline().startswith("step 1/"):
             assert running.poll() is None, running.stderr.read()
         running.send_signal(signal.SIGINT)
-        rest, errors = running.communicate(timeout=120)
+        rest, errors = running.communicate(timeout=LIMIT_SECONDS)
     assert running.returncode == 130
     assert "Traceback" not in errors
     return rest, errors
@@ -177,7 +178,7 @@ def test_demo_continues_when_its_output_is_closed(tmp_path: Path) -> None:
             assert running.poll() is None, running.stderr.read()
         running.stdout.close()  # as `head` does when it has its lines
         errors = running.stderr.read()
-        assert running.wait(timeout=120) == 0, errors
+        assert running.wait(timeout=LIMIT_SECONDS) == 0, errors
     assert "Traceback" not in errors
     assert steps_in(directory)[-1] == 30
 
