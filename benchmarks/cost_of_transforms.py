@@ -5,9 +5,10 @@
   terms       an `sc.Mean` loss, and one with three terms and two counts, against a plain mean, on eight devices
   repeat      `repeat(32)` against 32 dispatches of a tiny step
   rows        `rows() @ clip(c)` against `clip(c)`
+  frozen      adapters on a frozen base of 8 bits, with `wrt=`, against the same step by hand
 
-All but `terms` run on one device, before more are simulated. Measured are step time, temporary memory, copies in the
-optimized HLO, and collectives.
+All but `terms` and the second of `frozen` run on one device, before more are simulated. Measured are step time,
+temporary memory, copies in the optimized HLO, and collectives.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend.backend import clear_backends
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from measuring import (
     CPU_SECONDS,
     Repeated,
@@ -39,7 +41,7 @@ import stepc as sc
 from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
-SKIP, EXAMPLE, REPEAT = 1.02, 1.15, 3.0  # targets
+SKIP, EXAMPLE, REPEAT, FROZEN = 1.02, 1.15, 3.0, 1.03  # targets
 DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
@@ -230,6 +232,90 @@ def rows(model: Model, **how: int) -> dict[str, Any]:
     return compare("rows", model.name, variants, "clip", is_same=False, **how)
 
 
+def frozen(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) -> dict[str, Any]:
+    """Adapters of rank 8 beside four layers of 8 bits: `wrt="lora/**"`, and by hand a gradient of those alone."""
+    random = np.random.default_rng(0)
+    down, up = (random.normal(size=shape).astype(np.float32) / width for shape in ((4, width, 8), (4, 8, width)))
+    base = random.integers(-100, 100, size=(4, width, width)).astype(np.int8)
+    rows = {name: random.normal(size=(num_rows, width)).astype(np.float32) for name in ("x", "y")}
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        def layer(x: jax.Array, of: Any) -> tuple[jax.Array, None]:
+            weights = of["base"].astype(jnp.float32) / (100 * width**0.5)
+            return jnp.tanh(x @ weights + x @ of["lora"]["down"] @ of["lora"]["up"]), None
+
+        return jnp.mean((jax.lax.scan(layer, rows["x"], params)[0] - rows["y"]) ** 2)
+
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    replicated, along = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    params = jax.device_put({"base": base, "lora": {"down": down, "up": up}}, replicated)
+    batch = jax.device_put(rows, along)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
+
+    def mean_gradient(lora: Any, base: Any, rows: Any) -> tuple[jax.Array, Any]:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, 4, *leaf.shape[1:]).swapaxes(0, 1), rows)
+
+        def iteration(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(
+                jnp.add, total, jax.value_and_grad(lambda lora: loss({"base": base, "lora": lora}, part))(lora)
+            ), None
+
+        total, _ = jax.lax.scan(iteration, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora)), parts)
+        return jax.tree.map(lambda leaf: leaf / (4 * devices), jax.lax.psum(total, "data"))
+
+    reduced = jax.shard_map(
+        mean_gradient, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(), check_vma=False,
+    )  # fmt: skip
+
+    def hand(state: Any, batch: Any) -> tuple[Any, Any]:
+        params, opt_state = state
+        value, grads = reduced(params["lora"], params["base"], batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params["lora"])
+        new = {"base": params["base"], "lora": optax.apply_updates(params["lora"], updates)}
+        return (new, opt_state), {"loss": value}
+
+    by_hand = jax.jit(hand, donate_argnums=0)
+    shared = sc.accumulate(4) @ sc.shard(sc.dp("data")) @ sc.grad(loss, wrt="lora/**")
+    step = sc.compile(sc.update(adamw()) @ sc.clip(1.0) @ shared, mesh=mesh)
+    state = step.init(params)
+    copied = jax.device_put(jax.tree.map(jnp.copy, params), replicated)
+    hand_state = (copied, jax.device_put(optimizer.init(copied["lora"]), replicated))
+    programs = {
+        "by hand": by_hand.lower(hand_state, batch).compile(),
+        "wrt": step.lower(state, batch).compile().executable,
+    }
+    facts = {
+        name: {
+            "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
+            "copies": num_copies(one.as_text()),
+            "collectives": [
+                {"kind": row.kind, "bytes": row.bytes, "executions": row.executions}
+                for row in sc.inspect.collectives(one)
+            ],
+        }
+        for name, one in programs.items()
+    }
+    (state, _), (hand_state, _) = step(state, batch), by_hand(hand_state, batch)
+    difference = require_equal(*jax.device_get((state.params["lora"], hand_state[0]["lora"])), name="wrt")
+    samples = {
+        "by hand": Repeated(by_hand, hand_state, batch, calls=calls),
+        "wrt": Repeated(step, state, batch, calls=calls),
+    }
+    taken = interleaved(samples, rounds=rounds)
+    return {
+        "question": "frozen",
+        "model": f"4 layers of width {width} in 8 bits, adapters of rank 8, {devices} devices",
+        "base": "by hand",
+        "difference": difference,
+        "trained_bytes": down.nbytes + up.nbytes,
+        "seconds": spreads(taken),
+        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
+        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        "facts": facts,
+    }
+
+
 def tell(found: Mapping[str, Any]) -> None:
     """One table for one question and model."""
     table = [
@@ -251,6 +337,8 @@ def target_of(found: Mapping[str, Any], name: str) -> str:
     match name:
         case "skip_nonfinite":
             return at_most(median, SKIP)
+        case "wrt":
+            return at_most(median, FROZEN)
         case 'rng="example"':
             return at_most(median, EXAMPLE)
         case "repeat(32)":
@@ -274,7 +362,9 @@ def main() -> None:
         lambda: dropout(size, num_rows=16, rounds=rounds, calls=1),
         lambda: repeat(mlp((8, 8, 8), rows=8), rounds=rounds, calls=5 if quick else 30),
         lambda: rows(mlp(widths, rows=num_rows), rounds=rounds, calls=5),
-        lambda: terms(mlp(widths, rows=num_rows), rounds=rounds, calls=20),  # last: it changes the devices
+        lambda: frozen(64 if quick else 512, num_rows=256, devices=1, rounds=rounds, calls=5),
+        lambda: terms(mlp(widths, rows=num_rows), rounds=rounds, calls=20),  # from here on there are eight devices
+        lambda: frozen(64 if quick else 512, num_rows=256, devices=8, rounds=rounds, calls=5),
     ):
         results.append(measured())
         tell(results[-1])

@@ -286,6 +286,8 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "model_state_text": (sc.FieldTypeError, lambda: sc.grad(loss, model_state="rows")),  # pyright: ignore[reportArgumentType]
     "model_state_pattern": (sc.FieldTypeError, lambda: sc.grad(loss, model_state={3: "rows"})),  # pyright: ignore[reportArgumentType]
     "rng_unknown": (sc.FieldValueError, lambda: sc.grad(loss, rng="row")),
+    "wrt_number": (sc.FieldTypeError, lambda: sc.grad(loss, wrt=("w", 3))),
+    "wrt_empty": (sc.FieldValueError, lambda: sc.grad(loss, wrt=())),
     "has_aux_number": (sc.FieldTypeError, lambda: sc.grad(loss, has_aux=1)),
     "accumulate_dtype": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.int32)),
     "accumulate_dtype_float16": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.float16)),
@@ -375,6 +377,23 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         lambda: step_on().init({"w": np.ones(3, np.int32), "list": ["a", None], "ok": np.ones(3, np.float32)}),
     ),
     "no_parameters": (sc.ConfigError, lambda: step_on().init({})),
+    "wrt_matches_nothing": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.update(tx) @ sc.grad(loss, wrt=("w", "lora/bias"))).init(
+            {**probe_params(), "lora": {"bia": np.ones(2, np.float32)}, "text": "frozen"}
+        ),
+    ),
+    "like_and_seed": (
+        sc.ConfigError,
+        lambda: step_on().init(probe_params(), seed=1, like=step_on().init(probe_params())),
+    ),
+    "like_of_another_optimizer": (
+        sc.ConfigError,
+        lambda: step_on().init(
+            probe_params(), like=sc.compile(sc.update(optax.adam(1e-3)) @ sc.grad(loss)).init(probe_params())
+        ),
+    ),
+    "like_parameters": (sc.FieldTypeError, lambda: step_on().init(probe_params(), like=probe_params())),
     "repeat_inside": (sc.ConfigError, lambda: sc.compile(sc.ema(0.9) @ sc.repeat(4) @ sc.update(tx) @ sc.grad(loss))),
     "skip_twice": (
         sc.ConfigError,
@@ -467,6 +486,10 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "not_a_state": (sc.FieldTypeError, lambda: step_on()(probe_params(), probe_batch(64))),
     "another_state": (sc.ConfigError, state_of_another_step),
     "donated_state": (sc.ConfigError, donated_state),
+    "state_that_trains_others": (
+        sc.ConfigError,
+        lambda: step_on()(sc.compile(sc.update(tx) @ sc.grad(loss, wrt="w")).init(probe_params()), probe_batch(64)),
+    ),
     "shapes_of_a_state": (sc.ConfigError, lambda: step_on()(step_on().init(SHAPES), probe_batch(64))),
     "shapes_of_a_batch": (
         sc.BatchError,

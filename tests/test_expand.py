@@ -1,5 +1,7 @@
 """Rung 1 of the ladder: the reference of a pipeline equals its expansion, evaluated. No compiler here."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,8 @@ def assert_expansion_equals_reference(pipeline: sc.Pipeline, *, tolerance: float
     repeats = [transform.n for transform in pipeline.transforms if repr(transform).startswith("repeat")]
     batch = jax.tree.map(jnp.asarray, probe_batch(ROWS))
     batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * repeats[0]), batch) if repeats else batch
-    params, model_state = jax.tree.map(jnp.asarray, (probe_params(), probe_model_state(pipeline.transforms[-1], ROWS)))
+    source: Any = pipeline.transforms[-1]
+    params, model_state = jax.tree.map(jnp.asarray, (probe_params(source), probe_model_state(source, ROWS)))
     state = reference.init(params, seed=3, model_state=model_state)
     program = bind(expand_transforms(pipeline.transforms), AXES)
     after, metrics = reference(state, batch)

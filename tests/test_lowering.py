@@ -1,5 +1,7 @@
 """Rung 3: the lowered program equals the core program, and the long way round: the compiled step, its reference."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,9 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
 def fresh(step: sc.Step, batch: dict[str, np.ndarray], *, seed: int = 0) -> sc.State:
     """A fresh state of the probes, for such a batch."""
     num_rows = batch["y"].shape[-1]
-    return step.init(probe_params(), seed=seed, model_state=probe_model_state(step.pipeline.transforms[-1], num_rows))
+    source: Any = step.pipeline.transforms[-1]
+    model_state = probe_model_state(source, num_rows)
+    return step.init(probe_params(source), seed=seed, model_state=model_state)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])

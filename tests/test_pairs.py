@@ -16,7 +16,8 @@ import stepc as sc
 from stepc.testing import assert_equivalent
 
 NAMES = [*LOSSES, *EXACT, *ROUNDED, *STEPS]
-PROBES = ("over_rows", "coupling_rows", "drawing", "recurrent")  # rows, which rows share a call, keys, state
+# Rows, which rows share a call, keys, state, what is frozen.
+PROBES = ("over_rows", "coupling_rows", "drawing", "recurrent", "on_frozen")
 SPLITS = ("accumulate", "shard")
 
 
@@ -47,7 +48,7 @@ def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
     loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
     for name, transform in reversed(list(zip(names, transforms, strict=True))):
         loss = transform @ loss if name in LOSSES else loss
-    pipeline: Any = sc.grad(loss, rng=source.rng, model_state=source.model_state)
+    pipeline: Any = sc.grad(loss, rng=source.rng, model_state=source.model_state, wrt=source.wrt)
     for name, transform in reversed(list(zip(names, transforms, strict=True))):
         pipeline = transform @ pipeline if name in (*EXACT, *ROUNDED) else pipeline
     # A single row has no parts, so with `rows` nothing else splits the batch.
@@ -66,7 +67,7 @@ def assert_pair(outer: str, inner: str, probe: str) -> None:
     is_narrow = {outer, inner} & {"accumulate_narrow", "cast", "cast_any"}
     # Narrow dtypes hold 8 or 11 bits, and a compiled program rounds in another order. Where a parameter and its update
     # nearly cancel, one rounding is large relative to the rest: 3e-5 of it was seen. A wrong transform is off by more.
-    state = step.init(probe_params(), model_state=probe_model_state(SOURCES[probe], 32))
+    state = step.init(probe_params(SOURCES[probe]), model_state=probe_model_state(SOURCES[probe], 32))
     assert_equivalent(step, state, batch, tolerance=0.2 if is_narrow else 1e-3)
 
 

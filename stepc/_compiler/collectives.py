@@ -41,6 +41,7 @@ class ManualRegion:
       batch_axes: the axes that rows are split over, the outermost first: they are manual.
       specs: a tree like the parameters, of their PartitionSpec along the automatic axes.
       dimensions: a tree like the parameters, of the dimension that is sharded over `shard_axis`, or -1.
+      grad_specs, grad_dimensions: the same for the gradient, which has the trained parameters alone.
       shard_axis: the axis that gradients and optimizer state are sharded over; None if they are replicated.
       has_sharded_params: whether the parameters are sharded over `shard_axis` too.
       model_state: the leaves of the model state.
@@ -54,6 +55,8 @@ class ManualRegion:
     batch_axes: tuple[str, ...]
     specs: Any  # Any: a tree like the parameters
     dimensions: Any  # Any: a tree like the parameters
+    grad_specs: Any  # Any: a tree like the gradient
+    grad_dimensions: Any  # Any: a tree like the gradient
     shard_axis: str | None
     has_sharded_params: bool
     model_state: tuple[ModelStateLeaf, ...]
@@ -79,18 +82,20 @@ class ManualRegion:
         name = re.sub(r"\s*@\s*", " . ", written)
         return jax.named_scope(f"stepc:{name} ({', '.join(lines)})")
 
-    def manual_specs(self, *, sharded: bool) -> Any:  # Any: a tree like the parameters
-        """The specs of a tree like the parameters along the manual axes."""
+    def manual_specs(self, dimensions: Any, *, sharded: bool) -> Any:  # Any: trees of one structure
+        """The specs of a tree along the manual axes."""
         axis = self.shard_axis if sharded else None
-        return jax.tree.map(lambda dim: PartitionSpec(*sharded_spec((), dim, axis)), self.dimensions)
+        return jax.tree.map(lambda dim: PartitionSpec(*sharded_spec((), dim, axis)), dimensions)
 
-    def constrain(self, tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the parameters
+    def constrain(self, tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the gradient
         """The tree with a sharding constraint over all axes."""
         if self.mesh is None or (not self.automatic_axes and self.shard_axis is None):
             return tree
         axis = self.shard_axis if sharded else None
         specs = jax.tree.map(
-            lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axis)), self.dimensions, self.specs
+            lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axis)),
+            self.grad_dimensions,
+            self.grad_specs,
         )
         return jax.lax.with_sharding_constraint(tree, specs)
 
@@ -126,7 +131,7 @@ def all_reduce(
             index = index * region.num_devices((axis,)) + region.axis_index(axis, device())
         metrics = mask_last_metrics(metrics, index == region.num_devices(axes) - 1)
     extremes = extreme_values(metrics)
-    dimensions = jax.tree.leaves(region.dimensions) if jax.tree.leaves(grads) else []
+    dimensions = jax.tree.leaves(region.grad_dimensions) if jax.tree.leaves(grads) else []
 
     def reduce(sums: tuple[MetricAccumulators, Grads]) -> tuple[MetricAccumulators, Grads]:
         """One collective for everything that is reduced over all axes, one for what is scattered over one of them."""
@@ -143,7 +148,7 @@ def all_reduce(
         totals = [next(reduced[scattered]) for scattered in is_scattered]
         return metrics, tree.unflatten([new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)])
 
-    specs = (_replicated(metrics), region.specs if jax.tree.leaves(grads) else ())
+    specs = (_replicated(metrics), region.grad_specs if jax.tree.leaves(grads) else ())
     reductions = {"max": jax.lax.pmax, "min": jax.lax.pmin}
     with region.scope(instruction.written):
         metrics, grads = region.fully_manual(reduce, (metrics, grads), specs)
@@ -166,7 +171,9 @@ def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegio
         return total.astype(leaf.dtype)
 
     with region.scope(instruction.written):
-        return region.fully_manual(lambda tree: jax.tree.map(scatter, tree, region.dimensions), grads, region.specs)
+        return region.fully_manual(
+            lambda tree: jax.tree.map(scatter, tree, region.grad_dimensions), grads, region.grad_specs
+        )
 
 
 def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> Params:

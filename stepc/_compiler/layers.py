@@ -167,7 +167,8 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
         return _apply(equation, values, jaxpr)
     params = equation.params
     match equation.primitive.name:
-        case "convert_element_type" if jnp.issubdtype(params["new_dtype"], jnp.floating):
+        # A frozen whole number is gathered as it is, and converted then: it is the smaller of the two.
+        case "convert_element_type" if _is_floating(params["new_dtype"]) and _is_floating(values[0].dtype):
             (shard,) = values
             return [_Shard(shard.value, shard.dim, shard.spec, params["new_dtype"])]
         case "jit" | "pjit" | "closed_call":
@@ -180,6 +181,10 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
             return _scan(params, values, gather)
         case _:
             return _apply(equation, [_gathered(value, gather) for value in values], jaxpr)
+
+
+def _is_floating(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _apply(equation: Any, values: list[Any], jaxpr: Jaxpr) -> Sequence[Any]:  # Any: an equation; arrays

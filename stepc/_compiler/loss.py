@@ -19,7 +19,7 @@ from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
 from stepc._language.kinds import BatchRows, Params
 from stepc._language.model_state import explicit_rule, is_overwritten, rules_by_leaf
-from stepc._language.state import describe_leaf, leaves_by_path, same_tree
+from stepc._language.state import describe_leaf, is_trained, leaves_by_path, same_tree, trained_leaves
 from stepc._language.terms import (
     AbstractTerms,
     Last,
@@ -113,6 +113,7 @@ def trace_loss_structure(
       the model state and its rules do not fit the loss, or if the implementation of the keys cannot give one key per
       row; ShardingError if the loss names a manual axis.
     """
+    node.check(trained_leaves(params, node.wrt))
     if node.rng == "example":
         _check_keys(key, node)
     keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
@@ -197,28 +198,28 @@ def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: Dif
     A gradient reaches what the tangents of the totals depend on: in one branch of a conditional is enough, through
     `stop_gradient` or whole numbers is not. That a gradient happens to be 0 does not matter.
     """
-    paths = [path for path, _ in leaves_by_path(params)]
-    num = len(paths)
+    trained = {place: path for place, (path, _) in enumerate(leaves_by_path(params)) if is_trained(path, node.wrt)}
     _, run = depends_on(traced, outputs=totals)
     values = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in traced.in_avals]
 
-    def tangents_of_totals(tangents: list[Any], values: list[Any]) -> list[Any]:
-        def run_with(leaves: list[Any]) -> list[Any]:
-            return run([*leaves, *values[num:]])
+    def tangents_of_totals(tangents: dict[int, Any], values: list[Any]) -> list[Any]:
+        def run_with(leaves: dict[int, Any]) -> list[Any]:
+            return run([leaves.get(place, value) for place, value in enumerate(values)])
 
-        return jax.jvp(run_with, (values[:num],), (tangents,))[1]
+        return jax.jvp(run_with, ({place: values[place] for place in trained},), (tangents,))[1]
 
-    reached, _ = depends_on(jax.make_jaxpr(tangents_of_totals)(values[:num], values), outputs=range(len(totals)))
-    if unreached := [path for path, is_reached in zip(paths, reached, strict=False) if not is_reached]:
+    of_tangents = jax.make_jaxpr(tangents_of_totals)({place: values[place] for place in trained}, values)
+    reached, _ = depends_on(of_tangents, outputs=range(len(totals)))
+    if unreached := [path for path, is_reached in zip(trained.values(), reached, strict=False) if not is_reached]:
         raise LossError(
-            f"No gradient of `{node.written}` reaches {len(unreached)} of its {num} parameters.",
+            f"No gradient of `{node.written}` reaches {len(unreached)} of its {len(trained)} trained parameters.",
             facts=(
                 ("parameters", grouped_paths(unreached)),
                 ("reason", "the loss does not depend on them, or only through `stop_gradient` or whole numbers"),
                 ("what for", "an optimizer with weight decay would change them silently"),
             ),
             suggestion="Give batch statistics and the like as model state (`grad(loss, model_state=True)`, "
-            "`step.init(params, model_state=...)`), and leave out of the parameters what the loss does not use.",
+            "`step.init(params, model_state=...)`); freeze other parameters: `grad(loss, wrt=...)`.",
         )
 
 

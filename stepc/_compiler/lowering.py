@@ -77,7 +77,14 @@ from stepc._language.model_state import (
 )
 from stepc._language.optimizers import WHOLE_BATCH_LOSSES, run_optimizer
 from stepc._language.semantics import draw_tag, narrowed
-from stepc._language.state import SkipCounts, State, leaves_by_path
+from stepc._language.state import (
+    EVERY_LEAF,
+    SkipCounts,
+    State,
+    leaves_by_path,
+    trained_leaves,
+    with_frozen,
+)
 from stepc._language.terms import (
     LossOutcome,
     Mean,
@@ -134,6 +141,7 @@ class StepInputs:
       total_counts: the counts of the terms of the loss over all local microbatches, if they are counted first.
       microbatches: the number of calls of the loss in that sum.
       rows_per_device: the number of rows of this device.
+      wrt: path patterns of the parameters that are trained.
     """
 
     params: Params
@@ -144,6 +152,12 @@ class StepInputs:
     total_counts: tuple[Any, ...] = ()  # Any: scalars
     microbatches: int = field(default=1, metadata={"static": True})
     rows_per_device: int = field(default=0, metadata={"static": True})
+    wrt: tuple[str, ...] = field(default=EVERY_LEAF, metadata={"static": True})
+
+    @property
+    def trained(self) -> Params:
+        """The parameters that are trained, and None in the place of the others."""
+        return trained_leaves(self.params, self.wrt)
 
     @property
     def device(self) -> jax.Array:
@@ -198,14 +212,17 @@ def lower_schedule(schedule: Schedule, region: ManualRegion) -> Callable[[State,
         case (RepeatSteps(node, body),):
             step = lower_schedule(body, region)
 
-            def one_step(state: State, batch: Batch) -> tuple[State, tuple[Metrics, Diagnostics]]:
-                outputs = step(state, batch)
-                return outputs.state, (outputs.metrics, outputs.diagnostics)
-
             def steps(state: State, batches: Batch) -> StepOutputs:
+                # What is frozen is no carry: a loop may copy what it carries.
+                def one_step(carry: State, batch: Batch) -> tuple[State, tuple[Metrics, Diagnostics]]:
+                    outputs = step(replace(carry, params=state.with_trained(carry.params).params), batch)
+                    return _trained_alone(outputs.state), (outputs.metrics, outputs.diagnostics)
+
                 with jax.named_scope(STEPS_NAME):
-                    state, (metrics, diagnostics) = jax.lax.scan(one_step, state, batches, length=node.size)
-                return StepOutputs(state, metrics, diagnostics)
+                    last, (metrics, diagnostics) = jax.lax.scan(
+                        one_step, _trained_alone(state), batches, length=node.size
+                    )
+                return StepOutputs(replace(last, params=state.with_trained(last.params).params), metrics, diagnostics)
 
             return steps
         case _:
@@ -220,7 +237,7 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     scale = None if optimize.rescale is None else _scale_of(state, optimize.rescale[0])
     numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if region.has_row_numbers else None
     leaves = tuple(jax.tree.leaves(state.model_state))
-    inputs = StepInputs(state.params, _only(leaves, region, "rows", others=True), key, scale)
+    inputs = StepInputs(state.params, _only(leaves, region, "rows", others=True), key, scale, wrt=state.wrt)
     microbatch = LocalMicrobatch(batch, numbers, _only(leaves, region, "rows"))
 
     # Up to the last division: the scan over microbatches, the loss in it, the reductions.
@@ -230,7 +247,7 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
 
     # The last division and the final maps, for the metrics and the norm.
     keys = tuple(_map_key(one, microbatch, inputs, region) for one in final_maps.maps)
-    gradient, value, squares = _measure(final_maps, total, keys, inputs.params, region)
+    gradient, value, squares = _measure(final_maps, total, keys, inputs.trained, region)
     losses = total.finite[None] if losses is None else losses
     metrics = final_metrics(value.metrics)
     model_state, fits = next_leaves([leaf.rule for leaf in region.model_state], leaves, total.model_state)
@@ -238,7 +255,9 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     if fits is not True:  # a sum of whole numbers that overflows makes the step one that is not finite
         metrics["loss"] = jnp.where(fits, metrics["loss"], jnp.nan)
 
-    # The optimizer, in a branch if the step may be skipped; it runs the final maps again.
+    # The optimizer, in a branch if the step may be skipped; it runs the final maps again. It is given nothing frozen: a
+    # branch may copy what it hands through.
+    given = _trained_alone(state)
     loss_fn = None
     if optimize.evaluate is not None:
         loss_fn = _loss_of_whole_batch(optimize.evaluate, microbatch, inputs, region)
@@ -247,11 +266,12 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     gradient_is_finite = jnp.isfinite(sum_arrays(jax.tree.leaves(squares)))
     is_finite = loss_is_finite & gradient_is_finite
     if optimize.guard is not None:
-        new = _update_if(is_finite, update, gradient, metrics["loss"], state)
+        new = _update_if(is_finite, update, gradient, metrics["loss"], given)
     elif optimize.rescale is not None:
-        new = _update_if(gradient_is_finite, update, gradient, metrics["loss"], state)
+        new = _update_if(gradient_is_finite, update, gradient, metrics["loss"], given)
     else:
-        new = update(gradient, metrics["loss"], state)
+        new = update(gradient, metrics["loss"], given)
+    new = replace(new, params=state.with_trained(new.params).params)
 
     # The outputs: the slots that advance with every step, made or skipped; the metrics; the diagnostics.
     slots = dict(new.slots)
@@ -277,6 +297,11 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     return StepOutputs(replace(new, slots=slots), metrics, Diagnostics(is_fine, losses, jnp.stack(sums), paths))
 
 
+def _trained_alone(state: State) -> State:
+    """The state without its frozen parameters."""
+    return replace(state, params=state.trained)
+
+
 def _scale_of(state: State, name: str) -> jax.Array:
     """The scale of the loss: the first leaf of its slot."""
     return jax.tree.leaves(state.slots[name])[0]
@@ -294,14 +319,15 @@ def _run_reduced(
 def _loss_of_whole_batch(
     evaluate: Evaluate, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
 ) -> Callable[[Params], jax.Array]:
-    """The loss of the whole batch as a function of the parameters. Its derivative is computed as that of the step.
+    """The loss of the whole batch as a function of what is trained. Its derivative is computed as that of the step.
 
     A derivative of its own, because that of the loop would keep what every microbatch computes.
     """
 
-    def run(schedule: Schedule, params: Params) -> tuple[jax.Array, Grads]:
+    def run(schedule: Schedule, trained: Params) -> tuple[jax.Array, Grads]:
         with nullcontext() if evaluate.gather is None else region.scope(evaluate.gather.written):
-            params = region.constrain(params, sharded=region.has_sharded_params)
+            trained = region.constrain(trained, sharded=region.has_sharded_params)
+        params = with_frozen(trained, inputs.params, inputs.wrt)
         total, _ = _run_reduced(schedule, microbatch, replace(inputs, params=params), region)
         return final_metrics(total.metrics)["loss"], total.grads
 
@@ -338,9 +364,12 @@ def _run_on_devices(
         by_rows, others = (_only(total.model_state, region, "rows", others=others) for others in (False, True))
         return replace(total, grads=(), finite=None, model_state=others), total.grads, by_rows, total.finite[None]
 
-    rows, params = PartitionSpec(region.batch_axes), region.manual_specs(sharded=region.has_sharded_params)
+    rows, params = (
+        PartitionSpec(region.batch_axes),
+        region.manual_specs(region.dimensions, sharded=region.has_sharded_params),
+    )
     has_gradient = any(isinstance(one, Compute) for one in all_instructions(schedule))
-    grads = region.manual_specs(sharded=gradient_is_sharded(schedule)) if has_gradient else ()
+    grads = region.manual_specs(region.grad_dimensions, sharded=gradient_is_sharded(schedule)) if has_gradient else ()
     run = jax.shard_map(
         on_device, mesh=region.mesh, in_specs=(params, PartitionSpec(), rows),
         out_specs=(PartitionSpec(), grads, rows, rows),
@@ -418,8 +447,9 @@ def _compute(
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
     def scaled_loss(
-        params: Params, overwritten: list[Any]
+        trained: Params, overwritten: list[Any]
     ) -> tuple[jax.Array, tuple[LossOutcome, Any]]:  # Any: arrays; a number, or an array
+        params = with_frozen(trained, inputs.params, inputs.wrt)
         outcome: LossOutcome = loss(params, microbatch.rows, keys, overwrite(given, overwritten))
         terms = merge_terms(outcome.terms)
         # What is differentiated is about as large as a mean over these rows, whatever the loss adds up.
@@ -433,7 +463,7 @@ def _compute(
 
     with region.scope(node.written):
         (_, (outcome, unit)), (grads, overwritten) = jax.value_and_grad(scaled_loss, argnums=(0, 1), has_aux=True)(
-            inputs.params, overwritten_leaves(given)
+            inputs.trained, overwritten_leaves(given)
         )
         grads = jax.tree.map(lambda leaf: leaf * unit, _as_sum(grads))
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]

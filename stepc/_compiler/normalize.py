@@ -84,15 +84,15 @@ class NormalForm:
         """How many steps one dispatch makes."""
         return next((node.size for node in self.core if isinstance(node, RepeatNode)), 1)
 
-    def slots(self, params: Params) -> dict[str, Any]:  # Any: by transform
-        """The slots of a fresh state."""
+    def slots(self, trained: Params) -> dict[str, Any]:  # Any: by transform
+        """The slots of a fresh state with these trained parameters."""
         slots: dict[str, Any] = {}
         for name, node in named(self.core).items():
             match node:
                 case RescaleNode():
                     slots[name] = node.initial(*node.arguments)
                 case FollowNode():
-                    slots[name] = node.initial(params)
+                    slots[name] = node.initial(trained)
                 case GuardNode():
                     slots[name] = SkipCounts(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
                 case MapNode():

@@ -203,7 +203,7 @@ def shard_dimensions(params: Params, placement: Placement, rules: BoundRules) ->
 def gradient_shapes(
     params: Params, placement: Placement, rules: BoundRules, *, sharded: bool
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shape of each parameter's summed gradient on one device; `sharded` as `zero` shards it, or not."""
+    """The shape of each trained parameter's summed gradient on one device; `sharded` as `zero` shards it, or not."""
     specs, dims = shard_dimensions(params, placement, rules)
     sizes = dict(rules.sizes)
 

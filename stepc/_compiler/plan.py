@@ -36,8 +36,9 @@ from stepc._compiler.schedule import (
     Vmap,
 )
 from stepc._compiler.search import SearchResult
-from stepc._core.nodes import Program, show
+from stepc._core.nodes import DifferentiateNode, Program, show
 from stepc._core.sharding import axes_of, spec_text
+from stepc._language.state import is_trained
 from stepc._text import aligned_table, indented_section
 
 _BY_LAYER = "one layer at a time where the loss scans over layers"
@@ -178,6 +179,13 @@ class Plan:
         return self.laws[-1].after if self.laws else self.core
 
     @property
+    def frozen(self) -> tuple[LeafSharding, ...]:
+        """The parameters that are not trained."""
+        wrt = next(node.wrt for node in self.core if isinstance(node, DifferentiateNode))
+        params = [(leaf.path.partition("/"), leaf) for leaf in self.leaves]
+        return tuple(leaf for (field, _, path), leaf in params if field == "params" and not is_trained(path, wrt))
+
+    @property
     def loop_length(self) -> int:
         """The number of microbatches that the loops scan over; 1 without a loop."""
         return max(_loop_lengths(self.schedule, 1))
@@ -207,6 +215,10 @@ class Plan:
         yield "batch", [f"rows sharded over {', '.join(self.rows)}" if self.rows else "replicated"]
         if self.losses:
             yield "loss", [f"{written}: {use}" for written, use in self.losses]
+        if frozen := self.frozen:
+            size = f"{sum(leaf.total_bytes for leaf in frozen):,} bytes"
+            what = f"{len(frozen)} {'leaf' if len(frozen) == 1 else 'leaves'}, {size}"
+            yield "frozen", [f"{what}: no gradient, no reduction, no optimizer state; handed through in place"]
         if self.notes:
             yield "sharding", list(self.notes)
         total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from stepc._core.nodes import MeanNode, OverMesh, Program
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
-from stepc._language.state import describe_leaf, path_matches
+from stepc._language.state import describe_leaf, is_typed_key, path_matches
 from stepc.errors import ShardingError, did_you_mean, faults_in_one, misspelt_axes
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
@@ -153,11 +153,13 @@ def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it
         for dim, size in enumerate(leaf.shape)
         if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None) and not (is_stack and dim == 0)
     ]
-    return -max(ranks)[-1] if ranks and num_shards > 1 else -1
+    return -max(ranks)[-1] if ranks and num_shards > 1 and not is_typed_key(leaf) else -1
 
 
 def why_unsharded(leaf: Any, spec: Spec, rules: BoundRules) -> str:  # Any: as above
     """Why `zero` shards no dimension of a leaf: none divides evenly, or what each that does is taken by."""
+    if is_typed_key(leaf):
+        return "typed keys are never sharded"
     taken = [
         f"dimension {dim}, which "
         + (

@@ -40,6 +40,7 @@ from stepc._compiler.validation import (
     batch_signature,
     check_batch,
     check_fixed_point,
+    check_like,
     check_model_state,
     check_option,
     check_params,
@@ -53,7 +54,7 @@ from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
-from stepc._language.state import KEYS, State
+from stepc._language.state import KEYS, State, carried_over, trained_leaves
 from stepc.inspect.budget import Budget
 
 _LOG = logging.getLogger("stepc")
@@ -158,21 +159,32 @@ class Step:
         axes = {} if self.mesh is None else dict(self.mesh.shape)
         return StepReference(self.pipeline, axes, self._pipeline_for)
 
-    def init(self, params: Params, *, seed: Any = 0, model_state: Any = None) -> State:  # Any: below
+    def init(
+        self, params: Params, *, seed: Any = None, model_state: Any = None, like: State | None = None
+    ) -> State:  # Any: below
         """Make a fresh state and place it on the mesh. The caller's arrays are copied, never aliased or deleted.
 
         Args:
-          params: a tree of floating-point arrays. Leaves that are sharded over automatic axes of the mesh stay so; all
+          params: a tree of arrays: of floating-point numbers where they are trained, of any dtype where
+            `grad(loss, wrt=...)` freezes them. Leaves that are sharded over automatic axes of the mesh stay so; all
             others are replicated, or sharded as the rules of `shard` say. With `jax.ShapeDtypeStruct` leaves the result
             is the shapes of the state, for `lower`.
-          seed: an integer, which becomes the threefry key `state.rng`; or a typed key of any implementation.
+          seed: an integer, which becomes the threefry key `state.rng`; or a typed key of any implementation. None is 0.
           model_state: the model's own state, for `grad(loss, model_state=True)`: a tree of numbers, such as batch
             statistics.
+          like: a state to go on from where what is trained changes: `step.init(state.params, like=state)`. Step, key
+            and model state are its own, and so are optimizer state and slots of what was trained already; what is
+            trained from now on begins afresh. A count that all parameters share, as Adam's, goes on: the bias of
+            moments that begin later is not corrected.
         Errors: ConfigError with all parameters that cannot be trained, for a model state that is missing, for a seed of
           more than 64 bits; FieldTypeError for a seed that is neither an integer nor a typed key.
         On several processes each passes the same: pipeline, parameters, seed and model state are compared first.
         """
-        check_params(params)
+        check_params(params, self.normal_form.loss.wrt)
+        if like is not None:
+            check_like(like, seed, model_state, lambda params, wrt: self._transform_state(params, wrt)["opt_state"])
+            model_state = like.model_state
+        seed = 0 if seed is None else seed
         check_seed(seed)
         rules = self.normal_form.rules
         sizes = dict(rules.sizes)
@@ -197,7 +209,14 @@ class Step:
             state = self._fresh(without_weak_types(params), seed, without_weak_types(model_state))
             return replace(state, placement=placement)
 
-        return jax.block_until_ready(jax.jit(fresh, out_shardings=shardings)(*placed))
+        state = jax.jit(fresh, out_shardings=shardings)(*placed)
+        if like is not None:
+            state = jax.tree.map(
+                lambda made, one: made if one is made else jnp.copy(jax.device_put(one, made.sharding)),
+                state,
+                carried_over(state, like),
+            )
+        return jax.block_until_ready(state)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step. The state is donated: use the returned one.
@@ -210,7 +229,7 @@ class Step:
     def step_with_diagnostics(self, state: State, batch: Batch) -> StepOutputs:
         """One step, by the same program as a call, and its diagnostics: what it saw of numbers that are not finite."""
         if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
-            refuse_state(state, self._transform_state)
+            refuse_state(state, self._transform_state, self.normal_form.loss.wrt)
         try:
             placed = self._batches.placed(batch)
             tuned = None if self._autotuner is None else self._autotuner.tune(state, placed)
@@ -250,36 +269,43 @@ class Step:
 
         The state may be shapes, as `init` makes them of shapes. Errors: ConfigError for another step's state.
         """
-        check_state(state, self._transform_state)
+        check_state(state, self._transform_state, self.normal_form.loss.wrt)
         return sharding_table(state, self.normal_form.rules, self.mesh)
 
     def _fresh(self, params: Params, seed: Any, model_state: Any) -> State:
         with self._own_mesh():
             key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else jax.random.clone(seed)
             made = self._transform_state(params)
-            return State(params, made["opt_state"], jnp.zeros((), jnp.int32), key, model_state, made["slots"])
+            fields = (params, made["opt_state"], jnp.zeros((), jnp.int32), key, model_state, made["slots"])
+            return State(*fields, wrt=self.normal_form.loss.wrt)
 
-    def _transform_state(self, params: Params) -> dict[str, Any]:  # Any: by transform
-        """The part of a fresh state that the transforms make."""
+    def _transform_state(
+        self, params: Params, wrt: tuple[str, ...] | None = None
+    ) -> dict[str, Any]:  # Any: by transform
+        """The part of a fresh state that the transforms make; `wrt` is that of the pipeline, if None."""
+        trained = trained_leaves(params, self.normal_form.loss.wrt if wrt is None else wrt)
         update = self.normal_form.update
-        opt_state = initial_state(update.optimizer, params, update.written)
-        return {"opt_state": opt_state, "slots": self.normal_form.slots(params)}
+        opt_state = initial_state(update.optimizer, trained, update.written)
+        return {"opt_state": opt_state, "slots": self.normal_form.slots(trained)}
 
     def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics]:
         """What the program does, while jax traces it."""
         with self._own_mesh():
             self._traced_batches.append(signature_text(batch))
             check_batch(shapes_of(batch), self.normal_form.core)
-            check_state(state, self._transform_state)
+            check_state(state, self._transform_state, self.normal_form.loss.wrt)
             schedule, structure = self.normal_form.schedule(state, batch)
             self._schedules[_signature(state, batch)] = schedule, structure
             rules = self.normal_form.rules
             specs, dimensions = shard_dimensions(state.params, state.placement, rules)
+            grad_specs, grad_dimensions = shard_dimensions(state.trained, state.placement, rules)
             region = ManualRegion(
                 mesh=self.mesh,
                 batch_axes=self.normal_form.batch_axes,
                 specs=specs,
                 dimensions=dimensions,
+                grad_specs=grad_specs,
+                grad_dimensions=grad_dimensions,
                 shard_axis=rules.axis if rules.layout.zero else None,
                 has_sharded_params=rules.layout.zero == 3,
                 model_state=structure.model_state,
@@ -302,9 +328,9 @@ class Step:
             form, rules = self.normal_form, self.normal_form.rules
             schedule, structure = self._schedules[_signature(state, batch)]
             leaves = sharding_table(state, rules, self.mesh).rows
-            gradient = gradient_shapes(state.params, state.placement, rules, sharded=False)
+            gradient = gradient_shapes(state.trained, state.placement, rules, sharded=False)
             notes = sharding_notes(schedule, rules, sum(leaf.size * leaf.dtype.itemsize for leaf in gradient))
-            sums = gradient_shapes(state.params, state.placement, rules, sharded=accumulator_is_sharded(schedule))
+            sums = gradient_shapes(state.trained, state.placement, rules, sharded=accumulator_is_sharded(schedule))
             return Plan(
                 repr(self.pipeline), mesh, form.core, form.laws, schedule, rules.rows, leaves, notes,
                 structure.model_state, tuple(leaf.shape for leaf in sums),
@@ -349,12 +375,14 @@ class StepReference:
         """That of the step."""
         return skip_limit_of(self.pipeline)
 
-    def init(self, params: Params, *, seed: Any = 0, model_state: Any = None) -> State:  # Any: as in `Step.init`
+    def init(
+        self, params: Params, *, seed: Any = None, model_state: Any = None, like: State | None = None
+    ) -> State:  # Any: as in `Step.init`
         """Make a fresh state, equal to that of `step.init`.
 
         Errors: ConfigError if the pipeline leaves a number to the compiler.
         """
-        return reference(self.pipeline, axes=self.axes).init(params, seed=seed, model_state=model_state)
+        return reference(self.pipeline, axes=self.axes).init(params, seed=seed, model_state=model_state, like=like)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step. Nothing is donated: state and batch are copied, from wherever they are, to one device.

@@ -18,6 +18,7 @@ from stepc._language.state import (
     State,
     describe_leaf,
     describe_tied_leaves,
+    is_trained,
     is_typed_key,
     leaves_by_path,
     path_matches,
@@ -109,24 +110,34 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
     return made
 
 
-def check_params(params: Params) -> None:
-    """Refuse parameters that cannot be trained.
+def check_params(params: Params, wrt: tuple[str, ...]) -> None:
+    """Refuse parameters that cannot be trained, or that cannot even be frozen.
 
-    Errors: ConfigError with every leaf that is not a floating-point array.
+    Args:
+      wrt: path patterns of the parameters that are trained.
+    Errors: ConfigError with every trained leaf that is not a floating-point array, every other that is no array, and
+      every pattern that matches nothing.
     """
     leaves = leaves_by_path(params)
     faults = [] if leaves else ["the tree of parameters has no leaves."]
+    hints: list[str | None] = []
     for path, leaf in leaves:
         shown = f"`{path}`" if path else "the parameter"
-        if not isinstance(leaf, (*_ARRAYS, np.generic, float)):
+        if not isinstance(leaf, (*_ARRAYS, np.generic, float, int)):
             faults.append(f"{shown} is {_a(type(leaf).__name__)}, not an array.")
         elif isinstance(leaf, jax.Array) and leaf.is_deleted():
             faults.append(f"{shown} is deleted: it was donated to an earlier step.")
-        elif not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        elif is_trained(path, wrt) and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             faults.append(f"{shown} has dtype {jnp.result_type(leaf)}; a gradient needs floating-point parameters.")
+            hints.append("`grad(loss, wrt=...)` freezes the parameters that it does not name.")
+    for pattern in wrt if leaves else ():
+        if not any(path_matches(pattern, path) for path, _ in leaves):
+            faults.append(f"`wrt` names {pattern!r}, which matches no parameter.")
+            hints.append(did_you_mean(pattern, [path for path, _ in leaves]))
     if faults:
-        raise ConfigError(_all(faults, of="the parameters"))
-    overwritten = [path for path, _ in leaves if is_overwritten(path)]
+        suggestion = " ".join(dict.fromkeys(filter(None, hints))) or None
+        raise ConfigError(_all(faults, of="the parameters"), suggestion=suggestion)
+    overwritten = [path for path, _ in leaves if is_trained(path, wrt) and is_overwritten(path)]
     if overwritten:
         raise ConfigError(
             f"`{overwritten[0]}`{f' and {len(overwritten) - 1} more' if overwritten[1:] else ''}: what arrives as the "
@@ -211,9 +222,55 @@ def _rule_fault(rule: str, leaf: Any, num_devices: int) -> str | None:  # Any: a
             return None
 
 
-def refuse_state(state: Any, expected: Callable[[Params], Any]) -> NoReturn:  # Any, twice: as `check_state`
+def check_like(
+    like: object, seed: object, model_state: object, optimizer_state: Callable[[Params, tuple[str, ...]], Any]
+) -> None:  # Any: the optimizer's own tree
+    """Refuse a state that another cannot go on from.
+
+    Args:
+      seed, model_state: what `init` was given besides.
+      optimizer_state: makes that of these parameters, of which those that the patterns name are trained.
+    Errors: FieldTypeError if it is not a State; ConfigError if it was donated, if another optimizer made it, or if it
+      and an argument say the same.
+    """
+    if not isinstance(like, State):
+        facts = (("expected", "a State to go on from"), ("got", type(like).__name__))
+        raise FieldTypeError("`like` is not a State.", facts=facts)
+    given = [name for name, value in (("seed", seed), ("model_state", model_state)) if value is not None]
+    if given:
+        raise ConfigError(
+            f"`init` was given `like` and `{'` and `'.join(given)}`: a state that goes on keeps its own.",
+            suggestion=f"Leave out `{'` and `'.join(given)}`.",
+        )
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(like)):
+        what = "`like` was donated to an earlier step: its arrays are deleted."
+        raise ConfigError(what, suggestion="Use the state that the step returned.")
+    made = jax.eval_shape(lambda params: optimizer_state(params, like.wrt), like.params)
+    faults = _differences(made, like.opt_state, of="opt_state")
+    if faults:
+        what = _all(faults, of="`like`, whose optimizer state another optimizer made")
+        raise ConfigError(what, suggestion="Leave out `like` and begin with `step.init(params)`.")
+
+
+def _differences(wanted: Any, found: Any, *, of: str) -> list[str]:  # Any: trees of arrays, or of shapes
+    """How the leaves of one tree differ from those that were expected, by path."""
+    want, have = (
+        {"/".join(filter(None, (of, path))): describe_leaf(leaf) for path, leaf in leaves_by_path(tree)}
+        for tree in (wanted, found)
+    )
+    faults = [f"`{path}` is missing." for path in want if path not in have]
+    faults += [f"`{path}` is not expected." for path in have if path not in want]
+    both = want.keys() & have.keys()
+    return sorted(
+        faults + [f"`{path}` is {have[path]}, expected {want[path]}." for path in both if want[path] != have[path]]
+    )
+
+
+def refuse_state(
+    state: Any, expected: Callable[[Params], Any], wrt: tuple[str, ...]
+) -> NoReturn:  # Any, twice: as `check_state`
     """Say why a step cannot take this state: another step's, shapes only, or donated."""
-    check_state(state, expected)
+    check_state(state, expected, wrt)
     if not isinstance(state.step, jax.Array):
         raise ConfigError("This state holds shapes: `lower` takes shapes, a step needs arrays.")
     raise ConfigError(
@@ -222,28 +279,26 @@ def refuse_state(state: Any, expected: Callable[[Params], Any]) -> NoReturn:  # 
     )
 
 
-def check_state(state: object, expected: Callable[[Params], Any]) -> None:  # Any: a dict of trees
+def check_state(state: object, expected: Callable[[Params], Any], wrt: tuple[str, ...]) -> None:  # Any: a dict of trees
     """Refuse a state that another step made.
 
     Args:
       expected: makes `{"opt_state": ..., "slots": ...}` for the state's parameters; the shapes must be these.
+      wrt: path patterns of the parameters that the step trains.
     Errors: FieldTypeError if it is not a State; ConfigError with every path that is missing, unexpected, or of another
       shape or dtype.
     """
     if not isinstance(state, State):
         facts = (("expected", "the State that `step.init(params)` returned"), ("got", type(state).__name__))
         raise FieldTypeError("`state` is not a State.", facts=facts)
-    wanted = dict(leaves_by_path(jax.eval_shape(expected, state.params)))
-    found = dict(leaves_by_path({"opt_state": state.opt_state, "slots": state.slots}))
-    faults = [f"`{path}` is missing." for path in wanted if path not in found]
-    faults += [f"`{path}` is not expected." for path in found if path not in wanted]
-    for path in wanted.keys() & found.keys():
-        want, have = map(describe_leaf, (wanted[path], found[path]))
-        if want != have:
-            faults.append(f"`{path}` is {have}, expected {want}.")
-    if faults:
-        suggestion = "Make the state with `init` of the step that runs it."
-        raise ConfigError(_all(sorted(faults), of="the state"), suggestion=suggestion)
+    suggestion = "Make the state with `init` of the step that runs it."
+    if state.wrt != wrt:
+        facts = (("the state trains", ", ".join(state.wrt)), ("the step trains", ", ".join(wrt)))
+        suggestion = "Write `step.init(state.params, like=state)`."
+        raise ConfigError("The state is of a step that trains other parameters.", facts=facts, suggestion=suggestion)
+    found = {"opt_state": state.opt_state, "slots": state.slots}
+    if faults := _differences(jax.eval_shape(expected, state.params), found, of=""):
+        raise ConfigError(_all(faults, of="the state"), suggestion=suggestion)
 
 
 def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> None:

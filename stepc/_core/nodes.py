@@ -61,10 +61,12 @@ class Wrap:
     """A transformation of the loss, applied before it is differentiated: `function(loss, *arguments)` is a loss.
 
     A module-level function and a tuple instead of a closure, because equal transforms must expand to equal wraps.
+    `check(trained, *arguments)` refuses trained parameters that the transformation cannot take.
     """
 
     function: Callable[..., Callable[..., Any]]  # Any: a loss takes the user's own trees
     arguments: tuple[object, ...] = ()
+    check: Callable[..., None] = lambda *_: None
     written: Written = field(default="wrap", compare=False)
 
 
@@ -78,6 +80,7 @@ class DifferentiateNode:
       has_aux: whether the loss returns metrics beside its value.
       rng: "example" for one key per row, "microbatch" for one key per call of the loss, None for none.
       model_state: the rules of the model state by path pattern, () for the default ones; None if the loss takes none.
+      wrt: path patterns of the parameters that are trained; the gradient has those leaves alone.
     """
 
     loss: Callable[..., Any]  # Any: a loss takes the user's own trees
@@ -85,6 +88,7 @@ class DifferentiateNode:
     has_aux: bool = False
     rng: str | None = None
     model_state: Rules | None = None
+    wrt: tuple[str, ...] = ("**",)
     written: Written = field(default="grad", compare=False)
 
     def __str__(self) -> str:
@@ -97,6 +101,11 @@ class DifferentiateNode:
         for wrap in reversed(self.wraps):
             function = wrap.function(function, *wrap.arguments)
         return function
+
+    def check(self, trained: Any) -> None:  # Any: a tree of the user's
+        """Refuse trained parameters that a transformation of the loss cannot take."""
+        for wrap in self.wraps:
+            wrap.check(trained, *wrap.arguments)
 
 
 @dataclass(frozen=True)

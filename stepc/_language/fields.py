@@ -69,6 +69,18 @@ def axis_name(transform: str, field: str, value: object) -> str:
     return value
 
 
+def path_patterns(transform: str, field: str, value: object) -> tuple[str, ...]:
+    """`value` as a tuple of path patterns, if it is one pattern or a tuple of them."""
+    given: tuple[object, ...] = value if isinstance(value, tuple) else (value,)
+    patterns = tuple(pattern for pattern in given if isinstance(pattern, str))
+    expected = "a path pattern, such as 'head/**', or a tuple of them"
+    if len(patterns) < len(given):
+        raise _type_error(transform, field, expected, value)
+    if not patterns or not all(patterns):
+        raise _value_error(transform, field, expected, value)
+    return patterns
+
+
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
     """Refuse a value that is not one of the choices; `name` says what they are, such as "gather mode"."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):

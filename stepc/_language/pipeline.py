@@ -324,6 +324,8 @@ def _source_of(value: object) -> str:
             return f'"{value}"'
         case np.dtype():
             return f"jnp.{value.name}"
+        case (str(), *rest) if isinstance(value, tuple) and all(isinstance(one, str) for one in rest):
+            return f"({', '.join(map(_source_of, value))}{'' if rest else ','})"
         case _:
             return repr(value)
 

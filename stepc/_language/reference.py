@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from stepc._language.kinds import Batch, Kind, Params
 from stepc._language.pipeline import Pipeline, Transform, transform_name, transforms_of
 from stepc._language.semantics import Fn
-from stepc._language.state import KEYS, State
+from stepc._language.state import KEYS, State, carried_over
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
 from stepc.errors import ConfigError, ShardingError, caret, misspelt_axes
 
@@ -30,10 +30,14 @@ class Reference:
         """How many steps in a row `run` lets `skip_nonfinite` skip; None without it."""
         return skip_limit_of(self.pipeline)
 
-    def init(self, params: Params, *, seed: int = 0, model_state: Any = None) -> State:  # Any: the model's own tree
-        """A fresh state."""
+    def init(
+        self, params: Params, *, seed: Any = None, model_state: Any = None, like: State | None = None
+    ) -> State:  # Any: a seed, as in `Step.init`; the model's own tree
+        """A fresh state; with `like`, one that goes on from that state."""
+        seed = 0 if seed is None else seed
         key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else seed
-        return self.fn.init(State(params, None, jnp.zeros((), jnp.int32), key, model_state))
+        state = self.fn.init(State(params, None, jnp.zeros((), jnp.int32), key, model_state))
+        return state if like is None else carried_over(state, like)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step, eagerly. Nothing is donated."""

@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,6 +15,9 @@ from stepc._language.kinds import Params
 
 # The leaves that are not replicated: (path, spec), sorted by path.
 Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
+
+# The `wrt` of a gradient with respect to every parameter.
+EVERY_LEAF = ("**",)
 
 # The implementation of the key that an integer seed makes. Fixed here instead of taken from jax's configuration: no
 # ambient state changes what a pipeline means.
@@ -37,7 +40,8 @@ class State:
     Shapes: `params` and `opt_state` are trees of the user and of optax. `step` is an int32 scalar, so any number of
     steps is one trace. `rng` is a scalar typed key, the seed; it never changes, since keys are folded from it and the
     step. `model_state` is the model's own state, None without `grad(loss, model_state=True)`. `slots` holds what each
-    stateful transform keeps, by the transform's name.
+    stateful transform keeps, by the transform's name. `wrt` says which parameters are trained; `opt_state` and slots
+    like the parameters have those leaves alone, and None for the others.
     Errors: a step donates its state, which deletes the arrays: use the state that the step returns.
     """
 
@@ -49,6 +53,16 @@ class State:
     slots: dict[str, Any] = field(default_factory=dict)  # Any: by transform
     # Part of the tree's type, not of its leaves: another placement is another program.
     placement: Placement = field(default=(), metadata={"static": True})
+    wrt: tuple[str, ...] = field(default=EVERY_LEAF, metadata={"static": True})
+
+    @property
+    def trained(self) -> Params:
+        """The parameters that are trained, and None in the place of each that is frozen."""
+        return trained_leaves(self.params, self.wrt)
+
+    def with_trained(self, trained: Params) -> "State":
+        """The state with these trained parameters; the frozen ones stay."""
+        return replace(self, params=with_frozen(trained, self.params, self.wrt))
 
 
 def path_of(keys: tuple[Any, ...]) -> str:  # Any: the key types of jax.tree_util
@@ -71,6 +85,48 @@ def path_matches(pattern: str, path: str) -> bool:
 def same_tree(tree: Any) -> Any:  # Any: a tree of the user's
     """The same leaves in new nodes: those of Flax NNX may change only in the trace that made them."""
     return jax.tree.map(lambda leaf: leaf, tree)
+
+
+def is_trained(path: str, wrt: tuple[str, ...]) -> bool:
+    """Whether a parameter is trained: whether any of the patterns matches its path."""
+    return any(path_matches(pattern, path) for pattern in wrt)
+
+
+def trained_leaves(params: Params, wrt: tuple[str, ...]) -> Params:
+    """A tree like the parameters, with None in the place of every leaf that is frozen."""
+    if wrt == EVERY_LEAF:
+        return params
+    leaves = [leaf if is_trained(path, wrt) else None for path, leaf in leaves_by_path(params)]
+    return jax.tree.structure(params).unflatten(leaves)
+
+
+def with_frozen(trained: Params, params: Params, wrt: tuple[str, ...]) -> Params:
+    """The inverse of `trained_leaves`: the trained leaves, and the frozen ones of `params`."""
+    if wrt == EVERY_LEAF:
+        return trained
+    given = iter(jax.tree.leaves(trained))
+    leaves = [next(given) if is_trained(path, wrt) else leaf for path, leaf in leaves_by_path(params)]
+    return jax.tree.structure(params).unflatten(leaves)
+
+
+def carried_over(fresh: State, like: State) -> State:
+    """A fresh state, with everything of `like` that is also its own.
+
+    Optimizer state and slots are matched by path, shape and dtype: those of the parameters that were trained already,
+    and those of no parameter, such as a count.
+    """
+
+    def carried(made: Any, old: Any) -> Any:  # Any: trees of arrays
+        known = dict(leaves_by_path(old))
+        leaves = [
+            one if (was := known.get(path)) is None or describe_leaf(was) != describe_leaf(one) else was
+            for path, one in leaves_by_path(made)
+        ]
+        return jax.tree.structure(made).unflatten(leaves)
+
+    slots = {name: carried(made, like.slots.get(name)) for name, made in fresh.slots.items()}
+    opt_state = carried(fresh.opt_state, like.opt_state)
+    return replace(fresh, opt_state=opt_state, slots=slots, step=like.step, rng=like.rng, model_state=like.model_state)
 
 
 def describe_leaf(leaf: object) -> str:

@@ -32,7 +32,7 @@ from stepc._core.nodes import (
 from stepc._language.model_state import ADVANCE, fold_key, overwrite, overwritten_leaves, rules_by_leaf
 from stepc._language.optimizers import WHOLE_BATCH_LOSSES, run_optimizer
 from stepc._language.semantics import draw_tag, narrowed
-from stepc._language.state import same_tree
+from stepc._language.state import same_tree, trained_leaves, with_frozen
 from stepc._language.terms import (
     LossOutcome,
     Mean,
@@ -130,7 +130,8 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
     guards = [node for node in outer if isinstance(node, GuardNode)]
     scales = [node for node in inner if isinstance(node, RescaleNode)]
     summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
-    grads, metrics = narrowed(summed.value(), state.params), summed.reported()
+    trained = _trained(inner, state)
+    grads, metrics = narrowed(summed.value(), trained), summed.reported()
     squares = sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
     model_state, fits = _next_model_state(inner[-1], state.model_state, summed)
     if not fits:
@@ -145,13 +146,12 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
     if happens:
         losses = dict.fromkeys(WHOLE_BATCH_LOSSES, partial(_loss_at, inner, before, batch))
         offered = {"value": metrics["loss"], "grad": grads, **losses}
-        updates, opt_state = run_optimizer(
-            update.optimizer, grads, state.opt_state, state.params, offered, update.written
-        )
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = run_optimizer(update.optimizer, grads, state.opt_state, trained, offered, update.written)
+        trained = optax.apply_updates(trained, updates)
         for node in outer:
             if isinstance(node, FollowNode):
-                slots[names[id(node)]] = node.advance(slots[names[id(node)]], params, *node.arguments)
+                slots[names[id(node)]] = node.advance(slots[names[id(node)]], trained, *node.arguments)
+        params = with_frozen(trained, state.params, _wrt(inner))
         state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
     for node in guards:
         name, count = names[id(node)], 0 if happens else 1
@@ -161,8 +161,9 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
     return replace(state, slots=slots), metrics
 
 
-def _loss_at(inner: Program, state: EvaluationState, batch: Tree, params: Tree) -> Any:  # Any: a scalar
+def _loss_at(inner: Program, state: EvaluationState, batch: Tree, trained: Tree) -> Any:  # Any: a scalar
     """The loss of the whole batch at other parameters."""
+    params = with_frozen(trained, state.params, _wrt(inner))
     rows = np.arange(len(jax.tree.leaves(batch)[0]))
     return _gradient_of_rows(inner, replace(state, params=params), batch, rows).reported()["loss"]
 
@@ -207,18 +208,20 @@ def _differentiated(
     has_state = node.model_state is not None
     given = _given_model_state(node, state, rows)
 
-    def outcome(params: Tree) -> LossOutcome:
+    def outcome(trained: Tree) -> LossOutcome:
+        params = with_frozen(trained, state.params, node.wrt)
         returned = node.function(params, microbatch, *keys, *((same_tree(given),) if has_state else ()))
         return loss_outcome(returned, has_aux=node.has_aux, model_state=has_state)
 
-    found = outcome(state.params)
+    trained = trained_leaves(state.params, node.wrt)
+    found = outcome(trained)
     # The model state is a constant of the gradient, wherever the loss of the whole batch is differentiated.
     found = found._replace(model_state=jax.lax.stop_gradient(found.model_state))
     terms = []
     for number, term in enumerate(found.terms):
         unit = power_of_two(term.count)
         by = factor / unit
-        grads = jax.grad(lambda params, number=number, by=by: outcome(params).terms[number].total * by)(state.params)
+        grads = jax.grad(lambda trained, number=number, by=by: outcome(trained).terms[number].total * by)(trained)
         terms.append((jax.tree.map(lambda leaf, unit=unit: leaf * unit, _widened(grads)), term.count))
     after = found.model_state
     if overwritten := overwritten_leaves(given):
@@ -334,6 +337,14 @@ def _next_model_state(node: Any, before: Tree, summed: _SummedGradient) -> tuple
                     total = (total - smallest) % (largest - smallest + 1) + smallest
                 made.append(jnp.asarray(np.asarray(total).astype(leaf.dtype)))
     return tree.unflatten(made), fits
+
+
+def _wrt(program: Program) -> tuple[str, ...]:
+    return next(node.wrt for node in program if isinstance(node, DifferentiateNode))
+
+
+def _trained(program: Program, state: EvaluationState) -> Tree:
+    return trained_leaves(state.params, _wrt(program))
 
 
 def _widened(grads: Tree) -> Tree:

@@ -107,6 +107,13 @@ def recurrent(params: Tree, rows: Tree, model_state: Tree) -> tuple[Float[Array,
     return jnp.mean(error * kept), new
 
 
+def on_frozen(params: Tree, rows: Tree) -> Float[Array, ""]:
+    """A mean over rows whose weights are trained on a frozen base: whole numbers of 8 bits, a bool and a typed key."""
+    base = params["base"]
+    offset = jnp.where(base["on"], base["codes"], 0) + jax.random.randint(base["key"], (3,), -1, 2, jnp.int8)
+    return over_rows({"w": params["w"] + offset.astype(jnp.float32), "b": params["b"]}, rows)
+
+
 PROBES = MappingProxyType({"over_rows": over_rows, "coupling_rows": coupling_rows, "in_order": in_order})
 RECURRENT = {"hidden": "rows", "code": "average", "largest": "max", "tokens": "sum", "table": "constant"}
 # The same as `grad(...)`. Exact ones give the same bits in any order of summation. The others divide by counts that are
@@ -119,6 +126,7 @@ EXACT_SOURCES = MappingProxyType(
         "measuring": grad(measuring, has_aux=True),
         "stateful": grad(stateful, model_state=True),
         "recurrent": grad(recurrent, model_state=RECURRENT),
+        "on_frozen": grad(on_frozen, wrt=("w", "b")),
     }
 )
 SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "tokens": grad(tokens), "terms": grad(terms)})
@@ -143,9 +151,13 @@ class Evaluating:
         return updates, {"here": value_fn(params), "aside": value, "product": product}
 
 
-def probe_params() -> dict[str, np.ndarray]:
-    """Whole-number parameters: a vector of three and a scalar."""
-    return {"w": np.array([2.0, -1.0, 1.0], np.float32), "b": np.array(1.0, np.float32)}
+def probe_params(source: Grad | None = None) -> Tree:
+    """Whole-number parameters: a vector of three and a scalar; and the frozen base of `on_frozen`."""
+    trained = {"w": np.array([2.0, -1.0, 1.0], np.float32), "b": np.array(1.0, np.float32)}
+    if source is None or source.wrt == "**":
+        return trained
+    base = {"codes": np.array([1, -2, 3], np.int8), "on": np.array(True), "key": jax.random.key(5, impl=KEYS)}
+    return {**trained, "base": base}
 
 
 def probe_model_state(source: Grad, num_rows: int) -> Tree | None:
@@ -185,7 +197,7 @@ def wide(probe: Probe) -> Probe:
     across, along = np.array([1, -1, 2, -2, 1, -1, 2, 1], np.float32), np.array([1, 2, -1, 1, -2, 1, 1, -1], np.float32)
 
     def loss(params: Tree, rows: Tree) -> Float[Array, ""]:
-        w = jnp.einsum("a,aib,b->i", across, params["deep"]["w"], along)
+        w = jnp.einsum("a,aib,b->i", across, params["deep"]["w"].astype(jnp.float32), along)
         return probe({"w": w, "b": params["b"] + jnp.sum(params["out"] * np.tile(along, 2))}, rows)
 
     loss.__name__ = f"wide_{probe.__name__}"
@@ -195,9 +207,13 @@ def wide(probe: Probe) -> Probe:
 WIDE = MappingProxyType({name: wide(probe) for name, probe in PROBES.items()})
 
 
-def wide_params() -> Tree:
-    """Whole-number parameters of a `wide` probe: `deep/w` is [8, 3, 8], `out` is [16], `b` a scalar."""
+def wide_params(*, deep: Any = jnp.float32) -> Tree:  # Any: a dtype
+    """Whole-number parameters of a `wide` probe: `deep/w` is [8, 3, 8], `out` is [16], `b` a scalar.
+
+    Args:
+      deep: the dtype of `deep/w`; one of whole numbers, if it is to be frozen.
+    """
     random = np.random.default_rng(0)
     rare = (random.integers(0, 12, size=(8, 3, 8)) == 0) * random.choice([-1, 1], size=(8, 3, 8))
     out = random.integers(-1, 2, size=16)
-    return {"deep": {"w": rare.astype(np.float32)}, "out": out.astype(np.float32), "b": np.array(1.0, np.float32)}
+    return {"deep": {"w": rare.astype(deep)}, "out": out.astype(np.float32), "b": np.array(1.0, np.float32)}

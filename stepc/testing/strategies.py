@@ -58,7 +58,7 @@ def _with_loss_transforms(source: Grad, inside: Transform | Pipeline | None) -> 
     if inside is None:
         return source
     loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
-    return grad(inside @ loss, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
+    return grad(inside @ loss, wrt=source.wrt, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
 
 
 @st.composite

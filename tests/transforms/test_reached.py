@@ -83,7 +83,7 @@ REACHED = {
 
 @pytest.mark.parametrize("name", NOT_REACHED)
 def test_parameter_that_no_gradient_can_reach_is_refused_by_path(name: str) -> None:
-    assert "reaches 1 of its 3 parameters" in unreached(times(NOT_REACHED[name]))
+    assert "reaches 1 of its 3 trained parameters" in unreached(times(NOT_REACHED[name]))
     assert "`extra`" in unreached(times(NOT_REACHED[name]))
 
 
@@ -124,7 +124,7 @@ def test_message_groups_paths_and_shows_at_most_eight() -> None:
     step = sc.compile(ADAMW @ sc.grad(of_layers))
     with pytest.raises(sc.LossError) as raised:
         step(step.init(params), probe_batch(8))
-    assert "reaches 30 of its 50 parameters" in str(raised.value)
+    assert "reaches 30 of its 50 trained parameters" in str(raised.value)
     assert "`a`, `b`, `c`, `d`, `e`, `f`, `g`, `h` and 22 more" in str(raised.value)
 
 

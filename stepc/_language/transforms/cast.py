@@ -13,7 +13,7 @@ from stepc._language.fields import floating_dtype
 from stepc._language.kinds import BatchRows, Kind, Params
 from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn
-from stepc._language.state import leaves_by_path
+from stepc._language.state import State, leaves_by_path
 from stepc._language.terms import accumulation_dtype
 from stepc.errors import ConfigError, faults_in_one
 
@@ -34,13 +34,17 @@ class Cast(Transform):
         object.__setattr__(self, "params", floating_dtype("cast", "params", self.params))
 
     def reference(self, inner: Fn) -> Fn:
-        return Fn(inner.init, cast_loss(inner.apply, self.compute, self.params), inner.axes, inner.names)
+        def init(state: State) -> State:
+            check_master_parameters(state.trained, self.compute, self.params)
+            return inner.init(state)
+
+        return Fn(init, cast_loss(inner.apply, self.compute, self.params), inner.axes, inner.names)
 
     def expand(self) -> tuple[Wrap, ...]:
-        return (Wrap(cast_loss, (self.compute, self.params), written=repr(self)),)
+        return (Wrap(cast_loss, (self.compute, self.params), check_master_parameters, written=repr(self)),)
 
 
-def cast_loss(loss: Callable[..., Any], compute: np.dtype, master: np.dtype | None) -> Callable[..., Any]:
+def cast_loss(loss: Callable[..., Any], compute: np.dtype, _: np.dtype | None) -> Callable[..., Any]:
     """The loss on parameters and rows of dtype `compute`; its results are float32 at least."""
 
     def narrow(leaf: Any) -> Any:
@@ -51,7 +55,6 @@ def cast_loss(loss: Callable[..., Any], compute: np.dtype, master: np.dtype | No
         return leaf.astype(accumulation_dtype(leaf.dtype)) if is_floating else leaf
 
     def narrow_loss(params: Params, rows: BatchRows, *rest: Any) -> Any:
-        _check_master_parameters(params, master)
         returned = loss(jax.tree.map(narrow, params), jax.tree.map(narrow, rows), *rest)
         widened = jax.tree.map(widen, returned)
         if not (rest and isinstance(returned, tuple) and _have_one_structure(returned[-1], rest[-1])):
@@ -70,10 +73,11 @@ def _of_dtype(given: Any, returned: Any, widened: Any) -> Any:
     return returned if jnp.result_type(returned) == jnp.result_type(given) else widened
 
 
-def _check_master_parameters(params: Params, master: np.dtype | None) -> None:
+def check_master_parameters(trained: Params, _: np.dtype, master: np.dtype | None) -> None:
+    """Refuse trained parameters of another dtype than `master`."""
     faults = [
         f"`{path}` is {leaf.dtype}, expected {master}."
-        for path, leaf in leaves_by_path(params)
+        for path, leaf in leaves_by_path(trained)
         if master is not None and leaf.dtype != master
     ]
     if faults:
@@ -89,7 +93,7 @@ def cast(compute: Any, *, params: Any = FLOAT32) -> Cast:  # Any, twice: whateve
 
     Args:
       compute: the dtype inside the loss, such as `jnp.bfloat16`.
-      params: the dtype that the master parameters must have; None for any. It is checked, nothing is cast to it.
+      params: the dtype that the trained parameters must have; None for any. It is checked, nothing is cast to it.
     Shapes: unchanged. Keys, integers and model state are not cast; results are widened.
     Units: unchanged.
     Type: loss -> loss

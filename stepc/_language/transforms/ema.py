@@ -35,13 +35,13 @@ class Ema(Transform):
 
         def init(state: State) -> State:
             state = inner.init(state)
-            return replace(state, slots={**state.slots, name: initial_average(state.params)})
+            return replace(state, slots={**state.slots, name: initial_average(state.trained)})
 
         def apply(state: State, batch: Batch) -> StepResult:
             result = inner.apply(state, batch)
             if not result.happened:
                 return result
-            average = moved_average(state.slots[name], result.state.params, self.decay)
+            average = moved_average(state.slots[name], result.state.trained, self.decay)
             return result._replace(state=replace(result.state, slots={**result.state.slots, name: average}))
 
         return Fn(init, apply, inner.axes, (*inner.names, name))
@@ -61,15 +61,15 @@ def moved_average(average: Any, params: Params, decay: float) -> Any:  # Any: as
 
 
 def ema(decay: float) -> Ema:
-    """Keep an exponential moving average of the parameters.
+    """Keep an exponential moving average of the parameters that are trained.
 
     Meaning: average = decay * average + (1 - decay) * params after each step, from the initial parameters on.
     Why: the average is often the better model. It costs a second copy of the parameters, and no communication.
 
     Args:
       decay: how much of the average each step keeps; at least 0 and below 1.
-    Shapes: the state keeps `slots["ema"]`, a tree like `params`, in float32 at least, and sharded as they are. A second
-      `ema` keeps `slots["ema_2"]`.
+    Shapes: the state keeps `slots["ema"]`, a tree like `params`, in float32 at least, and sharded as they are; None in
+      the place of what `grad(loss, wrt=...)` freezes. A second `ema` keeps `slots["ema_2"]`.
     Units: those of the parameters.
     Type: step -> step
     Errors: FieldTypeError, FieldValueError for a bad `decay`; PipelineTypeError if the stage on its right returns no

@@ -1,13 +1,13 @@
 """`grad`: the gradient of a loss, the rightmost stage of every pipeline."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax
 
 from stepc._core.nodes import DifferentiateNode, Wrap
-from stepc._language.fields import boolean, one_of
+from stepc._language.fields import boolean, one_of, path_patterns
 from stepc._language.kinds import Kind, Params
 from stepc._language.model_state import (
     ModelStateRules,
@@ -19,7 +19,7 @@ from stepc._language.model_state import (
 )
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, function_name, quoted_argument
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, key_of
-from stepc._language.state import State, same_tree
+from stepc._language.state import State, same_tree, with_frozen
 from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome, power_of_two, sum_arrays
 from stepc.errors import FieldTypeError
 
@@ -33,6 +33,7 @@ class Grad(Transform):
     takes: ClassVar = None
     gives: ClassVar = Kind.GRADIENT
     loss: QuotedArgument | Pipeline
+    wrt: str | tuple[str, ...] = field(default="**", kw_only=True)
     has_aux: bool = field(default=False, kw_only=True)
     rng: str | None = field(default=None, kw_only=True)
     model_state: ModelStateRules | None = field(default=None, kw_only=True)
@@ -40,6 +41,7 @@ class Grad(Transform):
     def __post_init__(self) -> None:
         boolean("grad", "has_aux", self.has_aux)
         object.__setattr__(self, "model_state", model_state_rules(self.model_state))
+        path_patterns("grad", "wrt", self.wrt)
         one_of("rng", self.rng, KEYS_PER)
         match self.loss:
             case Pipeline():
@@ -55,6 +57,9 @@ class Grad(Transform):
         for transform in reversed(self._loss_transforms):
             loss_fn = transform.reference(loss_fn)
         loss = self.loss.value if isinstance(self.loss, QuotedArgument) else loss_fn.apply
+
+        def init(state: State) -> State:
+            return loss_fn.init(replace(state, wrt=self.patterns))
 
         def apply(state: State, microbatch: Microbatch) -> Gradient:
             given, rules = None, () if self.model_state is None else self.model_state.by_pattern
@@ -80,11 +85,12 @@ class Grad(Transform):
                 count = outcome.terms[number].count
                 unit = power_of_two(count)
 
-                def total(params: Params) -> jax.Array:
+                def total(trained: Params) -> jax.Array:
+                    params = with_frozen(trained, state.params, self.patterns)
                     term = self._outcome(loss, params, given, state, microbatch).terms[number]
                     return term.total / unit * microbatch.factor
 
-                narrow = jax.grad(total)(state.params)
+                narrow = jax.grad(total)(state.trained)
                 return GradientTerm(
                     jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)) * unit, narrow), count
                 )
@@ -92,7 +98,7 @@ class Grad(Transform):
             terms = tuple(map(term, range(len(outcome.terms))))
             return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, result)
 
-        return Fn(inner.init, apply, inner.axes, inner.names)
+        return Fn(init, apply, inner.axes, inner.names)
 
     def expand(self) -> tuple[DifferentiateNode, ...]:
         match self.loss:
@@ -104,7 +110,12 @@ class Grad(Transform):
             node for transform in self._loss_transforms for node in transform.expand() if isinstance(node, Wrap)
         )
         rules = None if self.model_state is None else self.model_state.by_pattern
-        return (DifferentiateNode(value, wraps, self.has_aux, self.rng, rules, written=repr(self)),)
+        return (DifferentiateNode(value, wraps, self.has_aux, self.rng, rules, self.patterns, written=repr(self)),)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Which parameters are trained."""
+        return self.wrt if isinstance(self.wrt, tuple) else (self.wrt,)
 
     @property
     def _loss_transforms(self) -> tuple[Transform, ...]:
@@ -136,6 +147,7 @@ def _check_complete(loss: Pipeline) -> None:
 def grad(
     loss: Callable[..., Any] | Pipeline,
     *,
+    wrt: str | tuple[str, ...] = "**",
     has_aux: bool = False,
     rng: str | None = None,
     model_state: bool | Mapping[str, str] | ModelStateRules | None = None,
@@ -150,6 +162,10 @@ def grad(
       loss: `loss(params, rows)` returns a scalar, a mean over the rows it is given; or `sc.Mean(total, count)`; or sums
         and multiples of these. Any pytrees, any model library. Transforms from loss to loss go inside:
         `grad(cast(jnp.bfloat16) @ remat() @ loss)`.
+      wrt: a path pattern, or a tuple of them: which parameters are trained. `*` matches anything within a key, `**`
+        across keys. The others are frozen: of any dtype, without gradient, reduction and optimizer state, in no norm
+        and no `ema`. The optimizer is given the trained leaves, and None in the place of the others. Frozen leaves are
+        placed by the rules of `shard` and saved with the state.
       has_aux: the loss returns `(value, metrics)`. Metrics are a dict of scalars (averaged over microbatches),
         `sc.Mean`, `sc.Sum`, `sc.Max`, `sc.Min` or `sc.Last`, and all of them are reported.
       rng: "example" gives `loss(params, rows, keys)` one typed key per row, folded from (seed, step, number of the row
@@ -173,13 +189,15 @@ def grad(
         their gradient, by the rule "max"; the loss returns them as they were.
         A leaf that does not depend on the rows passes as it is, whatever its dtype. Whole numbers and bools that do
         depend on them need a rule under `shard` and `rows`.
-    Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes of `params`, in float32
-      at least up to `update`, which takes it in their dtypes.
+    Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes of the trained
+      `params`, and None in the place of the frozen ones. It is in float32 at least up to `update`, which takes it in
+      their dtypes.
     Units: per example, if the loss is a mean over examples; per unit of the count, for `sc.Mean`.
     Type: loss -> gradient; adds the metric `loss`
-    Errors: FieldTypeError, FieldValueError for bad fields. At the first call, LossError if the loss does not return
-      what it should, if a count depends on the parameters, if the model state does not fit its rules (whole numbers or
-      rows without one, a constant that changes), or if `rng="example"` meets a key implementation whose draws
+    Errors: FieldTypeError, FieldValueError for bad fields. ConfigError at `init` if a pattern of `wrt` matches nothing.
+      At the first call, LossError if the loss does not return what it should, if a count depends on the parameters, if
+      no gradient can reach a trained parameter, if the model state does not fit its rules (whole numbers or rows
+      without one, a constant that changes), or if `rng="example"` meets a key implementation whose draws
       depend on how many are drawn together (`rbg`). Exceptions of the loss pass through, with a note.
     A loss that couples rows (contrastive losses, batch statistics) sees only the rows of its own call.
     Example:
@@ -190,6 +208,6 @@ def grad(
     """
     rules = model_state_rules(model_state)
     if isinstance(loss, Pipeline):
-        return Grad(loss, has_aux=has_aux, rng=rng, model_state=rules)
+        return Grad(loss, wrt=wrt, has_aux=has_aux, rng=rng, model_state=rules)
     quoted = quoted_argument(loss, position=0, keyword="loss", otherwise=function_name(loss))
-    return Grad(quoted, has_aux=has_aux, rng=rng, model_state=rules)
+    return Grad(quoted, wrt=wrt, has_aux=has_aux, rng=rng, model_state=rules)

@@ -37,17 +37,17 @@ class Update(Transform):
         optimizer, written = self.optimizer.value, repr(self)
 
         def init(state: State) -> State:
-            return replace(inner.init(state), opt_state=initial_state(optimizer, state.params, written))
+            return replace(inner.init(state), opt_state=initial_state(optimizer, state.trained, written))
 
         def apply(state: State, batch: Batch) -> StepResult:
             before, rows = state, whole_batch(batch)
 
-            def loss_of_whole_batch(params: Params) -> jax.Array:
+            def loss_of_whole_batch(trained: Params) -> jax.Array:
                 """The loss that the pipeline reports of the same rows, keys and model state, at other parameters."""
-                return inner.apply(replace(before, params=params), rows).reported["loss"]
+                return inner.apply(before.with_trained(trained), rows).reported["loss"]
 
             gradient = inner.apply(state, rows)
-            grads, metrics = narrowed(gradient.value, state.params), gradient.reported
+            grads, metrics = narrowed(gradient.value, state.trained), gradient.reported
             model_state, fits = next_model_state(state.model_state, gradient.model_state)
             if not fits:  # a sum of whole numbers that overflows makes the step one that is not finite
                 metrics["loss"] = jnp.full_like(metrics["loss"], jnp.nan)
@@ -59,9 +59,9 @@ class Update(Transform):
             if happens:
                 losses = dict.fromkeys(WHOLE_BATCH_LOSSES, loss_of_whole_batch)
                 offered = {"value": metrics["loss"], "grad": grads, **losses}
-                updates, opt_state = run_optimizer(optimizer, grads, state.opt_state, state.params, offered, written)
-                params = optax.apply_updates(state.params, updates)
-                state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+                updates, opt_state = run_optimizer(optimizer, grads, state.opt_state, state.trained, offered, written)
+                state = state.with_trained(optax.apply_updates(state.trained, updates))
+                state = replace(state, opt_state=opt_state, step=state.step + 1, model_state=model_state)
             return StepResult(state, metrics, all_finite, happens, always)
 
         return Fn(init, apply, inner.axes, inner.names)
