@@ -27,6 +27,7 @@ from stepc._language.transforms.noise import noise
 from stepc._language.transforms.remat import remat
 from stepc._language.transforms.repeat import repeat
 from stepc._language.transforms.rows import rows
+from stepc._language.transforms.sam import sam
 from stepc._language.transforms.scale import scale
 from stepc._language.transforms.shard import shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
@@ -150,6 +151,7 @@ __all__ = [
     "restore",
     "rows",
     "run",
+    "sam",
     "scale",
     "shard",
     "skip_nonfinite",

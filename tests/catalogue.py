@@ -36,6 +36,7 @@ ROUNDED = {
     "clip_loose": sc.clip(1e6),
     "clip_zero": sc.clip(2.0, nonfinite="zero"),
     "noise": sc.noise(0.25),
+    "sam": sc.sam(0.125),
     "accumulate_narrow": sc.accumulate(4, dtype=jnp.bfloat16),
 }
 UPDATES = {

@@ -49,6 +49,7 @@ from stepc._compiler.schedule import (
     ModelStateLeaf,
     Multiply,
     Optimize,
+    Perturb,
     ReduceModelState,
     ReduceScatter,
     RepeatSteps,
@@ -432,6 +433,8 @@ def _run_one(
             with region.scope(node.written):
                 measured, added = node.measured(total.grads)
                 return _apply(instruction, total, measured, added, key)
+        case Perturb():
+            return _perturb(instruction, microbatch, inputs, region)
         case Optimize() | RepeatSteps() | CountFirst() | AllGather():
             raise ValueError(f"{type(instruction).__name__} does not make a gradient")
         case _:
@@ -620,6 +623,19 @@ def _over_rows(leaf: ModelStateLeaf, each: Any) -> Any:  # Any: arrays, or None
             return each[0]
         case _:
             return part_of_mean(each, len(each)).sum(axis=0).astype(each.dtype)
+
+
+def _perturb(
+    instruction: Perturb, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> GradientSum:
+    """The sum at the moved parameters, with what is reported and kept of the sum at the parameters themselves."""
+    node = instruction.node
+    here = _run(instruction.here, None, microbatch, inputs, region)
+    value = _run(instruction.to_value, here, microbatch, inputs, region)
+    with region.scope(node.written):
+        params = node.function(inputs.params, value.grads, *node.arguments)
+    there = _run(instruction.there, None, microbatch, replace(inputs, params=params), region)
+    return replace(here, grads=there.grads)
 
 
 def _times(total: GradientSum, size: int) -> GradientSum:

@@ -26,6 +26,7 @@ from stepc._compiler.schedule import (
     ModelStateLeaf,
     Multiply,
     Optimize,
+    Perturb,
     ReduceModelState,
     ReduceScatter,
     RepeatSteps,
@@ -252,6 +253,10 @@ def _lines(schedule: Schedule, depth: int = 0, unit: str = "local microbatch") -
                 yield from _lines(body, depth + 1, "row")
             case ScanMicrobatches(body=body) | CountFirst(body) | RepeatSteps(body=body):
                 yield from _lines(body, depth + 1, unit)
+            case Perturb(here=here, to_value=to_value, there=there):
+                yield from _lines((*here, *to_value), depth + 1, unit)
+                yield "  " * depth + "at the moved parameters"
+                yield from _lines(there, depth + 1, unit)
             case Optimize(evaluate=Evaluate() as evaluate):
                 for per, body in _evaluations(evaluate):
                     yield "  " * (depth + 1) + f"every {per} that the optimizer asks for"
@@ -304,6 +309,8 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             return _divisor(one, before)
         case Apply(node):
             return node.written
+        case Perturb(node):
+            return f"{node.written}: moves the parameters by the gradient at the parameters themselves"
         case Optimize(node, _, follows, guard, rescale, gather):
             text = ", then ".join((node.written, *(node.written for _, node in follows)))
             if guard is not None:
@@ -350,6 +357,9 @@ def _num_summed(schedule: Schedule) -> tuple[int, int]:
                 microbatches, devices = microbatches * size * inner[0], devices * inner[1]
             case AllReduce(num_devices=num_devices):
                 devices *= num_devices
+            case Perturb(there=there):
+                inner = _num_summed(there)
+                microbatches, devices = microbatches * inner[0], devices * inner[1]
             case Apply():
                 microbatches = devices = 1
             case _:
@@ -363,7 +373,7 @@ def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
         match one:
             case ScanMicrobatches(size, body):
                 yield from _loop_lengths(body, times * size)
-            case Vmap(body) | RepeatSteps(_, body):
+            case Vmap(body) | RepeatSteps(_, body) | Perturb(there=body):
                 yield from _loop_lengths(body, times)
             case _:
                 pass
@@ -387,6 +397,9 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                     yield planned("all-gather", (one.gather.axis,), one.gather.reason)
             case CountFirst(body) | Vmap(body):
                 yield from _collectives(body, times)
+            case Perturb(here=here, to_value=to_value, there=there):
+                for body in (here, to_value, there):
+                    yield from _collectives(body, times)
             case Compute(layered=str() as axis):
                 yield planned("all-gather", (axis,), f"parameters, {_BY_LAYER}")
                 yield planned("reduce-scatter", (axis,), f"their gradient, {_BY_LAYER}")

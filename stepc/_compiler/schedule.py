@@ -25,6 +25,7 @@ from stepc._core.nodes import (
     MeanNode,
     Node,
     OverMesh,
+    PerturbNode,
     Program,
     RepeatNode,
     RescaleNode,
@@ -280,6 +281,22 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Perturb:
+    """Compute a gradient at parameters that are found from the gradient at these.
+
+    Args:
+      here: adds up the gradient at the parameters themselves, with the metrics and the model state that are kept.
+      to_value: makes a value of it, by which the parameters are moved.
+      there: adds up the gradient at the moved parameters.
+    """
+
+    node: PerturbNode
+    here: "Schedule"
+    to_value: "Schedule"
+    there: "Schedule"
+
+
+@dataclass(frozen=True)
 class Optimize:
     """Run the optimizer, and everything that happens with a step or not at all.
 
@@ -309,7 +326,7 @@ class RepeatSteps:
 
 Instruction: TypeAlias = (
     Compute | Count | Value | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce
-    | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Optimize | RepeatSteps
+    | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 
@@ -358,6 +375,11 @@ class _PendingSum:
 
     def as_value(self, reason: str) -> "_PendingSum":
         """The pending reduction takes place, then, once, the division. Nothing is pending after it."""
+        before, after = self.around_value(reason)
+        return _PendingSum(self.structure, (*before, *self.schedule, *after), reduced_axes=self.reduced_axes)
+
+    def around_value(self, reason: str) -> tuple[Schedule, Schedule]:
+        """What comes before and after the schedule to make a value of its sum."""
         before: list[Instruction] = []
         after: list[Instruction] = []
         if self.axes:
@@ -378,8 +400,7 @@ class _PendingSum:
                 after.append(DivideByCount("microbatches", self.microbatches * (count or 0.0), self.vmapped))
             case _:
                 after.append(DivideByCount("nothing"))
-        schedule = (*before, *self.schedule, *after)
-        return _PendingSum(self.structure, schedule, reduced_axes=self.reduced_axes)
+        return tuple(before), tuple(after)
 
 
 def _replicated_schedule(program: Program, structure: LossStructure) -> Schedule:
@@ -426,6 +447,11 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
         case MapNode():
             name = names[id(node)] if node.draws else None
             return pending.as_value(_why_reduced(node, outer)).then(Apply(node, name, pending.reduced_axes))
+        case PerturbNode():
+            before, to_value = pending.around_value(_why_reduced(node, outer))
+            # The model state that is kept is that of the first pass, so the second need not reduce its own.
+            there = tuple(one for one in pending.schedule if not isinstance(one, ReduceModelState))
+            return replace(pending, schedule=(Perturb(node, (*before, *pending.schedule), to_value, there),))
         case UpdateNode():
             value = pending.as_value(f"`{node.written}` needs the reduced gradient")
             return value.then(_optimize(node, value.schedule, outer, names))
@@ -472,7 +498,7 @@ def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
             assert_never(node.place)
 
 
-def _why_reduced(node: MapNode, outer: Program) -> str:
+def _why_reduced(node: MapNode | PerturbNode, outer: Program) -> str:
     reason = f"`{node.written}` is not linear: it needs the reduced gradient"
     scans = [one.written for one in outer if isinstance(one, MeanNode) and isinstance(one.place, InScan)]
     if not scans:
@@ -491,6 +517,8 @@ def _counting(body: Schedule) -> Schedule:
                 counted.append(ScanMicrobatches(size, _counting(inner)))
             case Vmap(inner, written):
                 counted.append(Vmap(_counting(inner), written))
+            case Perturb(there=inner):
+                counted.extend(_counting(inner))
             case _:
                 pass
     return tuple(counted)
@@ -556,6 +584,11 @@ def _reduce_in(one: Instruction, dtype: str | None) -> Instruction:
             return replace(one, dtype=dtype)
         case ScanMicrobatches():
             return replace(one, body=tuple(_reduce_in(inner, dtype) for inner in one.body))
+        case Perturb():
+            here, to_value, there = (
+                tuple(_reduce_in(inner, dtype) for inner in part) for part in (one.here, one.to_value, one.there)
+            )
+            return replace(one, here=here, to_value=to_value, there=there)
         case _:
             return one
 
@@ -579,6 +612,9 @@ def _scatter_in_loop(schedule: Schedule, scatter: ReduceScatter) -> Schedule:
         if isinstance(one, ScanMicrobatches) and not any(isinstance(later, Apply) for later in schedule[index:]):
             scatter = replace(scatter, reason="the accumulator is sharded: once a microbatch")
             return (*schedule[:index], replace(one, body=_scatter_in_loop(one.body, scatter)), *schedule[index + 1 :])
+        if isinstance(one, Perturb) and not any(isinstance(later, Apply) for later in schedule[index:]):
+            there = _scatter_in_loop(one.there, scatter)
+            return (*schedule[:index], replace(one, there=there), *schedule[index + 1 :])
     return (*schedule, scatter)
 
 
@@ -586,7 +622,7 @@ def _is_linear(schedule: Schedule) -> bool:
     """Whether nothing but sums stands between each gradient and its reduce-scatter."""
     position = next((index for index, one in enumerate(schedule) if isinstance(one, AllReduce)), 0)
     return gradient_is_sharded(schedule) and not any(
-        isinstance(one, Apply | Vmap) for one in all_instructions(schedule[:position])
+        isinstance(one, Apply | Vmap | Perturb) for one in all_instructions(schedule[:position])
     )
 
 
@@ -609,7 +645,12 @@ def _gather_by_layer(schedule: Schedule, gather: AllGather, dtype: str | None) -
 
 
 def _gather_by_microbatch(schedule: Schedule, gather: AllGather) -> Schedule:
-    """Gather at the beginning of the innermost scan, or of the schedule if there is none; a pass that counts, too."""
+    """Gather at the beginning of the innermost scan, or of the schedule if there is none; a pass that counts, too.
+
+    Parameters that are moved along a gradient are gathered before.
+    """
+    if any(isinstance(one, Perturb) for one in schedule):
+        return (gather, *schedule)
     has_scan = any(isinstance(one, ScanMicrobatches) for one in schedule)
     inner = tuple(
         replace(one, body=_gather_by_microbatch(one.body, gather))
@@ -622,8 +663,16 @@ def _gather_by_microbatch(schedule: Schedule, gather: AllGather) -> Schedule:
 
 def all_instructions(schedule: Schedule) -> Schedule:
     """Every instruction, those inside others after those beside them."""
-    outer = [one for one in schedule if isinstance(one, ScanMicrobatches | Vmap | CountFirst | RepeatSteps)]
-    return (*schedule, *(inner for one in outer for inner in all_instructions(one.body)))
+    bodies: list[Schedule] = []
+    for one in schedule:
+        match one:
+            case ScanMicrobatches(body=body) | Vmap(body) | CountFirst(body) | RepeatSteps(body=body):
+                bodies.append(body)
+            case Perturb(here=here, to_value=to_value, there=there):
+                bodies += [here, to_value, there]
+            case _:
+                pass
+    return (*schedule, *(inner for body in bodies for inner in all_instructions(body)))
 
 
 def batch_axes(program: Program) -> tuple[str, ...]:
@@ -667,7 +716,7 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -
       gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
-    iterations = prod(one.size for one in instructions if isinstance(one, ScanMicrobatches))
+    iterations = _num_iterations(schedule)
     size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // rules.num_parts:,} B"
     if layout.automatic:
         times = "once a step" if iterations == 1 else f"once a microbatch, {iterations} times a step"
@@ -691,3 +740,17 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -
         else:
             notes.append(f"gathered parameters are kept for a microbatch, not for the step, {often}")
     return tuple(notes)
+
+
+def _num_iterations(schedule: Schedule) -> int:
+    """How often the loops that add up the gradient run their innermost body in one pass."""
+    numbers: list[int] = []
+    for one in schedule:
+        match one:
+            case ScanMicrobatches(size, body):
+                numbers.append(size * _num_iterations(body))
+            case Vmap(body) | Perturb(there=body):
+                numbers.append(_num_iterations(body))
+            case _:
+                pass
+    return prod(numbers)

@@ -4,7 +4,7 @@ A program is a tuple of nodes, outermost first, in the order of the pipeline. Ev
 right neighbour gives; the last one computes a gradient from rows.
 
     program  ::=  repeat? (guard | follow)* update? node* differentiate
-    node     ::=  mean[place] | scale(c) | map(f) | rescale
+    node     ::=  mean[place] | scale(c) | map(f) | rescale | perturb(f)
     place    ::=  scan k | mesh axes | vmap
 """
 
@@ -182,6 +182,22 @@ class MapNode:
 
 
 @dataclass(frozen=True)
+class PerturbNode:
+    """The gradient on its right at other parameters: `function(params, grads, *arguments)`, from the gradient at these.
+
+    The gradient on its right is computed twice. No other node evaluates it away from the state's own parameters; a map
+    gets the gradient once, and too late. The metrics and the model state are those at the state's own parameters.
+    """
+
+    function: Callable[..., Any]  # Any: (params, grads, *arguments) -> params
+    arguments: tuple[object, ...] = ()
+    written: Written = field(default="perturb", compare=False)
+
+    def __str__(self) -> str:
+        return self.written
+
+
+@dataclass(frozen=True)
 class RescaleNode:
     """Multiply the loss by a number kept in the state, and divide the gradient by it: only rounding changes.
 
@@ -247,8 +263,9 @@ class RepeatNode:
 
 
 Node = (
-    DifferentiateNode | MeanNode | ScaleNode | MapNode | RescaleNode | UpdateNode | FollowNode | GuardNode | RepeatNode
-)
+    DifferentiateNode | MeanNode | ScaleNode | MapNode | PerturbNode | RescaleNode | UpdateNode | FollowNode | GuardNode
+    | RepeatNode
+)  # fmt: skip
 Program = tuple[Node, ...]
 
 

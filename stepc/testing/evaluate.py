@@ -21,6 +21,7 @@ from stepc._core.nodes import (
     MapNode,
     MeanNode,
     OverMesh,
+    PerturbNode,
     Program,
     RepeatNode,
     RescaleNode,
@@ -190,6 +191,11 @@ def _gradient_of_rows(
             grads, after = node.applied(value, measured, *key)
             added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
             return replace(summed, terms=((_widened(grads), 1),), metrics={**summed.metrics, **added})
+        case PerturbNode():
+            here = _gradient_of_rows(inner, state, batch, rows, factor)
+            params = node.function(state.params, here.value(), *node.arguments)
+            there = _gradient_of_rows(inner, replace(state, params=params), batch, rows, factor)
+            return replace(here, terms=there.terms)
         case UpdateNode() | FollowNode() | GuardNode() | RepeatNode():
             raise ValueError(f"`{node}` must be outside the gradient, and appear once")
         case _:

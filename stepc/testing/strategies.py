@@ -24,6 +24,7 @@ from stepc._language.transforms.noise import noise
 from stepc._language.transforms.remat import remat
 from stepc._language.transforms.repeat import repeat
 from stepc._language.transforms.rows import rows
+from stepc._language.transforms.sam import sam
 from stepc._language.transforms.scale import scale
 from stepc._language.transforms.shard import Shard, shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
@@ -114,6 +115,7 @@ def _gradient_transforms(
             *([] if scaled else [st.just(loss_scale(initial=8.0))]),
             *([st.just(rows())] if count <= MAX_MICROBATCHES // 4 else []),
             *([] if exact or scaled else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
+            *([] if exact or sam(0.125) in chosen else [st.just(sam(0.125))]),
             st.sampled_from(sizes).map(lambda k: accumulate(k, dtype=jnp.float32)),
             *([st.sampled_from(transforms)] if transforms and not scaled else []),
         ]
