@@ -23,6 +23,7 @@ from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
 from stepc._language.transforms.grad import grad
 from stepc._language.transforms.loss_scale import loss_scale
+from stepc._language.transforms.measure import measure
 from stepc._language.transforms.noise import noise
 from stepc._language.transforms.remat import remat
 from stepc._language.transforms.repeat import repeat
@@ -141,6 +142,7 @@ __all__ = [
     "init_distributed",
     "inspect",
     "loss_scale",
+    "measure",
     "nodes",
     "noise",
     "pad_batch",

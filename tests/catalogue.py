@@ -20,6 +20,13 @@ from stepc.testing.probes import probe_params as probe_params
 
 AXES = {"data": 2, "replica": 4}
 
+
+def norm_of_each_leaf(grads: Any, params: Any) -> dict[str, Any]:
+    """Two vectors by leaf, for `measure`: the norms of the gradient, and of the parameters."""
+    norms = [jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(tree)]) for tree in (grads, params)]
+    return {"norms": norms[0], "param_norms": norms[1]}
+
+
 # Exact on whole numbers: sums, and products with powers of two. Compared bitwise.
 EXACT = {
     "accumulate": sc.accumulate(4),
@@ -37,6 +44,7 @@ ROUNDED = {
     "clip_zero": sc.clip(2.0, nonfinite="zero"),
     "noise": sc.noise(0.25),
     "sam": sc.sam(0.125),
+    "measure": sc.measure(norm_of_each_leaf),
     "accumulate_narrow": sc.accumulate(4, dtype=jnp.bfloat16),
 }
 UPDATES = {

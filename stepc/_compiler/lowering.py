@@ -63,7 +63,7 @@ from stepc._compiler.schedule import (
     gradient_is_sharded,
     reduces,
 )
-from stepc._compiler.validation import check_fixed_point, check_gradient
+from stepc._compiler.validation import check_fixed_point, check_gradient, check_metric_names
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
 from stepc._language.model_state import (
     SUMMED,
@@ -431,7 +431,7 @@ def _run_one(
         case Apply(node):
             key = _map_key(instruction, microbatch, inputs, region)
             with region.scope(node.written):
-                measured, added = node.measured(total.grads)
+                measured, added = node.measured(total.grads, inputs.params)
                 return _apply(instruction, total, measured, added, key)
         case Perturb():
             return _perturb(instruction, microbatch, inputs, region)
@@ -670,9 +670,9 @@ def _apply(
     returned = node.applied(value.grads, measured, *key)
     check_gradient(node.written, returned, value.grads)
     grads, more = returned
-    metrics = {
-        name: (MetricAccumulator(jnp.asarray(metric), None, "mean", 1.0),) for name, metric in {**added, **more}.items()
-    }
+    added = {**added, **more}
+    check_metric_names(node.written, added, value.metrics)
+    metrics = {name: (MetricAccumulator(jnp.asarray(metric), None, "mean", 1.0),) for name, metric in added.items()}
     return replace(value, grads=_as_sum(grads), metrics={**value.metrics, **metrics})
 
 
@@ -724,7 +724,7 @@ def _measure(
     all_measured: list[Any] = []
     for one, key in zip(final_maps.maps, keys, strict=True):
         with region.scope(one.node.written):
-            measured, added = one.node.measured(value.grads)
+            measured, added = one.node.measured(value.grads, params)
             value = _apply(one, value, measured, added, key)
         all_measured.append(measured)
     with jax.named_scope(NORM_NAME):

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepc._compiler.loss import RESERVED
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
-from stepc._language.kinds import Batch, Params
+from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.model_state import OVERWRITTEN, is_overwritten, rules_by_leaf
 from stepc._language.state import (
     State,
@@ -388,6 +389,16 @@ def check_gradient(written: str, returned: Any, like: Any) -> None:  # Any: what
         shown = (", ".join(f"{path} {list(shape)}" for path, shape in rows) or "no leaves" for rows in (wanted, found))
         facts = tuple(zip(("expected", "got"), shown, strict=True))
         raise ConfigError(f"`{written}` changes the tree or the shapes of the gradient.", facts=facts)
+
+
+def check_metric_names(written: str, added: Metrics, before: Mapping[str, object]) -> None:
+    """Refuse a metric of a transform whose name is taken: one of the two would be lost. Errors: ConfigError.
+
+    The norm before clipping may stand twice: that of the outermost `clip` is reported.
+    """
+    if taken := [name for name in added if name != "grad_norm" and (name in before or name in RESERVED)]:
+        facts = (("taken", ", ".join(taken)),)
+        raise ConfigError(f"`{written}` adds a metric whose name is taken.", facts=facts)
 
 
 def check_fixed_point(old: State, new: State) -> None:

@@ -147,32 +147,34 @@ class MapNode:
     """A function of the gradient that is not linear: it needs the reduced gradient, so no reduction may be pending.
 
     Args:
-      function: `function(grads, *arguments)` returns the new gradient, and the metrics named in `adds`, all scalars.
+      function: `function(grads, *arguments)` returns the new gradient, and metrics to add, by name.
       arguments: the rest of its arguments. A module-level function and a tuple instead of a closure, because equal
         transforms must expand to equal nodes.
-      adds: the names of the metrics.
       draws: the function takes a key, `function(grads, key, *arguments)`, folded from the seed, the step, the local
         microbatch and the name of the node.
       keeps_finite: the norm of the new gradient is finite if and only if that of the old one is.
       measure: what the function needs of the whole gradient, apart from what it does to each element:
         `measure(grads, *arguments)` returns a value and the metrics, `function(grads, value, *arguments)` the gradient.
+      reads_params: the measurement reads the parameters: `measure(grads, params, *arguments)`.
     """
 
-    function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of scalars)
+    function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of arrays)
     arguments: tuple[object, ...] = ()
-    adds: tuple[str, ...] = ()
     draws: bool = False
     keeps_finite: bool = False
-    measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of scalars)
+    measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of arrays)
+    reads_params: bool = False
     name: str = "map"
     written: Written = field(default="map", compare=False)
 
     def __str__(self) -> str:
         return self.written
 
-    def measured(self, grads: Any) -> tuple[Any, dict[str, Any]]:  # Any: trees of arrays, and scalars
+    def measured(self, grads: Any, params: Any) -> tuple[Any, dict[str, Any]]:  # Any: trees of arrays, and arrays
         """The value that `measure` takes of the whole gradient, and the metrics; nothing without `measure`."""
-        return (None, {}) if self.measure is None else self.measure(grads, *self.arguments)
+        if self.measure is None:
+            return None, {}
+        return self.measure(grads, *((params,) if self.reads_params else ()), *self.arguments)
 
     def applied(self, grads: Any, value: Any, *key: Any) -> Any:  # Any: as above; checked by the caller
         """The new gradient, given the measured value; and the metrics, if there was no `measure`."""

@@ -187,7 +187,7 @@ def _gradient_of_rows(
             summed = _gradient_of_rows(inner, state, batch, rows, factor)
             value = summed.value()
             key = (_key(state, draw_tag(_name(program, node)), rows[0]),) if node.draws else ()
-            measured, before = node.measured(value)
+            measured, before = node.measured(value, state.params)
             grads, after = node.applied(value, measured, *key)
             added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
             return replace(summed, terms=((_widened(grads), 1),), metrics={**summed.metrics, **added})

@@ -41,7 +41,6 @@ class Clip(Transform):
             MapNode(
                 multiply,
                 (self.max_norm, self.nonfinite),
-                adds=("grad_norm",),
                 keeps_finite=self.nonfinite == "nan",
                 measure=clipping_factor,
                 written=repr(self),
