@@ -46,10 +46,14 @@ def loss(params: Any, rows: Any) -> jax.Array:
     return PROBES["over_rows"](params, rows)
 
 
+def norms(grads: Any, params: Any) -> Any:
+    return {"norms": jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(grads)])}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_are_true(name: str) -> None:
     names = {**vars(sc), **vars(sc.inspect), **vars(sc.testing), "sc": sc, "optax": optax, "jax": jax}
-    names |= {"jnp": jnp, "np": np, "loss": loss, "P": jax.sharding.PartitionSpec}
+    names |= {"jnp": jnp, "np": np, "loss": loss, "norms": norms, "P": jax.sharding.PartitionSpec}
     # Examples are a user's code, not the module's: what they write is quoted as a user's.
     result = doctest.testmod(importlib.import_module(name), extraglobs={**names, "__name__": "__main__"})
     assert result.failed == 0
