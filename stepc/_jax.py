@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import copy_context
 from typing import Protocol, TypeVar, runtime_checkable
 
+import jax
 from jax.extend import backend
 
 from stepc.errors import ConfigError
@@ -42,6 +43,14 @@ class Client(Protocol):
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
 
     def key_value_try_get(self, key: str) -> str: ...
+
+
+def buffer_address(array: jax.Array) -> int:
+    """Where the first shard of an array is in the memory of its device; a number of its own where jax does not tell."""
+    try:
+        return array.addressable_data(0).unsafe_buffer_pointer() if array.size else -id(array)
+    except (AttributeError, NotImplementedError, RuntimeError):  # a typed key, a backend without addresses
+        return -id(array)
 
 
 def is_compiling(thread: int) -> bool:

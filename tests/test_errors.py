@@ -9,6 +9,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,27 @@ def donated_state() -> None:
     state = step.init(probe_params())
     step(state, probe_batch(64))
     step(state, probe_batch(64))
+
+
+def shared_state(*, donated: bool) -> None:
+    step = step_on({"data": 1})
+    state, other = step.init(probe_params()), step.init(probe_params())
+    other = replace(other, params=state.params, model_state=None if donated else state.params["w"])
+    if donated:
+        step(state, probe_batch(64))
+    step(other, probe_batch(64))
+
+
+def donated_batch() -> None:
+    batch = jax.tree.map(jnp.asarray, probe_batch(64))
+    jax.block_until_ready(jax.jit(jnp.negative, donate_argnums=0)(batch["x"]))
+    call(batch)
+
+
+def state_in_the_batch() -> None:
+    step = step_on({"data": 1})
+    state = step.init({**probe_params(), "w": np.ones((64, 3), np.float32)})
+    step(state, {"x": state.params["w"], "y": probe_batch(64)["y"]})
 
 
 def names_an_axis(params: Any, rows: Any) -> jax.Array:
@@ -490,6 +514,10 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: step_on()(sc.compile(sc.update(tx) @ sc.grad(loss, wrt="w")).init(probe_params()), probe_batch(64)),
     ),
+    "donated_leaves": (sc.ConfigError, lambda: shared_state(donated=True)),
+    "array_twice": (sc.ConfigError, lambda: shared_state(donated=False)),
+    "donated_batch": (sc.BatchError, donated_batch),
+    "array_of_the_state": (sc.BatchError, state_in_the_batch),
     "shapes_of_a_state": (sc.ConfigError, lambda: step_on()(step_on().init(SHAPES), probe_batch(64))),
     "shapes_of_a_batch": (
         sc.BatchError,
@@ -730,6 +758,14 @@ def without_lines(text: str) -> str:
     text = re.sub(r"/tmp/\w+/budget", "budget", text)
     lines = text.split("(test_errors.py:")
     return "(test_errors.py:".join([lines[0], *(f"N){rest.partition(')')[2]}" for rest in lines[1:])])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in {**COMPILING, **CALLING} if name not in ("donated_state", "donated_leaves")]
+)
+def test_mistake_is_refused_before_a_step_is_compiled(name: str) -> None:
+    with no_compilation_of_a_step(), pytest.raises(sc.StepcError):
+        MISTAKES[name][1]()
 
 
 # What the codes of remedies name, besides the language: the losses and optimizers of the mistakes, and a step.

@@ -1,6 +1,7 @@
 """`compile` makes a `Step` of a pipeline: one jitted program, donated state. Here the surface meets the passes."""
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.validation import (
     BatchSignature,
     batch_signature,
+    check_arrays,
     check_batch,
     check_fixed_point,
     check_like,
@@ -46,7 +48,6 @@ from stepc._compiler.validation import (
     check_params,
     check_seed,
     check_state,
-    refuse_state,
     retrace_reason,
     signature_text,
 )
@@ -121,6 +122,9 @@ class Step:
         self._batches = BatchPlacement(self.mesh, normal_form)
         self._traced_batches: list[str] = []
         self._schedules: dict[BatchSignature, tuple[Schedule, LossStructure]] = {}
+        self._has_several_devices = mesh is not None and mesh.size > 1
+        # The state that the last call returned, if it is alive.
+        self._returned: Callable[[], State | None] = lambda: None
 
         def stepc_step(
             state: State, batch: Batch
@@ -221,17 +225,22 @@ class Step:
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step. The state is donated: use the returned one.
 
-        Errors: ConfigError, BatchError and LossError before anything is compiled; the state is then alive.
+        Errors: ConfigError, BatchError and LossError before anything is compiled; the state is then alive. A state that
+          has a deleted array, or one array twice or in the batch too, is refused by path.
         """
         state, metrics, _ = self.step_with_diagnostics(state, batch)
         return state, metrics
 
     def step_with_diagnostics(self, state: State, batch: Batch) -> StepOutputs:
         """One step, by the same program as a call, and its diagnostics: what it saw of numbers that are not finite."""
-        if type(state) is not State or not isinstance(state.step, jax.Array) or state.step.is_deleted():
-            refuse_state(state, self._transform_state, self.normal_form.loss.wrt)
+        if type(state) is not State:
+            check_state(state, self._transform_state, self.normal_form.loss.wrt)
+        is_returned = state is self._returned()
         try:
             placed = self._batches.placed(batch)
+            # XLA refuses on one device what it cannot donate; on several it crashes.
+            if not is_returned or self._has_several_devices or state.step.is_deleted():
+                check_arrays(state, batch, placed, compare_buffers=not is_returned)
             tuned = None if self._autotuner is None else self._autotuner.tune(state, placed)
             if self._gate is not None:
                 self._gate.check(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
@@ -240,11 +249,14 @@ class Step:
             before = len(self._traced_batches)
             self._batches.compare(self._program, state, placed)
             outputs = StepOutputs(*self._program(state, placed))
+            self._returned = weakref.ref(outputs.state)
             if 0 < before < len(self._traced_batches):
                 self._warn_of_retrace(placed)
             return outputs
-        except (TypeError, ValueError):  # jax refused an argument, the trace refused the batch, or the loss raised it
+        except (TypeError, ValueError, RuntimeError) as error:  # of jax for an argument, of the trace, or of the loss
             self._batches.check(batch)
+            if str(error).startswith("INVALID_ARGUMENT"):  # XLA refused an array, and did not run
+                check_arrays(state, batch, batch, compare_buffers=True)
             raise
 
     def put(self, batch: Batch) -> Batch:
@@ -387,8 +399,10 @@ class StepReference:
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step. Nothing is donated: state and batch are copied, from wherever they are, to one device.
 
-        Errors: BatchError for a batch that does not divide.
+        Errors: BatchError for a batch that does not divide; ConfigError for a state with a deleted array.
         """
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            check_arrays(state, (), (), compare_buffers=False)
         semantics, device = reference(self.pipeline_for(state, batch), axes=self.axes), jax.devices()[0]
         # A copy: what the reference passes through unchanged, such as the key, must outlive a donated state.
         copied = jax.device_put(jax.tree.map(jnp.copy, state), device)

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn, TypeAlias, assert_never
+from typing import Any, TypeAlias, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from stepc._compiler.loss import RESERVED
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
+from stepc._jax import buffer_address
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.model_state import OVERWRITTEN, is_overwritten, rules_by_leaf
 from stepc._language.state import (
@@ -267,17 +268,66 @@ def _differences(wanted: Any, found: Any, *, of: str) -> list[str]:  # Any: tree
     )
 
 
-def refuse_state(
-    state: Any, expected: Callable[[Params], Any], wrt: tuple[str, ...]
-) -> NoReturn:  # Any, twice: as `check_state`
-    """Say why a step cannot take this state: another step's, shapes only, or donated."""
-    check_state(state, expected, wrt)
-    if not isinstance(state.step, jax.Array):
+def check_arrays(state: State, batch: Batch, placed: Batch, *, compare_buffers: bool) -> None:
+    """Refuse a state with an array that is deleted, or that is there twice, or in the batch too.
+
+    Why: a call donates each array of the state. On several devices jax does not refuse such an array: the process dies.
+
+    Args:
+      batch: as the caller gave it.
+      placed: as the program takes it; its arrays may share the buffers of the caller's.
+      compare_buffers: find different arrays that share a buffer as well, at a microsecond a leaf. Those that one call
+        returned share none.
+    Errors: ConfigError with all paths; BatchError.
+    """
+    leaves = jax.tree.leaves(state)
+    arrays = set(map(id, leaves))
+    try:
+        is_alive = not [leaf for leaf in leaves if leaf.is_deleted()]
+    except AttributeError:  # a leaf that is no array of jax
+        is_alive = False
+    if is_alive and len(arrays) == len(leaves) and arrays.isdisjoint(map(id, jax.tree.leaves(batch))):
+        if not compare_buffers:
+            return
+        leaves += [leaf for leaf in jax.tree.leaves(placed) if isinstance(leaf, jax.Array)]
+        if len(set(map(buffer_address, leaves))) == len(leaves):
+            return
+    _refuse_arrays(state, placed)
+
+
+def _refuse_arrays(state: State, batch: Batch) -> None:
+    """The errors of `check_arrays`."""
+    leaves = leaves_by_path(state)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves):
         raise ConfigError("This state holds shapes: `lower` takes shapes, a step needs arrays.")
-    raise ConfigError(
-        "This state was donated to an earlier step: its arrays are deleted.",
-        suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
-    )
+    arrays = [(path, leaf) for path, leaf in leaves if isinstance(leaf, jax.Array)]
+    deleted = [path for path, leaf in arrays if leaf.is_deleted()]
+    if len(deleted) == len(arrays):
+        raise ConfigError(
+            "This state was donated to an earlier step: its arrays are deleted.",
+            suggestion="Use the state that the step returned: `state, metrics = step(state, batch)`.",
+        )
+    faults = [f"`{path}` is deleted: it was donated." for path in deleted]
+    paths: dict[tuple[int, str], str] = {}  # by buffer
+    for path, leaf in arrays:
+        if not leaf.is_deleted():
+            same = paths.setdefault(_buffer(leaf), path)
+            if same != path:
+                faults.append(f"`{path}` is the same array as `{same}`; an array is donated only once.")
+    if faults:
+        copy = "Copy the arrays that another state or another leaf keeps: `jax.tree.map(jnp.copy, params)`."
+        raise ConfigError(_all(faults, of="the state"), suggestion=copy)
+    shared = [
+        f"`{path or 'batch'}` is the array `{same}` of the state, which the step donates."
+        for path, leaf in leaves_by_path(batch)
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted() and (same := paths.get(_buffer(leaf)))
+    ]
+    if shared:
+        raise BatchError(_all(shared, of="the batch"), suggestion="Give the batch a copy: `jnp.copy(leaf)`.")
+
+
+def _buffer(leaf: jax.Array) -> tuple[int, str]:
+    return buffer_address(leaf), str(leaf.addressable_data(0).device)
 
 
 def check_state(state: object, expected: Callable[[Params], Any], wrt: tuple[str, ...]) -> None:  # Any: a dict of trees
