@@ -159,8 +159,68 @@ def test_another_batch_size_is_another_trace_and_never_a_silent_one(caplog: pyte
     step(state, probe_batch(16))
     assert step.traces == 2
     (told,) = caplog.messages
-    assert "its signature was x float32[8, 3], y float32[8], and is x float32[16, 3], y float32[16]" in told
+    assert "in the batch, `x` was float32[8, 3], and is float32[16, 3], `y` was float32[8], and is float32[16]." in told
     assert "`pad_batch`" in told
+
+
+def rate_of(state: sc.State, rate: Any) -> sc.State:
+    hyperparams = {**state.opt_state.hyperparams, "learning_rate": rate}
+    return replace(state, opt_state=state.opt_state._replace(hyperparams=hyperparams))
+
+
+@pytest.mark.parametrize(
+    ("devices", "rate", "change"),
+    [
+        (None, 0.5, "was float32[], and is float."),
+        (2, 0.5, "was float32[], and is float."),
+        (2, np.float32(0.5), "was float32[] sharded as P(), and is on the host."),
+        (2, jnp.float32(0.5), "was float32[] sharded as P(), and is on cpu:0."),
+    ],
+)
+def test_retrace_that_the_state_caused_names_the_leaf_of_the_state(
+    devices: int | None, rate: Any, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = sc.update(optax.inject_hyperparams(optax.sgd)(learning_rate=0.25))
+    step = sc.compile(
+        optimizer @ DATA @ sc.grad(LOSS) if devices else optimizer @ sc.grad(LOSS),
+        mesh=devices and mesh_of(data=devices),
+    )
+    state, _ = step(step.init(probe_params()), probe_batch(8))
+    expected, _ = step.reference(rate_of(state, jnp.float32(0.5)), probe_batch(8))
+    state, _ = step(rate_of(state, rate), probe_batch(8))
+    (told,) = caplog.messages
+    assert f"2 times now: in the state, `opt_state/hyperparams/learning_rate` {change}" in told
+    assert "jax.device_put(value.astype(old.dtype), old.sharding)" in told
+    assert "batch" not in told.partition("times now")[2]
+    assert_equal_trees(state.params, expected.params, tolerance=1e-6, of="a rate of another type")  # another order
+    state, _ = step(state, probe_batch(8))
+    assert step.traces == 2
+    written = rate_of(state, jax.device_put(np.float32(0.5), state.opt_state.hyperparams["learning_rate"].sharding))
+    step(written, probe_batch(8))
+    assert step.traces == 2
+
+
+def test_retrace_is_explained_by_the_most_similar_call(caplog: pytest.LogCaptureFixture) -> None:
+    step = sc.compile(ADAM @ sc.grad(LOSS))
+    state = step.init(probe_params())
+    for rows in (8, 16):
+        state, _ = step(state, probe_batch(rows))
+    caplog.clear()
+    step(state, {**probe_batch(8), "y": np.ones(8, np.int32)})
+    (told,) = caplog.messages
+    assert "in the batch, `y` was float32[8], and is int32[8]." in told
+    assert "`x`" not in told
+
+
+def test_leaf_in_another_memory_is_named_where_the_loss_fails() -> None:
+    step = sc.compile(ADAM @ DATA @ sc.grad(LOSS), mesh=mesh_of(data=2))
+    state, _ = step(step.init(probe_params()), probe_batch(8))
+    w = state.params["w"]
+    moved = replace(state, params={**state.params, "w": jax.device_put(w, w.sharding.with_memory_kind("pinned_host"))})
+    with pytest.raises(ValueError, match="memory_space") as caught:
+        step(moved, probe_batch(8))
+    note = "`params/w` was float32[3] sharded as P(), and is sharded as P() in the memory 'pinned_host'."
+    assert caught.value.__notes__[-1] == f"Since the last trace the state has changed: {note}"
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 1}, {"data": 8}, {"data": 4, "model": 2}])

@@ -37,7 +37,9 @@ from stepc._compiler.plan import Plan, ShardingTable
 from stepc._compiler.schedule import LossStructure, Schedule, accumulator_is_sharded, draws, sharding_notes
 from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.validation import (
+    ArgumentTypes,
     BatchSignature,
+    argument_types,
     batch_signature,
     check_arrays,
     check_batch,
@@ -48,15 +50,17 @@ from stepc._compiler.validation import (
     check_params,
     check_seed,
     check_state,
-    retrace_reason,
-    signature_text,
+    type_changes,
 )
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State, carried_over, trained_leaves
+from stepc.errors import StepcError
 from stepc.inspect.budget import Budget
+
+MOST_CHANGES = 8  # that a warning lists
 
 _LOG = logging.getLogger("stepc")
 
@@ -120,7 +124,8 @@ class Step:
         self._gate = gate
         self._autotuner = autotuner
         self._batches = BatchPlacement(self.mesh, normal_form)
-        self._traced_batches: list[str] = []
+        self._traces = 0
+        self._traced: list[tuple[ArgumentTypes, ArgumentTypes]] = []  # the states and batches that it was traced for
         self._schedules: dict[BatchSignature, tuple[Schedule, LossStructure]] = {}
         self._has_several_devices = mesh is not None and mesh.size > 1
         # The state that the last call returned, if it is alive.
@@ -129,6 +134,7 @@ class Step:
         def stepc_step(
             state: State, batch: Batch
         ) -> tuple[State, Metrics, Diagnostics]:  # the name of the program in HLO
+            self._traces += 1
             return self._trace(state, batch)
 
         self._program = jax.jit(stepc_step, donate_argnums=0, **self._batches.options)
@@ -145,7 +151,7 @@ class Step:
     def traces(self) -> int:
         """How often the program was traced; any number of calls with one batch shape is one trace."""
         tuned = [] if self._autotuner is None else self._autotuner.tuned.values()
-        return len(self._traced_batches) + sum(answer.step.traces for answer in tuned)
+        return self._traces + sum(answer.step.traces for answer in tuned)
 
     @property
     def steps_per_call(self) -> int:
@@ -246,17 +252,21 @@ class Step:
                 self._gate.check(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
             if tuned is not None:
                 return tuned.step.step_with_diagnostics(state, placed)
-            before = len(self._traced_batches)
+            before = self._traces
             self._batches.compare(self._program, state, placed)
             outputs = StepOutputs(*self._program(state, placed))
             self._returned = weakref.ref(outputs.state)
-            if 0 < before < len(self._traced_batches):
-                self._warn_of_retrace(placed)
+            if before < self._traces:
+                self._note_trace(state, placed)
             return outputs
         except (TypeError, ValueError, RuntimeError) as error:  # of jax for an argument, of the trace, or of the loss
             self._batches.check(batch)
             if str(error).startswith("INVALID_ARGUMENT"):  # XLA refused an array, and did not run
                 check_arrays(state, batch, batch, compare_buffers=True)
+            if isinstance(error, StepcError) or not self._traced:
+                raise
+            if changes := type_changes(self._traced[-1][0], argument_types(state)):
+                error.add_note(f"Since the last trace the state has changed: {_shown(changes)}.")
             raise
 
     def put(self, batch: Batch) -> Batch:
@@ -274,7 +284,10 @@ class Step:
             return replace(lowered, plan=replace(lowered.plan, search=tuned.search))
         check_batch(batch, self.normal_form.core)
         shapes = self._batches.shapes(batch)
-        return Lowered(self._program.trace(state, shapes), self._plan(state, shapes), self.mesh)
+        before, traced = self._traces, self._program.trace(state, shapes)
+        if before < self._traces:
+            self._traced.append((argument_types(state), argument_types(batch)))
+        return Lowered(traced, self._plan(state, shapes), self.mesh)
 
     def shardings(self, state: State) -> ShardingTable:
         """How every leaf of a state is sharded: its path, shape, spec and bytes on each device. It prints as a table.
@@ -303,7 +316,6 @@ class Step:
     def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics]:
         """What the program does, while jax traces it."""
         with self._own_mesh():
-            self._traced_batches.append(signature_text(batch))
             check_batch(shapes_of(batch), self.normal_form.core)
             check_state(state, self._transform_state, self.normal_form.loss.wrt)
             schedule, structure = self.normal_form.schedule(state, batch)
@@ -359,11 +371,26 @@ class Step:
         check_batch(batch, self.normal_form.core)
         return self.pipeline
 
-    def _warn_of_retrace(self, batch: Batch) -> None:
-        """A compilation that nobody asked for is never silent."""
-        self.retrace_reason = retrace_reason(self._traced_batches[-2], self._traced_batches[-1], batch)
-        text = "%r was traced and compiled again, %d times now: the batch: %s. `pad_batch` fills a short one."
-        _LOG.warning(text, self, self.traces, self.retrace_reason)
+    def _note_trace(self, state: State, batch: Batch) -> None:
+        """A compilation that nobody asked for is never silent. A donated state still has the types of its leaves."""
+        if self._traced:
+            self.retrace_reason, remedy = self._retrace_reason(state, batch)
+            text = "%r was traced and compiled again, %d times now: %s.%s"
+            _LOG.warning(text, self, self.traces, self.retrace_reason, remedy)
+        self._traced.append((argument_types(state), argument_types(batch)))
+
+    def _retrace_reason(self, state: State, batch: Batch) -> tuple[str, str]:
+        """What differs from the most similar of the states and batches before, and the remedy."""
+        kinds = argument_types(state), argument_types(batch)
+        all_changes = [tuple(map(type_changes, one, kinds)) for one in self._traced]
+        in_state, in_batch = min(all_changes, key=lambda changes: sum(map(len, changes)))
+        told = [f"in the {name}, {_shown(rows)}" for name, rows in (("state", in_state), ("batch", in_batch)) if rows]
+        remedy = " `pad_batch` fills a short one." if in_batch else ""
+        if in_state:
+            remedy = (
+                " A leaf that replaces another needs its type: `jax.device_put(value.astype(old.dtype), old.sharding)`."
+            )
+        return "; ".join(told) or "a setting of jax has changed, or its caches were cleared", remedy
 
 
 @dataclass(frozen=True)
@@ -407,6 +434,11 @@ class StepReference:
         # A copy: what the reference passes through unchanged, such as the key, must outlive a donated state.
         copied = jax.device_put(jax.tree.map(jnp.copy, state), device)
         return semantics(copied, jax.device_put(batch, device))
+
+
+def _shown(changes: list[str]) -> str:
+    rest = len(changes) - MOST_CHANGES
+    return ", ".join([*changes[:MOST_CHANGES], *([f"and {rest} more leaves"] if rest > 0 else [])])
 
 
 class BudgetGate:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, assert_never
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from stepc._compiler.loss import RESERVED
 from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
@@ -40,6 +41,9 @@ _LOG = logging.getLogger("stepc")
 # The tree of a batch, and the shape and dtype of each leaf. Any: a jax.tree_util.PyTreeDef, and a dtype of numpy.
 BatchSignature: TypeAlias = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]
 
+# By path: the type of a leaf, and where it is.
+ArgumentTypes: TypeAlias = dict[str, tuple[str, str]]
+
 _ARRAYS = (np.ndarray, jax.Array, jax.ShapeDtypeStruct)  # leaves that have rows; typed keys are jax arrays too
 
 
@@ -49,20 +53,41 @@ def batch_signature(batch: Batch) -> BatchSignature:
     return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def signature_text(batch: Batch) -> str:
-    """The paths, dtypes and shapes of a batch that is being traced, in one line."""
-    weak = {True: " of weak type", False: ""}
-    leaves = [(path or "the batch", leaf) for path, leaf in leaves_by_path(batch)]
-    return ", ".join(f"{path} {describe_leaf(leaf)}{weak[jax.typeof(leaf).weak_type]}" for path, leaf in leaves)
+def argument_types(tree: object) -> ArgumentTypes:
+    """What decides, leaf by leaf, whether jax traces a program again for an argument: its type, and where it is."""
+    found: ArgumentTypes = {}
+    for path, leaf in leaves_by_path(tree):
+        weak = " of weak type" if isinstance(leaf, jax.Array) and jax.typeof(leaf).weak_type else ""
+        match leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None:
+            case None:
+                place = "on the host"
+            case NamedSharding(spec=spec, memory_kind=kind):
+                place = f"sharded as {spec}{_memory(kind)}"
+            case SingleDeviceSharding(memory_kind=kind) as single:
+                place = f"on {next(iter(single.device_set))}{_memory(kind)}"
+            case sharding:
+                place = str(sharding)
+        found[path] = (f"{describe_leaf(leaf)}{weak}", place)
+    return found
 
 
-def retrace_reason(before: str, after: str, batch: Batch) -> str:
-    """Why a batch made jax retrace, from the `signature_text` of the previous trace and of this one."""
-    if before != after:
-        return f"its signature was {before}, and is {after}"
-    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
-        return "the type or the sharding of the state changed"
-    return "jax traces host arrays and device arrays separately"
+def _memory(kind: str | None) -> str:
+    return "" if kind in (None, "device") else f" in the memory {kind!r}"
+
+
+def type_changes(before: ArgumentTypes, after: ArgumentTypes) -> list[str]:
+    """Each leaf that differs, as it was and as it is."""
+    changes = [f"`{path}` is gone" for path in before if path not in after]
+    for path, (kind, place) in after.items():
+        old_kind, old_place = before.get(path, ("", ""))
+        shown = f"`{path}`" if path else "the batch"
+        if path not in before:
+            changes.append(f"{shown} is new")
+        elif old_kind != kind:
+            changes.append(f"{shown} was {old_kind}, and is {kind}")
+        elif old_place != place:
+            changes.append(f"{shown} was {kind} {old_place}, and is {place}")
+    return changes
 
 
 def check_option(name: str, value: object, kind: type, *, expected: str) -> None:
