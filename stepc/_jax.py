@@ -7,6 +7,7 @@ from contextvars import copy_context
 from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
+from jax.core import Tracer
 from jax.extend import backend
 
 from stepc.errors import ConfigError
@@ -15,6 +16,10 @@ try:
     from jax.interpreters.partial_eval import dce_jaxpr as dce_jaxpr
 except ImportError:  # fallback: assume that every equation needs all of its inputs
     dce_jaxpr = None
+try:
+    from jax._src.core import trace_state_clean
+except ImportError:  # fallback: only a state or a batch of tracers says that a transformation is running
+    trace_state_clean = None
 try:
     from jax._src import distributed, xla_bridge
 except ImportError:  # error: `membership` says that this jax cannot train on several processes
@@ -51,6 +56,13 @@ def buffer_address(array: jax.Array) -> int:
         return array.addressable_data(0).unsafe_buffer_pointer() if array.size else -id(array)
     except (AttributeError, NotImplementedError, RuntimeError):  # a typed key, a backend without addresses
         return -id(array)
+
+
+def is_transforming(tree: object) -> bool:
+    """Whether a `jit`, `vmap`, `grad` or the like is running, which would make tracers of what this tree gives."""
+    if trace_state_clean is not None:
+        return not trace_state_clean()
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_compiling(thread: int) -> bool:

@@ -104,6 +104,11 @@ def shared_state(*, donated: bool) -> None:
     step(other, probe_batch(64))
 
 
+def called_under_jit() -> None:
+    step = step_on()
+    jax.jit(step)(step.init(probe_params()), probe_batch(64))
+
+
 def donated_batch() -> None:
     batch = jax.tree.map(jnp.asarray, probe_batch(64))
     jax.block_until_ready(jax.jit(jnp.negative, donate_argnums=0)(batch["x"]))
@@ -516,6 +521,7 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     ),
     "donated_leaves": (sc.ConfigError, lambda: shared_state(donated=True)),
     "array_twice": (sc.ConfigError, lambda: shared_state(donated=False)),
+    "called_under_jit": (sc.ConfigError, called_under_jit),
     "donated_batch": (sc.BatchError, donated_batch),
     "array_of_the_state": (sc.BatchError, state_in_the_batch),
     "shapes_of_a_state": (sc.ConfigError, lambda: step_on()(step_on().init(SHAPES), probe_batch(64))),

@@ -52,12 +52,13 @@ from stepc._compiler.validation import (
     check_state,
     type_changes,
 )
+from stepc._jax import is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State, carried_over, trained_leaves
-from stepc.errors import StepcError
+from stepc.errors import ConfigError, StepcError
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
@@ -154,6 +155,20 @@ class Step:
         return self._traces + sum(answer.step.traces for answer in tuned)
 
     @property
+    def function(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        """The same step as a pure function that donates nothing, for a `jit`, `scan`, `vmap` or `grad` of your own.
+
+        Meaning: `step.function(state, batch)` is `step(state, batch)`, and leaves the state as it is.
+        Why: a training run in one `lax.scan`, an ensemble or a sweep by `vmap`, over states or a learning rate.
+
+        It is sharded as the step is, and so is each member under `vmap`. `budget` and `traces` are those of calls,
+        donation is your own `jit`'s. A number that the pipeline leaves to the compiler is chosen for one step alone.
+        Example:
+          >>> state, metrics = jax.lax.scan(step.function, state, batches)  # doctest: +SKIP
+        """
+        return self._function
+
+    @property
     def steps_per_call(self) -> int:
         """How many steps one call makes: n with `repeat(n)`, else 1."""
         return self.normal_form.steps_per_call
@@ -239,6 +254,11 @@ class Step:
 
     def step_with_diagnostics(self, state: State, batch: Batch) -> StepOutputs:
         """One step, by the same program as a call, and its diagnostics: what it saw of numbers that are not finite."""
+        if is_transforming((state, batch)):
+            raise ConfigError(
+                "The step was called in a `jit`, `scan`, `vmap` or `grad`; a call runs at once and donates the state.",
+                suggestion="Use `step.function`: it is the same step as a pure function, and donates nothing.",
+            )
         if type(state) is not State:
             check_state(state, self._transform_state, self.normal_form.loss.wrt)
         is_returned = state is self._returned()
@@ -312,6 +332,20 @@ class Step:
         update = self.normal_form.update
         opt_state = initial_state(update.optimizer, trained, update.written)
         return {"opt_state": opt_state, "slots": self.normal_form.slots(trained)}
+
+    def _function(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        if type(state) is not State:
+            check_state(state, self._transform_state)
+        if self._autotuner is not None:
+            shapes = shapes_of(state)
+            placed = (
+                shapes if self.mesh is None else shapes_with(shapes, shardings_of(shapes, state.placement, self.mesh))
+            )
+            return self._autotuner.tune(placed, shapes_of(batch)).step._function(state, batch)
+        if self.mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, self._batches.shardings(batch))
+        new, metrics, _ = self._trace(state, batch)
+        return new, metrics
 
     def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics]:
         """What the program does, while jax traces it."""
