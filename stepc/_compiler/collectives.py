@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -149,15 +150,29 @@ def all_reduce(
         return metrics, tree.unflatten([new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)])
 
     specs = (_replicated(metrics), region.grad_specs if jax.tree.leaves(grads) else ())
-    reductions = {"max": jax.lax.pmax, "min": jax.lax.pmin}
     with region.scope(instruction.written):
         metrics, grads = region.fully_manual(reduce, (metrics, grads), specs)
         for kind, values in extremes.items():
-            reduction = reductions[kind]
-            extremes[kind] = region.fully_manual(
-                lambda tree, reduction=reduction: reduction(tree, axes), values, _replicated(values)
-            )
+            extremes[kind] = region.fully_manual(partial(_extreme, kind, axes), values, _replicated(values))
     return replace_extremes(metrics, extremes), grads
+
+
+def _extreme(kind: str, axes: tuple[str, ...], tree: Any) -> Any:  # Any: trees of one structure
+    """The largest or the smallest of each leaf over the devices, and NaN where one of them has NaN.
+
+    The all-reduce of a maximum drops a NaN (XLA on CPU), so where there is one is reduced beside the values.
+    """
+    reduction = {"max": jax.lax.pmax, "min": jax.lax.pmin}[kind]
+
+    def reduce(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return reduction(leaf, axes)
+        is_nan = jnp.isnan(leaf)
+        flag = is_nan.astype(leaf.dtype) * (1 if kind == "max" else -1)
+        value, flags = reduction(jnp.stack([jnp.where(is_nan, 0, leaf), flag]), axes)
+        return jnp.where(flags != 0, jnp.nan, value)
+
+    return jax.tree.map(reduce, tree)
 
 
 def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegion) -> Grads:
@@ -237,7 +252,7 @@ def reduce_model_state(
         others = {place: leaf for place, leaf in results.items() if chosen[place] == "max"}
         numbers = {place: leaf.astype(jnp.int8) if leaf.dtype == bool else leaf for place, leaf in others.items()}
         summed = jax.lax.psum(summed, instruction.axes) if summed else {}
-        return {**summed, **(jax.lax.pmax(numbers, instruction.axes) if numbers else {})}
+        return {**summed, **_extreme("max", instruction.axes, numbers)}
 
     # A mean is divided first, so that the sum cannot overflow.
     wide = {

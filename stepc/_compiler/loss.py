@@ -36,6 +36,7 @@ from stepc._language.terms import (
 )
 from stepc.errors import LossError, ShardingError, faults_in_one, grouped_paths
 
+_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int)
 # The metrics that a step reports itself.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Key implementations whose draws for one key do not depend on how many keys are vmapped over.
@@ -283,15 +284,20 @@ def _check_value(value: Any, node: DifferentiateNode) -> None:
 
 def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
     if not isinstance(metrics, dict):
-        facts = (("expected", "a dict of scalars by name"), ("got", described(metrics)))
+        facts = (("expected", "a dict of arrays by name"), ("got", described(metrics)))
         raise LossError(f"The metrics of `{node.written}` are not a dict.", facts=facts)
     faults = [f"`{name}` is the name of a metric that the step itself reports." for name in metrics if name in RESERVED]
     for name, metric in metrics.items():
         numbers = jax.tree.leaves(metric) if isinstance(metric, Metric) else [metric]
         faults += [
-            f"`{name}` is {described(number)}; a metric is a scalar, or sc.Mean, Sum, Max, Min, Last."
+            f"`{name}` is {described(number)}; a metric is an array, or sc.Mean, Sum, Max, Min, Last of one."
             for number in numbers
-            if not _is_scalar(number)
+            if not isinstance(number, _NUMBERS)
+        ]
+        faults += [
+            f"`{name}` divides {described(term.total)} by {described(term.count)}; a count is a scalar or like it."
+            for term in (metric.terms if isinstance(metric, AbstractTerms) else ())
+            if jnp.shape(term.count) not in ((), jnp.shape(term.total))
         ]
     if faults:
         what = faults_in_one(faults, of=f"the metrics of `{node.written}`")
@@ -551,7 +557,7 @@ def described(value: Any) -> str:
 
 
 def _is_scalar(number: Any) -> bool:
-    return isinstance(number, jax.Array | np.ndarray | np.generic | float | int) and jnp.shape(number) == ()
+    return isinstance(number, _NUMBERS) and jnp.shape(number) == ()
 
 
 def depends_on(

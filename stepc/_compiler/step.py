@@ -335,7 +335,7 @@ class Step:
 
     def _function(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         if type(state) is not State:
-            check_state(state, self._transform_state)
+            check_state(state, self._transform_state, self.normal_form.loss.wrt)
         if self._autotuner is not None:
             shapes = shapes_of(state)
             placed = (

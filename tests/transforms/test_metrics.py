@@ -108,3 +108,72 @@ def test_sums_share_the_reduction_of_the_gradient_and_extremes_do_not() -> None:
         assert len(rows) == number
         assert all(not row.in_loop for row in rows)
     assert sum("not a sum in the dtype of the gradient" in one.reason for one in lowered.plan.collectives) == 3
+
+
+def extremes(params: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
+    loss = jnp.mean((jnp.matmul(rows["x"], params["w"]) + params["b"]) ** 2)
+    return loss, {"max": sc.Max(jnp.max(rows["y"])), "min": sc.Min(jnp.min(rows["y"])), "each": sc.Max(rows["x"][0])}
+
+
+@pytest.mark.parametrize("bad", [0, 5, 15])
+@pytest.mark.parametrize(("k", "devices"), [(1, 1), (2, 1), (1, 4), (2, 4), (1, 8)])
+def test_extreme_of_values_with_a_nan_is_nan_on_any_mesh(bad: int, k: int, devices: int) -> None:
+    # XLA on CPU drops a NaN from the maximum over devices.
+    step = sc.compile(UPDATE @ sc.accumulate(k) @ DATA @ sc.grad(extremes, has_aux=True), mesh=mesh_of(data=devices))
+    batch = probe_batch(16)
+    state = step.init(probe_params())
+    _, expected = step.reference(state, batch)
+    state, metrics = step(state, batch)
+    for name in ("max", "min", "each"):
+        assert np.array_equal(metrics[name], expected[name]), name
+    assert (float(metrics["max"]), float(metrics["min"])) == (batch["y"].max(), batch["y"].min())
+    batch["y"][bad] = np.nan
+    _, metrics = step(state, batch)
+    assert np.isnan(metrics["max"]) and np.isnan(metrics["min"])
+    assert np.isfinite(metrics["loss"])
+
+
+def arrays(params: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """A metric of every kind, of one and of two axes."""
+    error = jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"]
+    each = error[:, None] * rows["x"]
+    metrics = {
+        "plain": each.mean(axis=0),
+        "mean": sc.Mean(each.sum(axis=0), jnp.sum(rows["y"] > 0)),
+        "mean by column": sc.Mean(each.sum(axis=0), jnp.sum(rows["x"] > 0, axis=0)),
+        "two means": sc.Mean(each.sum(axis=0), error.size) + 2.0 * sc.Mean(rows["x"].sum(axis=0), error.size),
+        "sum": sc.Sum(each.sum(axis=0)),
+        "histogram": sc.Sum(jnp.stack([jnp.sum(rows["x"] < 0, axis=0), jnp.sum(rows["x"] >= 0, axis=0)])),
+        "max": sc.Max(each.max(axis=0)),
+        "min": sc.Min(rows["x"].min(axis=0)),
+        "last": sc.Last(each[-1]),
+    }
+    return jnp.mean(error**2) * 0.5, metrics
+
+
+@pytest.mark.parametrize(("k", "devices"), [(1, 1), (4, 1), (1, 4), (4, 8), (2, 2)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_metrics_of_any_shape_are_reduced_as_declared(k: int, devices: int, rows: bool) -> None:
+    batch, params = probe_batch(64), probe_params()
+    source = sc.rows() @ sc.grad(arrays, has_aux=True) if rows else sc.grad(arrays, has_aux=True)
+    step = sc.compile(UPDATE @ sc.clip(1.0) @ sc.accumulate(k) @ DATA @ source, mesh=mesh_of(data=devices))
+    state = step.init(params)
+    _, by_reference = step.reference(state, batch)
+    _, metrics = step(state, batch)
+    error = batch["x"] @ params["w"] + params["b"] - batch["y"]
+    each, last = error[:, None] * batch["x"], np.arange(64).reshape(devices, -1)[-1][k - 1 :: k][-1]
+    expected = {
+        "plain": each.mean(axis=0),
+        "mean": each.sum(axis=0) / (batch["y"] > 0).sum(),
+        "mean by column": each.sum(axis=0) / (batch["x"] > 0).sum(axis=0),
+        "two means": each.mean(axis=0) + 2 * batch["x"].mean(axis=0),
+        "sum": each.sum(axis=0),
+        "histogram": np.stack([(batch["x"] < 0).sum(axis=0), (batch["x"] >= 0).sum(axis=0)]),
+        "max": each.max(axis=0),
+        "min": batch["x"].min(axis=0),
+        "last": each[last],
+    }
+    for name, value in expected.items():
+        # Sums of whole numbers are exact; a division by 30 may be a multiplication by its reciprocal.
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(by_reference[name], value, rtol=1e-6, err_msg=name)

@@ -166,8 +166,8 @@ def grad(
         across keys. The others are frozen: of any dtype, without gradient, reduction and optimizer state, in no norm
         and no `ema`. The optimizer is given the trained leaves, and None in the place of the others. Frozen leaves are
         placed by the rules of `shard` and saved with the state.
-      has_aux: the loss returns `(value, metrics)`. Metrics are a dict of scalars (averaged over microbatches),
-        `sc.Mean`, `sc.Sum`, `sc.Max`, `sc.Min` or `sc.Last`, and all of them are reported.
+      has_aux: the loss returns `(value, metrics)`. Metrics are a dict of arrays (averaged over microbatches),
+        `sc.Mean`, `sc.Sum`, `sc.Max`, `sc.Min` or `sc.Last` of one, and all of them are reported.
       rng: "example" gives `loss(params, rows, keys)` one typed key per row, folded from (seed, step, number of the row
         in the batch), so a draw depends neither on k nor on the mesh; use it with `jax.vmap`. "microbatch" gives
         `loss(params, rows, key)` one key per call, folded from the number of its first row: cheaper, but it does
