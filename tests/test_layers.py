@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_compiler.autotune": ("_compiler", "_core", "_language", "_text", "_units", "errors", "inspect"),
     "_compiler.normalize": ("_compiler", "_core", "_language", "errors"),
     "_compiler.stages": ("_compiler", "_core", "_units", "errors", "inspect", "report"),
-    "_compiler.step": ("_compiler", "_core", "_language", "_units", "errors", "inspect"),
+    "_compiler.step": ("_compiler", "_jax", "_core", "_language", "_units", "errors", "inspect"),
     # The loop: a step is something to call.
     "_runner": (
         "_distributed", "_forks", "_jax", "_language.kinds", "_language.padding", "_language.state", "_text", "_units",
