@@ -1,5 +1,6 @@
 """Sizes, times and tables as text, and how to split it. It imports nothing of stepc, so that errors can use it."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -24,6 +25,46 @@ def aligned_table(rows: Iterable[Sequence[str]]) -> list[str]:
     table = list(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
+def by_pattern(texts: Sequence[str], *, most: int) -> tuple[list[tuple[str, int]], int]:
+    """At most so many of these texts, each with how many it stands for; and how many more there are.
+
+    If there are more, those that differ only in the numbers of a path become one, `layers/*/w`. A path is in backticks,
+    has a slash, or is the first word.
+    """
+    if len(texts) <= most:
+        return [(text, 1) for text in texts], 0
+    groups: dict[tuple[str, ...], list[list[str]]] = {}  # the numbers in the paths, by the text between them
+    for text in texts:
+        between, numbers = _numbers_in_paths(text)
+        groups.setdefault(between, []).append(numbers)
+    each: list[tuple[str, int]] = []
+    for (first, *between), like in groups.items():
+        shown = [same[0] if len(set(same)) == 1 else "*" for same in zip(*like, strict=True)]
+        each.append((first + "".join(map(str.__add__, shown, between)), len(like)))
+    return each[:most], sum(times for _, times in each[most:])
+
+
+def _numbers_in_paths(text: str) -> tuple[tuple[str, ...], list[str]]:
+    paths = [range(*found.span()) for found in _PATH.finditer(text)]
+    found = [one for one in re.finditer(r"\d+", text) if any(one.start() in path for path in paths)]
+    ends = [0, *(at for one in found for at in one.span()), len(text)]
+    return tuple(text[ends[n] : ends[n + 1]] for n in range(0, len(ends), 2)), [one[0] for one in found]
+
+
+_PATH = re.compile(r"`[^`\s]+`|[^\s`\0]+/[^\s`\0]+|^[^\s`\0]*[^\W\d][^\s`\0]*")
+
+
+def few_rows(rows: Sequence[Sequence[str]], *, most: int = 24) -> list[Sequence[str]]:
+    """Rows that begin with the path of a leaf, at most so many: those that differ only in a number of it are one."""
+    shown, num_left = by_pattern(["\0".join(row) for row in rows], most=most)
+    found: list[Sequence[str]] = []
+    for text, times in shown:
+        path, *cells = text.split("\0")
+        found.append((f"{path} ({times:,} leaves)" if times > 1 else path, *cells))
+    width = len(rows[0]) if rows else 0
+    return [*found, (f"and {num_left:,} more", *[""] * (width - 1))] if num_left else found
 
 
 def indented_section(title: str, lines: Iterable[str]) -> str:

@@ -32,14 +32,18 @@ so a loop that retries after errors still ends on Ctrl-C and on SIGTERM.
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from stepc._text import aligned_table, by_pattern
+
+# A message does not grow with the batch or the model.
+_MOST_SHOWN = 8  # of like faults, or items of a list
+_MOST_FACTS = 12  # rows: those of a failed step, and eight
+_LONGEST_LINE = 1000  # characters, such as the repr of an array
+
 # Facts are rows of (label, value); they are printed aligned.
 Facts = Sequence[tuple[str, str]]
-
-_MOST_PATTERNS = 8  # of paths that a message shows
 
 
 @runtime_checkable
@@ -68,7 +72,8 @@ class StepcError(Exception):
     def __init__(self, what: str, *, where: str = "", facts: Facts = (), suggestion: str | None = None) -> None:
         self.suggestion = suggestion
         parts = (what, _indented(where), _indented(_aligned(facts)), suggestion and _indented(suggestion))
-        super().__init__("\n\n".join(part for part in parts if part))
+        lines = "\n\n".join(part for part in parts if part).splitlines()
+        super().__init__("\n".join(map(_shortened, lines)))
 
 
 class PipelineTypeError(StepcError, TypeError):
@@ -245,27 +250,29 @@ class Preempted(SystemExit):
 
 
 def faults_in_one(faults: Sequence[str], *, of: str) -> str:
-    """One sentence for one fault, a numbered list for several."""
-    if len(faults) == 1:
-        return faults[0]
-    listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, start=1))
-    return f"{len(faults)} faults in {of}:\n\n{listed}"
+    """One sentence for one fault, a numbered list for several: at most eight, like ones as one, the rest counted."""
+    shown, num_left = by_pattern(faults, most=_MOST_SHOWN)
+    sentences = [_counted(fault.removesuffix("."), times, end="." * fault.endswith(".")) for fault, times in shown]
+    if len(sentences) == 1:
+        return sentences[0]
+    lines = [f"  {number}. {fault}" for number, fault in enumerate(sentences, start=1)]
+    lines += [f"  and {num_left:,} more."] if num_left else []
+    return f"{len(faults):,} faults in {of}:\n\n" + "\n".join(lines)
 
 
-def grouped_paths(paths: Iterable[str]) -> str:
-    """Paths as a message shows them: those that differ in numbers alone as one pattern, with how many they are.
+def listed(items: Iterable[str], *, separator: str = ", ") -> str:
+    """Items in one line, each with a path at its start: at most eight, like ones as one, the rest counted."""
+    shown, num_left = by_pattern(list(items), most=_MOST_SHOWN)
+    texts = [_counted(item, times) for item, times in shown]
+    return separator.join(texts) + (f" and {num_left:,} more" if num_left else "")
 
-    At most eight patterns are shown, and the others counted, so that a message does not grow with the model.
-    """
-    patterns: dict[str, list[str]] = {}
-    for path in paths:
-        patterns.setdefault(re.sub(r"\d+", "*", path), []).append(path)
-    shown = [
-        f"`{pattern}` ({len(same)})" if len(same) > 1 else f"`{same[0]}`" if same[0] else "the only one"
-        for pattern, same in patterns.items()
-    ]
-    more = sum(map(len, list(patterns.values())[_MOST_PATTERNS:]))
-    return ", ".join(shown[:_MOST_PATTERNS]) + (f" and {more} more" if more else "")
+
+def _counted(text: str, times: int, *, end: str = "") -> str:
+    return f"{text} ({times:,} leaves){end}" if times > 1 else f"{text}{end}"
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}… ({len(line):,} characters)"
 
 
 def first_line(error: BaseException) -> str:
@@ -306,8 +313,11 @@ def caret(code: str, marked: str, site: str) -> str:
 
 
 def _aligned(facts: Facts) -> str:
-    width = max((len(label) for label, _ in facts), default=0)
-    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in facts)
+    texts = [f"`{label}`\0{value}" for label, value in facts]
+    shown, num_left = by_pattern(texts, most=_MOST_FACTS)
+    rows = [_counted(text, times)[1:].split("`\0", maxsplit=1) for text, times in shown]
+    rows += [["and", f"{num_left:,} more"]] if num_left else []
+    return "\n".join(aligned_table(rows))
 
 
 def _indented(text: str | None) -> str:

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import stepc as sc
 from stepc._language.kinds import Kind
+from stepc.errors import faults_in_one
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
 from stepc.testing.probes import WIDE, drawing, wide_params
@@ -846,6 +847,106 @@ def test_name_error_of_the_loss_passes_through_as_itself() -> None:
     with pytest.raises(NameError, match="undefined_name") as raised:
         trained_with(misspelt)
     assert raised.value.__notes__
+
+
+def leaves(name: Callable[[int], str], leaf: Any) -> dict[str, Any]:
+    return {name(number): leaf for number in range(1000)}
+
+
+def summed(params: Any, rows: Any) -> jax.Array:
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params)) * jnp.mean(next(iter(rows.values())))
+
+
+def large(name: Callable[[int], str]) -> dict[str, tuple[type, Callable[[], object]]]:
+    """Mistakes in each of 1,000 leaves."""
+    params = leaves(name, np.float32(1.0))
+    step, plain = sc.compile(sc.update(tx) @ sc.grad(summed)), sc.compile(sc.update(optax.adam(1e-3)) @ sc.grad(summed))
+    shapes = {one: jax.ShapeDtypeStruct((), jnp.float32) for one in params}
+    model = sc.shard(sc.dp("data"), sc.tp({"none": P("model")}))
+
+    def state_of(one: sc.Step) -> Any:
+        return one.init(params)
+
+    def counting(params: Any, rows: Any) -> Any:
+        total = sum(jax.tree.leaves(params))
+        return sc.Mean(jnp.mean(rows["x"]) * total, total)
+
+    def growing(params: Any, rows: Any, model_state: Any) -> Any:
+        return jnp.mean(rows["x"]) * params["w"], {one: leaf[None] for one, leaf in model_state.items()}
+
+    def stateful() -> None:
+        step = sc.compile(sc.update(tx) @ sc.grad(growing, model_state=True))
+        step(step.init({"w": np.float32(0.0)}, model_state=params), {"x": np.ones(4, np.float32)})
+
+    def counted() -> None:
+        step = sc.compile(sc.update(tx) @ sc.grad(counting))
+        step(step.init(params), {"x": np.ones(4, np.float32)})
+
+    def on_mesh() -> None:
+        sc.compile(sc.update(tx) @ model @ sc.grad(summed), mesh=mesh_of(data=2, model=2)).init(shapes)
+
+    return {
+        "numbers": (sc.BatchError, lambda: step(state_of(step), leaves(name, 1.0))),
+        "lists": (sc.BatchError, lambda: step(state_of(step), {"x": np.ones((50, 40)).tolist()})),
+        "ragged": (sc.BatchError, lambda: step(state_of(step), {one: np.ones(n + 1) for n, one in enumerate(params)})),
+        "padding": (sc.BatchError, lambda: sc.pad_batch(leaves(name, np.ones(8)), 4)),
+        "parameters": (sc.ConfigError, lambda: step.init(leaves(name, "text"))),
+        "state": (sc.ConfigError, lambda: step.shardings(plain.init(shapes))),
+        "rules": (sc.ShardingError, on_mesh),
+        "counts": (sc.LossError, counted),
+        "model state": (sc.LossError, stateful),
+        "trees": (
+            sc.EquivalenceError,
+            lambda: assert_equal_trees(params, leaves(name, np.float32(2.0)), tolerance=0.0, of="two"),
+        ),
+        "leaves": (sc.EquivalenceError, lambda: assert_equal_trees(params, {}, tolerance=0.0, of="two trees")),
+        "data": (sc.DataError, lambda: sc.run(step, state_of(step), [leaves(name, np.array(["a"]))])),
+        "run": (sc.ConfigError, lambda: sc.run(step, params, [])),
+    }
+
+
+def lettered(number: int) -> str:
+    return "block_" + "".join("abcdefghij"[int(digit)] for digit in str(number))
+
+
+@pytest.mark.parametrize("name", ["layer_{}/w".format, lettered])
+@pytest.mark.parametrize("mistake", large(lettered))
+def test_message_does_not_grow_with_the_number_of_leaves(mistake: str, name: Callable[[int], str]) -> None:
+    kind, fails = large(name)[mistake]
+    with pytest.raises(kind) as raised:
+        fails()
+    text = str(raised.value)
+    assert len(text) < 2000
+    assert len(text.splitlines()) < 24
+    assert re.search(r"[\d,]{3,} (more|leaves|faults)", text), text  # what is not shown is counted
+
+
+ERRORS = [kind for kind in vars(sc).values() if isinstance(kind, type) and issubclass(kind, sc.StepcError)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ERRORS if kind is not sc.BudgetError])
+def test_facts_of_every_error_are_few(kind: type[sc.StepcError]) -> None:
+    more = {"phase": "data", "step": 1, "state_ok": True} if issubclass(kind, sc.StepError) else {}
+    for name in ("layers/{}/w".format, lettered):
+        text = str(kind("what", facts=[(name(n), "as [1, 2]" * 99) for n in range(1000)], **more))
+        assert len(text) < 15_000
+        assert len(text.splitlines()) < 20
+
+
+def test_few_leaves_are_named_and_many_are_a_pattern() -> None:
+    few, many = ([f"`layers/{n}/w/0` is text." for n in range(count)] for count in (3, 48))
+    assert "2. `layers/1/w/0` is text." in faults_in_one(few, of="a")
+    assert faults_in_one([*many, "`b` is text."], of="the parameters") == (
+        "49 faults in the parameters:\n\n  1. `layers/*/w/0` is text (48 leaves).\n  2. `b` is text."
+    )
+
+
+def test_plan_and_table_of_many_leaves_are_short() -> None:
+    params = {"layers": [{"w": np.ones(4, np.float32)} for _ in range(100)]}
+    step = sc.compile(sc.update(optax.adam(1e-3)) @ sc.grad(summed))
+    table = str(step.shardings(step.init(params)))
+    assert len(table.splitlines()) < 10
+    assert "opt_state/0/mu/layers/*/w (100 leaves)" in table
 
 
 def test_every_error_is_under_stepc_error_and_resembles_a_builtin() -> None:

@@ -34,7 +34,7 @@ from stepc._language.terms import (
     loss_outcome,
     merge_terms,
 )
-from stepc.errors import LossError, ShardingError, faults_in_one, grouped_paths
+from stepc.errors import LossError, ShardingError, faults_in_one, listed
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, float, int)
 # The metrics that a step reports itself.
@@ -188,7 +188,7 @@ def _check_counts(needs: list[bool], params: Params, model_state: Any, node: Dif
     if used := [path for path, needed in zip(paths, needs, strict=False) if needed]:
         raise LossError(
             f"A count of the loss of `{node.written}` depends on the parameters, or on the model state.",
-            facts=(("depends on", ", ".join(f"`{path}`" for path in used)),),
+            facts=(("depends on", listed(f"`{path}`" for path in used)),),
             suggestion="Count rows or tokens: `sc.Mean(total, count)` is divided by the count, which has no gradient.",
         )
 
@@ -215,7 +215,7 @@ def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: Dif
         raise LossError(
             f"No gradient of `{node.written}` reaches {len(unreached)} of its {len(trained)} trained parameters.",
             facts=(
-                ("parameters", grouped_paths(unreached)),
+                ("parameters", listed(f"`{path}`" if path else "the only one" for path in unreached)),
                 ("reason", "the loss does not depend on them, or only through `stop_gradient` or whole numbers"),
                 ("what for", "an optimizer with weight decay would change them silently"),
             ),
@@ -545,7 +545,7 @@ def _names_an_axis(error: NameError, node: DifferentiateNode) -> LossError:
 
 
 def _add_note(error: Exception, node: DifferentiateNode, rows: BatchRows) -> None:
-    shapes = ", ".join(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
+    shapes = listed(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
     error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced for one microbatch: {shapes}")
 
 

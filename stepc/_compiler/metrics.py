@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepc._language.terms import AbstractTerms, Last, Max, Metric, Min, Sum, divide_by_count, is_static, sum_arrays
+from stepc.errors import listed
 
 SUMMED_KINDS = ("mean", "sum", "whole", "last")  # those that are reduced by a sum over devices
 
@@ -86,17 +87,17 @@ class Diagnostics:
         if not bad:
             return f"the loss of each of the {size} is finite" if size > 1 else "the loss is finite"
         parts = [
-            f"{', '.join(map(str, numbers))}{f' on device {device}' if num_devices > 1 else ''}"
+            f"{listed(map(str, numbers))}{f' on device {device}' if num_devices > 1 else ''}"
             for device, numbers in bad.items()
         ]
-        return f"{'; '.join(parts)} (of {size}, counted from 0)"
+        return f"{listed(parts, separator='; ')} (of {size}, counted from 0)"
 
     def _gradient(self) -> str:
         is_finite = np.isfinite(np.asarray(self.squares))
         bad = [path or "the parameter" for path, is_fine in zip(self.paths, is_finite, strict=True) if not is_fine]
         if not bad:
             return "every leaf is finite"
-        return f"not finite in {', '.join(bad)} ({len(bad)} of {len(self.paths)} leaves)"
+        return f"not finite in {listed(bad)} ({len(bad)} of {len(self.paths)} leaves)"
 
 
 def accumulate_metric(metric: Metric) -> tuple[MetricAccumulator, ...]:

@@ -40,7 +40,7 @@ from stepc._compiler.search import SearchResult
 from stepc._core.nodes import DifferentiateNode, Program, show
 from stepc._core.sharding import axes_of, spec_text
 from stepc._language.state import is_trained
-from stepc._text import aligned_table, indented_section
+from stepc._text import aligned_table, few_rows, indented_section
 
 _BY_LAYER = "one layer at a time where the loss scans over layers"
 _MOST_SHARDS = 8  # of a dimension that is drawn shard by shard
@@ -106,19 +106,21 @@ class ShardingTable:
         return "\n".join(self._lines({}))
 
     def __rich__(self) -> str:
-        specs = dict.fromkeys(row.spec for row in self.rows if any(row.spec))
+        specs = dict.fromkeys(row.text for row in self.rows if any(row.spec))
         return "\n".join(self._lines({spec: _COLOURS[n % len(_COLOURS)] for n, spec in enumerate(specs)}))
 
-    def _lines(self, colours: Mapping[PartitionSpec, str]) -> Iterator[str]:
+    def _lines(self, colours: Mapping[str, str]) -> Iterator[str]:
         mesh = "a single device" if self.mesh is None else _sizes(tuple(self.mesh.shape.items()))
         yield f"state on {mesh}: {len(self.rows)} leaves, {self.bytes_:,} bytes per device"
         width = max((len(f"{row.bytes_:,} B") for row in self.rows), default=0)
-        columns = [(row.path, row.type_text, row.text, f"{row.bytes_:,} B".rjust(width), row.note) for row in self.rows]
-        for row, line in zip(self.rows, aligned_table(columns), strict=True):
+        columns = few_rows(
+            [(row.path, row.type_text, row.text, f"{row.bytes_:,} B".rjust(width), row.note) for row in self.rows]
+        )
+        for (_, _, spec, *_), line in zip(columns, aligned_table(columns), strict=True):
             if colours:  # rich reads brackets as markup
                 line = line.replace("[", r"\[")
-            if colour := colours.get(row.spec):
-                line = line.replace(row.text, f"[{colour}]{row.text}[/{colour}]", 1)
+            if colour := colours.get(spec):
+                line = line.replace(spec, f"[{colour}]{spec}[/{colour}]", 1)
             yield f"  {line}"
         for spec in dict.fromkeys(row.spec for row in self.rows if any(row.spec)):
             first, *others = [row for row in self.rows if row.spec == spec]
@@ -224,7 +226,8 @@ class Plan:
             yield "sharding", list(self.notes)
         total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)
         size = f"{total:,} bytes" + (f" ({local:,} per device)" if local != total else "")
-        yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(map(_leaf, self.leaves))
+        leaves = few_rows(list(map(_leaf, self.leaves)))
+        yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(leaves)
         if self.model_state:
             yield "model state", aligned_table([(leaf.path, leaf.cost) for leaf in self.model_state])
 

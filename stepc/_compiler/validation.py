@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias, assert_never
 
@@ -33,6 +33,7 @@ from stepc.errors import (
     ShardingError,
     did_you_mean,
     faults_in_one,
+    listed,
     misspelt_axes,
 )
 
@@ -44,6 +45,8 @@ BatchSignature: TypeAlias = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]
 # By path: the type of a leaf, and where it is.
 ArgumentTypes: TypeAlias = dict[str, tuple[str, str]]
 
+_NUMBERS = (np.number, np.bool, bool, int, float, complex)
+_MOST_REMEDIES = 2  # of one message
 _ARRAYS = (np.ndarray, jax.Array, jax.ShapeDtypeStruct)  # leaves that have rows; typed keys are jax arrays too
 
 
@@ -399,20 +402,38 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
     axis = len(repeats)
     rows = {path: leaf.shape[axis] for path, leaf in leaves if isinstance(leaf, _ARRAYS) and leaf.ndim > axis}
     if len(set(rows.values())) > 1:
-        counts = ", ".join(f"`{path}` has {number}" for path, number in rows.items())
+        counts = listed(f"`{path}` has {number}" for path, number in rows.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")
     elif not faults:
         faults = _division_faults(next(iter(rows.values())), program)
     if not shapes_too and any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves):
         faults.append("the batch holds shapes: `lower` takes shapes, a step needs arrays.")
     if faults:
-        raise BatchError(_all(faults, of="the batch")) from None
+        remedies = dict.fromkeys(_remedies_of_numbers(batch, "batch", set(rows.values()) if axis == 0 else set()))
+        suggestion = " ".join(list(remedies)[:_MOST_REMEDIES]) or None
+        raise BatchError(_all(faults, of="the batch"), suggestion=suggestion) from None
+
+
+def _remedies_of_numbers(tree: Any, written: str, rows: set[int]) -> Iterator[str]:  # Any: a part of a batch
+    """What to write for numbers that have no rows: a list of them as an array, a single one once per row."""
+    match tree:
+        case list() if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves(tree)):
+            yield f"Write `np.asarray({written})`."
+        case dict() | list() | tuple():
+            parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+            for key, part in parts:
+                yield from _remedies_of_numbers(part, f"{written}[{key!r}]", rows)
+        case _ if isinstance(tree, _NUMBERS) or isinstance(tree, _ARRAYS) and not tree.ndim:
+            if len(rows) == 1:
+                yield f"Write `np.full({next(iter(rows))}, {written})`: the number once per row."
+        case _:
+            return
 
 
 def _leaf_fault(shown: str, leaf: object) -> str | None:
     if not isinstance(leaf, _ARRAYS):
-        if isinstance(leaf, np.number | np.bool | bool | int | float | complex):
-            return f"{shown} is {_a(type(leaf).__name__)}, which has no rows; convert lists to arrays."
+        if isinstance(leaf, _NUMBERS):
+            return f"{shown} is {_a(type(leaf).__name__)}, which has no rows."
         return f"{shown} is {_a(type(leaf).__name__)}, not an array."
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
         return f"{shown} has dtype {leaf.dtype}, which a program cannot take."
@@ -461,7 +482,7 @@ def check_gradient(written: str, returned: Any, like: Any) -> None:  # Any: what
             )
     wanted, found = ([(path, jnp.shape(leaf)) for path, leaf in leaves_by_path(tree)] for tree in (like, grads))
     if wanted != found or jax.tree.structure(like) != jax.tree.structure(grads):
-        shown = (", ".join(f"{path} {list(shape)}" for path, shape in rows) or "no leaves" for rows in (wanted, found))
+        shown = (listed(f"{path} {list(shape)}" for path, shape in rows) or "no leaves" for rows in (wanted, found))
         facts = tuple(zip(("expected", "got"), shown, strict=True))
         raise ConfigError(f"`{written}` changes the tree or the shapes of the gradient.", facts=facts)
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 
 from stepc._language.fields import is_positive_integer
 from stepc._language.state import leaves_by_path
-from stepc.errors import BatchError, faults_in_one
+from stepc.errors import BatchError, faults_in_one, listed
 
 Mask: TypeAlias = Bool[np.ndarray, " rows"]
 Tree = TypeVar("Tree")  # whatever the user makes a batch of
@@ -44,7 +44,7 @@ def pad_batch(batch: Tree, rows: int) -> tuple[Tree, Mask]:
         faults.append(f"rows must be a positive integer, got {rows!r}.")
     faults += [f"`{path}` is a scalar: it has no rows on axis 0." for path, _ in leaves if path not in sizes]
     if len(set(sizes.values())) > 1:
-        counts = ", ".join(f"`{path}` has {size}" for path, size in sizes.items())
+        counts = listed(f"`{path}` has {size}" for path, size in sizes.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")
     if faults:
         what = faults_in_one(faults, of="the batch to pad")

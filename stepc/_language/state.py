@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from stepc._language.kinds import Params
+from stepc.errors import listed
 
 # The leaves that are not replicated: (path, spec), sorted by path.
 Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
@@ -142,8 +143,8 @@ def describe_tied_leaves(tree: object) -> str | None:
     for path, leaf in leaves_by_path(tree):
         by_identity.setdefault(id(leaf), []).append((path, leaf))
     tied = [same for same in by_identity.values() if len(same) > 1 and getattr(same[0][1], "nbytes", 0)]
-    texts = [f"{' and '.join(path for path, _ in same)} ({same[0][1].nbytes:,} bytes)" for same in tied]
-    return ", ".join(texts) or None
+    texts = [f"{listed((path for path, _ in same), separator=' and ')} ({same[0][1].nbytes:,} bytes)" for same in tied]
+    return listed(texts) or None
 
 
 def is_typed_key(leaf: Any) -> bool:  # Any: anything with a dtype, a shape too

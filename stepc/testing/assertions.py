@@ -22,11 +22,10 @@ from stepc._language.pipeline import Transform, expand_transforms
 from stepc._language.reference import complete_transforms, fold_references
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, whole_batch
 from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
-from stepc.errors import EquivalenceError, faults_in_one
+from stepc.errors import EquivalenceError, faults_in_one, listed
 from stepc.inspect.budget import Budget
 
 _NUM_STEPS = 3
-_MOST_LEAVES = 8  # that a message names
 
 
 def assert_equivalent(step: Step, state: State, batch: Batch, *, tolerance: float = 1e-5) -> None:
@@ -142,16 +141,13 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
         return
     written = " @ ".join(repr(below_update[position]) for position in splits)
     inside = [repr(one) for one in below_update[splits[0] :] if any(isinstance(node, MapNode) for node in one.expand())]
-    shown = [f"{path} by {difference:.3g}" for path, difference in differ[:_MOST_LEAVES]]
-    shown += [f"and {len(differ) - _MOST_LEAVES} more"] if len(differ) > _MOST_LEAVES else []
+    shown = listed(f"{path} by {difference:.3g}" for path, difference in differ)
     causes = [f"`{loss}`: {use}" for loss, use in _dependent_losses(step, state, batch)]
     if not causes:
         causes = ["the loss couples the rows that it is given (a contrastive loss, batch statistics)"]
         causes += ["it is not a mean over them (a sum)"]
     causes += [f"`{one}` takes the gradient of each part" for one in inside]
-    gradient = (
-        [("gradient", f"differs in {', '.join(shown)}; its largest magnitude is {largest:.3g}")] if differ else []
-    )
+    gradient = [("gradient", f"differs in {shown}; its largest magnitude is {largest:.3g}")] if differ else []
     raise EquivalenceError(
         f"`{written}` changes the gradient: the mean over parts of the batch is not that of the whole batch.",
         facts=(*metrics, *gradient, ("cause", f"either {', or '.join(causes)}" if len(causes) > 1 else causes[0])),
@@ -201,9 +197,7 @@ def assert_equal_trees(
     left, right = leaves_by_path(got), leaves_by_path(expected)
     missing = {path for path, _ in right} ^ {path for path, _ in left}
     if missing or len(left) != len(right):
-        raise EquivalenceError(
-            f"The leaves of {of} differ.", facts=(("only in one", ", ".join(sorted(missing))), *facts)
-        )
+        raise EquivalenceError(f"The leaves of {of} differ.", facts=(("only in one", listed(sorted(missing))), *facts))
     by_path = dict(right)
     others = [dict(leaves_by_path(tree)) for tree in moved]
     faults = []
