@@ -3,6 +3,7 @@
 Each row is one mistake. The texts are in golden/errors, a file a group; a text that no row makes is refused.
 """
 
+import functools
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ import optax
 import pytest
 from catalogue import PROBES, probe_batch, probe_params
 from conftest import GOLDEN, golden_texts, mesh_of
+from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -272,6 +275,12 @@ COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.PipelineTypeError,
         lambda: sc.update(tx) @ sc.loss_scale() @ sc.clip(10.0) @ sc.grad(loss),
     ),
+    "pipe": (sc.PipelineTypeError, lambda: sc.grad(loss) | sc.clip(1.0)),
+    "shift": (sc.PipelineTypeError, lambda: sc.grad(loss) >> sc.clip(1.0) >> sc.update(tx)),
+    "times": (sc.PipelineTypeError, lambda: sc.update(tx) * sc.grad(loss)),
+    "plus": (sc.PipelineTypeError, lambda: sc.clip(1.0) + sc.noise(0.1)),
+    "pipeline_called": (sc.PipelineTypeError, lambda: (sc.update(tx) @ sc.grad(loss))(probe_params(), probe_batch(8))),
+    "transform_not_called": (sc.PipelineTypeError, lambda: sc.clip(1.0) @ sc.rows @ sc.grad(loss)),
     "maps_of_a_scaled_gradient": (
         sc.PipelineTypeError,
         lambda: sc.loss_scale() @ (sc.noise(0.1) @ sc.accumulate(4) @ dp @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss)),
@@ -333,7 +342,15 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "recipe": (sc.ConfigError, lambda: sc.compile(sc.update(tx) @ sc.clip(1.0))),
     "recipe_reference": (sc.ConfigError, lambda: sc.reference(sc.update(tx) @ sc.clip(1.0))),
     "no_update": (sc.ConfigError, lambda: sc.compile(sc.clip(1.0) @ sc.grad(loss))),
-    "not_a_pipeline": (sc.ConfigError, lambda: sc.compile(loss)),
+    "not_a_pipeline": (sc.FieldTypeError, lambda: sc.compile(loss)),
+    "not_a_pipeline_but_a_number": (sc.FieldTypeError, lambda: sc.compile(5)),
+    "positional_mesh": (sc.FieldTypeError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), mesh_of(data=2))),
+    "params_are_a_number": (sc.FieldTypeError, lambda: step_on().init(5)),
+    "params_are_an_nnx_module": (sc.FieldTypeError, lambda: step_on().init(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))),
+    "params_are_an_equinox_module": (
+        sc.ConfigError,
+        lambda: step_on().init(eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))),
+    ),
     "not_a_mesh": (sc.FieldTypeError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), mesh=8)),
     "unknown_axis": (sc.ShardingError, lambda: step_on({"dta": 8})),
     "no_mesh": (sc.ShardingError, lambda: sc.compile(sc.update(tx) @ dp @ sc.grad(loss))),
@@ -551,6 +568,8 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     ),
     "mean_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(b["x"] @ p["w"], 3))),
     "count_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(p["w"]), b["y"] > 0))),
+    "loss_with_a_third_argument": (sc.LossError, lambda: trained_with(drawing)),
+    "loss_without_keys": (sc.LossError, lambda: trained_with(loss, rng="example")),
     "aux_missing": (sc.LossError, lambda: trained_with(loss, has_aux=True)),
     "aux_not_a_dict": (sc.LossError, lambda: trained_with(lambda p, b: (loss(p, b), [1.0]), has_aux=True)),
     "aux_faults": (
@@ -716,6 +735,7 @@ PROMISING: dict[str, tuple[type, Callable[[], object]]] = {
 }
 ABSENT: dict[str, tuple[type, Callable[[], object]]] = {
     "topology_not_a_name": (sc.ConfigError, lambda: sc.topology("v5e-256")),
+    "topology_misspelt": (sc.ConfigError, lambda: without("libtpu", lambda: sc.topology("tpu:v5f:16x16"))),
     "topology_no_libtpu": (sc.ConfigError, lambda: without("libtpu", lambda: sc.topology("tpu:v5e:16x16"))),
     "topology_no_cuda": (sc.ConfigError, lambda: without("jax_plugins", lambda: sc.topology("gpu:h100:32x8"))),
 }
@@ -789,6 +809,12 @@ NAMES = {
     "P": P,
     "pipeline": sc.update(tx) @ dp @ sc.grad(loss),
     "compile": sc.compile,
+    "mesh": mesh_of(data=N),
+    "functools": functools,
+    "eqx": eqx,
+    "nnx": nnx,
+    "model": eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)),
+    "module": nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
 }
 
 
@@ -798,10 +824,16 @@ NAMES = {
 def test_code_of_a_remedy_can_be_executed(group: str, name: str) -> None:
     with pytest.raises(sc.StepcError) as raised:
         GROUPS[group][name][1]()
+    names = {**NAMES, "k": 4}
     for code in re.findall("`([^`]+)`", raised.value.suggestion or ""):
-        if "..." in code or "memory=" in code or re.fullmatch(r"\w+", code) or code.startswith("step."):
-            continue  # a call with a part left out, a name, or a method of the reader's own step
-        done = eval(code, {**NAMES, "k": 4})
+        if code.startswith("step.") or "memory=" in code or re.fullmatch(r"[\w.]+", code):
+            continue  # a method of the reader's own step, or a name
+        if "..." in code and "nnx" not in code:
+            continue  # a call with a part left out
+        if " = " in code:
+            exec(code, names)
+            continue
+        done = eval(code, names)
         if isinstance(done, sc.Pipeline) and done.takes is None and done.gives is Kind.STEP:
             sc.compile(done, mesh=mesh_of(data=N))
 

@@ -1,5 +1,6 @@
 """The user's loss: how it is called, what it must return, and what its jaxpr says of its counts and mesh axes."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -64,8 +65,9 @@ Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed
 def checked_loss(node: DifferentiateNode) -> Call:
     """The loss as a function whose arguments and results do not depend on the node's options.
 
-    Errors: LossError for what it returns; what the loss itself raises passes through unchanged, with a note.
+    Errors: LossError for what it takes and returns; what it raises passes through unchanged, with a note.
     """
+    _check_arguments(node)
 
     def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
         options = (
@@ -252,6 +254,30 @@ def num_rows(rows: BatchRows) -> int:
     return jax.tree.leaves(rows)[0].shape[0]
 
 
+def _check_arguments(node: DifferentiateNode) -> None:
+    """Refuse a function that does not take what its options pass by position."""
+    try:
+        parameters = list(inspect.signature(node.loss).parameters.values())
+    except (TypeError, ValueError):  # it has no signature to look at
+        return
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [one for one in parameters if one.kind in kinds]
+    needed = sum(one.default is inspect.Parameter.empty for one in taken)
+    keys = () if node.rng is None else ("keys",) if node.rng == "example" else ("key",)
+    passed = ("params", "rows", *keys, *(("model_state",) if node.model_state else ()))
+    takes_any = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
+    if needed <= len(passed) and (takes_any or len(passed) <= len(taken)):
+        return
+    suggestion = f"Write `def loss({', '.join(passed)})`."
+    if needed > len(passed) == 2:
+        suggestion = (
+            'Either write `grad(loss, rng="example")`, if the third is one key per row, or '
+            "`grad(loss, model_state=True)`, if it is the model's own state, or bind it by `functools.partial`."
+        )
+    facts = (("passed", ", ".join(passed)), ("taken", ", ".join(one.name for one in taken) or "nothing"))
+    raise LossError(f"The loss of `{node.written}` takes other arguments.", facts=facts, suggestion=suggestion)
+
+
 def _check_returned(returned: Any, node: DifferentiateNode) -> None:
     wanted = ("value", *(("metrics",) if node.has_aux else ()), *(() if node.model_state is None else ("model_state",)))
     if len(wanted) > 1 and not (isinstance(returned, tuple) and len(returned) == len(wanted)):
@@ -274,7 +300,9 @@ def _check_value(value: Any, node: DifferentiateNode) -> None:
         if not _is_scalar(value.count):
             raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
     if not isinstance(total, (jax.Array, np.ndarray, np.generic, float, int)):
-        raise LossError(f"{what}.", facts=facts)
+        pair = isinstance(value, tuple) and len(value) == 2 and not node.has_aux
+        remedy = "Write `grad(loss, has_aux=True)` for a loss that returns (value, metrics)." if pair else None
+        raise LossError(f"{what}.", facts=facts, suggestion=remedy)
     if jnp.shape(total) != ():
         remedy = "Write `.sum()` over the rows." if isinstance(value, Mean) else "Write `.mean()` over the rows."
         raise LossError(f"{what}.", facts=facts, suggestion=remedy)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State, carried_over, trained_leaves
-from stepc.errors import ConfigError, StepcError
+from stepc.errors import ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
@@ -66,7 +66,9 @@ MOST_CHANGES = 8  # that a warning lists
 _LOG = logging.getLogger("stepc")
 
 
-def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget: Budget | None = None) -> "Step":
+def compile(
+    pipeline: Transform | Pipeline, *positional: Never, mesh: Mesh | None = None, budget: Budget | None = None
+) -> "Step":
     """Make one jitted program of a pipeline, for a mesh. It donates its state.
 
     Meaning: `step(state, batch)` equals `reference(pipeline)(state, batch)`, up to the order of summation.
@@ -78,15 +80,20 @@ def compile(pipeline: Transform | Pipeline, *, mesh: Mesh | None = None, budget:
       mesh: a `jax.sharding.Mesh`, its axes of any type; None for the default device. Axes that the pipeline does
         not name stay automatic: parameters that are sharded over them stay sharded.
       budget: what the step may cost. It is checked before the first call with each signature of a batch.
-    Errors: FieldTypeError for a mesh or a budget of another type; ConfigError if the pipeline is not complete;
-      ShardingError if the mesh lacks an axis. Nothing is traced or compiled before the first call; that raises
-      BudgetError if the program exceeds its budget, or if nothing fits an `accumulate(memory=...)`.
+    Errors: FieldTypeError for what is no pipeline, and for a mesh or a budget of another type; ConfigError if the
+      pipeline is not complete; ShardingError if the mesh lacks an axis. Nothing is traced or compiled before the first
+      call; that raises BudgetError if the program exceeds its budget, or if nothing fits an `accumulate(memory=...)`.
     Example:
       >>> compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
       compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
 
     Source: ours.
     """
+    if positional:
+        got = ", ".join(type(one).__name__ for one in positional)
+        suggestion = "Write `compile(pipeline, mesh=mesh)`." if isinstance(positional[0], Mesh) else None
+        what = "`compile` takes one pipeline; its other arguments are named."
+        raise FieldTypeError(what, facts=(("got", f"a pipeline, and {got}"),), suggestion=suggestion)
     check_option("mesh", mesh, Mesh, expected="a jax.sharding.Mesh")
     check_option("budget", budget, Budget, expected="a stepc.Budget")
     transforms = complete_transforms(pipeline)

@@ -149,6 +149,16 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
       every pattern that matches nothing.
     """
     leaves = leaves_by_path(params)
+    if any("flax.nnx" in base.__module__ for base in type(params).__mro__):
+        raise FieldTypeError(
+            "These parameters are an NNX module.",
+            facts=(("expected", "a tree of arrays"), ("got", type(params).__name__)),
+            suggestion="Write `graphdef, params, rest = nnx.split(module, nnx.Param, ...)`, and in the loss "
+            "`nnx.merge(graphdef, params, rest)`.",
+        )
+    if [path for path, _ in leaves] == [""] and not isinstance(leaves[0][1], (*_ARRAYS, np.generic, float)):
+        facts = (("expected", "a tree of arrays"), ("got", type(params).__name__))
+        raise FieldTypeError("These parameters are not a tree of arrays.", facts=facts)
     faults = [] if leaves else ["the tree of parameters has no leaves."]
     hints: list[str | None] = []
     for path, leaf in leaves:
@@ -165,6 +175,9 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
             faults.append(f"`wrt` names {pattern!r}, which matches no parameter.")
             hints.append(did_you_mean(pattern, [path for path, _ in leaves]))
     if faults:
+        if any("equinox" in base.__module__ for base in type(params).__mro__):
+            partition = "`params, static = eqx.partition(model, eqx.is_inexact_array)`"
+            hints = [f"Write {partition}, and in the loss `eqx.combine(params, static)`."]
         suggestion = " ".join(dict.fromkeys(filter(None, hints))) or None
         raise ConfigError(_all(faults, of="the parameters"), suggestion=suggestion)
     overwritten = [path for path, _ in leaves if is_trained(path, wrt) and is_overwritten(path)]

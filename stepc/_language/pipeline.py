@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from types import FrameType, FunctionType
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Never, NoReturn, Self, TypeAlias
 
 import numpy as np
+import optax
 
 from stepc._core.nodes import MapNode, Node, Program, RescaleNode, Wrap
 from stepc._language.kinds import Kind
@@ -77,9 +78,43 @@ class _Composable:
     def __rmatmul__(self, outer: Operand) -> "Pipeline":
         return compose(outer, self)
 
-    def __call__(self, inner: Operand) -> "Pipeline":
+    def __call__(self, inner: Operand, *more: Never) -> "Pipeline":
         """`accumulate(4)(g)` is `accumulate(4) @ g`."""
+        if more or (transforms_of(self)[-1].takes is None and not transforms_of(inner)):
+            stages = transforms_of(self)
+            is_complete = stages[0].gives is Kind.STEP and stages[-1].takes is None
+            then = f"Write `compile({self!r})`, and call that with a state and a batch." if is_complete else None
+            raise PipelineTypeError(f"`{self!r}` is not a step, and cannot be called with arrays.", suggestion=then)
         return compose(self, inner)
+
+    def _refuse(self, other: object, sign: str) -> NoReturn:
+        written = f"{self!r} {sign} {operand_name(other)}"
+        orders = [Pipeline((*one, *two)) for one, two in permutations(map(transforms_of, (self, other))) if one and two]
+        fits = [f"`{one!r}`" for one in orders if _meets(one)]
+        choice = f"Write {fits[0]}" if len(fits) == 1 else f"Either write {', or '.join(fits)}"
+        raise PipelineTypeError(
+            f"Transforms are composed with `@`, not with `{sign}`.",
+            where=caret(written, sign, str(site_of_caller())),
+            suggestion=f"{choice}: the rightmost acts first." if fits else None,
+        )
+
+    def __or__(self, other: object) -> NoReturn:
+        self._refuse(other, "|")
+
+    def __rshift__(self, other: object) -> NoReturn:
+        self._refuse(other, ">>")
+
+    def __lshift__(self, other: object) -> NoReturn:
+        self._refuse(other, "<<")
+
+    def __mul__(self, other: object) -> NoReturn:
+        self._refuse(other, "*")
+
+    def __add__(self, other: object) -> NoReturn:
+        self._refuse(other, "+")
+
+    def __and__(self, other: object) -> NoReturn:
+        self._refuse(other, "&")
 
 
 @dataclass(frozen=True, repr=False)
@@ -204,6 +239,14 @@ def expand_transforms(transforms: Iterable[Transform]) -> Program:
 def transform_name(kind: type) -> str:
     """The name that a user writes for a transform class: `skip_nonfinite` for `SkipNonfinite`."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).lstrip("_")
+
+
+def operand_name(operand: object) -> str:
+    """How a message names what stands beside an `@`: its own repr if that is short, or else its type."""
+    if transforms_of(operand):
+        return repr(operand)
+    name = operand.__name__ if isinstance(operand, FunctionType) else repr(operand)
+    return name if len(name) <= _LONGEST_NAME else type(operand).__name__
 
 
 def function_name(loss: Callable[..., Any]) -> str:
@@ -358,9 +401,15 @@ def _well_typed_order(left: tuple[Transform, ...], right: tuple[Transform, ...])
     """The same transforms with `left` moved inwards to the first place where all kinds meet, if there is one."""
     for place in range(1, len(right) + 1):
         transforms = (*right[:place], *left, *right[place:])
-        if all(one.takes is two.gives for one, two in zip(transforms, transforms[1:], strict=False)):
+        if _meets(Pipeline(transforms)):
             return Pipeline(transforms)
     return None
+
+
+def _meets(pipeline: Pipeline) -> bool:
+    """Whether the kinds of all neighbours meet."""
+    transforms = pipeline.transforms
+    return all(one.takes is two.gives for one, two in zip(transforms, transforms[1:], strict=False))
 
 
 def _check_scale(pipeline: Pipeline) -> None:
@@ -395,13 +444,22 @@ def _check_scale(pipeline: Pipeline) -> None:
 
 def _not_a_transform(outer: Operand, inner: Operand) -> PipelineTypeError:
     wrong, stage = (outer, inner) if transforms_of(inner) else (inner, outer)
-    name = wrong.__name__ if isinstance(wrong, FunctionType) else repr(wrong)
-    name = name if len(name) <= _LONGEST_NAME else type(wrong).__name__
+    name = operand_name(wrong)
     written = f"{name} @ {stage!r}" if wrong is outer else f"{stage!r} @ {name}"
     where = caret(written, name, str(site_of_caller()))
     neighbour = transforms_of(stage)[-1]
+    facts = (("expected", "a transform or a pipeline"), ("got", type(wrong).__name__))
+    if isinstance(wrong, FunctionType) and wrong.__module__.startswith("stepc._language.transforms."):
+        what = f"`{name}` is not called: `{name}(...)` makes the transform."
+        return PipelineTypeError(what, where=where, facts=facts)
+    if isinstance(wrong, optax.GradientTransformation):
+        fits = wrong is outer and transforms_of(stage)[0].gives is Kind.GRADIENT
+        suggestion = f"Write `update(optimizer) @ {stage!r}`." if fits else None
+        return PipelineTypeError(f"`{name}` is an optimizer, not a transform.", where=where, suggestion=suggestion)
     if wrong is inner and callable(wrong) and neighbour.takes is Kind.GRADIENT:
         what = f"`{neighbour!r}` takes a gradient, but `{name}` on its right is a loss function."
         return PipelineTypeError(what, where=where, suggestion=f"Write `{stage!r} @ grad({name})`.")
-    facts = (("expected", "a transform or a pipeline"), ("got", type(wrong).__name__))
-    return PipelineTypeError(f"`{name}` is not a transform.", where=where, facts=facts)
+    suggestion = None
+    if wrong is outer and callable(wrong) and neighbour.takes is Kind.GRADIENT:
+        suggestion = f"Write `{stage!r} @ grad({name})`: the rightmost acts first."
+    return PipelineTypeError(f"`{name}` is not a transform.", where=where, facts=facts, suggestion=suggestion)

@@ -15,7 +15,7 @@ from stepc._language.pipeline import Pipeline, Transform, transform_name, transf
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State, carried_over
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
-from stepc.errors import ConfigError, ShardingError, caret, misspelt_axes
+from stepc.errors import ConfigError, FieldTypeError, ShardingError, caret, misspelt_axes
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,14 @@ class _AxisSizes(dict[str, int]):
 def complete_transforms(pipeline: object) -> tuple[Transform, ...]:
     """The transforms of a complete pipeline that gives a step.
 
-    Errors: ConfigError for anything else.
+    Errors: FieldTypeError for what is no pipeline; ConfigError for one that is not complete, or gives no step.
     """
     transforms = transforms_of(pipeline)
     if not transforms:
         facts = (("expected", "a pipeline, such as update(tx) @ grad(loss)"), ("got", type(pipeline).__name__))
-        raise ConfigError("This is not a pipeline.", facts=facts)
+        is_loss = callable(pipeline) and not isinstance(pipeline, type)
+        suggestion = "Write `update(optimizer) @ grad(loss)`." if is_loss else None
+        raise FieldTypeError("This is not a pipeline.", facts=facts, suggestion=suggestion)
     last = transforms[-1]
     if last.takes is not None:
         raise ConfigError(

@@ -11,9 +11,10 @@ import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh
 
-from stepc.errors import ConfigError
+from stepc.errors import ConfigError, did_you_mean
 
 _NAME = re.compile(r"(tpu|gpu):([a-z]\w*):(\d+(?:x\d+)*)")
+_TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "v7x")  # where libtpu is, it knows better
 _PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")}
 
 
@@ -66,7 +67,7 @@ def topology(name: str, **axes: int) -> Mesh:
         facts = (("expected", '"tpu:v5e:16x16" or "gpu:h100:32x8": platform, generation, shape'), ("got", repr(name)))
         raise ConfigError(f"Invalid topology name {name!r}.", facts=facts)
     platform, generation, shape = read.groups()
-    _check_plugin(name, platform)
+    _check_plugin(name, platform, generation)
     devices = _tpus(name, generation, shape) if platform == "tpu" else _gpus(name, generation, shape)
     axes = axes or {"data": len(devices)}
     if prod(axes.values()) != len(devices):
@@ -79,10 +80,14 @@ def topology(name: str, **axes: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (jax.sharding.AxisType.Auto,) * len(axes), devices=devices)
 
 
-def _check_plugin(name: str, platform: str) -> None:
-    """Check before JAX does, which reports a missing plugin as a missing device."""
+def _check_plugin(name: str, platform: str, generation: str) -> None:
+    """Check before JAX does, which reports a missing plugin as a missing device. A misspelt name comes first."""
+    if platform == "gpu":
+        _check_generation(name, generation, tuple(_GPUS))
     if any(find_spec(plugin.partition(".")[0]) and find_spec(plugin) for plugin in _PLUGINS[platform]):
         return
+    if platform == "tpu":
+        _check_generation(name, generation, _TPUS)
     version = jax.__version__
     needed, command = {
         "tpu": ("libtpu, the compiler for TPUs", f"pip install 'jax[tpu]=={version}'"),
@@ -94,6 +99,13 @@ def _check_plugin(name: str, platform: str) -> None:
     )
 
 
+def _check_generation(name: str, generation: str, known: tuple[str, ...]) -> None:
+    if generation not in known:
+        facts = (("known", ", ".join(known)), ("got", generation))
+        what = f"{name}: unknown {name.partition(':')[0].upper()} {generation!r}."
+        raise ConfigError(what, facts=facts, suggestion=did_you_mean(generation, known))
+
+
 def _tpus(name: str, generation: str, shape: str) -> list[Any]:  # Any: jaxlib has no public type for a device
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}")
@@ -103,9 +115,6 @@ def _tpus(name: str, generation: str, shape: str) -> list[Any]:  # Any: jaxlib h
 
 
 def _gpus(name: str, generation: str, shape: str) -> list[Any]:
-    if generation not in _GPUS:
-        facts = (("known", ", ".join(_GPUS)), ("got", generation))
-        raise ConfigError(f"{name}: unknown GPU {generation!r}.", facts=facts)
     sizes = [int(size) for size in shape.split("x")]
     if len(sizes) > 2 or not all(sizes):
         raise ConfigError(f"{name}: the shape must be hosts x GPUs per host, such as 32x8, or a number of GPUs.")
