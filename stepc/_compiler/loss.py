@@ -300,8 +300,12 @@ def _check_value(value: Any, node: DifferentiateNode) -> None:
         if not _is_scalar(value.count):
             raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
     if not isinstance(total, (jax.Array, np.ndarray, np.generic, float, int)):
-        pair = isinstance(value, tuple) and len(value) == 2 and not node.has_aux
-        remedy = "Write `grad(loss, has_aux=True)` for a loss that returns (value, metrics)." if pair else None
+        remedy = None
+        match value:
+            case (_, dict(metrics)) if not node.has_aux and all(map(_is_scalar, jax.tree.leaves(metrics))):
+                remedy = "Write `grad(loss, has_aux=True)` for a loss that returns (value, metrics)."
+            case _:
+                pass
         raise LossError(f"{what}.", facts=facts, suggestion=remedy)
     if jnp.shape(total) != ():
         remedy = "Write `.sum()` over the rows." if isinstance(value, Mean) else "Write `.mean()` over the rows."

@@ -94,7 +94,8 @@ def compile(
         suggestion = "Write `compile(pipeline, mesh=mesh)`." if isinstance(positional[0], Mesh) else None
         what = "`compile` takes one pipeline; its other arguments are named."
         raise FieldTypeError(what, facts=(("got", f"a pipeline, and {got}"),), suggestion=suggestion)
-    check_option("mesh", mesh, Mesh, expected="a jax.sharding.Mesh")
+    remedy = 'Write `jax.make_mesh((8,), ("data",))`, for eight devices.'
+    check_option("mesh", mesh, Mesh, expected="a jax.sharding.Mesh", remedy=remedy)
     check_option("budget", budget, Budget, expected="a stepc.Budget")
     transforms = complete_transforms(pipeline)
     gate = None if budget is None else BudgetGate(budget)

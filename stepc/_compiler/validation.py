@@ -93,11 +93,11 @@ def type_changes(before: ArgumentTypes, after: ArgumentTypes) -> list[str]:
     return changes
 
 
-def check_option(name: str, value: object, kind: type, *, expected: str) -> None:
+def check_option(name: str, value: object, kind: type, *, expected: str, remedy: str | None = None) -> None:
     """Refuse an argument that is neither None nor of its type. Errors: FieldTypeError."""
     if value is not None and not isinstance(value, kind):
         facts = (("expected", f"{expected}, or None"), ("got", type(value).__name__))
-        raise FieldTypeError(f"`{name}` is not a {name}.", facts=facts)
+        raise FieldTypeError(f"`{name}` is not a {name}.", facts=facts, suggestion=remedy)
 
 
 def bind(program: Program, sizes: Mapping[str, int]) -> Program:
@@ -149,6 +149,8 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
       every pattern that matches nothing.
     """
     leaves = leaves_by_path(params)
+    if isinstance(params, State):
+        raise FieldTypeError("These parameters are a State.", suggestion="Write `step.init(state.params)`.")
     if any("flax.nnx" in base.__module__ for base in type(params).__mro__):
         raise FieldTypeError(
             "These parameters are an NNX module.",
@@ -200,7 +202,11 @@ def check_seed(seed: object) -> None:
             raise ConfigError("`seed` is an array of keys.", facts=(expected, ("got", describe_leaf(seed))))
     elif isinstance(seed, bool) or not isinstance(seed, int):
         got = repr(seed)[:200]
-        raise FieldTypeError("`seed` is neither an integer nor a typed key.", facts=(expected, ("got", got)))
+        is_number = isinstance(seed, np.integer)
+        is_old = isinstance(seed, jax.Array) and seed.dtype == np.uint32 and seed.shape == (2,)
+        remedy = "Write `int(seed)`." if is_number else "Write `jax.random.wrap_key_data(key)`." if is_old else None
+        what = "`seed` is neither an integer nor a typed key."
+        raise FieldTypeError(what, facts=(expected, ("got", got)), suggestion=remedy)
     elif not -(2**63) <= seed < 2**63:
         raise ConfigError("`seed` has more than 64 bits.", facts=(expected, ("got", repr(seed))))
 
@@ -382,7 +388,9 @@ def check_state(state: object, expected: Callable[[Params], Any], wrt: tuple[str
     """
     if not isinstance(state, State):
         facts = (("expected", "the State that `step.init(params)` returned"), ("got", type(state).__name__))
-        raise FieldTypeError("`state` is not a State.", facts=facts)
+        is_pair = isinstance(state, tuple) and any(isinstance(one, State) for one in state)
+        suggestion = "`state, metrics = step(state, batch)`" if is_pair else "`step(state, batch)`"
+        raise FieldTypeError("`state` is not a State.", facts=facts, suggestion=f"Write {suggestion}.")
     suggestion = "Make the state with `init` of the step that runs it."
     if state.wrt != wrt:
         facts = (("the state trains", ", ".join(state.wrt)), ("the step trains", ", ".join(wrt)))
@@ -399,6 +407,8 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
     `shapes_too` accepts shapes in place of arrays. The error hides its context: a caller that handles a first fault
     gets one message with all of them.
     """
+    if isinstance(batch, State):
+        raise BatchError("This batch is a State.", suggestion="Write `step(state, batch)`.")
     leaves = leaves_by_path(batch)
     faults = [fault for path, leaf in leaves if (fault := _leaf_fault(f"`{path}`" if path else "the batch", leaf))]
     if not leaves:

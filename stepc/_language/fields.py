@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,11 +86,17 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
     """Refuse a value that is not one of the choices; `name` says what they are, such as "gather mode"."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         *first, last = map(repr, choices)
-        raise FieldValueError(f"Unknown {name} {value!r}: expected {', '.join(first)} or {last}.")
+        is_type = any(type(value) is type(choice) for choice in choices)
+        kind = FieldValueError if is_type else FieldTypeError
+        raise kind(f"Unknown {name} {value!r}: expected {', '.join(first)} or {last}.")
 
 
 def _type_error(transform: str, field: str, expected: str, value: object) -> FieldTypeError:
-    return FieldTypeError(f"`{transform}`: {field} must be {expected}.", facts=(("got", repr(value)),))
+    suggestion = None
+    if isinstance(value, np.number | np.ndarray | jax.Array) and not value.ndim:
+        suggestion = f"Write `{value.item()!r}`: fields are numbers of Python."
+    facts = (("got", repr(value)),)
+    return FieldTypeError(f"`{transform}`: {field} must be {expected}.", facts=facts, suggestion=suggestion)
 
 
 def _value_error(transform: str, field: str, expected: str, value: object) -> FieldValueError:

@@ -40,7 +40,10 @@ class Reference:
         return state if like is None else carried_over(state, like)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """One step, eagerly. Nothing is donated."""
+        """One step, eagerly. Nothing is donated. Errors: FieldTypeError for what is no State."""
+        if not isinstance(state, State):
+            facts = (("expected", "the State that `init(params)` returned"), ("got", type(state).__name__))
+            raise FieldTypeError("`state` is not a State.", facts=facts)
         result = self.fn.apply(state, jax.tree.map(jnp.asarray, batch))
         return result.state, result.metrics
 

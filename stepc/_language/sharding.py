@@ -86,6 +86,10 @@ def dp(
     Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020,
       arxiv.org/abs/1910.02054; rows are split as `jax.sharding.NamedSharding(mesh, PartitionSpec(axis))` splits them.
     """
+    if isinstance(axis, list):
+        suggestion = f"Write `dp({axis[0]!r})`." if len(axis) == 1 else f"Write `dp({tuple(axis)!r})`."
+        what = "`dp`: several axes are a tuple."
+        raise FieldTypeError(what, facts=(("got", repr(axis)),), suggestion=suggestion)
     axes = tuple(axis_name("dp", "axis", one) for one in (axis if isinstance(axis, tuple) else (axis,)))
     if not axes or len(set(axes)) < len(axes):
         raise FieldValueError("`dp` needs at least one mesh axis, and takes each once.", facts=(("got", repr(axis)),))
