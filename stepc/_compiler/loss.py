@@ -264,7 +264,7 @@ def _check_arguments(node: DifferentiateNode) -> None:
     taken = [one for one in parameters if one.kind in kinds]
     needed = sum(one.default is inspect.Parameter.empty for one in taken)
     keys = () if node.rng is None else ("keys",) if node.rng == "example" else ("key",)
-    passed = ("params", "rows", *keys, *(("model_state",) if node.model_state else ()))
+    passed = ("params", "rows", *keys, *(("model_state",) if node.model_state is not None else ()))
     takes_any = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
     if needed <= len(passed) and (takes_any or len(passed) <= len(taken)):
         return
