@@ -431,7 +431,7 @@ def _run_one(
         case Apply(node):
             key = _map_key(instruction, microbatch, inputs, region)
             with region.scope(node.written):
-                measured, added = node.measured(total.grads, inputs.params)
+                measured, added = node.measured(total.grads, inputs.trained)
                 return _apply(instruction, total, measured, added, key)
         case Perturb():
             return _perturb(instruction, microbatch, inputs, region)
@@ -633,7 +633,8 @@ def _perturb(
     here = _run(instruction.here, None, microbatch, inputs, region)
     value = _run(instruction.to_value, here, microbatch, inputs, region)
     with region.scope(node.written):
-        params = node.function(inputs.params, value.grads, *node.arguments)
+        moved = node.function(inputs.trained, value.grads, *node.arguments)
+        params = with_frozen(moved, inputs.params, inputs.wrt)
     there = _run(instruction.there, None, microbatch, replace(inputs, params=params), region)
     return replace(here, grads=there.grads)
 

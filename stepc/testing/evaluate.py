@@ -187,13 +187,14 @@ def _gradient_of_rows(
             summed = _gradient_of_rows(inner, state, batch, rows, factor)
             value = summed.value()
             key = (_key(state, draw_tag(_name(program, node)), rows[0]),) if node.draws else ()
-            measured, before = node.measured(value, state.params)
+            measured, before = node.measured(value, _trained(inner, state))
             grads, after = node.applied(value, measured, *key)
             added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
             return replace(summed, terms=((_widened(grads), 1),), metrics={**summed.metrics, **added})
         case PerturbNode():
             here = _gradient_of_rows(inner, state, batch, rows, factor)
-            params = node.function(state.params, here.value(), *node.arguments)
+            moved = node.function(_trained(inner, state), here.value(), *node.arguments)
+            params = with_frozen(moved, state.params, _wrt(inner))
             there = _gradient_of_rows(inner, replace(state, params=params), batch, rows, factor)
             return replace(here, terms=there.terms)
         case UpdateNode() | FollowNode() | GuardNode() | RepeatNode():

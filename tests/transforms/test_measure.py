@@ -101,3 +101,19 @@ def test_exception_of_the_function_passes_through() -> None:
 
     with pytest.raises(KeyError, match="v"):
         stepped(sc.measure(wrong))
+
+
+def test_measure_is_given_what_is_trained_and_none_for_what_is_frozen() -> None:
+    seen: list[Any] = []
+
+    def trained(grads: Any, params: Any) -> dict[str, Any]:
+        seen.append((grads["b"], params["b"]))
+        return {"sizes": jnp.stack([optax.tree.norm(grads), optax.tree.norm(params)])}
+
+    middle = sc.measure(trained) @ sc.accumulate(2)
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ middle @ sc.grad(loss, wrt="w"))
+    state = step.init(PARAMS)
+    assert_equivalent(step, state, BATCH)
+    _, metrics = step(state, BATCH)
+    assert set(seen) == {(None, None)}
+    np.testing.assert_allclose(metrics["sizes"][1], jnp.linalg.norm(PARAMS["w"]), rtol=1e-6)

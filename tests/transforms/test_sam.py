@@ -159,3 +159,21 @@ def test_step_that_is_not_finite_is_skipped() -> None:
     state, metrics = step(step.init(PARAMS), batch)
     assert int(metrics["skipped"]) == 1
     chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(PARAMS))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_sam_moves_what_is_trained_alone(zero: int) -> None:
+    """The norm is that of the trained leaves, and the frozen ones stay where they are."""
+    params = {**PARAMS, "b": jnp.asarray([0.5, -0.25])}
+    middle = sc.sam(RHO) @ sc.accumulate(2) @ sc.shard(sc.dp("data", zero=zero))
+    step = sc.compile(sc.update(optax.sgd(RATE)) @ middle @ sc.grad(loss, wrt="w"), mesh=mesh_of(data=2))
+    state = step.init(params)
+    assert_equivalent(step, state, BATCH)
+    after = jax.device_get(step(state, BATCH)[0].params)
+
+    def of_w(w: Any) -> jax.Array:
+        return loss({**params, "w": w}, BATCH)
+
+    grad = jax.grad(of_w)(params["w"])
+    expected = params["w"] - RATE * jax.grad(of_w)(params["w"] + RHO * grad / jnp.linalg.norm(grad))
+    chex.assert_trees_all_close(after, {"w": expected, "b": params["b"]}, rtol=1e-5, atol=1e-6)

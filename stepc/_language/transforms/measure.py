@@ -30,7 +30,7 @@ class Measure(Transform):
     def reference(self, inner: Fn) -> Fn:
         def apply(state: State, microbatch: Microbatch) -> Gradient:
             def measured(grads: Grads) -> tuple[Grads, Metrics]:
-                return grads, metrics_of(grads, state.params, self.fn.value, repr(self))[1]
+                return grads, metrics_of(grads, state.trained, self.fn.value, repr(self))[1]
 
             return inner.apply(state, microbatch).map(measured)
 
@@ -73,7 +73,8 @@ def measure(fn: Measurement) -> Measure:
     Args:
       fn: `fn(grads, params)` returns a dict of arrays by name, computed with `jax.numpy`. A name must not be that of
         another metric.
-    Shapes: `grads` and `params` have the shapes of the parameters; a metric has any shape.
+    Shapes: `grads` and `params` have the shapes of the parameters that are trained, with None in the place of frozen
+      ones; a metric has any shape.
     Units: those of `fn`. `grads` is the mean gradient of the rows on its right.
     Type: gradient -> gradient; adds the metrics of `fn`
     Errors: FieldTypeError if `fn` is not a function; PipelineTypeError if the stage on its right returns no gradient;

@@ -29,8 +29,8 @@ class Sam(Transform):
     def reference(self, inner: Fn) -> Fn:
         def apply(state: State, microbatch: Microbatch) -> Gradient:
             here = inner.apply(state, microbatch)
-            params = move_along(state.params, here.value, self.rho)
-            there = inner.apply(replace(state, params=params), microbatch)
+            moved = move_along(state.trained, here.value, self.rho)
+            there = inner.apply(state.with_trained(moved), microbatch)
             # What is reported and kept is that of the parameters themselves.
             return replace(here, terms=there.terms)
 
@@ -41,7 +41,7 @@ class Sam(Transform):
 
 
 def move_along(params: Params, grads: Grads, rho: float) -> Params:
-    """`params + rho * grads / norm(grads)`; the parameters themselves where the gradient is zero."""
+    """`params + rho * grads / norm(grads)` of what is trained; the same parameters where the gradient is zero."""
     norm = jnp.sqrt(sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)]))
     factor = jnp.where(norm == 0, 0.0, rho / jnp.where(norm == 0, 1.0, norm))  # a NaN stays one
 
