@@ -57,6 +57,7 @@ UPDATES = {
 STEPS = {
     "skip_nonfinite": sc.skip_nonfinite(limit=2),
     "ema": sc.ema(0.5),
+    "ema_every": sc.ema(0.5, every=2),
     "repeat": sc.repeat(2),
 }
 LOSSES = {

@@ -2,12 +2,12 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import compress
 from operator import or_
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +59,15 @@ class WholeBatch:
     side_by_side: str | None
 
 
+Reads: TypeAlias = Mapping[str, Any]  # Any: a slot of the state, or the number of the step
 Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
 
-def checked_loss(node: DifferentiateNode) -> Call:
+def checked_loss(node: DifferentiateNode, reads: Reads) -> Call:
     """The loss as a function whose arguments and results do not depend on the node's options.
 
+    Args:
+      reads: the values of the state that it takes by keyword. They are bound to the function: constants of it.
     Errors: LossError for what it takes and returns; what it raises passes through unchanged, with a note.
     """
     _check_arguments(node)
@@ -75,7 +78,7 @@ def checked_loss(node: DifferentiateNode) -> Call:
             *(() if node.model_state is None else (same_tree(model_state),)),
         )
         try:
-            returned = node.function(params, rows, *options)
+            returned = node.function(params, rows, *options, **reads)
         except NameError as error:
             if "unbound axis name" not in str(error):
                 _add_note(error, node, rows)
@@ -99,6 +102,7 @@ def trace_loss_structure(
     rows: BatchRows,
     key: Any,
     model_state: Any,
+    reads: Reads,
     manual_axes: tuple[str, ...],
     whole: WholeBatch,
     *,
@@ -109,6 +113,7 @@ def trace_loss_structure(
     Args:
       key: the state's, or its shape.
       model_state: the whole of it.
+      reads: the shapes of what the loss reads of the state.
       manual_axes: the mesh axes along which the loss sees its own rows only.
       whole: what is known of the batch that the rows are a part of.
       is_split: whether these are not all rows of the batch: then what the loss does with them matters.
@@ -122,8 +127,8 @@ def trace_loss_structure(
     keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
     if node.model_state is not None:
         model_state = _rows_of_model_state(node, model_state, whole, num_rows(rows))
-        _check_sizes(node, (params, model_state, rows, keys), whole)
-    structure, traced, outputs = _trace(node, params, model_state, rows, keys)
+        _check_sizes(node, (params, model_state, rows, keys), reads, whole)
+    structure, traced, outputs = _trace(node, params, model_state, rows, keys, reads)
     _check_axes(traced, node, manual_axes)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
@@ -137,27 +142,30 @@ def trace_loss_structure(
         return replace(structure, row_use=RowUse("single"))
     of_rows = [False] * len(jax.tree.leaves(params)) + [leaf.rule == "rows" for leaf in structure.model_state]
     of_rows += [True] * len(jax.tree.leaves(rows)) + [node.rng == "example"] * len(jax.tree.leaves(keys))
+    of_rows += [False] * len(jax.tree.leaves(reads))
     values = row_uses(traced, of_rows=of_rows, num_rows=num_rows(rows))[: outputs.stop]
     return replace(structure, row_use=loss_row_use(values, structure.counts, num_rows(rows)))
 
 
-def counts_of(node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any) -> list[jax.Array]:
+def counts_of(
+    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
+) -> list[jax.Array]:
     """The counts that the rows decide, one per term. The rest of the loss is dead code, and is not run."""
-    _, traced, outputs = _trace(node, params, model_state, rows, keys)
-    counts = depends_on(traced, outputs=outputs)[1](jax.tree.leaves((params, model_state, rows, keys)))
+    _, traced, outputs = _trace(node, params, model_state, rows, keys, reads)
+    counts = depends_on(traced, outputs=outputs)[1](jax.tree.leaves((params, model_state, rows, keys, reads)))
     return [jnp.asarray(count) for count in counts]
 
 
 def _trace(
-    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any
+    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
 ) -> tuple[LossStructure, ClosedJaxpr, range]:
     """What the loss returned, its jaxpr, and which outputs of that are counts that the rows decide."""
     structures: list[LossStructure] = []
 
     def results(
-        params: Params, model_state: Any, rows: BatchRows, keys: Any
+        params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
     ) -> tuple[list[Any], list[Any], list[Any]]:  # Any: arrays
-        outcome = checked_loss(node)(params, rows, keys, model_state)
+        outcome = checked_loss(node, reads)(params, rows, keys, model_state)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
         structures.append(
             LossStructure(
@@ -169,7 +177,7 @@ def _trace(
         counts = [term.count for term in terms if not is_static(term.count)]
         return [term.total for term in terms], counts, jax.tree.leaves(outcome.model_state)
 
-    traced, (totals, counts, _) = jax.make_jaxpr(results, return_shape=True)(params, model_state, rows, keys)
+    traced, (totals, counts, _) = jax.make_jaxpr(results, return_shape=True)(params, model_state, rows, keys, reads)
     return structures[0], traced, range(len(totals), len(totals) + len(counts))
 
 
@@ -261,7 +269,15 @@ def _check_arguments(node: DifferentiateNode) -> None:
     except (TypeError, ValueError):  # it has no signature to look at
         return
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [one for one in parameters if one.kind in kinds]
+    by_name = {one.name for one in parameters if one.kind is not inspect.Parameter.POSITIONAL_ONLY}
+    takes_any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    if missing := [name for name in node.reads if name not in by_name and not takes_any_name]:
+        raise LossError(
+            f"The loss of `{node.written}` does not take what it reads.",
+            facts=(("read", listed(node.reads)), ("missing", listed(missing))),
+            suggestion=f"Write `def loss(params, rows, *, {', '.join(node.reads)})`.",
+        )
+    taken = [one for one in parameters if one.kind in kinds and one.name not in node.reads]
     needed = sum(one.default is inspect.Parameter.empty for one in taken)
     keys = () if node.rng is None else ("keys",) if node.rng == "example" else ("key",)
     passed = ("params", "rows", *keys, *(("model_state",) if node.model_state is not None else ()))
@@ -374,7 +390,7 @@ def _rows_of_model_state(
     return jax.tree.structure(model_state).unflatten(leaves)
 
 
-def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], whole: WholeBatch) -> None:
+def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], reads: Reads, whole: WholeBatch) -> None:
     """Refuse a leaf without a rule that has the rows of the batch, or of one call: it would be handed to other rows.
 
     A leaf whose size is theirs by accident, as of 64 channels, works with any number of rows.
@@ -400,7 +416,8 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], whol
         by_rule = zip(rules_by_leaf(node.model_state or (), model_state), leaves, strict=True)
         state = tree.unflatten([with_rows(times, leaf) if rule == "rows" else leaf for rule, leaf in by_rule])
         try:
-            jax.eval_shape(checked_loss(node), params, with_rows(times, rows), more, state)
+            call = (params, with_rows(times, rows), more, state)
+            jax.eval_shape(lambda reads, call: checked_loss(node, reads)(*call), reads, call)
         except Exception:  # whatever the user's own code raises for a leaf of the wrong size
             return False
         return True
@@ -439,6 +456,7 @@ def _model_state_leaves(
     leaves, first = jax.tree.leaves(model_state), len(jax.tree.leaves(params))
     inputs = [False] * first + [rule in ("rows", "key") for rule in rules]
     inputs += [True] * len(jax.tree.leaves((rows, keys)))
+    inputs += [False] * (len(traced.jaxpr.invars) - len(inputs))  # what is read of the state
     # What one microbatch hands on, the next one starts from: to be repeated until nothing is added.
     while True:
         varies = varying(traced.jaxpr, inputs)[-len(leaves) :] if leaves else []

@@ -84,6 +84,7 @@ from stepc._language.state import (
     State,
     leaves_by_path,
     trained_leaves,
+    values_read,
     with_frozen,
 )
 from stepc._language.terms import (
@@ -143,6 +144,7 @@ class StepInputs:
       microbatches: the number of calls of the loss in that sum.
       rows_per_device: the number of rows of this device.
       wrt: path patterns of the parameters that are trained.
+      reads: the values of the state that the loss reads, by name.
     """
 
     params: Params
@@ -154,6 +156,7 @@ class StepInputs:
     microbatches: int = field(default=1, metadata={"static": True})
     rows_per_device: int = field(default=0, metadata={"static": True})
     wrt: tuple[str, ...] = field(default=EVERY_LEAF, metadata={"static": True})
+    reads: dict[str, Any] = field(default_factory=dict)  # Any: a slot, or the number of the step
 
     @property
     def trained(self) -> Params:
@@ -238,7 +241,9 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     scale = None if optimize.rescale is None else _scale_of(state, optimize.rescale[0])
     numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if region.has_row_numbers else None
     leaves = tuple(jax.tree.leaves(state.model_state))
-    inputs = StepInputs(state.params, _only(leaves, region, "rows", others=True), key, scale, wrt=state.wrt)
+    reads = next(values_read(state, one.node.reads) for one in all_instructions(schedule) if isinstance(one, Compute))
+    others = _only(leaves, region, "rows", others=True)
+    inputs = StepInputs(state.params, others, key, scale, wrt=state.wrt, reads=reads)
     microbatch = LocalMicrobatch(batch, numbers, _only(leaves, region, "rows"))
 
     # Up to the last division: the scan over microbatches, the loss in it, the reductions.
@@ -445,7 +450,7 @@ def _compute(
     instruction: Compute, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
 ) -> GradientSum:
     node = instruction.node
-    loss = gathering_loss(instruction, checked_loss(node), inputs.params, region)
+    loss = gathering_loss(instruction, checked_loss(node, inputs.reads), inputs.params, region)
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
@@ -485,7 +490,8 @@ def _value(instruction: Value, microbatch: LocalMicrobatch, inputs: StepInputs, 
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
     given = _given_model_state(microbatch, inputs, region)
     with region.scope(node.written):
-        outcome = checked_loss(node)(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
+        loss = checked_loss(node, inputs.reads)
+        outcome = loss(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
     triples = zip(region.model_state, given, jax.tree.leaves(outcome.model_state), strict=True)
     results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
     metrics = {"loss": accumulate_metric(Sums(outcome.terms))}
@@ -524,7 +530,7 @@ def _count(instruction: Count, microbatch: LocalMicrobatch, inputs: StepInputs, 
     node = instruction.node
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
     model_state = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
-    counts = counts_of(node, inputs.params, model_state, microbatch.rows, keys)
+    counts = counts_of(node, inputs.params, model_state, microbatch.rows, keys, inputs.reads)
     metrics = {str(index): (MetricAccumulator(count, None, "sum"),) for index, count in enumerate(counts)}
     return GradientSum(metrics, (), (None,) * len(region.model_state), jnp.ones(1, bool))
 
@@ -771,7 +777,7 @@ def _update(
     slots = dict(state.slots)
     for name, node in optimize.follows:
         with region.scope(node.written):
-            slots[name] = node.advance(slots[name], params, *node.arguments)
+            slots[name] = node.advance(slots[name], params, state.step + 1, *node.arguments)
     with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
         params = constrain(params, sharded=region.has_sharded_params)
     new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)

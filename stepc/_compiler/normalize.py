@@ -29,7 +29,7 @@ from stepc._core.nodes import (
 )
 from stepc._language.kinds import Batch, Params
 from stepc._language.pipeline import Transform, expand_transforms
-from stepc._language.state import SkipCounts, State
+from stepc._language.state import SkipCounts, State, values_read
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class NormalForm:
             num_rows, *rest = leaf.shape[1:] if self.steps_per_call > 1 else leaf.shape
             return jax.ShapeDtypeStruct((1 if is_single_row else num_rows // num_microbatches, *rest), leaf.dtype)
 
-        params, key, model_state = jax.tree.map(shape_of, (state.params, state.rng, state.model_state))
+        given = (state.params, state.rng, state.model_state, values_read(state, self.loss.reads))
+        params, key, model_state, reads = jax.tree.map(shape_of, given)
         rows = jax.tree.map(microbatch, batch)
         total = next(leaf.shape[int(self.steps_per_call > 1)] for leaf in jax.tree.leaves(batch))
         side_by_side = [
@@ -121,7 +122,7 @@ class NormalForm:
         ]
         whole = WholeBatch(total, side_by_side[0] if side_by_side else None)
         return trace_loss_structure(
-            self.loss, params, rows, key, model_state, self.batch_axes, whole, is_split=bool(means)
+            self.loss, params, rows, key, model_state, reads, self.batch_axes, whole, is_split=bool(means)
         )
 
 

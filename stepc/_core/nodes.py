@@ -81,6 +81,7 @@ class DifferentiateNode:
       rng: "example" for one key per row, "microbatch" for one key per call of the loss, None for none.
       model_state: the rules of the model state by path pattern, () for the default ones; None if the loss takes none.
       wrt: path patterns of the parameters that are trained; the gradient has those leaves alone.
+      reads: the values of the state before the step that the loss takes by keyword: slots by name, and "step".
     """
 
     loss: Callable[..., Any]  # Any: a loss takes the user's own trees
@@ -89,6 +90,7 @@ class DifferentiateNode:
     rng: str | None = None
     model_state: Rules | None = None
     wrt: tuple[str, ...] = ("**",)
+    reads: tuple[str, ...] = ()
     written: Written = field(default="grad", compare=False)
 
     def __str__(self) -> str:
@@ -229,7 +231,10 @@ class UpdateNode:
 
 @dataclass(frozen=True)
 class FollowNode:
-    """A slot of the state that follows the parameters: `initial(params)`, then `advance(slot, params, *arguments)`."""
+    """A slot of the state that follows the parameters.
+
+    `initial(params)`, then `advance(slot, params, step, *arguments)`: `params` and `step` are those after the step.
+    """
 
     initial: Callable[..., Any]  # Any: trees of the user
     advance: Callable[..., Any]  # Any: trees of the user

@@ -82,6 +82,18 @@ def path_patterns(transform: str, field: str, value: object) -> tuple[str, ...]:
     return patterns
 
 
+def state_names(transform: str, field: str, value: object) -> tuple[str, ...]:
+    """`value` as a tuple of names of values of the state, each once, if it is one name or a tuple of them."""
+    given: tuple[object, ...] = value if isinstance(value, tuple) else (value,)
+    names = tuple(name for name in given if isinstance(name, str))
+    expected = "the name of a slot, such as 'ema', or 'step', or a tuple of them, each once"
+    if len(names) < len(given):
+        raise _type_error(transform, field, expected, value)
+    if len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
+        raise _value_error(transform, field, expected, value)
+    return names
+
+
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
     """Refuse a value that is not one of the choices; `name` says what they are, such as "gather mode"."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):

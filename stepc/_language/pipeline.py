@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Never, NoReturn, Self, TypeAlias
 import numpy as np
 import optax
 
-from stepc._core.nodes import MapNode, Node, Program, RescaleNode, Wrap
+from stepc._core.nodes import DifferentiateNode, MapNode, Node, Program, RescaleNode, Wrap, named
 from stepc._language.kinds import Kind
 from stepc._language.semantics import Fn
-from stepc.errors import PipelineTypeError, caret
+from stepc.errors import ConfigError, PipelineTypeError, caret, did_you_mean, listed
 
 # What may be on either side of `@`. A plain function is accepted so that the error can name the remedy.
 Operand: TypeAlias = "Transform | Pipeline | Callable[..., Any]"
@@ -410,6 +410,23 @@ def _meets(pipeline: Pipeline) -> bool:
     """Whether the kinds of all neighbours meet."""
     transforms = pipeline.transforms
     return all(one.takes is two.gives for one, two in zip(transforms, transforms[1:], strict=False))
+
+
+def check_reads(transforms: tuple[Transform, ...]) -> None:
+    """Refuse a loss that reads what no transform keeps. Errors: ConfigError."""
+    # What is left to the compiler has no nodes yet; it only splits rows.
+    made = [node for one in transforms if one.autotune_request() is None for node in one.expand()]
+    nodes = [node for node in made if not isinstance(node, Wrap)]
+    kept = {name for name, node in named(tuple(nodes)).items() if not isinstance(node, MapNode)} | {"step"}
+    for node in nodes:
+        if isinstance(node, DifferentiateNode) and (unknown := [name for name in node.reads if name not in kept]):
+            hints = [did_you_mean(name, kept) for name in unknown]
+            missing = f"Write `ema(decay) @ ...`: it keeps the slot `{unknown[0]}`." if unknown[0] == "ema" else None
+            raise ConfigError(
+                f"`{node.written}` reads {listed(map(repr, unknown))}, which the state does not have.",
+                facts=(("kept", ", ".join(sorted(kept))),),
+                suggestion=" ".join(filter(None, hints)) or missing,
+            )
 
 
 def _check_scale(pipeline: Pipeline) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stepc._language.kinds import Batch, Kind, Params
-from stepc._language.pipeline import Pipeline, Transform, transform_name, transforms_of
+from stepc._language.pipeline import Pipeline, Transform, check_reads, transform_name, transforms_of
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State, carried_over
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
@@ -110,6 +110,7 @@ def complete_transforms(pipeline: object) -> tuple[Transform, ...]:
             suggestion=f"Write `{pipeline!r} @ grad(loss)`." if last.takes is Kind.GRADIENT else None,
         )
     _check_positions(transforms)
+    check_reads(transforms)
     if transforms[0].gives is not Kind.STEP:
         what = f"`{pipeline!r}` gives {transforms[0].gives}, not a step: nothing in it updates the parameters."
         raise ConfigError(what, suggestion=f"Write `update(optimizer) @ {pipeline!r}`.")

@@ -88,6 +88,11 @@ def same_tree(tree: Any) -> Any:  # Any: a tree of the user's
     return jax.tree.map(lambda leaf: leaf, tree)
 
 
+def values_read(state: State, names: tuple[str, ...]) -> dict[str, Any]:  # Any: a slot, or the number of the step
+    """The values of the state that a loss reads by name: slots, and "step"."""
+    return {name: state.step if name == "step" else state.slots[name] for name in names}
+
+
 def is_trained(path: str, wrt: tuple[str, ...]) -> bool:
     """Whether a parameter is trained: whether any of the patterns matches its path."""
     return any(path_matches(pattern, path) for pattern in wrt)

@@ -151,7 +151,8 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
         trained = optax.apply_updates(trained, updates)
         for node in outer:
             if isinstance(node, FollowNode):
-                slots[names[id(node)]] = node.advance(slots[names[id(node)]], trained, *node.arguments)
+                old = slots[names[id(node)]]
+                slots[names[id(node)]] = node.advance(old, trained, state.step + 1, *node.arguments)
         params = with_frozen(trained, state.params, _wrt(inner))
         state = replace(state, params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state)
     for node in guards:
@@ -214,10 +215,11 @@ def _differentiated(
 
     has_state = node.model_state is not None
     given = _given_model_state(node, state, rows)
+    read = {name: {**state.slots, "step": state.step}[name] for name in node.reads}
 
     def outcome(trained: Tree) -> LossOutcome:
         params = with_frozen(trained, state.params, node.wrt)
-        returned = node.function(params, microbatch, *keys, *((same_tree(given),) if has_state else ()))
+        returned = node.function(params, microbatch, *keys, *((same_tree(given),) if has_state else ()), **read)
         return loss_outcome(returned, has_aux=node.has_aux, model_state=has_state)
 
     trained = trained_leaves(state.params, node.wrt)
@@ -234,7 +236,7 @@ def _differentiated(
     if overwritten := overwritten_leaves(given):
 
         def of_model_state(leaves: list[Any]) -> Any:  # Any: arrays
-            returned = node.function(state.params, microbatch, *keys, overwrite(given, leaves))
+            returned = node.function(state.params, microbatch, *keys, overwrite(given, leaves), **read)
             terms = loss_outcome(returned, has_aux=node.has_aux, model_state=True).terms
             return sum_arrays([term.total / power_of_two(term.count) for term in terms]) * factor
 

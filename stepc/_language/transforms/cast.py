@@ -54,8 +54,8 @@ def cast_loss(loss: Callable[..., Any], compute: np.dtype, _: np.dtype | None) -
         is_floating = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(accumulation_dtype(leaf.dtype)) if is_floating else leaf
 
-    def narrow_loss(params: Params, rows: BatchRows, *rest: Any) -> Any:
-        returned = loss(jax.tree.map(narrow, params), jax.tree.map(narrow, rows), *rest)
+    def narrow_loss(params: Params, rows: BatchRows, *rest: Any, **reads: Any) -> Any:
+        returned = loss(jax.tree.map(narrow, params), jax.tree.map(narrow, rows), *rest, **jax.tree.map(narrow, reads))
         widened = jax.tree.map(widen, returned)
         if not (rest and isinstance(returned, tuple) and _have_one_structure(returned[-1], rest[-1])):
             return widened
@@ -88,7 +88,8 @@ def check_master_parameters(trained: Params, _: np.dtype, master: np.dtype | Non
 def cast(compute: Any, *, params: Any = FLOAT32) -> Cast:  # Any, twice: whatever numpy takes for a dtype
     """Compute the loss in a narrow dtype; parameters, gradients, accumulator and reduction stay in a wide one.
 
-    Meaning: loss(params.astype(compute), rows.astype(compute)), floating-point leaves only, as float32.
+    Meaning: loss(params.astype(compute), rows.astype(compute)), floating-point leaves only, as float32. What the loss
+      reads of the state is cast too.
     Why: half the memory for activations and faster matrix products, and small updates are not lost to rounding.
 
     Args:

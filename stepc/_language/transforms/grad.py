@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 
 from stepc._core.nodes import DifferentiateNode, Wrap
-from stepc._language.fields import boolean, one_of, path_patterns
+from stepc._language.fields import boolean, one_of, path_patterns, state_names
 from stepc._language.kinds import Kind, Params
 from stepc._language.model_state import (
     ModelStateRules,
@@ -19,7 +19,7 @@ from stepc._language.model_state import (
 )
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, function_name, quoted_argument
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, key_of
-from stepc._language.state import State, same_tree, with_frozen
+from stepc._language.state import State, same_tree, values_read, with_frozen
 from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome, power_of_two, sum_arrays
 from stepc.errors import FieldTypeError
 
@@ -37,11 +37,13 @@ class Grad(Transform):
     has_aux: bool = field(default=False, kw_only=True)
     rng: str | None = field(default=None, kw_only=True)
     model_state: ModelStateRules | None = field(default=None, kw_only=True)
+    reads: str | tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         boolean("grad", "has_aux", self.has_aux)
         object.__setattr__(self, "model_state", model_state_rules(self.model_state))
         path_patterns("grad", "wrt", self.wrt)
+        state_names("grad", "reads", self.reads)
         one_of("rng", self.rng, KEYS_PER)
         match self.loss:
             case Pipeline():
@@ -110,12 +112,18 @@ class Grad(Transform):
             node for transform in self._loss_transforms for node in transform.expand() if isinstance(node, Wrap)
         )
         rules = None if self.model_state is None else self.model_state.by_pattern
-        return (DifferentiateNode(value, wraps, self.has_aux, self.rng, rules, self.patterns, written=repr(self)),)
+        options = (self.has_aux, self.rng, rules, self.patterns, self.names_read)
+        return (DifferentiateNode(value, wraps, *options, written=repr(self)),)
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """Which parameters are trained."""
         return self.wrt if isinstance(self.wrt, tuple) else (self.wrt,)
+
+    @property
+    def names_read(self) -> tuple[str, ...]:
+        """The values of the state that the loss takes by keyword."""
+        return self.reads if isinstance(self.reads, tuple) else (self.reads,)
 
     @property
     def _loss_transforms(self) -> tuple[Transform, ...]:
@@ -132,7 +140,7 @@ class Grad(Transform):
             case _:
                 keys = ()
         model_state = () if self.model_state is None else (same_tree(given),)
-        returned = loss(params, microbatch.rows, *keys, *model_state)
+        returned = loss(params, microbatch.rows, *keys, *model_state, **values_read(state, self.names_read))
         return loss_outcome(returned, has_aux=self.has_aux, model_state=self.model_state is not None)
 
 
@@ -151,6 +159,7 @@ def grad(
     has_aux: bool = False,
     rng: str | None = None,
     model_state: bool | Mapping[str, str] | ModelStateRules | None = None,
+    reads: str | tuple[str, ...] = (),
 ) -> Grad:
     """Take the value and the gradient of a loss, on the rows it is given.
 
@@ -189,12 +198,17 @@ def grad(
         their gradient, by the rule "max"; the loss returns them as they were.
         A leaf that does not depend on the rows passes as it is, whatever its dtype. Whole numbers and bools that do
         depend on them need a rule under `shard` and `rows`.
+      reads: names of values of the state, as they are before the step, that the loss takes by keyword: slots, such as
+        `ema`, and `step`, the number of steps made. They are constants of the gradient: teachers and target networks,
+        coefficients that warm up. A slot has None in the place of what `wrt` freezes. With `dp(zero=3)` a slot that is
+        sharded is gathered once a step.
     Shapes: `rows` is the batch with fewer rows; `keys` is `[rows]`; the gradient has the shapes of the trained
       `params`, and None in the place of the frozen ones. It is in float32 at least up to `update`, which takes it in
       their dtypes.
     Units: per example, if the loss is a mean over examples; per unit of the count, for `sc.Mean`.
     Type: loss -> gradient; adds the metric `loss`
-    Errors: FieldTypeError, FieldValueError for bad fields. ConfigError at `init` if a pattern of `wrt` matches nothing.
+    Errors: FieldTypeError, FieldValueError for bad fields. ConfigError at `compile` if `reads`
+      names what the pipeline does not keep, and at `init` if a pattern of `wrt` matches nothing.
       At the first call, LossError if the loss does not return what it should, if a count depends on the parameters, if
       no gradient can reach a trained parameter, if the model state does not fit its rules (whole numbers or rows
       without one, a constant that changes), or if `rng="example"` meets a key implementation whose draws
@@ -208,6 +222,6 @@ def grad(
     """
     rules = model_state_rules(model_state)
     if isinstance(loss, Pipeline):
-        return Grad(loss, wrt=wrt, has_aux=has_aux, rng=rng, model_state=rules)
+        return Grad(loss, wrt=wrt, has_aux=has_aux, rng=rng, model_state=rules, reads=reads)
     quoted = quoted_argument(loss, position=0, keyword="loss", otherwise=function_name(loss))
-    return Grad(quoted, wrt=wrt, has_aux=has_aux, rng=rng, model_state=rules)
+    return Grad(quoted, wrt=wrt, has_aux=has_aux, rng=rng, model_state=rules, reads=reads)

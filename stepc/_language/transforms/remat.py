@@ -50,12 +50,12 @@ class Remat(Transform):
 def rematerialised_loss(loss: Callable[..., Any], policy: str | None) -> Callable[..., Any]:
     """`jax.checkpoint` of the loss. Results that are not arrays, such as a static count, bypass it."""
 
-    def remat_loss(*given: Any) -> Any:
+    def remat_loss(*given: Any, **reads: Any) -> Any:
         numbers: dict[int, Any] = {}
         trees: list[Any] = []
 
         def arrays(*given: Any) -> list[Any]:
-            leaves, tree = jax.tree.flatten(loss(*given))
+            leaves, tree = jax.tree.flatten(loss(*given, **reads))
             trees.append(tree)
             numbers.update({n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, jax.Array)})
             return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
