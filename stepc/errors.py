@@ -53,7 +53,7 @@ class RunRecord(Protocol):
     state: Any  # Any: a state, whatever it is made of; None where it is lost
     steps: int
     ended: str
-    metrics: dict[str, float]
+    metrics: dict[str, Any]  # Any: floats, or arrays of numpy
     failures: dict[str, int]
     skipped: int
     rollbacks: int

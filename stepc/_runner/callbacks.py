@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from stepc._language.kinds import Batch
+from stepc._language.kinds import Batch, HostMetrics
 from stepc._language.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Sum, Sums, combine_metrics
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
@@ -54,7 +54,7 @@ class Stop:
 class Hook(Protocol):
     """A function that `run` calls every so many steps. It may return a `Stop`."""
 
-    def __call__(self, step: int, metrics: Mapping[str, float], snapshot: Callable[[], Any], /) -> object:
+    def __call__(self, step: int, metrics: Mapping[str, Any], snapshot: Callable[[], Any], /) -> object:
         """Take the host floats of a finished step and of an evaluation after it; `snapshot()` copies the state."""
         ...
 
@@ -143,7 +143,7 @@ class Callbacks:
     watcher: StallWatcher = field(default_factory=lambda: StallWatcher(None))
     peers: Peers = field(default_factory=SingleProcess)
     done: int = 0
-    evaluated: Mapping[str, float] = field(default_factory=dict)
+    evaluated: HostMetrics = field(default_factory=dict)
     evaluated_at: int = 0
     stopped: str | None = None
     _is_profiling: bool = False
@@ -189,7 +189,7 @@ class Callbacks:
         self.done = step
         self.stopped = self.peers.verdict("; ".join(stop.why for stop in stops) or None)
 
-    def evaluated_after(self, step: int) -> Mapping[str, float]:
+    def evaluated_after(self, step: int) -> HostMetrics:
         """The metrics of the evaluation after a step, if there was one."""
         return self.evaluated if self.evaluated_at == step else {}
 
@@ -203,7 +203,7 @@ class Callbacks:
             jax.profiler.stop_trace()
             self._is_profiling = False
 
-    def _evaluate(self, evaluation: Eval, state: Any, events: EventLog) -> dict[str, float] | Stop:  # Any: a state
+    def _evaluate(self, evaluation: Eval, state: Any, events: EventLog) -> HostMetrics | Stop:  # Any: a state
         """Errors: ConfigError if the step has a metric of the same name, with which it would be one curve."""
         self.watcher.progress()
         metrics = eval_metrics(evaluation, state, self.peers, self.watcher.progress)
@@ -251,7 +251,7 @@ def eval_metrics(
     state: Any,  # Any: a state
     peers: Peers,
     progress: Callable[[], None] = lambda: None,
-) -> dict[str, float] | Stop:
+) -> HostMetrics | Stop:
     """Each metric over the rows of all batches, with `eval/` before its name. It is added up on the host, in float64.
 
     Args:
@@ -277,7 +277,7 @@ def eval_metrics(
                     f"The rows by which `{name}` is weighed are not known: the leaves of the batch have {got} rows. "
                     "Return `sc.Mean(total, count)`."
                 )
-            one = _on_host(value, num_rows)
+            one = _on_host(value, num_rows, evaluation.evaluate)
             sums[name] = one if name not in sums else _added(sums[name], one)
         progress()
     if not sizes:
@@ -339,14 +339,22 @@ def _named(result: Any, state: Any) -> Mapping[str, Any]:  # Any: what `evaluate
             )
 
 
-def _on_host(value: Any, rows: int) -> Metric:  # Any: a metric, a scalar, or one number for each row
+def _on_host(value: Any, rows: int, evaluate: object) -> Metric:  # Any: a metric, an array, or a number for each row
     match value:
         case AbstractTerms():
-            return Sums(tuple(Mean(float(np.asarray(t.total)), float(np.asarray(t.count))) for t in value.terms))
+            return Sums(tuple(Mean(_float64(term.total), _float64(term.count)) for term in value.terms))
         case Sum(number) | Max(number) | Min(number) | Last(number):
-            return type(value)(float(np.asarray(number)))
+            return type(value)(_float64(number))
         case _:
-            return Sums((Mean(float(np.asarray(value, np.float64).mean()) * rows, rows),))
+            array = _float64(value)
+            is_step = isinstance(evaluate, CompiledStep)  # its metrics have no rows, and with `repeat(n)` n steps
+            if array.ndim and (evaluate.steps_per_call > 1 if is_step else array.shape == (rows,)):
+                array = array.mean(axis=0)
+            return Sums((Mean(array * rows, rows),))
+
+
+def _float64(value: Any) -> Any:  # Any: a number or an array; an array of numpy
+    return np.asarray(value, np.float64)
 
 
 def _added(first: Metric, second: Metric) -> Metric:
@@ -359,12 +367,15 @@ def _added(first: Metric, second: Metric) -> Metric:
             return combine_metrics(first, second)
 
 
-def _number(metric: Metric) -> float:
+def _number(metric: Metric) -> float | np.ndarray:
     match metric:
         case AbstractTerms():
-            return float(sum(term.total / term.count if term.count else 0.0 for term in metric.terms))
+            counts = [np.asarray(term.count) for term in metric.terms]
+            pairs = zip(metric.terms, counts, strict=True)
+            value = sum(np.where(count == 0, 0.0, term.total / np.where(count == 0, 1, count)) for term, count in pairs)
         case Sum(value) | Max(value) | Min(value) | Last(value):
-            return float(value)
+            pass
+    return np.asarray(value) if np.ndim(value) else float(value)
 
 
 def _guarded(phase: str, step: int, act: Callable[[], Any]) -> Any:  # Any: what the user's function returns

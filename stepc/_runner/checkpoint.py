@@ -15,6 +15,9 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import numpy as np
+
+from stepc._language.kinds import HostMetrics
 from stepc._language.state import leaves_by_path, path_matches
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import DataFingerprint
@@ -212,7 +215,7 @@ class CheckpointKeeper:
     clock: Callable[[], float] = time.monotonic
     saved: int = -1
     best: tuple[int, float] | None = None
-    _metrics: Mapping[str, float] = field(default_factory=dict)  # of the step that is being saved
+    _metrics: HostMetrics = field(default_factory=dict)  # of the step that is being saved
     _in_flight: int = -1
     _saved_at: float = field(init=False)
     _waited: float = 0.0
@@ -237,17 +240,19 @@ class CheckpointKeeper:
     def asks_for_best(self) -> bool:
         return self.wanted.best is not None
 
-    def is_best(self, metrics: Mapping[str, float]) -> bool:
+    def is_best(self, metrics: HostMetrics) -> bool:
         """Whether the value of the metric that decides is better than that of every checkpoint."""
         if self.wanted.best is None:
             return False
         name, mode = self.wanted.best
         value = metrics.get(name, math.nan)
+        if np.ndim(value):
+            raise ConfigError(f"`Checkpoints(best=({name!r}, {mode!r}))`: the metric is an array, which has no order.")
         if not math.isfinite(value) or self.best is None:
             return math.isfinite(value)
         return value < self.best[1] if mode == "min" else value > self.best[1]
 
-    def _note_value(self, number: int, metrics: Mapping[str, float]) -> None:
+    def _note_value(self, number: int, metrics: HostMetrics) -> None:
         if self.wanted.best is not None and self.is_best(metrics):
             self.best = (number, metrics[self.wanted.best[0]])
 
@@ -267,7 +272,7 @@ class CheckpointKeeper:
         position: Any,  # Any: see Positioned
         batch: Mapping[str, str],
         last: DataFingerprint | None,
-        metrics: Mapping[str, float],
+        metrics: HostMetrics,
     ) -> None:
         """Begin to save a state whose steps have all finished, once the save before it is committed."""
         if number == self._in_flight:
@@ -279,7 +284,10 @@ class CheckpointKeeper:
         if is_slow:
             self._note_wait(number, self.clock() - began)
         meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
-        meta |= {"settings": self.settings, "metrics": dict(metrics)}
+        meta |= {
+            "settings": self.settings,
+            "metrics": {name: np.asarray(value).tolist() for name, value in metrics.items()},
+        }
         if self._guarded(number, lambda: self.store.save(number, state, meta)):
             self._in_flight, self._metrics = number, metrics
         self._saved_at = self.clock()

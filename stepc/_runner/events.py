@@ -5,11 +5,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from stepc._language.kinds import Metrics
+from stepc._language.kinds import HostMetrics, Metrics
 from stepc.errors import StepError
 
 _LOG = logging.getLogger("stepc")
@@ -19,7 +19,7 @@ SLOW_SECONDS = 0.5  # a call of a logger that takes longer is an event, once for
 
 @runtime_checkable
 class Logger(Protocol):
-    """Anything with `log`. It gets host floats of finished steps, never an array."""
+    """Anything with `log`. It gets host floats of finished steps; arrays too, if it is an `ArrayLogger`."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take the metrics of one step; steps count from 1."""
@@ -30,6 +30,13 @@ class EventLogger(Protocol):
     """A logger that wants to hear of failures, skips, checkpoints and the like."""
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None: ...
+
+
+@runtime_checkable
+class ArrayLogger(Protocol):
+    """A logger with the attribute `shows_arrays = True`: metrics that are no scalars come as numpy arrays."""
+
+    shows_arrays: bool
 
 
 @runtime_checkable
@@ -63,6 +70,7 @@ class EventLog:
     failures: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     _slow: set[int] = field(default_factory=set)
+    _not_shown: set[tuple[int, str]] = field(default_factory=set)
     _failures_in_a_row: Counter[int] = field(default_factory=Counter)
     _logged: int = 0
     _last: tuple[int, Metrics, int] | None = None
@@ -97,21 +105,35 @@ class EventLog:
         if self.loggers:
             self.log(self.last_metrics(), self._logged)
 
-    def metrics_of(self, step: int) -> dict[str, float]:
+    def metrics_of(self, step: int) -> HostMetrics:
         """The metrics of a step, if it is the last that was logged or could have been; none of one that was drained."""
         return self.last_metrics() if self._last is not None and self._last[0] == step else {}
 
-    def last_metrics(self) -> dict[str, float]:
-        """The metrics of the last finished step, as floats."""
+    def last_metrics(self) -> dict[str, Any]:  # Any: as in HostMetrics
+        """The metrics of the last finished step, as floats, and arrays where they are no scalars."""
         if self._last is None:
             return {}
         _, metrics, row = self._last
-        return floats_of(metrics, row)
+        return on_host(metrics, row)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Give these metrics to every logger."""
+    def log(self, metrics: HostMetrics, step: int) -> None:
+        """Give these metrics to every logger: arrays to those that show them. An event says once who does not."""
+        scalars = {name: value for name, value in metrics.items() if not isinstance(value, np.ndarray)}
         for number, logger in enumerate(self.loggers):
-            self._guarded(number, logger, step, lambda logger=logger: logger.log(dict(metrics), step))
+            match logger:
+                case ArrayLogger(shows_arrays=True):
+                    shown: Any = metrics  # Any: its `log` takes arrays, as it says
+                case _:
+                    shown = scalars
+                    self._note_not_shown(number, {name: metrics[name] for name in metrics if name not in scalars}, step)
+            self._guarded(number, logger, step, lambda logger=logger, shown=shown: logger.log(dict(shown), step))
+
+    def _note_not_shown(self, number: int, arrays: HostMetrics, step: int) -> None:
+        if new := {name: value for name, value in arrays.items() if (number, name) not in self._not_shown}:
+            self._not_shown |= {(number, name) for name in new}
+            names = ", ".join(f"{name} {list(np.shape(value))}" for name, value in new.items())
+            name = type(self.loggers[number]).__name__
+            self.event("metric_not_shown", step, level=logging.INFO, logger=name, metrics=names)
 
     def event(self, name: str, step: int, *, level: int = logging.WARNING, **facts: object) -> None:
         """Give an event to every logger that takes events, and to Python's logger "stepc"."""
@@ -169,9 +191,11 @@ class EventLog:
             self.event("slow_logger", step, logger=name, log_seconds=f"{took:.2f}")
 
 
-def floats_of(metrics: Metrics, row: int) -> dict[str, float]:
-    """The metrics of one of the steps of a call, on the host."""
-    return {name: float(np.asarray(value).reshape(-1)[row]) for name, value in metrics.items()}
+def on_host(metrics: Metrics, row: int) -> dict[str, Any]:  # Any: as in HostMetrics
+    """The metrics of one of the steps of a call, on the host. Those of several steps are stacked, as the loss is."""
+    is_stacked = np.ndim(metrics["loss"]) > 0
+    values = {name: np.asarray(value)[row] if is_stacked else np.asarray(value) for name, value in metrics.items()}
+    return {name: np.array(value) if value.ndim else float(value) for name, value in values.items()}
 
 
 def is_due(every: int | None, step: int, steps_per_call: int) -> bool:

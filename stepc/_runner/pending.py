@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stepc._distributed.coordination import ADDRESS
-from stepc._language.kinds import Batch, Metrics
+from stepc._language.kinds import Batch, HostMetrics, Metrics
 from stepc._language.state import leaves_by_path
 from stepc._runner.data import DataItem
-from stepc._runner.events import floats_of
+from stepc._runner.events import on_host
 from stepc.errors import BuildError, DeviceError, NonFiniteError, RejectedError, StepError
 
 GUARDED = "Disallowed "  # how jax begins the error of a transfer guard, which has no class of its own
@@ -202,7 +202,7 @@ def _nonfinite_batch_leaves(batch: Batch, row: int | None) -> list[tuple[str, st
     return facts or [("batch", "every number is finite")]
 
 
-RejectIf: TypeAlias = Callable[[Mapping[str, float]], str | None]
+RejectIf: TypeAlias = Callable[[Mapping[str, Any]], str | None]  # Any: floats, or arrays of numpy
 
 
 def check_verdict(
@@ -214,14 +214,16 @@ def check_verdict(
       agreed: what all processes say, given what this one says.
     Errors: RejectedError with the reason it gives; StepError from what it raises.
     """
-    numbers = floats_of(metrics, row)
+    numbers: HostMetrics = on_host(metrics, row)
     try:
         why = reject_if(numbers)
     except Exception as error:  # whatever a user's function raises: it is raised from
         what = f"`reject_if` failed at step {step}: {type(error).__name__}: {error}"
         raise StepError(what, phase="reject_if", step=step, state_ok=True) from error
     if why := agreed(why):
-        facts = [(name, f"{number:g}") for name, number in numbers.items()]
+        facts = [
+            (name, f"{number:g}" if isinstance(number, float) else str(number)) for name, number in numbers.items()
+        ]
         raise RejectedError(
             f"Step {step} is rejected: {why}", phase="reject_if", step=step, state_ok=False, facts=facts
         )
@@ -230,7 +232,7 @@ def check_verdict(
 def check_metrics(
     metrics: object, *, step: int, num_steps: int, taken: Callable[[Iterable[str]], Iterable[tuple[str, str]]]
 ) -> None:
-    """Refuse metrics that are not a dict of scalars with a loss, or that a logger could not tell from its own.
+    """Refuse metrics that are not a dict of arrays with a scalar loss, or that a logger could not tell from its own.
 
     Args:
       taken: the names among these that a logger uses itself, each with the reason.
@@ -240,16 +242,17 @@ def check_metrics(
     if not isinstance(metrics, dict):
         faults.append(("metrics", f"expected a dict, got {type(metrics).__name__}"))
     else:
-        shape = () if num_steps == 1 else (num_steps,)
+        stacked = () if num_steps == 1 else (num_steps,)
         faults += [
-            (name, f"expected shape {shape}, got {np.shape(value)}")
+            (name, f"expected shape {stacked if name == 'loss' else (*stacked, ...)}, got {np.shape(value)}")
             for name, value in metrics.items()
-            if np.shape(value) != shape
+            if np.shape(value)[: len(stacked) or None if name == "loss" else len(stacked)] != stacked
+            or (name == "loss" and np.ndim(value) != len(stacked))
         ]
         faults += taken(metrics)
         faults += [] if "loss" in metrics else [("loss", "expected a metric of this name, got none")]
     if faults:
-        what = f"Step {step} must return a state and a dict of scalar metrics."
+        what = f"Step {step} must return a state and a dict of metrics, with a scalar loss."
         raise BuildError(what, phase="build", step=step, state_ok=False, facts=faults)
 
 

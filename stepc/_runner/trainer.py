@@ -77,7 +77,7 @@ class Run(Generic[StateTree]):
       ended: "steps", all that were asked for; "data", which ended, before that if `steps` was given; "stopped", by a
         `Stop`; "interrupted" or "preempted".
       why: the reason of the `Stop`, if one ended it.
-      metrics: the metrics of the last finished step, as floats.
+      metrics: the metrics of the last finished step: floats, and arrays of numpy where they are no scalars.
       failures: how many failures of each kind there were, counting those that a policy recovered from.
       skipped: how many steps and reads of the data were left out.
       rollbacks: how often the run went back.
@@ -89,7 +89,7 @@ class Run(Generic[StateTree]):
     steps: int = 0
     ended: str = ""
     why: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)  # Any: floats, or arrays of numpy
     failures: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
     rollbacks: int = 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -362,3 +363,124 @@ def test_console_without_steps_or_tokens_shows_steps_and_events() -> None:
         "step 1  eval/loss 1.5000",
         "step 11  loss 1.5000  0 steps/s  - left",
     ]
+
+
+def per_column(params: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
+    error = params["w"][None] - rows["x"]
+    metrics = {"error": sc.Mean(error.sum(axis=0), rows["x"].shape[0]), "largest": sc.Max(rows["x"].max(axis=0))}
+    return jnp.mean(error**2), metrics
+
+
+def array_run(tmp_path: Path, *, repeat: int = 1, **options: Any) -> tuple[sc.Run, list[np.ndarray]]:
+    """A run whose step has two metrics of shape [3]; and its batches."""
+    random = np.random.default_rng(0)
+    batches = [random.integers(-4, 5, (8, 3)).astype(np.float32) for _ in range(4)]
+    pipeline = sc.update(optax.sgd(0.0)) @ sc.accumulate(2) @ sc.grad(per_column, has_aux=True)
+    step = sc.compile(sc.repeat(repeat) @ pipeline if repeat > 1 else pipeline)
+    data = [{"x": one} for one in batches]
+    if repeat > 1:
+        data = [{"x": np.stack(batches[at : at + repeat])} for at in range(0, len(batches), repeat)]
+    run = sc.run(step, step.init({"w": np.zeros(3, np.float32)}), data, log_every=1, **options)
+    return run, batches
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_array_metrics_are_lists_in_jsonl_and_histograms_in_tensorboard(tmp_path: Path, repeat: int) -> None:
+    events, csv_path = Events(), tmp_path / "metrics.csv"
+    seen: list[Mapping[str, Any]] = []
+
+    def verdict(metrics: Mapping[str, Any]) -> None:
+        seen.append(metrics)
+
+    saved = sc.Checkpoints(tmp_path / "c", every=4)
+    with sc.JSONL(tmp_path / "metrics.jsonl") as jsonl, sc.CSV(csv_path) as table, sc.TensorBoard(tmp_path) as board:
+        run, batches = array_run(
+            tmp_path, repeat=repeat, loggers=[jsonl, table, board, events], reject_if=verdict, checkpoint=saved
+        )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "event" not in line]
+    for line, batch, metrics in zip(lines, batches, seen, strict=True):
+        assert line["error"] == (-batch.mean(axis=0)).tolist() == metrics["error"].tolist()
+        assert line["largest"] == batch.max(axis=0).tolist()
+    assert run.metrics["largest"].tolist() == batches[-1].max(axis=0).tolist()
+    # A table has scalars, and says once what it leaves out.
+    assert csv_path.read_text().splitlines()[0] == "step,loss"
+    told = [facts for name, facts in events if name == "metric_not_shown"]
+    assert told == [
+        {"logger": "CSV", "metrics": "error [3], largest [3]"},
+        {"logger": "Events", "metrics": "error [3], largest [3]"},
+    ]
+    written = b"".join(path.read_bytes() for path in tmp_path.glob("events*"))
+    assert b"largest" in written
+    resumed, _ = array_run(tmp_path, repeat=repeat, checkpoint=saved)
+    assert (run.steps, resumed.steps) == (4, 8)
+
+
+def norms(grads: Any) -> tuple[Any, dict[str, jax.Array]]:
+    return grads, {"norms": jnp.abs(grads["w"])}
+
+
+@dataclass(frozen=True, repr=False)
+class Norms(sc.Transform):
+    """A user's own transform, with a metric that is no scalar."""
+
+    takes = sc.Kind.GRADIENT
+    gives = sc.Kind.GRADIENT
+
+    def reference(self, inner: sc.Fn) -> sc.Fn:
+        return sc.Fn(inner.init, lambda *given: inner.apply(*given).map(norms), inner.axes, inner.names)
+
+    def expand(self) -> tuple[sc.nodes.MapNode, ...]:
+        return (sc.nodes.MapNode(norms, (), written=repr(self)),)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_array_metric_of_a_users_transform_is_in_calls_and_runs(accumulated: bool) -> None:
+    sc.testing.check_transform(Norms())
+    outer, inner = (sc.accumulate(2) @ Norms(), sc.accumulate(2)) if accumulated else (Norms(), sc.accumulate(4))
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ outer @ inner @ sc.grad(per_column, has_aux=True))
+    batch = {"x": np.arange(24, dtype=np.float32).reshape(8, 3)}
+    state = step.init({"w": np.zeros(3, np.float32)})
+    _, expected = step.reference(state, batch)
+    run = sc.run(step, state, [batch])
+    assert expected["norms"].shape == (3,)
+    assert run.metrics["norms"].tolist() == expected["norms"].tolist()
+
+
+def test_best_of_an_array_is_refused(tmp_path: Path) -> None:
+    best = sc.Checkpoints(tmp_path / "c", every=1, best=("error", "min"))
+    with pytest.raises(sc.ConfigError, match="is an array, which has no order"):
+        array_run(tmp_path, checkpoint=best)
+
+
+def test_number_of_an_array_that_is_not_finite_is_null_in_jsonl(tmp_path: Path) -> None:
+    with sc.JSONL(tmp_path / "metrics.jsonl") as logger:
+        logger.log({"loss": 1.0, "rates": np.array([[0.5, math.nan], [math.inf, 2.0]])}, 1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "loss": 1.0,
+        "rates": [[0.5, None], [None, 2.0]],
+        "nonfinite": {"rates": "[[0.5, nan], [inf, 2.0]]"},
+    }
+
+
+@pytest.mark.parametrize("by_step", [True, False])
+def test_evaluation_of_array_metrics_is_exact(tmp_path: Path, by_step: bool) -> None:
+    sets = [{"x": np.arange(24, dtype=np.float32).reshape(8, 3)}, {"x": -np.arange(12, dtype=np.float32).reshape(4, 3)}]
+
+    def by_hand(state: sc.State, batch: Any) -> dict[str, Any]:
+        _, metrics = per_column(state.params, batch)
+        return {**metrics, "spread": batch["x"].max(axis=0)}
+
+    step = sc.compile(sc.update(optax.sgd(0.0)) @ sc.grad(per_column, has_aux=True))
+    evaluate = step if by_step else by_hand
+    with sc.JSONL(tmp_path / "metrics.jsonl") as logger:
+        array_run(tmp_path, eval=sc.Eval(4, evaluate, sets), loggers=[logger])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if "eval/error" in line]
+    rows = np.concatenate([one["x"] for one in sets])
+    np.testing.assert_allclose(line["eval/error"], -rows.mean(axis=0), rtol=1e-6)  # a step divides in float32
+    if not by_step:
+        assert line["eval/largest"] == rows.max(axis=0).tolist()
+        weighed = sum(len(one["x"]) * one["x"].max(axis=0).astype(np.float64) for one in sets) / len(rows)
+        assert line["eval/spread"] == weighed.tolist()

@@ -6,7 +6,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from stepc._language.kinds import HostMetrics
 from stepc._runner.loggers import AbstractLogger
 from stepc.errors import ConfigError
 
@@ -27,17 +31,18 @@ class JSONL(AbstractLogger):
     """
 
     reserved = ("step", "nonfinite", "event")
+    shows_arrays = True
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._file = LineFile(self.path)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write the metrics of one step."""
+    def log(self, metrics: HostMetrics, step: int) -> None:
+        """Write the metrics of one step, arrays as lists."""
         _refuse_taken(self.reserved, metrics, of="JSONL")
-        values = {name: float(value) for name, value in metrics.items()}
-        nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        line = {"step": step, **values, **dict.fromkeys(nonfinite)}
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        nonfinite = {name: str(value) for name, value in values.items() if not np.isfinite(value).all()}
+        line = {"step": step, **{name: _finite(value) for name, value in values.items()}}
         if nonfinite:
             line["nonfinite"] = nonfinite
         self._file.append(json.dumps(line, allow_nan=False) + "\n")
@@ -99,10 +104,16 @@ class CSV(AbstractLogger):
         self._file.close()
 
 
-def _refuse_taken(reserved: tuple[str, ...], metrics: Mapping[str, float], *, of: str) -> None:
+def _refuse_taken(reserved: tuple[str, ...], metrics: Mapping[str, Any], *, of: str) -> None:
     if taken := [name for name in reserved if name in metrics]:
         names = " and ".join(map(repr, taken))
         raise ConfigError(f"{of} uses {names} itself: rename the metric.")
+
+
+def _finite(value: Any) -> Any:  # Any: a number, or lists of them
+    if isinstance(value, list):
+        return list(map(_finite, value))
+    return value if math.isfinite(value) else None
 
 
 def _csv_line(cells: list[str]) -> str:

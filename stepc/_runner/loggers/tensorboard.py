@@ -5,12 +5,15 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from stepc._language.kinds import HostMetrics
 from stepc._runner.loggers import AbstractLogger
 from stepc.errors import ConfigError
 
 
 class TensorBoard(AbstractLogger):
-    """Write event files for TensorBoard: each metric as a curve, each event as a text.
+    """Write event files for TensorBoard: a scalar as a curve, an array as a histogram, an event as a text.
 
     Args:
       directory: created if it is missing.
@@ -19,6 +22,8 @@ class TensorBoard(AbstractLogger):
     Example:
       >>> with TensorBoard("runs/first") as logger: logger.log({"loss": 2.5}, step=1)  # doctest: +SKIP
     """
+
+    shows_arrays = True
 
     def __init__(self, directory: str | Path) -> None:
         if importlib.util.find_spec("tensorboardX") is None:
@@ -30,10 +35,14 @@ class TensorBoard(AbstractLogger):
         self._num_trims = 0
         self._writer = self._new_writer(str(self.directory))
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: HostMetrics, step: int) -> None:
         """Write the metrics of one step."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            finite = np.asarray(value)[np.isfinite(value)]
+            if np.ndim(value) == 0:
+                self._writer.add_scalar(name, value, step)
+            elif finite.size:  # tensorboardX cannot place what is not finite
+                self._writer.add_histogram(name, finite, step)
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
         """Write an event."""
