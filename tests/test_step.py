@@ -583,3 +583,42 @@ def test_two_steps_that_hand_each_other_the_parameters_are_one_training() -> Non
         grads = jax.grad(LOSS)(expected, probe_batch(8))
         expected = jax.tree.map(lambda leaf, grad, rate=(0.5, 0.25)[turn]: leaf - rate * grad, expected, grads)
     assert_equal_trees(params, expected, tolerance=1e-6, of="two steps and one loop")  # a sum in another order
+
+
+class Exported:
+    """An array of another library: it exports itself, and is no array of numpy."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.values.astype(dtype or self.values.dtype)
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_batch_of_another_byte_order_or_library_is_the_same_batch(devices: int | None) -> None:
+    step = sc.compile(
+        ADAM @ (DATA @ sc.grad(LOSS) if devices else sc.grad(LOSS)), mesh=devices and mesh_of(data=devices)
+    )
+    host = probe_batch(8)
+    expected = step(step.init(probe_params()), host)
+    for kind in (lambda leaf: leaf.astype(">f4"), Exported, np.asarray):
+        got = step(step.init(probe_params()), jax.tree.map(kind, host))
+        assert_equal_trees(got, expected, tolerance=0.0, of="two kinds of batch")
+    assert step.traces == 1
+
+
+@pytest.mark.parametrize(
+    ("leaf", "why"),
+    [
+        (np.ma.masked_array(np.ones(8, np.float32), np.arange(8) > 4), "`y` is a masked array"),
+        (np.ones(8, np.longdouble), "`y` has dtype float128"),
+        (np.array(["a"] * 8, object), "`y` has dtype object"),
+        (Exported(np.array(["a"] * 8, object)), "`y` has dtype object"),
+    ],
+)
+def test_batch_that_cannot_be_converted_exactly_is_refused_by_path(leaf: Any, why: str) -> None:
+    step = sc.compile(ADAM @ sc.grad(LOSS))
+    with pytest.raises(sc.BatchError, match=why):
+        step(step.init(probe_params()), {**probe_batch(8), "y": leaf})
+    assert step.traces == 0

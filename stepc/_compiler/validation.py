@@ -458,7 +458,11 @@ def _leaf_fault(shown: str, leaf: object) -> str | None:
         if isinstance(leaf, _NUMBERS):
             return f"{shown} is {_a(type(leaf).__name__)}, which has no rows."
         return f"{shown} is {_a(type(leaf).__name__)}, not an array."
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "biufcV":
+    if isinstance(leaf, np.ma.MaskedArray):
+        return f"{shown} is a masked array, and a program sees no mask; give the mask as a leaf of its own."
+    if isinstance(leaf, np.ndarray) and (
+        leaf.dtype.kind not in "biufcV" or leaf.dtype in (np.longdouble, np.clongdouble)
+    ):
         return f"{shown} has dtype {leaf.dtype}, which a program cannot take."
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         return f"{shown} is deleted: it was donated."
