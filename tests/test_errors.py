@@ -690,6 +690,8 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "run_late": (sc.DeviceError, run_late),
     "run_not_a_table": (sc.BuildError, lambda: sc.run(lambda state, batch: (state, {"l": jnp.zeros(3)}),
                                                       step_on().init(probe_params()), [probe_batch(64)])),
+    "run_loss_of_rows": (sc.BuildError, lambda: sc.run(lambda state, batch: (state, {"loss": jnp.zeros(3)}),
+                                                       step_on().init(probe_params()), [probe_batch(64)])),
     "skip_limit": (sc.ConfigError, lambda: sc.Skip(limit=0)),
     "skip_ratio": (sc.ConfigError, lambda: sc.Skip(ratio=2)),
     "retry_wait": (sc.ConfigError, lambda: sc.Retry(wait_seconds=-1)),

@@ -126,7 +126,8 @@ class EventLog:
                 case _:
                     shown = scalars
                     self._note_not_shown(number, {name: metrics[name] for name in metrics if name not in scalars}, step)
-            self._guarded(number, logger, step, lambda logger=logger, shown=shown: logger.log(dict(shown), step))
+            if shown or not metrics:
+                self._guarded(number, logger, step, lambda logger=logger, shown=shown: logger.log(dict(shown), step))
 
     def _note_not_shown(self, number: int, arrays: HostMetrics, step: int) -> None:
         if new := {name: value for name, value in arrays.items() if (number, name) not in self._not_shown}:

@@ -177,8 +177,8 @@ def step_failure(error: Exception, phase: str, step: int, *, state_ok: bool) -> 
 
 def nonfinite_failure(pending: PendingStep, step: int, row: int, *, state_ok: bool, why: str = "") -> NonFiniteError:
     """What to raise for a step whose loss or gradient is not finite."""
-    metrics = {name: np.asarray(value).reshape(-1)[row] for name, value in pending.metrics.items()}
-    facts = [(name, f"{float(metrics[name])}") for name in ("loss", "grad_norm", "loss_scale") if name in metrics]
+    metrics = on_host(pending.metrics, row)
+    facts = [(name, f"{metrics[name]}") for name in ("loss", "grad_norm", "loss_scale") if name in metrics]
     facts += _nonfinite_batch_leaves(pending.item.batch, row if np.ndim(pending.metrics["loss"]) else None)
     if (diagnostics := pending.diagnostics) is not None:
         if np.ndim(diagnostics.finite):
@@ -243,11 +243,13 @@ def check_metrics(
         faults.append(("metrics", f"expected a dict, got {type(metrics).__name__}"))
     else:
         stacked = () if num_steps == 1 else (num_steps,)
+        shapes = {name: np.shape(value) for name, value in metrics.items()}
+        if shapes.get("loss", stacked) != stacked:
+            faults.append(("loss", f"expected shape {stacked}, got {shapes['loss']}"))
         faults += [
-            (name, f"expected shape {stacked if name == 'loss' else (*stacked, ...)}, got {np.shape(value)}")
-            for name, value in metrics.items()
-            if np.shape(value)[: len(stacked) or None if name == "loss" else len(stacked)] != stacked
-            or (name == "loss" and np.ndim(value) != len(stacked))
+            (name, f"expected an axis of {num_steps} steps first, got shape {shape}")
+            for name, shape in shapes.items()
+            if name != "loss" and shape[: len(stacked)] != stacked
         ]
         faults += taken(metrics)
         faults += [] if "loss" in metrics else [("loss", "expected a metric of this name, got none")]

@@ -484,3 +484,47 @@ def test_evaluation_of_array_metrics_is_exact(tmp_path: Path, by_step: bool) -> 
         assert line["eval/largest"] == rows.max(axis=0).tolist()
         weighed = sum(len(one["x"]) * one["x"].max(axis=0).astype(np.float64) for one in sets) / len(rows)
         assert line["eval/spread"] == weighed.tolist()
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_measured_array_of_a_gradient_goes_through_all_loggers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], repeat: int
+) -> None:
+    def by_column(grads: Any, params: Any) -> dict[str, Any]:
+        return {"gradient": grads["w"], "none": params["w"][:0]}
+
+    def mean_error(params: Any, rows: Any) -> jax.Array:
+        return jnp.mean((params["w"][None] - rows["x"]).sum(axis=1) ** 2)
+
+    random = np.random.default_rng(0)
+    batches = [random.integers(-4, 5, (8, 3)).astype(np.float32) for _ in range(4)]
+    pipeline = sc.update(optax.sgd(0.0)) @ sc.measure(by_column) @ sc.accumulate(2) @ sc.grad(mean_error)
+    step = sc.compile(sc.repeat(repeat) @ pipeline if repeat > 1 else pipeline)
+    data = [{"x": np.stack(batches[at : at + repeat]) if repeat > 1 else batches[at]} for at in range(0, 4, repeat)]
+    with (
+        sc.CSV(tmp_path / "metrics.csv") as table,
+        sc.JSONL(tmp_path / "metrics.jsonl") as jsonl,
+        sc.TensorBoard(tmp_path) as board,
+        sc.Console(steps=4) as console,
+    ):
+        run = sc.run(step, step.init({"w": np.zeros(3)}), data, log_every=1, loggers=[table, jsonl, board, console])
+    expected = [np.repeat(-2 * one.sum(axis=1).mean(), 3).tolist() for one in batches]
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "event" not in line]
+    assert [line["gradient"] for line in lines] == expected
+    assert [line["none"] for line in lines] == [[]] * 4
+    assert run.metrics["gradient"].tolist() == expected[-1]
+    head, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert (head, len(rows)) == ("step,loss", 4)
+    shown = capsys.readouterr().out.splitlines()
+    assert "step 1: metric_not_shown  logger: Console  metrics: gradient [3], none [0]" in shown
+    assert [line for line in shown if line.startswith("step 1/4  loss ")]
+    written = b"".join(path.read_bytes() for path in tmp_path.glob("events*"))
+    assert b"gradient" in written and b"none" in written  # the event names both; a curve needs a number
+
+
+def test_failure_of_a_step_with_an_empty_metric_shows_its_loss() -> None:
+    def step(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        return state, {"none": jnp.zeros(0), "loss": jnp.array(jnp.nan), "grad_norm": jnp.ones(())}
+
+    with pytest.raises(sc.NonFiniteError, match=r"loss +nan\n +grad_norm +1\.0"):
+        sc.run(step, {"w": jnp.zeros(3)}, [np.ones(3)])
