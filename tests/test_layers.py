@@ -60,7 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "errors", "inspect",
     ),
     # An evaluation adds up the terms that a loss returns.
-    "_runner.callbacks": ("_language.kinds", "_language.terms", "_runner", "errors"),
+    "_runner.callbacks": ("_language.kinds", "_language.state", "_language.terms", "_runner", "errors"),
     # A compilation is no stall.
     "_runner.watchdog": ("_jax", "_runner"),
     # A pipeline in place of a step is recognised, and the remedy named.

@@ -586,7 +586,7 @@ def test_two_steps_that_hand_each_other_the_parameters_are_one_training() -> Non
 
 
 class Exported:
-    """An array of another library: it exports itself, and is no array of numpy."""
+    """An array of another library, as a frame of pandas: it exports itself, and is no array of numpy."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values = values
@@ -595,30 +595,127 @@ class Exported:
         return self.values.astype(dtype or self.values.dtype)
 
 
+class Tensor:
+    """A tensor, as one of torch: numpy takes it by its DLPack capsule alone, and a bfloat16 not at all."""
+
+    def __init__(self, values: Any, *, has_gradient: bool = False) -> None:
+        self.values, self.has_gradient = values, has_gradient
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.has_gradient:
+            raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.values.__dlpack_device__()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
+KINDS: dict[str, Callable[[np.ndarray], Any]] = {
+    "big_endian": lambda leaf: leaf.astype(leaf.dtype.newbyteorder(">")),
+    "little_endian": lambda leaf: leaf.astype(leaf.dtype.newbyteorder("<")),
+    "array": Exported,
+    "big_endian_array": lambda leaf: Exported(leaf.astype(leaf.dtype.newbyteorder(">"))),
+    "dlpack": Tensor,
+    "dlpack_bfloat16": lambda leaf: Tensor(jnp.asarray(leaf, jnp.bfloat16)),
+    "bfloat16": lambda leaf: leaf.astype(jnp.bfloat16),
+    **{dtype: lambda leaf, dtype=dtype: leaf.astype(dtype) for dtype in ("float8_e4m3fn", "float8_e5m2", "int4")},
+    "dlpack_float8_e4m3fn": lambda leaf: Tensor(jnp.asarray(leaf, jnp.float8_e4m3fn)),
+    "array_int4": lambda leaf: Exported(leaf.astype(jnp.int4)),
+}
+# Numbers that each of the dtypes has.
+SMALL = {"x": (np.arange(24, dtype=np.float32).reshape(8, 3) % 5 - 2)}
+
+
+def distance(params: Any, rows: Any) -> jax.Array:
+    return jnp.mean((params["w"][None] - rows["x"].astype(jnp.float32)) ** 2)
+
+
 @pytest.mark.parametrize("devices", [None, 2])
-def test_batch_of_another_byte_order_or_library_is_the_same_batch(devices: int | None) -> None:
-    step = sc.compile(
-        ADAM @ (DATA @ sc.grad(LOSS) if devices else sc.grad(LOSS)), mesh=devices and mesh_of(data=devices)
-    )
-    host = probe_batch(8)
-    expected = step(step.init(probe_params()), host)
-    for kind in (lambda leaf: leaf.astype(">f4"), Exported, np.asarray):
-        got = step(step.init(probe_params()), jax.tree.map(kind, host))
-        assert_equal_trees(got, expected, tolerance=0.0, of="two kinds of batch")
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_of_another_byte_order_dtype_or_library_is_the_same_batch(kind: str, devices: int | None) -> None:
+    shared = DATA if devices else sc.clip(1e6)
+    pipeline = sc.update(optax.sgd(0.5)) @ sc.accumulate(2) @ shared @ sc.grad(distance)
+    step = sc.compile(pipeline, mesh=devices and mesh_of(data=devices))
+    expected = {"w": 0.5 * 2 / 3 * SMALL["x"].mean(axis=0)}
+    batch = {"x": KINDS[kind](SMALL["x"])}
+
+    def fresh() -> sc.State:
+        return step.init({"w": np.zeros(3, np.float32)})
+
+    def own_data() -> Iterator[Any]:
+        yield from ({"x": KINDS[kind](SMALL["x"])} for _ in range(2))
+
+    reported: list[float] = []
+
+    def hook(number: int, metrics: Any, snapshot: Any) -> None:
+        reported.append(metrics["eval/loss"])
+
+    run = sc.run(step, fresh(), own_data(), steps=1, eval=sc.Eval(1, step, [batch]), hooks=[(1, hook)])
+    for name, state in {
+        "call": step(fresh(), batch)[0],
+        "put": step(fresh(), step.put(batch))[0],
+        "run": run.state,
+        "reference": step.reference(fresh(), batch)[0],
+        "function": jax.jit(lambda state: step.function(state, batch))(fresh())[0],
+    }.items():
+        assert_equal_trees(state.params, expected, tolerance=1e-6, of=f"{name} and the mean by hand")
+    left = expected["w"][None] - SMALL["x"]
+    np.testing.assert_allclose(reported, [np.mean(left**2)], rtol=1e-6)  # sums in another order
+    step.lower(fresh(), batch)
+    filled, _ = sc.pad_batch(batch, 10)
+    assert filled["x"].astype(np.float32).tolist() == [*SMALL["x"].tolist(), *SMALL["x"][:1].tolist() * 2]
+
+
+def test_batch_of_another_byte_order_or_library_is_no_new_program() -> None:
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(distance))
+    for kind in (np.asarray, KINDS["big_endian"], Exported, Tensor):
+        step(step.init({"w": np.zeros(3, np.float32)}), {"x": kind(SMALL["x"])})
     assert step.traces == 1
 
 
+def test_run_copies_the_tensors_of_a_loader_that_reuses_its_buffer() -> None:
+    buffer = np.zeros((8, 3), np.float32)
+
+    def reused() -> Iterator[Any]:
+        for number in range(1, 5):
+            buffer[:] = number
+            yield {"x": Tensor(buffer)}
+            buffer[:] = -1
+
+    step = sc.compile(sc.update(optax.sgd(1.5)) @ sc.grad(distance))  # a step moves `w` to the rows
+    run = sc.run(step, step.init({"w": np.zeros(3, np.float32)}), reused())
+    np.testing.assert_allclose(run.state.params["w"], np.full(3, 4.0), rtol=1e-6)
+
+
+RECORDS = np.zeros(8, [("a", np.int32)])
+
+
 @pytest.mark.parametrize(
-    ("leaf", "why"),
+    ("leaf", "why", "run_why"),
     [
-        (np.ma.masked_array(np.ones(8, np.float32), np.arange(8) > 4), "`y` is a masked array"),
-        (np.ones(8, np.longdouble), "`y` has dtype float128"),
-        (np.array(["a"] * 8, object), "`y` has dtype object"),
-        (Exported(np.array(["a"] * 8, object)), "`y` has dtype object"),
+        (np.ma.masked_array(np.ones(8), np.arange(8) > 4), "`y` is a masked array", "numpy or jax array, got Masked"),
+        (np.ones(8, np.longdouble), "`y` has dtype float128", r"numbers, got \S+\[8\]"),
+        (np.array(["a"] * 8, object), "`y` has dtype object", r"numbers, got object\[8\]"),
+        (Exported(np.array(["a"] * 8, object)), "`y` has dtype object", r"numbers, got object\[8\]"),
+        (RECORDS, "`y` has dtype .*'a'", r"numbers, got void32\[8\]"),
+        (np.zeros(8, "M8[s]"), "`y` has dtype datetime64", r"numbers, got datetime64\S*\[8\]"),
+        (Tensor(np.ones(8), has_gradient=True), "`y` is a Tensor, and what it exports is no array", "got Tensor"),
     ],
 )
-def test_batch_that_cannot_be_converted_exactly_is_refused_by_path(leaf: Any, why: str) -> None:
+def test_batch_that_cannot_be_converted_exactly_is_refused_by_path(leaf: Any, why: str, run_why: str) -> None:
     step = sc.compile(ADAM @ sc.grad(LOSS))
-    with pytest.raises(sc.BatchError, match=why):
-        step(step.init(probe_params()), {**probe_batch(8), "y": leaf})
+    state, batch = step.init(probe_params()), {**probe_batch(8), "y": leaf}
+    for door in (step, step.reference, step.lower):
+        with pytest.raises(sc.BatchError, match=why):
+            door(state, batch)
+    with pytest.raises(sc.DataError, match=f"y +expected .*{run_why}"):
+        sc.run(step, state, [batch])
     assert step.traces == 0
+
+
+def test_pad_batch_of_a_masked_array_is_refused() -> None:
+    with pytest.raises(sc.BatchError, match="`y` is a masked array"):
+        sc.pad_batch({"y": np.ma.masked_array(np.ones(3), [True, False, True])}, 4)

@@ -27,7 +27,7 @@ from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
 from stepc._language.kinds import Batch, Params
 from stepc._language.model_state import rules_by_leaf
-from stepc._language.state import Placement, State, is_typed_key, key_data, leaves_by_path, path_of
+from stepc._language.state import Placement, State, as_arrays, is_typed_key, key_data, leaves_by_path, path_of
 
 
 def with_automatic_axes(mesh: Mesh) -> Mesh:
@@ -218,27 +218,6 @@ def gradient_shapes(
     return tuple(map(local, jax.tree.leaves(params), flat, jax.tree.leaves(dims)))
 
 
-def as_array(leaf: Any) -> Any:  # Any: a leaf of a batch, of any library
-    """A leaf as an array of numpy or jax where that is exact: its bytes in native order, or what it exports itself.
-
-    What has a mask, a dtype of objects or no export stays as it is, and `check_batch` says so.
-    """
-    if isinstance(leaf, np.ma.MaskedArray | np.generic | jax.Array):
-        return leaf
-    if isinstance(leaf, np.ndarray):
-        return leaf if leaf.dtype.isnative else leaf.astype(leaf.dtype.newbyteorder("="))
-    exports = [convert for name, convert in _EXPORTS.items() if hasattr(type(leaf), name)]
-    for convert in exports:
-        try:
-            return convert(leaf)
-        except (TypeError, ValueError, RuntimeError, BufferError):  # on a device, with a gradient, of a foreign dtype
-            continue
-    return leaf
-
-
-_EXPORTS = {"__dlpack__": np.from_dlpack, "__array__": np.asarray}
-
-
 @dataclass(frozen=True)
 class BatchPlacement:
     """How the batches of a step are placed.
@@ -290,19 +269,17 @@ class BatchPlacement:
 
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices. On several processes it does not check that their rows fit together."""
+        batch = as_arrays(batch)
         if mesh_processes(self.mesh):
             return global_batch(batch, self._rows, self.decision.core)
         return jax.device_put(batch, None if self.mesh is None else self.shardings(batch))
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch as the program takes it, moved only if its sharding differs. The only loop of a call.
+        """The batch as the program takes it, moved only if its sharding differs.
 
         On several processes host arrays are this process's rows, and all processes check that their rows fit together.
         """
-        for leaf in jax.tree.leaves(batch):
-            if not (leaf.dtype.isnative if type(leaf) is np.ndarray else isinstance(leaf, jax.Array)):
-                batch = jax.tree.map(as_array, batch)
-                break
+        batch = as_arrays(batch)
         if mesh_processes(self.mesh):
             return self._placed_on_processes(batch)
         if self.mesh is not None and self._by_leaf:
@@ -343,4 +320,4 @@ class BatchPlacement:
     def check(self, batch: Batch) -> None:
         """Say what is wrong with a batch that a call failed on; several processes have checked theirs already."""
         if not mesh_processes(self.mesh):
-            check_batch(jax.tree.map(as_array, batch), self.decision.core, shapes_too=False)
+            check_batch(as_arrays(batch), self.decision.core, shapes_too=False)

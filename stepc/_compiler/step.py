@@ -57,7 +57,7 @@ from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
-from stepc._language.state import KEYS, State, carried_over, trained_leaves
+from stepc._language.state import KEYS, State, as_arrays, carried_over, trained_leaves
 from stepc.errors import ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
@@ -306,6 +306,7 @@ class Step:
 
         Trace and compilation are those of a call: whichever comes first, the other makes neither again.
         """
+        batch = as_arrays(batch)
         if self._autotuner is not None:
             tuned = self._autotuner.tune(state, batch)
             lowered = tuned.step.lower(state, batch)
@@ -342,6 +343,7 @@ class Step:
         return {"opt_state": opt_state, "slots": self.normal_form.slots(trained)}
 
     def _function(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        batch = as_arrays(batch)
         if type(state) is not State:
             check_state(state, self._transform_state, self.normal_form.loss.wrt)
         if self._autotuner is not None:
@@ -472,6 +474,7 @@ class StepReference:
         """
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             check_arrays(state, (), (), compare_buffers=False)
+        batch = as_arrays(batch)
         semantics, device = reference(self.pipeline_for(state, batch), axes=self.axes), jax.devices()[0]
         # A copy: what the reference passes through unchanged, such as the key, must outlive a donated state.
         copied = jax.device_put(jax.tree.map(jnp.copy, state), device)

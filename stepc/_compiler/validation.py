@@ -18,9 +18,12 @@ from stepc._jax import buffer_address
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.model_state import OVERWRITTEN, is_overwritten, rules_by_leaf
 from stepc._language.state import (
+    DLPack,
+    NumpyExport,
     State,
     describe_leaf,
     describe_tied_leaves,
+    is_numeric,
     is_trained,
     is_typed_key,
     leaves_by_path,
@@ -457,12 +460,12 @@ def _leaf_fault(shown: str, leaf: object) -> str | None:
     if not isinstance(leaf, _ARRAYS):
         if isinstance(leaf, _NUMBERS):
             return f"{shown} is {_a(type(leaf).__name__)}, which has no rows."
+        if isinstance(leaf, DLPack | NumpyExport):
+            return f"{shown} is {_a(type(leaf).__name__)}, and what it exports is no array of numpy or jax; convert it."
         return f"{shown} is {_a(type(leaf).__name__)}, not an array."
     if isinstance(leaf, np.ma.MaskedArray):
         return f"{shown} is a masked array, and a program sees no mask; give the mask as a leaf of its own."
-    if isinstance(leaf, np.ndarray) and (
-        leaf.dtype.kind not in "biufcV" or leaf.dtype in (np.longdouble, np.clongdouble)
-    ):
+    if isinstance(leaf, np.ndarray) and not is_numeric(leaf.dtype):
         return f"{shown} has dtype {leaf.dtype}, which a program cannot take."
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         return f"{shown} is deleted: it was donated."

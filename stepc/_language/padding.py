@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from stepc._language.fields import is_positive_integer
-from stepc._language.state import leaves_by_path
+from stepc._language.state import as_arrays, leaves_by_path
 from stepc.errors import BatchError, faults_in_one, listed
 
 Mask: TypeAlias = Bool[np.ndarray, " rows"]
@@ -34,6 +34,7 @@ def pad_batch(batch: Tree, rows: int) -> tuple[Tree, Mask]:
 
     Source: ours; padded batches as in jax_privacy.
     """
+    batch = as_arrays(batch)
     leaves = leaves_by_path(batch)
     sizes = {path: np.shape(leaf)[0] for path, leaf in leaves if np.ndim(leaf)}
     faults = [] if leaves else ["the batch has no leaves."]
@@ -43,6 +44,8 @@ def pad_batch(batch: Tree, rows: int) -> tuple[Tree, Mask]:
     else:
         faults.append(f"rows must be a positive integer, got {rows!r}.")
     faults += [f"`{path}` is a scalar: it has no rows on axis 0." for path, _ in leaves if path not in sizes]
+    masked = [path for path, leaf in leaves if isinstance(leaf, np.ma.MaskedArray)]
+    faults += [f"`{path}` is a masked array; give its mask as a leaf of its own." for path in masked]
     if len(set(sizes.values())) > 1:
         counts = listed(f"`{path}` has {size}" for path, size in sizes.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from stepc._language.kinds import Batch, Kind, Params
 from stepc._language.pipeline import Pipeline, Transform, check_reads, transform_name, transforms_of
 from stepc._language.semantics import Fn
-from stepc._language.state import KEYS, State, carried_over
+from stepc._language.state import KEYS, State, as_arrays, carried_over
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
 from stepc.errors import ConfigError, FieldTypeError, ShardingError, caret, misspelt_axes
 
@@ -44,7 +44,7 @@ class Reference:
         if not isinstance(state, State):
             facts = (("expected", "the State that `init(params)` returned"), ("got", type(state).__name__))
             raise FieldTypeError("`state` is not a State.", facts=facts)
-        result = self.fn.apply(state, jax.tree.map(jnp.asarray, batch))
+        result = self.fn.apply(state, jax.tree.map(jnp.asarray, as_arrays(batch)))
         return result.state, result.metrics
 
 

@@ -2,16 +2,17 @@
 
 import re
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from stepc._language.kinds import Params
+from stepc._language.kinds import Batch, Params
 from stepc.errors import listed
 
 # The leaves that are not replicated: (path, spec), sorted by path.
@@ -150,6 +151,65 @@ def describe_tied_leaves(tree: object) -> str | None:
     tied = [same for same in by_identity.values() if len(same) > 1 and getattr(same[0][1], "nbytes", 0)]
     texts = [f"{listed((path for path, _ in same), separator=' and ')} ({same[0][1].nbytes:,} bytes)" for same in tied]
     return listed(texts) or None
+
+
+@runtime_checkable
+class DLPack(Protocol):
+    """An array of a library that exports its memory."""
+
+    def __dlpack__(self, **options: Any) -> Any: ...  # Any: a capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+@runtime_checkable
+class NumpyExport(Protocol):
+    """Anything that numpy makes an array of by its `__array__`."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def as_arrays(batch: Batch) -> Batch:
+    """The batch with each leaf as an array of numpy or jax, where that is exact.
+
+    Another byte order becomes this machine's. An array of another library is what it exports itself. A leaf with a
+    mask, and one that exports nothing, stay as they are: the check of a batch names them.
+    """
+    leaves, tree = jax.tree.flatten(batch)
+    if all(leaf.dtype.isnative if type(leaf) is np.ndarray else isinstance(leaf, jax.Array) for leaf in leaves):
+        return batch
+    return tree.unflatten(map(_as_array, leaves))
+
+
+def _as_array(leaf: Any) -> Any:  # Any, twice: a leaf of a user's tree
+    exports: list[Any] = []  # Any: what makes an array of it
+    match leaf:
+        case np.ma.MaskedArray() | np.generic() | jax.Array():
+            pass
+        case np.ndarray():
+            return leaf if leaf.dtype.isnative else leaf.astype(leaf.dtype.newbyteorder("="))
+        case DLPack():
+            exports = [np.from_dlpack, _from_dlpack, np.asarray]
+        case NumpyExport():
+            exports = [np.asarray]
+        case _:
+            pass
+    for export in exports:
+        with suppress(AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+            return _as_array(export(leaf))
+    return leaf
+
+
+def _from_dlpack(leaf: DLPack) -> Any:  # Any: an array of numpy or jax
+    """By jax, since numpy has no bfloat16 and no GPU. What is in host memory is a host array, as any other batch."""
+    array = jax.dlpack.from_dlpack(leaf)
+    return np.asarray(array) if {device.platform for device in array.devices()} == {"cpu"} else array
+
+
+def is_numeric(dtype: Any) -> bool:  # Any: a dtype of numpy
+    """Whether a program computes with a dtype: numbers and bools, but no long doubles, objects, texts or records."""
+    is_number = jnp.issubdtype(dtype, np.number) and dtype not in (np.longdouble, np.clongdouble)
+    return is_number or dtype == np.bool_
 
 
 def is_typed_key(leaf: Any) -> bool:  # Any: anything with a dtype, a shape too

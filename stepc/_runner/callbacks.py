@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from stepc._language.kinds import Batch, HostMetrics
+from stepc._language.state import as_arrays
 from stepc._language.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Sum, Sums, combine_metrics
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
@@ -297,7 +298,8 @@ def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int,
     while True:
         is_masked = isinstance(evaluation.evaluate, CompiledStep) and isinstance(batch, dict) and MASK in batch
         match list(islice(left, 1)):
-            case [batch]:
+            case [one]:
+                batch = as_arrays(one)
                 rows, state = _rows(evaluation, batch), HAS_BATCH
             case _ if is_masked:
                 batch, rows, state = {**batch, MASK: np.zeros_like(batch[MASK])}, (0,), CAN_FILL

@@ -25,7 +25,7 @@ import numpy as np
 from stepc._jax import in_this_context
 from stepc._language.kinds import Batch
 from stepc._language.padding import pad_batch
-from stepc._language.state import is_typed_key, key_data, leaf_crc32, leaves_by_path, path_of
+from stepc._language.state import as_arrays, is_numeric, is_typed_key, key_data, leaf_crc32, leaves_by_path, path_of
 from stepc.errors import BatchError, CheckpointError, DataError, ResumeError
 
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is over
@@ -181,9 +181,10 @@ class Source:
             self.is_reading, self.failed = False, error
             return self._failure(error)
         self.is_reading, self.failed = False, None
-        if self.short == "drop" and is_short(batch, self.spec):
-            return LeftOut()
         try:
+            batch = as_arrays(batch)
+            if self.short == "drop" and is_short(batch, self.spec):
+                return LeftOut()
             if self.short == "pad":
                 check_mask(batch)
                 batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
@@ -507,7 +508,7 @@ def _not_numeric(batch: Batch) -> list[tuple[str, str]]:
         location, shape, dtype = _described(leaf)
         if location not in ("host", "device"):
             found.append((name, f"expected a numpy or jax array, got {type(leaf).__name__}"))
-        elif not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_ or is_typed_key(leaf)):
+        elif not (is_numeric(leaf.dtype) or is_typed_key(leaf)):
             found.append((name, f"expected numbers, got {dtype}{list(shape)}"))
         elif shape[:1] == (0,):
             found.append((name, f"expected at least one row, got {dtype}{list(shape)}"))
