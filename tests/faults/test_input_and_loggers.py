@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +174,17 @@ def test_error_that_cannot_be_logged_is_raised() -> None:
         sc.run(step(), fresh(), FaultPlan({3: "nan"}).batches(5), loggers=[Mute()])
 
 
-@fault("89", "a metric that is not a scalar; no loss", "BuildError at step 1 that names them")
-def test_metrics_that_are_not_scalars_are_refused() -> None:
-    def odd(state: Any, batch: Any) -> Any:
-        return state, {"norms": batch["x"].sum(0)}
+@fault("89", "a loss that is not a scalar; no loss", "BuildError at step 1 that names it; a metric may be an array")
+def test_loss_that_is_missing_or_no_scalar_is_refused() -> None:
+    def odd(state: Any, batch: Any, **more: Any) -> Any:
+        return state, {"norms": batch["x"].sum(0), **more}
 
-    with pytest.raises(sc.BuildError, match=r"norms  expected shape \(\), got \(3,\)") as raised:
-        sc.run(odd, fresh(), [batch_of(1)])
-    assert raised.value.step == 1
+    refused = {"expected a metric of this name": {}, r"expected shape \(\), got \(3,\)": {"loss": np.ones(3)}}
+    for text, more in refused.items():
+        with pytest.raises(sc.BuildError, match=rf"loss +{text}") as raised:
+            sc.run(partial(odd, **more), fresh(), [batch_of(1)])
+        assert raised.value.step == 1
+        assert "norms" not in str(raised.value)
 
 
 @fault("87", "a terminal that is gone (EPIPE)", "results bitwise as without; logged; it prints nothing from then on")
