@@ -154,7 +154,7 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
     leaves = leaves_by_path(params)
     if isinstance(params, State):
         raise FieldTypeError("These parameters are a State.", suggestion="Write `step.init(state.params)`.")
-    if any("flax.nnx" in base.__module__ for base in type(params).__mro__):
+    if any(base.__module__ == "flax.nnx.module" for base in type(params).__mro__):
         raise FieldTypeError(
             "These parameters are an NNX module.",
             facts=(("expected", "a tree of arrays"), ("got", type(params).__name__)),
