@@ -654,6 +654,8 @@ RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
             loggers=["wandb", sc.JSONL, OneArgument()],
         ),
     ),
+    "run_state_first": (sc.FieldTypeError, lambda: sc.run(step_on().init(probe_params()), step_on(), [])),
+    "run_tree_of_arrays": (sc.FieldTypeError, lambda: sc.run({str(i): np.ones(3) for i in range(400)}, None, [])),
     "run_one_logger": (sc.FieldTypeError, lambda: sc.run(step_on(), None, [], loggers=OneArgument())),
     "run_params": (sc.ConfigError, lambda: sc.run(step_on(), jax.tree.map(jnp.asarray, probe_params()), [])),
     "run_types": (sc.FieldTypeError, lambda: sc.run(step_on(), None, 5, steps=1.5, on_error=3, log_every=True)),

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
+import jax
+import numpy as np
+
 from stepc.errors import ConfigError, FieldTypeError
 
 
@@ -27,7 +30,10 @@ class ArgumentFaults:
             raise kind(f"Invalid arguments to `{self.function}`.", facts=self._facts, suggestion=remedies)
 
     def wrong_type(self, name: str, expected: str, got: object) -> None:
-        self._facts.append((name, f"expected {expected}, got {got!r}"))
+        # The text of a tree of arrays has as many lines as the model has leaves, and is read from the devices.
+        has_arrays = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(got))
+        shown = f"{type(got).__name__} of arrays" if has_arrays else repr(got)
+        self._facts.append((name, f"expected {expected}, got {shown}"))
 
     def mistaken(self, name: str, expected: str, got: str, remedy: str) -> None:
         """Something that was recognised: `got` says what it is, and the remedy is certain."""

@@ -238,12 +238,17 @@ def run(
     return run_or_exit(trainer.run, signals)
 
 
+_ORDER = "The order is `sc.run(step, state, data)`."
+
+
 def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checked here
     """Refuse wrong arguments, all at once. Errors: FieldTypeError, ConfigError."""
     faults = ArgumentFaults("run")
     step, data, loggers, hooks = (arguments[name] for name in ("step", "data", "loggers", "hooks"))
     if isinstance(step, Transform | Pipeline):
         faults.mistaken("step", "a compiled step", "a pipeline", "Compile it: `sc.run(sc.compile(pipeline), …)`.")
+    elif isinstance(step, State):
+        faults.mistaken("step", "a compiled step", "a state", _ORDER)
     else:
         faults.callable_("step", step, "a compiled step")
     _check_loader("data", data, "an iterable of batches, or sc.Data(loader, …)", faults)
@@ -288,7 +293,7 @@ def _check_loader(name: str, loader: object, expected: str, faults: ArgumentFaul
             names = ", ".join(repr(key) for key in list(loader)[:SHOWN]) + (", …" if len(loader) > SHOWN else "")
             faults.mistaken(name, expected, f"one batch: a dict of {names}", "Put it in a list: `[batch]`.")
         case State():
-            faults.mistaken(name, expected, "a state", "The order is `sc.run(step, state, data)`.")
+            faults.mistaken(name, expected, "a state", _ORDER)
         case str() | bytes():
             faults.wrong_type(name, expected, loader)
         case _:
