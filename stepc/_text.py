@@ -47,12 +47,18 @@ def by_pattern(texts: Sequence[str], *, most: int) -> tuple[list[tuple[str, int]
 
 
 def _numbers_in_paths(text: str) -> tuple[tuple[str, ...], list[str]]:
-    paths = [range(*found.span()) for found in _PATH.finditer(text)]
-    found = [one for one in re.finditer(r"\d+", text) if any(one.start() in path for path in paths)]
-    ends = [0, *(at for one in found for at in one.span()), len(text)]
-    return tuple(text[ends[n] : ends[n + 1]] for n in range(0, len(ends), 2)), [one[0] for one in found]
+    between: list[str] = []
+    numbers: list[str] = []
+    end = 0
+    for path in _PATH.finditer(text):
+        for number in _NUMBER.finditer(text, *path.span()):
+            between.append(text[end : number.start()])
+            numbers.append(number[0])
+            end = number.end()
+    return (*between, text[end:]), numbers
 
 
+_NUMBER = re.compile(r"\d+")
 _PATH = re.compile(r"`[^`\s]+`|[^\s`\0]+/[^\s`\0]+|^[^\s`\0]*[^\W\d][^\s`\0]*")
 
 

@@ -58,7 +58,7 @@ from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
 from stepc._language.state import KEYS, State, as_arrays, carried_over, trained_leaves
-from stepc.errors import ConfigError, FieldTypeError, StepcError
+from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
@@ -288,7 +288,8 @@ class Step:
                 self._note_trace(state, placed)
             return outputs
         except (TypeError, ValueError, RuntimeError) as error:  # of jax for an argument, of the trace, or of the loss
-            self._batches.check(batch)
+            if not isinstance(error, BatchError):  # its message has all faults already
+                self._batches.check(batch)
             if str(error).startswith("INVALID_ARGUMENT"):  # XLA refused an array, and did not run
                 check_arrays(state, batch, batch, compare_buffers=True)
             if isinstance(error, StepcError) or not self._traced:
