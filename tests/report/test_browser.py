@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import mesh_of
+from waiting import LIMIT_SECONDS
 
 import stepc as sc
 from examples.gpt import model as gpt
@@ -54,7 +55,7 @@ def opened(page: Path, *, width: int, dark: bool) -> dict[str, str]:
             f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},900",
             "--virtual-time-budget=3000", "--dump-dom", copy.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True,
     )  # fmt: skip
     return dict(re.findall(r'data-(\w+)="([^"]*)"', done.stdout.partition(">")[2].partition(">")[0]))
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -205,6 +206,30 @@ def test_state_goes_on_where_more_is_trained(zero: int) -> None:
     back = first.init(goes_on.params, like=goes_on)
     np.testing.assert_array_equal(back.opt_state[0].mu["out"], goes_on.opt_state[0].mu["out"])
     assert back.opt_state[0].mu["b"] is None
+
+
+def test_checkpoint_of_a_frozen_base_goes_on_where_more_is_trained(tmp_path: Path) -> None:
+    batches = [probe_batch(16, seed=seed) for seed in range(4)]
+
+    def step_of(wrt: Any) -> sc.Step:
+        return sc.compile(sc.update(optax.adam(0.1)) @ sc.grad(WIDE["over_rows"], wrt=wrt))
+
+    first, second = step_of("out"), step_of(("out", "b"))
+    sc.run(first, first.init(wide_params(), seed=7), batches[:2], checkpoint=sc.Checkpoints(tmp_path, every=2))
+    with pytest.raises(sc.ResumeError, match=r"opt_state/0/mu/b +saved nothing, the state has float32"):
+        sc.restore(tmp_path, like=second.init(wide_params()))
+    saved = sc.restore(tmp_path, like=first.init(jax.eval_shape(wide_params)))
+    state = second.init(saved.params, like=saved)
+    assert (int(state.step), int(state.opt_state[0].count)) == (2, 2)
+    expected = first.init(wide_params(), seed=7)
+    for batch in batches[:2]:
+        expected, _ = first(expected, batch)
+    expected = second.init(expected.params, like=expected)
+    for batch in batches[2:]:
+        state, metrics = second(state, batch)
+        expected, others = second(expected, batch)
+        assert metrics["loss"] == others["loss"]
+    jax.tree.map(np.testing.assert_array_equal, numbers(state.params), numbers(expected.params))
 
 
 def test_reference_goes_on_as_the_step_does() -> None:
