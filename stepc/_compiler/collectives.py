@@ -6,8 +6,8 @@ collectives, and bfloat16 sums abort the process on CPU.
 """
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -30,7 +30,9 @@ from stepc._compiler.schedule import AllGather, AllReduce, Compute, ModelStateLe
 from stepc._core.sharding import sharded_spec
 from stepc._language.kinds import Grads, Params
 from stepc._language.model_state import MEANS, part_of_mean
+from stepc._language.state import leaves_by_path, path_of
 from stepc._language.terms import accumulation_dtype
+from stepc._text import by_pattern
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ class ManualRegion:
         name = re.sub(r"\s*@\s*", " . ", written)
         return jax.named_scope(f"stepc:{name} ({', '.join(lines)})")
 
+    def leaves_scope(self, paths: Sequence[str]) -> AbstractContextManager[Any]:
+        """The named scope inside of it for the leaves that a collective carries."""
+        shown, num_left = by_pattern(paths, most=8)
+        # What XLA or a reader of the text takes for the end of a name becomes the glob for one character.
+        names = [f"{path} x{times}" if times > 1 else path for path, times in shown]
+        name = re.sub(r"[^\w\s./*,+-]", "?", ", ".join([*names, *[f"and {num_left} more"] * bool(num_left)]))
+        return jax.named_scope(f"stepc-leaves({name})")
+
     def manual_specs(self, dimensions: Any, *, sharded: bool) -> Any:  # Any: trees of one structure
         """The specs of a tree along the manual axes."""
         axis = self.shard_axis if sharded else None
@@ -93,12 +103,12 @@ class ManualRegion:
         if self.mesh is None or (not self.automatic_axes and self.shard_axis is None):
             return tree
         axis = self.shard_axis if sharded else None
-        specs = jax.tree.map(
-            lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axis)),
-            self.grad_dimensions,
-            self.grad_specs,
-        )
-        return jax.lax.with_sharding_constraint(tree, specs)
+
+        def constrained(keys: Any, leaf: jax.Array, dim: int, spec: PartitionSpec) -> jax.Array:  # Any: as in path_of
+            with self.leaves_scope([path_of(keys)]):
+                return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*sharded_spec(tuple(spec), dim, axis)))
+
+        return jax.tree_util.tree_map_with_path(constrained, tree, self.grad_dimensions, self.grad_specs)
 
     def axis_index(self, axis: str, device: jax.Array) -> jax.Array:
         """The position along one axis of the `device`-th one, as rows are split."""
@@ -132,6 +142,7 @@ def all_reduce(
             index = index * region.num_devices((axis,)) + region.axis_index(axis, device())
         metrics = mask_last_metrics(metrics, index == region.num_devices(axes) - 1)
     extremes = extreme_values(metrics)
+    paths = [path for path, _ in leaves_by_path(grads)]
     dimensions = jax.tree.leaves(region.grad_dimensions) if jax.tree.leaves(grads) else []
 
     def reduce(sums: tuple[MetricAccumulators, Grads]) -> tuple[MetricAccumulators, Grads]:
@@ -141,7 +152,9 @@ def all_reduce(
         narrow = leaves if instruction.dtype is None else [leaf.astype(instruction.dtype) for leaf in leaves]
         is_scattered = [instruction.scattered is not None and dim >= 0 for dim in dimensions]
         pairs = list(zip(narrow, is_scattered, strict=True))
-        metrics, replicated = jax.lax.psum((metrics, [leaf for leaf, scattered in pairs if not scattered]), axes)
+        replicated_paths = [path for path, scattered in zip(paths, is_scattered, strict=True) if not scattered]
+        with region.leaves_scope(replicated_paths) if replicated_paths else nullcontext():
+            metrics, replicated = jax.lax.psum((metrics, [leaf for leaf, scattered in pairs if not scattered]), axes)
         shards = [leaf for leaf, scattered in pairs if scattered]
         other_axes = tuple(axis for axis in axes if axis != instruction.scattered)
         shards = jax.lax.psum(shards, other_axes) if other_axes and shards else shards
@@ -178,27 +191,35 @@ def _extreme(kind: str, axes: tuple[str, ...], tree: Any) -> Any:  # Any: trees 
 def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegion) -> Grads:
     """Each device's own shard of the sum of each sharded leaf."""
 
-    def scatter(leaf: jax.Array, dim: int) -> jax.Array:
+    def scatter(keys: Any, leaf: jax.Array, dim: int) -> jax.Array:  # Any: as in path_of
         if dim < 0:
             return leaf
         narrow = leaf if instruction.dtype is None else leaf.astype(instruction.dtype)
-        total = jax.lax.psum_scatter(narrow, instruction.axis, scatter_dimension=dim, tiled=True)
+        with region.leaves_scope([path_of(keys)]):
+            total = jax.lax.psum_scatter(narrow, instruction.axis, scatter_dimension=dim, tiled=True)
         return total.astype(leaf.dtype)
 
     with region.scope(instruction.written):
         return region.fully_manual(
-            lambda tree: jax.tree.map(scatter, tree, region.grad_dimensions), grads, region.grad_specs
+            lambda tree: jax.tree_util.tree_map_with_path(scatter, tree, region.grad_dimensions),
+            grads,
+            region.grad_specs,
         )
 
 
 def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> Params:
     """Gathered parameters."""
 
-    def gather(leaf: jax.Array, dim: int) -> jax.Array:
-        return leaf if dim < 0 else jax.lax.all_gather(leaf, instruction.axis, axis=dim, tiled=True)
+    def gather(keys: Any, leaf: jax.Array, dim: int) -> jax.Array:  # Any: as in path_of
+        if dim < 0:
+            return leaf
+        with region.leaves_scope([path_of(keys)]):
+            return jax.lax.all_gather(leaf, instruction.axis, axis=dim, tiled=True)
 
     with region.scope(instruction.written):
-        return region.fully_manual(lambda tree: jax.tree.map(gather, tree, region.dimensions), params, region.specs)
+        return region.fully_manual(
+            lambda tree: jax.tree_util.tree_map_with_path(gather, tree, region.dimensions), params, region.specs
+        )
 
 
 def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
@@ -207,14 +228,14 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
     if axis is None:
         return loss
 
-    def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
+    def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype, path: str) -> jax.Array:
         def gather_shard(shard: jax.Array) -> jax.Array:
-            with region.scope(instruction.written):
+            with region.scope(instruction.written), region.leaves_scope([path]):
                 return jax.lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
 
         def scatter_grad(grad: jax.Array) -> jax.Array:
             wider = grad.astype(instruction.dtype or accumulation_dtype(leaf.dtype))
-            with region.scope(instruction.written):
+            with region.scope(instruction.written), region.leaves_scope([path]):
                 total = jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True)
             return total.astype(leaf.dtype)
 

@@ -19,6 +19,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
+from stepc._language.state import leaves_by_path
+
 # What a layer does to gathered parameters before it uses them. It is recomputed for the gradient: otherwise the
 # gathered parameters of all layers would be kept, in one form or another.
 DONE_AGAIN = (
@@ -28,8 +30,8 @@ DONE_AGAIN = (
 REMATERIALISED = ("checkpoint", "remat2")
 
 LossFunction: TypeAlias = Callable[..., Any]  # Any: of parameters, and of other trees of the user's
-# Gathers a shard: along its dimension, with its automatic axes, in the dtype that the loss wants.
-Gather: TypeAlias = Callable[[jax.Array, int, PartitionSpec, np.dtype], jax.Array]
+# Gathers a shard: along its dimension, with its automatic axes, in the dtype that the loss wants; of that parameter.
+Gather: TypeAlias = Callable[[jax.Array, int, PartitionSpec, np.dtype, str], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,25 @@ class _Shard:
       spec: along the automatic axes.
       dtype: the one that the loss wants. A shard is converted as it is gathered, so that its gradient is reduced in the
         dtype of the parameters.
+      path: of the parameter.
     """
 
     value: jax.Array
     dim: int
     spec: PartitionSpec
     dtype: np.dtype
+    path: str
 
     def gathered(self, gather: Gather) -> jax.Array:
-        return gather(self.value, self.dim, self.spec, self.dtype)
+        return gather(self.value, self.dim, self.spec, self.dtype, self.path)
 
     def of_layer(self, value: jax.Array) -> "_Shard":
         """The shard of one layer, from a shard whose first dimension is that of the layers."""
-        return _Shard(value, self.dim - 1, PartitionSpec(*tuple(self.spec)[1:]), self.dtype)
+        return _Shard(value, self.dim - 1, PartitionSpec(*tuple(self.spec)[1:]), self.dtype, self.path)
 
     def of(self, value: jax.Array) -> "_Shard":
         """Another value with the same sharding."""
-        return _Shard(value, self.dim, self.spec, self.dtype)
+        return _Shard(value, self.dim, self.spec, self.dtype, self.path)
 
 
 _Value: TypeAlias = Any  # an array, or a `_Shard`
@@ -91,12 +95,12 @@ def gather_by_layer(
 
         traced = jax.make_jaxpr(arrays)(shapes, *rest)
         leaves = zip(
-            jax.tree.leaves(params),
+            leaves_by_path(params),
             jax.tree.leaves(dimensions),
             jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec)),
             strict=True,
         )
-        values = [leaf if dim < 0 else _Shard(leaf, dim, spec, leaf.dtype) for leaf, dim, spec in leaves]
+        values = [leaf if dim < 0 else _Shard(leaf, dim, spec, leaf.dtype, path) for (path, leaf), dim, spec in leaves]
         results = iter(_run(traced, [*values, *jax.tree.leaves(rest)], gather))
         tree, others = static
         return tree.unflatten([next(results) if other is None else other for other in others])
@@ -135,10 +139,10 @@ def _once(gather: Gather) -> Gather:
     """Gather each shard once."""
     cache: dict[tuple[int, PartitionSpec, np.dtype], tuple[jax.Array, jax.Array]] = {}
 
-    def cached(shard: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype) -> jax.Array:
+    def cached(shard: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype, path: str) -> jax.Array:
         key = (id(shard), spec, dtype)
         if key not in cache:
-            cache[key] = (gather(shard, dim, spec, dtype), shard)  # the shard too, so that no other gets its id
+            cache[key] = (gather(shard, dim, spec, dtype, path), shard)  # the shard too, so that no other gets its id
         return cache[key][0]
 
     return cached
@@ -170,7 +174,7 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
         # A frozen whole number is gathered as it is, and converted then: it is the smaller of the two.
         case "convert_element_type" if _is_floating(params["new_dtype"]) and _is_floating(values[0].dtype):
             (shard,) = values
-            return [_Shard(shard.value, shard.dim, shard.spec, params["new_dtype"])]
+            return [_Shard(shard.value, shard.dim, shard.spec, params["new_dtype"], shard.path)]
         case "jit" | "pjit" | "closed_call":
             return _run(params["jaxpr"], values, gather)
         case name if name in REMATERIALISED:

@@ -60,6 +60,8 @@ class Collective:
       asynchronous: whether the program starts it and waits for it later.
       source: "train.py:41 (op_name)", the user's own line; or the transform that asked for it, as written and with its
         line; or what else the metadata has. Never a file of stepc.
+      parameters: the paths of the parameters whose values or gradients it carries, as a step of stepc names them:
+        "layers/*/w x12, head"; "" where none are known. A `?` stands for a character that compiled text cannot have.
       payload: the arrays that `bytes` adds up.
       name: the name of the instruction in HLO.
       group_size: how many devices take part in one group.
@@ -80,6 +82,7 @@ class Collective:
     group_size: int = 1
     loops: tuple[str, ...] = ()
     overlap: Overlap | None = None
+    parameters: str = ""
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,7 @@ def _row(
         conditional=execution.conditional,
         asynchronous=is_asynchronous,
         source=module.source(instruction),
+        parameters=module.parameters(instruction),
         payload=payload,
         name=instruction.name,
         group_size=max(map(len, grouped)),

@@ -27,6 +27,8 @@ _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _STEPC_FILE = re.compile(r"(?:^|/)stepc/_\w+(?:/|\.py$)")
 # The compiler wraps what a transform asks for in a scope of this name: `stepc:shard(dp("data")) (train.py:41)`.
 _TRANSFORM_SCOPE = "stepc:"
+# In it is one for the leaves that a collective carries: `stepc-leaves(layers/0/w, head)`.
+_LEAVES_SCOPE = "stepc-leaves("
 # These parts of an op_name say how a program is built, not what it computes.
 _STRUCTURE = frozenset({"body", "closed_call", "cond", "jvp()", "pjit", "shard_map", "transpose(jvp())", "while"})
 
@@ -124,14 +126,23 @@ class Module:
         its own line, `shard(dp("data")) (train.py:41)`, or else the op_name without the names of loops and calls.
         """
         file, line = self._location(instruction.attributes)
-        op_name = instruction.op_name
+        op_name = _without_scopes(instruction.op_name, _LEAVES_SCOPE)
         if not file:
             return _transform_scope(op_name) or op_name
         if not _STEPC_FILE.search(file):
-            path = _without_transforms(op_name)
+            path = _without_scopes(op_name, _TRANSFORM_SCOPE)
             return f"{PurePath(file).name}:{line}" + (f" ({path})" if path else "")
         origins = (_transform_scope(path) or _without_structure(path) for path in _merged_paths(op_name))
         return ", ".join(dict.fromkeys(origin for origin in origins if origin)) or op_name
+
+    def parameters(self, instruction: Instruction) -> str:
+        """The paths of the parameters that a collective carries, as the compiler named them: "layers/0/w, head"."""
+        op_name, found = instruction.op_name, list[str]()
+        end = 0
+        while (start := op_name.find(_LEAVES_SCOPE, end)) >= 0:
+            end = _end_of_scope(op_name, start)
+            found.append(op_name[start + len(_LEAVES_SCOPE) : end].removesuffix(")"))
+        return ", ".join(dict.fromkeys(found))
 
     def _location(self, attributes: str) -> tuple[str, str]:
         frame = re.search(r"\bstack_frame_id=(\d+)", attributes)
@@ -306,9 +317,9 @@ def _transform_scope(op_name: str) -> str:
     return written.removeprefix(_TRANSFORM_SCOPE)
 
 
-def _without_transforms(op_name: str) -> str:
+def _without_scopes(op_name: str, scope: str) -> str:
     """`jit(step)/jvp()/tanh` of `jit(step)/jvp(stepc:grad(loss) (train.py:41))/tanh`."""
-    while (start := op_name.find(_TRANSFORM_SCOPE)) >= 0:
+    while (start := op_name.find(scope)) >= 0:
         op_name = op_name[:start] + op_name[_end_of_scope(op_name, start) :]
     return "/".join(part for part in op_name.split("/") if part)
 

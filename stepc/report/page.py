@@ -12,6 +12,7 @@ from typing import TypeAlias
 import jax
 
 from stepc._text import readable_bytes, readable_seconds
+from stepc.errors import listed
 from stepc.inspect.collectives import Collective
 from stepc.inspect.roofline import Roofline, wire_bytes
 from stepc.report import pictures
@@ -137,12 +138,12 @@ def _step(plan: PlanFacts) -> str:
 def _collectives(rows: Sequence[Collective]) -> str:
     if not rows:
         return '<p class="note">No collectives: nothing is sent between devices.</p>'
-    head = ("kind", "size", "sent in a ring", "axes", "executions", "in loop", "overlaps with", "source")
+    head = ("kind", "size", "sent in a ring", "axes", "executions", "in loop", "overlaps with", "source", "parameters")
     each = _table(head, map(_collective, rows))
     groups: dict[tuple[str, ...], list[Collective]] = {}
     for row in rows:
         shown = [text for text, _ in _collective(row)]
-        groups.setdefault((row.kind, *shown[3:]), []).append(row)
+        groups.setdefault((row.kind, *shown[3:-1]), []).append(row)
     if len(groups) == len(rows):
         return each
     head = ("number", "kind", "sizes", "sent in a ring", "axes", "executions of each", *head[5:])
@@ -152,7 +153,7 @@ def _collectives(rows: Sequence[Collective]) -> str:
 
 def _alike(rows: Sequence[Collective]) -> tuple[Cell, ...]:
     """Collectives that differ only in size: a transform asks for one of each leaf."""
-    kind, *_, axes, executions, loops, overlap, source = _collective(rows[0])
+    kind, *_, axes, executions, loops, overlap, source, _ = _collective(rows[0])
     smallest, largest = min(row.bytes for row in rows), max(row.bytes for row in rows)
     sizes = readable_bytes(largest)
     if smallest < largest:
@@ -168,6 +169,7 @@ def _alike(rows: Sequence[Collective]) -> tuple[Cell, ...]:
         loops,
         overlap,
         source,
+        _text(listed(dict.fromkeys(row.parameters for row in rows if row.parameters)) or "–"),
     )
 
 
@@ -184,6 +186,7 @@ def _collective(row: Collective) -> tuple[Cell, ...]:
         (" > ".join(row.loops) or ("yes" if row.in_loop else "no"), len(row.loops)),
         (overlap, overlap),
         (row.source or "–", row.source),
+        (row.parameters or "–", row.parameters),
     )
 
 

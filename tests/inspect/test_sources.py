@@ -1,6 +1,9 @@
 """A compiled step names the user's own lines: of the loss, and of the transforms, for every k and mesh."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +102,56 @@ def test_a_name_with_an_at_sign_keeps_its_line() -> None:
     )
     sources = {row.source for row in step.lower(step.init(PARAMS), BATCH).compile().collectives()}
     assert sources == {f"{outer!r} @ {inner!r} ({outer.site})"}
+
+
+def scanning(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
+    hidden, _ = jax.lax.scan(lambda hidden, w: (jnp.tanh(hidden @ w), None), rows["x"], params["layers"])
+    return jnp.mean((hidden @ params["head"] - rows["y"]) ** 2)
+
+
+ALL = {"head, layers"}
+EACH = {"head", "layers"}
+LEVELS: list[tuple[dict[str, Any], dict[str, set[str]]]] = [
+    ({"zero": 0}, {"all-reduce": ALL}),
+    ({"zero": 1}, {"reduce-scatter": EACH, "all-reduce": {""}, "all-gather": EACH}),
+    ({"zero": 2}, {"reduce-scatter": EACH, "all-reduce": {""}, "all-gather": EACH}),
+    ({"zero": 3}, {"all-gather": EACH, "reduce-scatter": EACH, "all-reduce": {""}}),
+    ({"zero": 3, "gather": "microbatch"}, {"all-gather": EACH, "reduce-scatter": EACH, "all-reduce": {""}}),
+    ({"zero": 3, "gather": "layer"}, {"all-gather": EACH, "reduce-scatter": EACH, "all-reduce": {""}}),
+]
+
+
+@pytest.mark.parametrize(("level", "carried"), LEVELS, ids=lambda one: str(one) if "zero" in one else "")
+def test_collectives_of_every_level_name_their_transform_and_their_parameters(
+    level: dict[str, Any], carried: dict[str, set[str]]
+) -> None:
+    shard, clip = sc.shard(sc.dp("data", **level)), sc.clip(1.0)
+    step = sc.compile(
+        sc.update(optax.adam(0.5)) @ clip @ sc.accumulate(4) @ shard @ sc.grad(scanning), mesh=mesh_of(data=4)
+    )
+    state = step.init({"layers": jnp.ones((3, 8, 8)), "head": jnp.ones((8, 4))})
+    program = step.lower(state, {"x": jnp.ones((ROWS, 8)), "y": jnp.ones((ROWS, 4))}).compile()
+    of_shard, of_clip = f"{shard!r} ({shard.site})", f"{clip!r} ({clip.site})"
+    sources = {source for row in program.collectives() for source in row.source.split(", ")}
+    assert sources <= {of_shard, of_clip, "gradient_norm/reduce_sum", *of_shard.split(", ")}
+    assert all(of_shard in row.source for row in program.collectives())
+    named = {row.kind: set[str]() for row in program.collectives()}
+    for row in program.collectives():
+        named[row.kind].add(row.parameters)
+    assert named == carried
+    # Nothing else names a file of ours either. optax has an `update.py` of its own.
+    ours = {path.name for path in Path(sc.__file__).parent.rglob("*.py")} - {"update.py"}
+    every = {name for source, _ in instructions(program.hlo()) for name in re.findall(r"([\w.]+\.py):", source)}
+    assert "test_sources.py" in every
+    assert not ours & every
+    assert "stepc-leaves" not in "".join(source for source, _ in instructions(program.hlo()))
+
+
+def test_parameters_of_a_large_model_are_patterns() -> None:
+    def total(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        return jnp.mean(rows["x"]) * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
+
+    params = {"layers": [{"w": jnp.ones(3)} for _ in range(12)], "a(b": jnp.ones(2)}
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(total), mesh=mesh_of(data=2))
+    program = step.lower(step.init(params), BATCH).compile()
+    assert [row.parameters for row in program.collectives()] == ["a?b, layers/*/w x12"]
