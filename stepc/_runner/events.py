@@ -109,7 +109,7 @@ class EventLog:
         """The metrics of a step, if it is the last that was logged or could have been; none of one that was drained."""
         return self.last_metrics() if self._last is not None and self._last[0] == step else {}
 
-    def last_metrics(self) -> dict[str, Any]:  # Any: as in HostMetrics
+    def last_metrics(self) -> dict[str, float | np.ndarray]:
         """The metrics of the last finished step, as floats, and arrays where they are no scalars."""
         if self._last is None:
             return {}
@@ -192,7 +192,7 @@ class EventLog:
             self.event("slow_logger", step, logger=name, log_seconds=f"{took:.2f}")
 
 
-def on_host(metrics: Metrics, row: int) -> dict[str, Any]:  # Any: as in HostMetrics
+def on_host(metrics: Metrics, row: int) -> dict[str, float | np.ndarray]:
     """The metrics of one of the steps of a call, on the host. Those of several steps are stacked, as the loss is."""
     is_stacked = np.ndim(metrics["loss"]) > 0
     values = {name: np.asarray(value)[row] if is_stacked else np.asarray(value) for name, value in metrics.items()}

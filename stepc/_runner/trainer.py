@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, assert_never
 
 import jax
+import numpy as np
 
 from stepc._runner.callbacks import Callbacks
 from stepc._runner.checkpoint import CheckpointKeeper
@@ -89,7 +90,7 @@ class Run(Generic[StateTree]):
     steps: int = 0
     ended: str = ""
     why: str = ""
-    metrics: dict[str, Any] = field(default_factory=dict)  # Any: floats, or arrays of numpy
+    metrics: dict[str, float | np.ndarray] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
     rollbacks: int = 0
