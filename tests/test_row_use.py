@@ -169,7 +169,7 @@ def test_loss_that_does_not_is_named_with_the_operation_and_the_line(name: str) 
     lines = {line for _, _, line in code.co_lines() if line}
     if primitive:
         file, _, line = use.line.partition(":")
-        assert file == "test_rows.py"
+        assert file == "test_row_use.py"
         assert int(line) in lines or kind == "unknown"
 
 
@@ -231,7 +231,7 @@ def test_flax_model_by_its_norm(norm: type[nn.Module], kind: str) -> None:
 
     use = use_of(loss, variables["params"], {"x": images, "label": WHOLE["label"]})
     assert use.kind == kind
-    assert use.line.startswith("test_rows.py:" if kind == "couples" else "")
+    assert use.line.startswith("test_row_use.py:" if kind == "couples" else "")
 
 
 def test_equinox_model_under_vmap_takes_each_row_alone() -> None:
@@ -275,7 +275,7 @@ def test_plan_says_it_only_where_the_batch_is_split() -> None:
 
     line = contrastive.__code__.co_firstlineno + 2
     said = (
-        f"loss\n  grad(contrastive): couples rows: `dot_general` at test_rows.py:{line} takes several of them "
+        f"loss\n  grad(contrastive): couples rows: `dot_general` at test_row_use.py:{line} takes several of them "
         "together, so parts have another loss than the whole\n"
     )
     for middle, sizes in [(sc.accumulate(2), {}), (sc.shard(sc.dp("data")), {"data": 2})]:
@@ -288,7 +288,7 @@ def test_plan_says_it_only_where_the_batch_is_split() -> None:
 
 def test_assertions_name_the_loss_that_couples_rows() -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.accumulate(2) @ sc.grad(contrastive))
-    said = r"`grad\(contrastive\)`: couples rows: `dot_general` at test_rows"
+    said = r"`grad\(contrastive\)`: couples rows: `dot_general` at test_row_use"
     with pytest.raises(sc.EquivalenceError, match=f"cause +{said}"):
         assert_split_invariant(step, step.init({"w": PARAMS["w"]}), WHOLE)
 
