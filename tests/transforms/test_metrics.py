@@ -55,7 +55,9 @@ def test_sum_of_whole_numbers_is_exact_and_ends_at_the_largest_instead_of_wrappi
         number = jnp.asarray(each, dtype)
         return jnp.mean(rows["y"] * params["b"]), {"sum": sc.Sum(number), "max": sc.Max(number)}
 
-    step = sc.compile(UPDATE @ sc.accumulate(k) @ DATA @ sc.grad(loss, has_aux=True), mesh=mesh_of(data=devices))
+    step = sc.compile(
+        UPDATE @ sc.accumulate(k) @ DATA @ sc.grad(loss, wrt="b", has_aux=True), mesh=mesh_of(data=devices)
+    )
     batch = probe_batch(16)
     state = step.init(probe_params())
     limits = np.iinfo(np.uint32 if dtype is np.uint32 else np.int32)
@@ -69,7 +71,7 @@ def test_sums_of_whole_numbers_of_both_signs_are_exact_where_they_overflow_on_th
     def loss(params: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
         return jnp.mean(rows["y"] * params["b"]), {"sum": sc.Sum((rows["y"][0] * 2**30).astype(jnp.int32))}
 
-    step = sc.compile(UPDATE @ sc.accumulate(8) @ sc.grad(loss, has_aux=True))
+    step = sc.compile(UPDATE @ sc.accumulate(8) @ sc.grad(loss, wrt="b", has_aux=True))
     batch = {**probe_batch(8), "y": np.array([1, 1, 1, 1, -1, -1, -1, 1], np.float32)}  # 4, then 1, then 2 times 2**30
     state = step.init(probe_params())
     for metrics in (step.reference(state, batch)[1], step(state, batch)[1]):
@@ -86,7 +88,7 @@ def test_counts_are_exact_to_two_to_the_twenty_fourth_and_rounded_beyond() -> No
         count = rows["y"].sum().astype(jnp.int32)
         return sc.Mean(params["b"] * count.astype(jnp.float32), count)
 
-    step = sc.compile(UPDATE @ sc.accumulate(2) @ sc.grad(loss))
+    step = sc.compile(UPDATE @ sc.accumulate(2) @ sc.grad(loss, wrt="b"))
     for each, tolerance in [(2.0**23, 0.0), (2.0**23 + 1, 2.0**-23), (2.0**28 + 96, 2.0**-23)]:
         batch = {**probe_batch(2), "y": np.array([each, each - 1 if tolerance else each], np.float32)}
         state = step.init({"w": np.zeros(3, np.float32), "b": np.array(3.0, np.float32)})
