@@ -22,8 +22,9 @@ DATA = sc.shard(sc.dp("data"))
 
 
 def fresh(step: sc.Step, num_rows: int, params: Any = None) -> sc.State:
-    model_state = probe_model_state(step.pipeline.transforms[-1], num_rows)
-    return step.init(probe_params() if params is None else params, seed=3, model_state=model_state)
+    source = step.pipeline.transforms[-1]
+    model_state = probe_model_state(source, num_rows)
+    return step.init(probe_params(source) if params is None else params, seed=3, model_state=model_state)
 
 
 @pytest.mark.parametrize("name", SOURCES)

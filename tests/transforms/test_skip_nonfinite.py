@@ -155,7 +155,8 @@ def test_loss_scale_saves_gradients_from_underflow() -> None:
         return jnp.mean((rows["x"] * jnp.asarray(2.0**-14, rows["x"].dtype)) @ params["w"]) * 2.0**-12
 
     batch, found = {"x": np.ones((8, 3), np.float32)}, []
-    for transforms in (sc.loss_scale() @ sc.grad(sc.cast(jnp.float16) @ loss), sc.grad(sc.cast(jnp.float16) @ loss)):
+    source = sc.grad(sc.cast(jnp.float16) @ loss, wrt="w")
+    for transforms in (sc.loss_scale() @ source, source):
         step = sc.compile(sc.update(optax.trace(0.0)) @ transforms)
         state, _ = step(step.init(probe_params()), batch)
         found.append(np.asarray(state.opt_state.trace["w"]))
