@@ -1,5 +1,7 @@
 """`assert_split_invariant`: which losses become another loss when the batch is split."""
 
+import string
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -117,12 +119,20 @@ def test_keys_of_examples_do_not_depend_on_the_split_and_those_of_microbatches_d
         measured(noisy_together, rng="microbatch")
 
 
-def test_many_parameters_are_counted() -> None:
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ([f"p{number:02}" for number in range(20)], r"differs in p\* by 0\.\d+ \(20 leaves\); its largest magnitude"),
+        (string.ascii_lowercase[:20], r" and 12 more; its largest magnitude"),
+    ],
+    ids=["numbered", "named"],
+)
+def test_many_parameters_are_counted(names: Sequence[str], told: str) -> None:
     def many(params: Any, rows: Any) -> jax.Array:
         return jnp.sum(rows["x"]) * sum(jnp.sum(leaf) for leaf in params.values())
 
-    with pytest.raises(sc.EquivalenceError, match=r"and 12 more; its largest magnitude"):
-        measured(many, params={f"p{number:02}": jnp.ones(()) for number in range(20)})
+    with pytest.raises(sc.EquivalenceError, match=told):
+        measured(many, params={name: jnp.ones(()) for name in names})
 
 
 def test_repeat_measures_its_first_batch() -> None:

@@ -428,7 +428,7 @@ def _reduce_model_state(schedule: Schedule, program: Program, structure: LossStr
     written = " @ ".join(node.written for node in means)
     reason = "model state whose rule takes one reduction a step"
     one = ReduceModelState(axes, prod(node.size for node in means), reason, rules, leaves, written)
-    last = next(n for n, one in enumerate(schedule) if isinstance(one, Compute | ScanMicrobatches | Vmap))
+    last = next(n for n, one in enumerate(schedule) if isinstance(one, Compute | ScanMicrobatches | Vmap | Perturb))
     return (*schedule[: last + 1], one, *schedule[last + 1 :])
 
 

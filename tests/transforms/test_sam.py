@@ -112,12 +112,24 @@ def test_sam_with_terms_divides_each_gradient_by_the_counts_of_its_own_rows() ->
         assert_equivalent(step, step.init(PARAMS), BATCH)
 
 
-def test_sam_keeps_the_model_state_of_the_parameters_themselves() -> None:
+@pytest.mark.parametrize("rule", ["sequential", "average"])
+@pytest.mark.parametrize(
+    "middle",
+    [
+        sc.sam(RHO),
+        sc.sam(RHO) @ sc.shard(sc.dp("data")),
+        sc.shard(sc.dp("data")) @ sc.sam(RHO),
+        sc.sam(RHO) @ sc.accumulate(1) @ sc.shard(sc.dp("data")),
+    ],
+    ids=str,
+)
+def test_sam_keeps_the_model_state_of_the_parameters_themselves(middle: Any, rule: str) -> None:
     def with_state(params: Any, rows: Any, state: Any) -> tuple[jax.Array, Any]:
         hidden = rows["x"] @ params["w"]
         return loss(params, rows), {"mean": 0.5 * state["mean"] + 0.5 * hidden.mean(axis=0)}
 
-    step = sc.compile(sc.update(optax.sgd(RATE)) @ sc.sam(RHO) @ sc.grad(with_state, model_state=True))
+    fn = sc.grad(with_state, model_state={"mean": rule})
+    step = sc.compile(sc.update(optax.sgd(RATE)) @ middle @ fn, mesh=mesh_of(data=2))
     state, _ = step(step.init(PARAMS, model_state={"mean": jnp.zeros(2)}), BATCH)
     expected = 0.5 * (BATCH["x"] @ PARAMS["w"]).mean(axis=0)
     chex.assert_trees_all_close(jax.device_get(state.model_state), {"mean": expected}, rtol=1e-5, atol=1e-6)
