@@ -5,12 +5,14 @@
   terms       an `sc.Mean` loss, and one with three terms and two counts, against a plain mean, on eight devices
   repeat      `repeat(32)` against 32 dispatches of a tiny step
   rows        `rows() @ clip(c)` against `clip(c)`
+  epochs      `epochs(4, minibatches=8)` against a scan over the same minibatches by hand
   frozen      adapters on a frozen base of 8 bits, with `wrt=`, against the same step by hand
 
 All but `terms` and the second of `frozen` run on one device, before more are simulated. Measured are step time,
 temporary memory, copies in the optimized HLO, and collectives.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +43,7 @@ import stepc as sc
 from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
-SKIP, EXAMPLE, REPEAT, FROZEN = 1.02, 1.15, 3.0, 1.03  # targets
+SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS = 1.02, 1.15, 3.0, 1.03, 1.05  # targets
 DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
@@ -218,6 +220,64 @@ def repeat(model: Model, *, rounds: int, calls: int) -> dict[str, Any]:
     }
 
 
+def epochs(model: Model, *, rounds: int, calls: int) -> dict[str, Any]:
+    """Four epochs of eight minibatches over one batch: by the compiler, and as a scan in a scan by hand."""
+    loss, optimizer, batch = model.make_loss(), adamw(), jax.tree.map(jnp.asarray, model.batch)
+    step = sc.compile(sc.epochs(4, minibatches=8) @ sc.update(optimizer) @ sc.grad(loss))
+    num_rows = len(jax.tree.leaves(batch)[0])
+
+    def hand(state: Any, batch: Any) -> tuple[Any, Any]:
+        *start, key, number = state
+
+        def minibatch(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            params, opt_state = carry
+            taken = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="promise_in_bounds"), batch)
+            value, grads = jax.value_and_grad(loss)(params, taken)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), value
+
+        def epoch(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
+            order = jax.random.permutation(jax.random.fold_in(drawn, number), num_rows)
+            return jax.lax.scan(minibatch, carry, order.reshape(8, -1))
+
+        drawn = jax.random.fold_in(jax.random.fold_in(key, number), zlib.crc32(b"epochs") | 2**31)
+        (params, opt_state), losses = jax.lax.scan(epoch, tuple(start), jnp.arange(4))
+        return (params, opt_state, key, number + 32), {"loss": losses.reshape(-1)}
+
+    by_hand, state = jax.jit(hand, donate_argnums=0), step.init(model.params)
+    params = jax.tree.map(jnp.copy, state.params)
+    hand_state = (params, optimizer.init(params), jnp.copy(state.rng), jnp.copy(state.step))
+    programs = {
+        "by hand": by_hand.lower(hand_state, batch).compile(),
+        "epochs": step.lower(state, batch).compile().executable,
+    }
+    (state, _), (hand_state, _) = step(state, batch), by_hand(hand_state, batch)
+    found = require_equal(state.params, hand_state[0], name="epochs")
+    samples = {
+        "by hand": per_step(Repeated(by_hand, hand_state, batch, calls=calls), 32),
+        "epochs": per_step(Repeated(step, state, batch, calls=calls), 32),
+    }
+    taken = interleaved(samples, rounds=rounds)
+    return {
+        "question": "epochs",
+        "model": model.name,
+        "base": "by hand",
+        "difference": found,
+        "batch_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(batch)),
+        "seconds": spreads(taken),
+        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
+        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        "facts": {
+            name: {
+                "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
+                "copies": num_copies(one.as_text()),
+                "collectives": [],
+            }
+            for name, one in programs.items()
+        },
+    }
+
+
 def rows(model: Model, **how: int) -> dict[str, Any]:
     """Clip the gradient of every row, or their mean."""
     batch = jax.tree.map(jnp.asarray, model.batch)
@@ -339,6 +399,8 @@ def target_of(found: Mapping[str, Any], name: str) -> str:
             return at_most(median, SKIP)
         case "wrt":
             return at_most(median, FROZEN)
+        case "epochs":
+            return at_most(median, EPOCHS)
         case 'rng="example"':
             return at_most(median, EXAMPLE)
         case "repeat(32)":
@@ -361,6 +423,7 @@ def main() -> None:
         lambda: skip(small_gpt(size, rows=16), rounds=rounds, calls=1),
         lambda: dropout(size, num_rows=16, rounds=rounds, calls=1),
         lambda: repeat(mlp((8, 8, 8), rows=8), rounds=rounds, calls=5 if quick else 30),
+        lambda: epochs(mlp(widths, rows=8 * num_rows), rounds=rounds, calls=2),
         lambda: rows(mlp(widths, rows=num_rows), rounds=rounds, calls=5),
         lambda: frozen(64 if quick else 512, num_rows=256, devices=1, rounds=rounds, calls=5),
         lambda: terms(mlp(widths, rows=num_rows), rounds=rounds, calls=20),  # from here on there are eight devices

@@ -21,6 +21,7 @@ from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
+from stepc._language.transforms.epochs import epochs
 from stepc._language.transforms.grad import grad
 from stepc._language.transforms.loss_scale import loss_scale
 from stepc._language.transforms.measure import measure
@@ -137,6 +138,7 @@ __all__ = [
     "compile",
     "dp",
     "ema",
+    "epochs",
     "errors",
     "grad",
     "init_distributed",

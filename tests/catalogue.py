@@ -10,6 +10,7 @@ import optax
 
 import stepc as sc
 from stepc._core.nodes import DifferentiateNode, Node
+from stepc._language.transforms.grad import Grad
 from stepc.testing.probes import EXACT_SOURCES as EXACT_SOURCES
 from stepc.testing.probes import PROBES as PROBES
 from stepc.testing.probes import SOURCES as SOURCES
@@ -59,6 +60,7 @@ STEPS = {
     "ema": sc.ema(0.5),
     "ema_every": sc.ema(0.5, every=2),
     "repeat": sc.repeat(2),
+    "epochs": sc.epochs(2, minibatches=2),
 }
 LOSSES = {
     "cast": sc.cast(jnp.bfloat16),
@@ -68,6 +70,12 @@ LOSSES = {
 }
 GRADS = {"grad": sc.grad(PROBES["over_rows"])}
 SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **GRADS}
+
+
+def fits(name: str, source: sc.Transform) -> bool:
+    """Whether a pipeline may have both: a row that `epochs` shuffles has no model state of its own."""
+    rules = source.model_state.by_pattern if isinstance(source, Grad) and source.model_state is not None else ()  # pyright: ignore
+    return not (name == "epochs" and any(rule == "rows" for _, rule in rules))
 
 
 def every_probe(params: Any, rows: Any) -> jax.Array:

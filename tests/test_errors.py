@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import PROBES, probe_batch, probe_params
+from catalogue import PROBES, probe_batch, probe_model_state, probe_params
 from conftest import GOLDEN, golden_texts, mesh_of
 from flax import nnx
 from jax.sharding import Mesh
@@ -31,7 +31,7 @@ from stepc._language.kinds import Kind
 from stepc.errors import faults_in_one
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
-from stepc.testing.probes import WIDE, drawing, wide_params
+from stepc.testing.probes import RECURRENT, WIDE, drawing, recurrent, wide_params
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)
@@ -83,6 +83,18 @@ def constraining(params: Any, rows: Any) -> Any:
 def repeated(batch: Any) -> None:
     step = sc.compile(sc.repeat(4) @ sc.update(tx) @ sc.grad(loss))
     step(step.init(probe_params()), batch)
+
+
+def rollout(batch: Any) -> None:
+    pipeline = sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.accumulate(K) @ dp @ sc.grad(loss)
+    step = sc.compile(pipeline, mesh=mesh_of(data=N))
+    step(step.init(probe_params()), batch)
+
+
+def epochs_of_hidden_states() -> None:
+    grad = sc.grad(recurrent, model_state=RECURRENT)
+    step = sc.compile(sc.epochs(4, minibatches=2) @ sc.update(tx) @ grad)
+    step.init(probe_params(), model_state=probe_model_state(grad, 4))
 
 
 def state_of_another_step() -> None:
@@ -336,6 +348,7 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "noise_zero": (sc.FieldValueError, lambda: sc.noise(0.0)),
     "ema_one": (sc.FieldValueError, lambda: sc.ema(1.0)),
     "skip_nonfinite_limit": (sc.FieldValueError, lambda: sc.skip_nonfinite(limit=0)),
+    "epochs_minibatches": (sc.FieldValueError, lambda: sc.epochs(4, minibatches=0)),
     "repeat_fraction": (sc.FieldTypeError, lambda: sc.repeat(0.5)),
     "loss_scale_initial": (sc.FieldValueError, lambda: sc.loss_scale(initial=-1.0)),
     "loss_scale_claim": (sc.FieldTypeError, lambda: sc.loss_scale("dynamic")),
@@ -447,6 +460,15 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     ),
     "like_parameters": (sc.FieldTypeError, lambda: step_on().init(probe_params(), like=probe_params())),
     "repeat_inside": (sc.ConfigError, lambda: sc.compile(sc.ema(0.9) @ sc.repeat(4) @ sc.update(tx) @ sc.grad(loss))),
+    "epochs_inside": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.skip_nonfinite() @ sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.grad(loss)),
+    ),
+    "epochs_of_repeat": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.repeat(8) @ sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.grad(loss)),
+    ),
+    "epochs_model_state_by_rows": (sc.ConfigError, epochs_of_hidden_states),
     "skip_twice": (
         sc.ConfigError,
         lambda: sc.compile(sc.skip_nonfinite() @ sc.ema(0.9) @ sc.skip_nonfinite() @ sc.update(tx) @ sc.grad(loss)),
@@ -628,6 +650,7 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: trained_with(sc.cast(jnp.bfloat16) @ loss, params=jax.tree.map(jnp.bfloat16, probe_params())),
     ),
+    "epochs_rows": (sc.BatchError, lambda: rollout(probe_batch(100))),
     "repeat_rows": (sc.BatchError, lambda: repeated(probe_batch(8))),
     "pad_too_many": (sc.BatchError, lambda: sc.pad_batch(probe_batch(8), 4)),
     "pad_faults": (sc.BatchError, lambda: sc.pad_batch({"x": np.ones((3, 2)), "y": np.ones(2), "z": 1.0}, 0)),

@@ -1,5 +1,6 @@
 """Rung 1 of the ladder: the reference of a pipeline equals its expansion, evaluated. No compiler here."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from catalogue import (
     SAMPLES,
     STEPS,
     UPDATES,
+    fits,
     probe_batch,
     probe_model_state,
     probe_params,
@@ -59,8 +61,9 @@ def test_expansion_of_a_gradient_transform_equals_its_reference(name: str, sourc
         assert_expansion_equals_reference(pipeline, tolerance=0.0)
 
 
-@pytest.mark.parametrize("source", JITTED_SOURCES)
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    ("name", "source"), [pair for pair in product(STEPS, JITTED_SOURCES) if fits(pair[0], JITTED_SOURCES[pair[1]])]
+)
 def test_expansion_of_a_step_transform_equals_its_reference(name: str, source: str) -> None:
     assert_expansion_equals_reference(
         SAMPLES[name] @ SGD @ sc.clip(1.0) @ sc.accumulate(2) @ JITTED_SOURCES[source], tolerance=0.0

@@ -43,6 +43,9 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.rows() @ SOURCES["recurrent"], {"data": 8},
     ),
     "model_state": (sc.update(tx) @ sc.accumulate(4) @ DATA @ SOURCES["stateful"], {"data": 8}),
+    "epochs": (
+        sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}
+    ),
     "repeated": (sc.repeat(2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
     "zero2": (
         sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4)
@@ -78,7 +81,7 @@ def lowered(name: str) -> sc.Lowered:
     pipeline, sizes = PLANS[name]
     step = sc.compile(pipeline, mesh=sizes and mesh_of(**sizes))
     batch = probe_batch(64)
-    if step.steps_per_call > 1:
+    if step.rows_axis:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
     params = wide_params() if name.startswith("zero") else probe_params()
     return step.lower(step.init(params, model_state=probe_model_state(pipeline.transforms[-1], 64)), batch)
@@ -92,7 +95,7 @@ def test_plan_prints_as_its_golden_text(name: str, golden: Callable[[str, str, s
 # What is sharded takes several collectives, one for each leaf, and scalars besides: test_sharding.py counts bytes. XLA
 # merges a reduction of the model state with that of the gradient, if both are sums in one dtype. Nobody knows how often
 # a line search evaluates: tests/optimizers/test_whole_batch_loss.py compares one evaluation.
-APART = ("zero", "automatic", "model_state_r", "line_search")
+APART = ("zero", "automatic", "model_state_r", "line_search", "epochs")
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if not name.startswith(APART)])

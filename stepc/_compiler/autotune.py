@@ -11,7 +11,7 @@ import jax
 from stepc._compiler.search import CandidatePrograms, SearchResult, find_smallest_fit, live_bytes
 from stepc._compiler.stages import Lowered
 from stepc._compiler.validation import BatchSignature, batch_signature, check_batch
-from stepc._core.nodes import MeanNode, OverMesh, Program, RepeatNode, UnderVmap
+from stepc._core.nodes import MeanNode, OverMesh, Program, UnderVmap, num_minibatches, rows_axis
 from stepc._language.kinds import Batch
 from stepc._language.pipeline import AutotuneRequest, Pipeline, Transform, transforms_of
 from stepc._language.state import State
@@ -123,8 +123,8 @@ class Autotuner(Generic[Steps]):
             return lowered[k]
 
         means = [node for node in self._core if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
-        axis = sum(isinstance(node, RepeatNode) for node in self._core)
-        rows = jax.tree.leaves(batch)[0].shape[axis] // prod(node.size for node in means)
+        num_rows = jax.tree.leaves(batch)[0].shape[rows_axis(self._core)] // num_minibatches(self._core)
+        rows = num_rows // prod(node.size for node in means)
         devices = prod(node.size for node in means if isinstance(node.place, OverMesh))
         batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // devices
         programs = CandidatePrograms(

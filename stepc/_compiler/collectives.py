@@ -26,11 +26,19 @@ from stepc._compiler.metrics import (
     mask_last_metrics,
     replace_extremes,
 )
-from stepc._compiler.schedule import AllGather, AllReduce, Compute, ModelStateLeaf, ReduceModelState, ReduceScatter
+from stepc._compiler.schedule import (
+    AllGather,
+    AllReduce,
+    Compute,
+    ModelStateLeaf,
+    ReduceModelState,
+    ReduceScatter,
+    RepeatSteps,
+)
 from stepc._core.sharding import sharded_spec
-from stepc._language.kinds import Grads, Params
+from stepc._language.kinds import Batch, BatchRows, Grads, Params
 from stepc._language.model_state import MEANS, part_of_mean
-from stepc._language.state import leaves_by_path, path_of
+from stepc._language.state import key_data, leaves_by_path, path_of, with_key_type
 from stepc._language.terms import accumulation_dtype
 from stepc._text import by_pattern
 
@@ -51,6 +59,7 @@ class ManualRegion:
       model_state_tree: its structure.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
+      batch_specs: of each leaf of the batch that one step takes, the PartitionSpec over all axes.
       sites: the transforms of the pipeline as written, each with the user's line that made it.
     """
 
@@ -66,6 +75,7 @@ class ManualRegion:
     model_state_specs: tuple[tuple[int, PartitionSpec], ...]
     model_state_tree: Any  # Any: a jax.tree_util.PyTreeDef
     has_row_numbers: bool
+    batch_specs: tuple[PartitionSpec, ...] = ()
     sites: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -125,6 +135,41 @@ class ManualRegion:
         return jax.shard_map(
             function, in_specs=(specs,), out_specs=specs, axis_names=set(self.automatic_axes), check_vma=False
         )(tree)
+
+
+def take_rows(instruction: RepeatSteps, batch: Batch, numbers: jax.Array, region: ManualRegion) -> BatchRows:
+    """The rows with these numbers, sharded as those of a batch are.
+
+    Every device sends each other one a row of its own for each that the other needs, the one that is asked for if it
+    has it; the receiver knows which to keep. So no device holds more than a minibatch of rows that are not its own.
+    """
+    leaves, tree = jax.tree.flatten(batch)
+    data = [key_data(leaf) for leaf in leaves]  # of typed keys the numbers: an array like any other
+    axes, devices = instruction.axes, instruction.num_devices
+
+    def take(leaf: jax.Array, numbers: jax.Array) -> jax.Array:
+        return leaf.at[numbers].get(mode="promise_in_bounds")
+
+    def exchange(data: list[jax.Array], numbers: jax.Array) -> list[jax.Array]:
+        each = len(numbers) // devices
+        wanted = jax.lax.dynamic_slice_in_dim(numbers, jax.lax.axis_index(axes) * each, each)
+
+        def exchanged(leaf: jax.Array) -> jax.Array:
+            sent = take(leaf, numbers % len(leaf))
+            got = jax.lax.all_to_all(sent, axes, split_axis=0, concat_axis=0, tiled=True)
+            return take(got, wanted // len(leaf) * each + jnp.arange(each))
+
+        return list(map(exchanged, data))
+
+    with region.scope(instruction.node.written):
+        if not axes:
+            taken = [take(leaf, numbers) for leaf in data]
+        else:
+            specs = list(region.batch_specs)
+            taken = jax.shard_map(
+                exchange, mesh=region.mesh, in_specs=(specs, PartitionSpec()), out_specs=specs, check_vma=False
+            )(data, numbers)
+    return tree.unflatten(list(map(with_key_type, taken, leaves)))
 
 
 def all_reduce(

@@ -23,6 +23,7 @@ from stepc._compiler.collectives import (
     gathering_loss,
     reduce_model_state,
     reduce_scatter,
+    take_rows,
 )
 from stepc._compiler.loss import checked_loss, counts_of, keys_of, num_rows
 from stepc._compiler.metrics import (
@@ -101,7 +102,7 @@ from stepc._language.terms import (
 )
 
 SCAN_NAME = "microbatches"  # the named scope of the scan, by which it is found in compiled text
-STEPS_NAME = "steps"  # that of `repeat`
+STEPS_NAME = "steps"  # that of `repeat` and `epochs`
 NORM_NAME = "gradient_norm"  # that of the norm by which a step is known to be finite: no transform asks for it
 
 
@@ -213,24 +214,44 @@ class MeasuredGradient(NamedTuple):
 def lower_schedule(schedule: Schedule, region: ManualRegion) -> Callable[[State, Batch], StepOutputs]:
     """One dispatch as a pure function."""
     match schedule:
-        case (RepeatSteps(node, body),):
-            step = lower_schedule(body, region)
-
-            def steps(state: State, batches: Batch) -> StepOutputs:
-                # What is frozen is no carry: a loop may copy what it carries.
-                def one_step(carry: State, batch: Batch) -> tuple[State, tuple[Metrics, Diagnostics]]:
-                    outputs = step(replace(carry, params=state.with_trained(carry.params).params), batch)
-                    return _trained_alone(outputs.state), (outputs.metrics, outputs.diagnostics)
-
-                with jax.named_scope(STEPS_NAME):
-                    last, (metrics, diagnostics) = jax.lax.scan(
-                        one_step, _trained_alone(state), batches, length=node.size
-                    )
-                return StepOutputs(replace(last, params=state.with_trained(last.params).params), metrics, diagnostics)
-
-            return steps
+        case (RepeatSteps(body=body) as repeat,):
+            return partial(_steps, repeat, lower_schedule(body, region), region)
         case _:
             return partial(_step, schedule, region)
+
+
+def _steps(
+    repeat: RepeatSteps,
+    step: Callable[[State, Batch], StepOutputs],
+    region: ManualRegion,
+    state: State,
+    batch: Batch,
+) -> StepOutputs:
+    node = repeat.node
+
+    # What is frozen is no carry: a loop may copy what it carries.
+    def one_step(carry: State, rows: Batch) -> tuple[State, tuple[Metrics, Diagnostics]]:
+        outputs = step(replace(carry, params=state.with_trained(carry.params).params), rows)
+        return _trained_alone(outputs.state), (outputs.metrics, outputs.diagnostics)
+
+    def one_epoch(carry: State, epoch: jax.Array) -> tuple[State, tuple[Metrics, Diagnostics]]:
+        key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), draw_tag("epochs"))
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_rows(batch))
+        return jax.lax.scan(
+            lambda carry, numbers: one_step(carry, take_rows(repeat, batch, numbers, region)),
+            carry,
+            order.reshape(node.minibatches, -1),
+        )
+
+    with jax.named_scope(STEPS_NAME):
+        if node.minibatches is None:
+            last, outputs = jax.lax.scan(one_step, _trained_alone(state), batch, length=node.size)
+        else:
+            epochs = jnp.arange(node.size // node.minibatches)
+            last, outputs = jax.lax.scan(one_epoch, _trained_alone(state), epochs)
+            outputs = jax.tree.map(lambda leaf: leaf.reshape(node.size, *leaf.shape[2:]), outputs)
+    metrics, diagnostics = outputs
+    return StepOutputs(replace(last, params=state.with_trained(last.params).params), metrics, diagnostics)
 
 
 def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) -> StepOutputs:

@@ -26,6 +26,8 @@ from stepc._core.nodes import (
     UnderVmap,
     UpdateNode,
     named,
+    num_minibatches,
+    rows_axis,
 )
 from stepc._language.kinds import Batch, Params
 from stepc._language.pipeline import Transform, expand_transforms
@@ -84,6 +86,20 @@ class NormalForm:
         """How many steps one dispatch makes."""
         return next((node.size for node in self.core if isinstance(node, RepeatNode)), 1)
 
+    @property
+    def rows_axis(self) -> int:
+        """The axis of the leaves of a batch that counts rows."""
+        return rows_axis(self.core)
+
+    def shapes_of_one_step(self, batch: Batch) -> Batch:
+        """The shapes of what one of the steps takes of a batch."""
+
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
+            rows, *rest = leaf.shape[self.rows_axis :]
+            return jax.ShapeDtypeStruct((rows // num_minibatches(self.core), *rest), leaf.dtype)
+
+        return jax.tree.map(shape, batch)
+
     def slots(self, trained: Params) -> dict[str, Any]:  # Any: by transform
         """The slots of a fresh state with these trained parameters."""
         slots: dict[str, Any] = {}
@@ -110,13 +126,14 @@ class NormalForm:
         is_single_row = any(isinstance(node.place, UnderVmap) for node in means)
 
         def microbatch(leaf: Any) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
-            num_rows, *rest = leaf.shape[1:] if self.steps_per_call > 1 else leaf.shape
+            num_rows, *rest = leaf.shape
             return jax.ShapeDtypeStruct((1 if is_single_row else num_rows // num_microbatches, *rest), leaf.dtype)
 
         given = (state.params, state.rng, state.model_state, values_read(state, self.loss.reads))
         params, key, model_state, reads = jax.tree.map(shape_of, given)
-        rows = jax.tree.map(microbatch, batch)
-        total = next(leaf.shape[int(self.steps_per_call > 1)] for leaf in jax.tree.leaves(batch))
+        of_one_step = self.shapes_of_one_step(batch)
+        rows = jax.tree.map(microbatch, of_one_step)
+        total = next(leaf.shape[0] for leaf in jax.tree.leaves(of_one_step))
         side_by_side = [
             one.written for one in self.core if isinstance(one, MeanNode) and not isinstance(one.place, InScan)
         ]

@@ -235,7 +235,7 @@ class BatchPlacement:
         """The sharding of every leaf; None without a mesh, or if rules give each leaf its own."""
         if self.mesh is None or self._by_leaf:
             return None
-        leading = [None] if self.decision.steps_per_call > 1 else []
+        leading = [None] * self.decision.rows_axis
         return NamedSharding(self.mesh, PartitionSpec(*leading, self.decision.batch_axes))
 
     @cached_property
@@ -252,9 +252,26 @@ class BatchPlacement:
         if self.mesh is None or not self._by_leaf:
             return jax.tree.map(lambda _: self.sharding, batch)
         leaves = leaves_by_path(batch)
-        specs = specs_of_batch(self.decision.rules, leaves, int(self.decision.steps_per_call > 1))
+        specs = specs_of_batch(self.decision.rules, leaves, self.decision.rows_axis)
         tree = jax.tree.structure(batch)
         return tree.unflatten([NamedSharding(self.mesh, PartitionSpec(*specs[path])) for path, _ in leaves])
+
+    def minibatch_specs(self, batch: Batch) -> tuple[PartitionSpec, ...]:
+        """The spec of each leaf of what one step takes of a batch; none without a mesh. Errors: as `shardings`."""
+        if self.mesh is None:
+            return ()
+        leading, of_one_step = self.decision.rows_axis, self.decision.shapes_of_one_step(batch)
+        if leading:  # each step has a batch of its own already
+            return ()
+        return tuple(sharding.spec for sharding in jax.tree.leaves(self.shardings(of_one_step)))
+
+    def minibatch_bytes(self, batch: Batch) -> int:
+        """The bytes of the rows that one step takes of a batch, sharded over automatic axes alone; 0 without a mesh."""
+        rows, sizes = self.decision.rules.rows, {} if self.mesh is None else dict(self.mesh.shape)
+        leaves = jax.tree.leaves(self.decision.shapes_of_one_step(batch))
+        pairs = zip(leaves, self.minibatch_specs(batch), strict=False)
+        shards = [prod(sizes[axis] for axis in axes_of(spec) if axis not in rows) for _, spec in pairs]
+        return sum(_num_bytes(leaf) // number for leaf, number in zip(leaves, shards, strict=False))
 
     def shapes(self, batch: Batch) -> Batch:
         """The shapes of a batch with their shardings; those of host arrays have none, as jax traces them separately."""
@@ -307,7 +324,7 @@ class BatchPlacement:
     def _rows(self) -> RowSharding:
         if self.mesh is None:
             raise ValueError("several processes have a mesh")
-        return RowSharding(self.mesh, self.decision.batch_axes, int(self.decision.steps_per_call > 1), self.shardings)
+        return RowSharding(self.mesh, self.decision.batch_axes, self.decision.rows_axis, self.shardings)
 
     def compare(self, program: Any, state: Any, batch: Batch) -> None:  # Any: a jitted function; a state
         """Let several processes compare their programs, once for each signature of a batch."""

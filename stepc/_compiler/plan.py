@@ -321,8 +321,12 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             elif rescale is not None:
                 text += f", if the gradient is finite; otherwise the state is kept (`{rescale[1].written}`)"
             return text if gather is None else f"{text}; then {_line(gather, (), unit)}"
-        case RepeatSteps(node):
-            return f"scan {node.size} steps (`{node.written}`)"
+        case RepeatSteps(node, _, axes, num_devices):
+            if node.minibatches is None:
+                return f"scan {node.size} steps (`{node.written}`)"
+            over = f" by an all-to-all over {', '.join(axes)} ({num_devices} devices)" if axes else ""
+            numbers = f"{node.size // node.minibatches} epochs of {node.minibatches} steps"
+            return f"scan {numbers} (`{node.written}`): each epoch shuffles the rows, each step takes a minibatch{over}"
         case _:
             assert_never(one)
 
@@ -390,7 +394,10 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
         match one:
             case ScanMicrobatches(size, body):
                 yield from _collectives(body, times * size)
-            case RepeatSteps(node, body):
+            case RepeatSteps(node, body, axes):
+                if axes:
+                    reason = f"`{node.written}` takes the rows of a minibatch from all devices"
+                    yield PlannedCollective("all-to-all", axes, times * node.size, True, reason, "dispatch")
                 for inner in _collectives(body, times * node.size):
                     yield replace(inner, per="dispatch") if inner.per == "step" else inner
             case Optimize(evaluate=Evaluate() as evaluate):

@@ -318,10 +318,17 @@ class Optimize:
 
 @dataclass(frozen=True)
 class RepeatSteps:
-    """Run complete steps one after another in one dispatch: a `lax.scan` over the first axis of the batch."""
+    """Run complete steps one after another in one dispatch: a `lax.scan`.
+
+    Args:
+      axes: the mesh axes over which the rows of a minibatch are exchanged; none if each step has a batch of its own.
+      num_devices: the number of devices along them.
+    """
 
     node: RepeatNode
     body: "Schedule"
+    axes: tuple[str, ...] = ()
+    num_devices: int = 1
 
 
 Instruction: TypeAlias = (
@@ -335,7 +342,10 @@ def make_schedule(program: Program, structure: LossStructure, rules: BoundRules)
     """The schedule of a program in normal form, sharded as the rules say."""
     match program:
         case (RepeatNode() as node, *rest):
-            return (RepeatSteps(node, make_schedule(tuple(rest), structure, rules)),)
+            sizes = dict(rules.sizes)
+            axes = () if node.minibatches is None else tuple(axis for axis in rules.rows if sizes[axis] > 1)
+            body = make_schedule(tuple(rest), structure, rules)
+            return (RepeatSteps(node, body, axes, prod(sizes[axis] for axis in axes)),)
         case _:
             return _shard(_replicated_schedule(program, structure), rules)
 
@@ -709,21 +719,28 @@ def accumulator_is_sharded(schedule: Schedule) -> bool:
     )
 
 
-def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -> tuple[str, ...]:
+def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int, minibatch_bytes: int) -> tuple[str, ...]:
     """What the sharding costs, where that is not what one would expect.
 
     Args:
       gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
+      minibatch_bytes: the bytes of all rows of one step, sharded over automatic axes alone.
     """
+    exchanges = [one for one in schedule if isinstance(one, RepeatSteps) and one.axes]
+    notes = [
+        f"`{one.node.written}` shuffles rows across devices: each of them sends and receives {minibatch_bytes:,} B of "
+        f"rows a step, one all-to-all for each leaf of the batch"
+        for one in exchanges
+    ]
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)
     size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // rules.num_parts:,} B"
     if layout.automatic:
         times = "once a step" if iterations == 1 else f"once a microbatch, {iterations} times a step"
-        return (
-            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}",
+        notes.append(
+            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}"
         )
-    notes: list[str] = []
+        return tuple(notes)
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(one.reason for one in instructions if isinstance(one, AllReduce) and rules.axis in one.axes)
         notes.append(f"the accumulator is replicated: {why}")
@@ -749,7 +766,7 @@ def _num_iterations(schedule: Schedule) -> int:
         match one:
             case ScanMicrobatches(size, body):
                 numbers.append(size * _num_iterations(body))
-            case Vmap(body) | Perturb(there=body):
+            case Vmap(body) | Perturb(there=body) | RepeatSteps(body=body):
                 numbers.append(_num_iterations(body))
             case _:
                 pass

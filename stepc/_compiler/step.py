@@ -178,8 +178,13 @@ class Step:
 
     @property
     def steps_per_call(self) -> int:
-        """How many steps one call makes: n with `repeat(n)`, else 1."""
+        """How many steps one call makes: n with `repeat(n)`, n m with `epochs(n, minibatches=m)`, else 1."""
         return self.normal_form.steps_per_call
+
+    @property
+    def rows_axis(self) -> int:
+        """The axis of the leaves of a batch that counts rows: 1 with `repeat(n)`, else 0."""
+        return self.normal_form.rows_axis
 
     @property
     def skip_limit(self) -> int | None:
@@ -381,6 +386,7 @@ class Step:
                 model_state_specs=specs_of_model_state(state, rules),
                 model_state_tree=jax.tree.structure(state.model_state),
                 has_row_numbers=draws(schedule) or structure.has_last or structure.has_keys,
+                batch_specs=self._batches.minibatch_specs(batch),
                 sites=self.normal_form.sites,
             )
             new, metrics, diagnostics = lower_schedule(schedule, region)(state, batch)
@@ -398,7 +404,8 @@ class Step:
             schedule, structure = self._schedules[_signature(state, batch)]
             leaves = sharding_table(state, rules, self.mesh).rows
             gradient = gradient_shapes(state.trained, state.placement, rules, sharded=False)
-            notes = sharding_notes(schedule, rules, sum(leaf.size * leaf.dtype.itemsize for leaf in gradient))
+            gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in gradient)
+            notes = sharding_notes(schedule, rules, gradient_bytes, self._batches.minibatch_bytes(batch))
             sums = gradient_shapes(state.trained, state.placement, rules, sharded=accumulator_is_sharded(schedule))
             return Plan(
                 repr(self.pipeline), mesh, form.core, form.laws, schedule, rules.rows, leaves, notes,

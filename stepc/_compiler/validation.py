@@ -13,7 +13,18 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from stepc._compiler.loss import RESERVED
-from stepc._core.nodes import DifferentiateNode, InScan, MeanNode, Node, OverMesh, Program, RepeatNode, UnderVmap
+from stepc._core.nodes import (
+    DifferentiateNode,
+    InScan,
+    MeanNode,
+    Node,
+    OverMesh,
+    Program,
+    RepeatNode,
+    UnderVmap,
+    num_minibatches,
+    rows_axis,
+)
 from stepc._jax import buffer_address
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.model_state import OVERWRITTEN, is_overwritten, rules_by_leaf
@@ -237,8 +248,13 @@ def check_model_state(model_state: Any, program: Program, num_devices: int) -> N
         if not _is_model_state(leaf)
     ]
     hints: list[str | None] = []
+    shuffling = [one.written for one in program if isinstance(one, RepeatNode) and one.minibatches is not None]
     if not faults:
         for (path, leaf), rule in zip(leaves, rules_by_leaf(patterns, model_state), strict=True):
+            if rule == "rows" and shuffling:
+                shown = f'`model_state/{path}` has the rule "rows"'
+                faults.append(f"{shown}, but `{shuffling[0]}` gives a row another place in every epoch.")
+                continue
             if fault := _rule_fault(rule, leaf, num_devices):
                 faults.append(f'`model_state/{path}` is {describe_leaf(leaf)}, with the rule "{rule}": {fault}.')
     for pattern, rule in patterns:
@@ -416,16 +432,15 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
     faults = [fault for path, leaf in leaves if (fault := _leaf_fault(f"`{path}`" if path else "the batch", leaf))]
     if not leaves:
         faults = ["the batch has no leaves."]
-    repeats = [node for node in program if isinstance(node, RepeatNode)]
-    if repeats and not faults:
-        node = repeats[0]
+    axis = rows_axis(program)
+    if axis and not faults:
+        node = next(node for node in program if isinstance(node, RepeatNode))
         faults = [
             f"`{path}` is {describe_leaf(leaf)}: `{node.written}` takes {node.size} stacked batches, "
             f"[{node.size}, batch, ...]."
             for path, leaf in leaves
             if leaf.ndim < 2 or leaf.shape[0] != node.size or not leaf.shape[1]
         ]
-    axis = len(repeats)
     rows = {path: leaf.shape[axis] for path, leaf in leaves if isinstance(leaf, _ARRAYS) and leaf.ndim > axis}
     if len(set(rows.values())) > 1:
         counts = listed(f"`{path}` has {number}" for path, number in rows.items())
@@ -478,7 +493,7 @@ def _leaf_fault(shown: str, leaf: object) -> str | None:
 
 def _division_faults(rows: int, program: Program) -> list[str]:
     means = [node for node in program if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
-    divisor = math.prod(node.size for node in means)
+    divisor = num_minibatches(program) * math.prod(node.size for node in means)
     if rows % divisor == 0:
         return []
 
@@ -494,7 +509,9 @@ def _division_faults(rows: int, program: Program) -> list[str]:
             case _:
                 assert_never(node.place)
 
-    product = " × ".join(factor(node) for node in means if node.size > 1)
+    shuffling = [node for node in program if isinstance(node, RepeatNode) and num_minibatches(program) > 1]
+    factors = [f"{node.minibatches} (`{node.written}`)" for node in shuffling]
+    product = " × ".join([*factors, *(factor(node) for node in means if node.size > 1)])
     below, above = rows // divisor * divisor, (rows // divisor + 1) * divisor
     nearest = f"{below} or {above}" if below else f"{above}"
     return [f"{rows} rows do not divide by {divisor} = {product}; the nearest that do: {nearest}."]

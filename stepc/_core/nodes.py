@@ -260,9 +260,16 @@ class GuardNode:
 
 @dataclass(frozen=True)
 class RepeatNode:
-    """Several steps in one dispatch, one after another, over a leading axis of the batch."""
+    """Several steps in one dispatch, one after another.
+
+    Args:
+      size: the number of steps.
+      minibatches: None if each step takes a batch of its own, along a leading axis. Else all take rows of one batch, in
+        epochs of so many steps: an epoch permutes the rows, and deals them out to its steps.
+    """
 
     size: int
+    minibatches: int | None = None
     written: Written = field(default="repeat", compare=False)
 
     def __str__(self) -> str:
@@ -279,6 +286,16 @@ Program = tuple[Node, ...]
 def show(program: Program) -> str:
     """The program as a formula, read as in mathematics: the rightmost node acts first."""
     return " . ".join(str(node) for node in program)
+
+
+def rows_axis(program: Program) -> int:
+    """The axis of the leaves of a batch that counts rows: 1 where each of several steps takes a batch of its own."""
+    return sum(isinstance(node, RepeatNode) and node.minibatches is None for node in program)
+
+
+def num_minibatches(program: Program) -> int:
+    """How many steps share the rows of a batch: 1 if each step takes all of its rows."""
+    return next((node.minibatches or 1 for node in program if isinstance(node, RepeatNode)), 1)
 
 
 def named(program: Program) -> dict[str, MapNode | RescaleNode | FollowNode | GuardNode]:

@@ -125,7 +125,10 @@ def _check_positions(transforms: tuple[Transform, ...]) -> None:
         if transform.position == "outermost" and number:
             moved = Pipeline((transform, *transforms[:number], *transforms[number + 1 :]))
             what = f"`{transform!r}` must be the outermost transform: it repeats the whole step."
-            raise ConfigError(what, where=where, suggestion=f"Write `{moved!r}`.")
+            others = [one for one in transforms if one.position == "outermost" and one is not transform]
+            if others:
+                what = f"`{others[0]!r}` and `{transform!r}` each repeat the whole step: a pipeline has one of them."
+            raise ConfigError(what, where=where, suggestion=None if others else f"Write `{moved!r}`.")
         count = sum(type(one) is type(transform) for one in transforms)
         if transform.position == "once" and count > 1:
             name = transform_name(type(transform))

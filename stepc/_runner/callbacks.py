@@ -324,7 +324,7 @@ def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int,
 def _rows(evaluation: Eval, batch: Batch) -> tuple[int, ...]:
     """The number of rows of each leaf of a batch that has rows. With `repeat(n)` those of one of its steps."""
     step = evaluation.evaluate
-    axis = 1 if isinstance(step, CompiledStep) and step.steps_per_call > 1 else 0
+    axis = step.rows_axis if isinstance(step, CompiledStep) else 0
     return tuple(np.shape(leaf)[axis] for leaf in jax.tree.leaves(batch) if np.ndim(leaf) > axis)
 
 
@@ -349,7 +349,7 @@ def _on_host(value: Any, rows: int, evaluate: object) -> Metric:  # Any: a metri
             return type(value)(_float64(number))
         case _:
             array = _float64(value)
-            is_step = isinstance(evaluate, CompiledStep)  # its metrics have no rows, and with `repeat(n)` n steps
+            is_step = isinstance(evaluate, CompiledStep)  # its metrics have no rows, but maybe several steps
             if array.ndim and (evaluate.steps_per_call > 1 if is_step else array.shape == (rows,)):
                 array = array.mean(axis=0)
             return Sums((Mean(array * rows, rows),))

@@ -55,6 +55,11 @@ class CompiledStep(Protocol):
     def steps_per_call(self) -> int: ...
 
     @property
+    def rows_axis(self) -> int:
+        """The axis of the leaves of a batch that counts rows; 1 if each step of a call takes a batch of its own."""
+        ...
+
+    @property
     def skip_limit(self) -> int | None:
         """How many steps in a row the program may skip; None if it skips none."""
         ...
@@ -96,6 +101,7 @@ class PlainStep:
     skip_limit: int | None = None
     mesh: None = None
     steps_per_call: int = 1
+    rows_axis: int = 0
 
     def __repr__(self) -> str:
         return repr(self.function)
@@ -175,11 +181,18 @@ def step_failure(error: Exception, phase: str, step: int, *, state_ok: bool) -> 
     return kind(f"Step {step} {what}: {type(error).__name__}: {error}", phase=phase, step=step, state_ok=state_ok)
 
 
-def nonfinite_failure(pending: PendingStep, step: int, row: int, *, state_ok: bool, why: str = "") -> NonFiniteError:
-    """What to raise for a step whose loss or gradient is not finite."""
+def nonfinite_failure(
+    pending: PendingStep, step: int, row: int, *, rows_axis: int, state_ok: bool, why: str = ""
+) -> NonFiniteError:
+    """What to raise for a step whose loss or gradient is not finite.
+
+    Args:
+      row: which of the steps of its call it is.
+      rows_axis: that of the step.
+    """
     metrics = on_host(pending.metrics, row)
     facts = [(name, f"{metrics[name]}") for name in ("loss", "grad_norm", "loss_scale") if name in metrics]
-    facts += _nonfinite_batch_leaves(pending.item.batch, row if np.ndim(pending.metrics["loss"]) else None)
+    facts += _nonfinite_batch_leaves(pending.item.batch, row if rows_axis else None)
     if (diagnostics := pending.diagnostics) is not None:
         if np.ndim(diagnostics.finite):
             diagnostics = jax.tree.map(lambda leaf: leaf[row], diagnostics)  # of the steps in one call, this one

@@ -280,7 +280,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
                     faults.wrong_type(f"hooks[{index}]", "a pair (every, hook)", hook)
     faults.callable_("reject_if", arguments["reject_if"], "a function of metrics, or None", optional=True)
     is_padded = isinstance(data, Data) and data.short_batches == "pad"
-    if is_padded and isinstance(step, CompiledStep) and step.steps_per_call > 1:
+    if is_padded and isinstance(step, CompiledStep) and step.rows_axis:
         faults.wrong_value("short_batches", '"raise" or "drop" for a step that makes several steps in a call', "pad")
     faults.refuse()
 

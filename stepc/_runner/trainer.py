@@ -244,9 +244,10 @@ class Trainer:
             if limit is not None and all(step - back in skipped for back in range(limit)):
                 before = "was the one" if limit == 2 else f"were the {limit - 1}"
                 why = f", nor {before} before it: skip_nonfinite allows fewer than {limit} in a row"
-                raise nonfinite_failure(pending, step, row, state_ok=True, why=why if limit > 1 else "")
+                why = why if limit > 1 else ""
+                raise nonfinite_failure(pending, step, row, rows_axis=self.step.rows_axis, state_ok=True, why=why)
         elif status is not None and not status.is_finite[row]:
-            raise nonfinite_failure(pending, step, row, state_ok=False)
+            raise nonfinite_failure(pending, step, row, rows_axis=self.step.rows_axis, state_ok=False)
         elif self.reject_if is not None:
             check_verdict(self.reject_if, pending.metrics, row=row, step=step, agreed=self.peers.verdict)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from stepc._compiler.rows import RowUse
 from stepc._compiler.step import Step
-from stepc._core.nodes import InScan, MapNode, MeanNode, Node, OverMesh, RepeatNode, Wrap
+from stepc._core.nodes import InScan, MapNode, MeanNode, Node, OverMesh, Wrap, rows_axis
 from stepc._language.kinds import Batch, Kind, Metrics
 from stepc._language.pipeline import Transform, expand_transforms
 from stepc._language.reference import complete_transforms, fold_references
@@ -115,12 +115,12 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
     """
     reference, device = step.reference, jax.devices()[0]
     transforms = complete_transforms(reference.pipeline_for(state, batch))
-    repeats = any(isinstance(node, RepeatNode) for node in expand_transforms(transforms))
+    is_stacked = rows_axis(expand_transforms(transforms)) > 0
     below_update = tuple(one for one in transforms if one.gives is Kind.GRADIENT)
     splits = [position for position, one in enumerate(below_update) if _is_split(one)]
     if not splits:
         return
-    rows = whole_batch(jax.device_put(jax.tree.map(lambda leaf: leaf[0] if repeats else leaf, batch), device))
+    rows = whole_batch(jax.device_put(jax.tree.map(lambda leaf: leaf[0] if is_stacked else leaf, batch), device))
     copied = jax.device_put(jax.tree.map(jnp.copy, state), device)
     unsplit = tuple(one for one in below_update if not _is_split(one))
     got, expected = (fold_references(stages, reference.axes).apply(copied, rows) for stages in (below_update, unsplit))

@@ -108,14 +108,24 @@ class _SummedGradient:
 def evaluate(program: Program, state: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
     """One dispatch of a whole program: the state after it, and the metrics."""
     match program:
-        case (RepeatNode(size), *rest):
-            each = []
+        case (RepeatNode(size, minibatches), *rest):
+            each, start = [], state
             for j in range(size):
-                state, metrics = _one_step(tuple(rest), state, jax.tree.map(lambda leaf, j=j: leaf[j], batch))
+                taken = j if minibatches is None else _shuffled(start, batch, *divmod(j, minibatches), minibatches)
+                state, metrics = _one_step(
+                    tuple(rest), state, jax.tree.map(lambda leaf, taken=taken: leaf[taken], batch)
+                )
                 each.append(metrics)
             return state, jax.tree.map(lambda *values: jnp.stack(values), *each)
         case _:
             return _one_step(program, state, batch)
+
+
+def _shuffled(state: EvaluationState, batch: Tree, epoch: int, number: int, parts: int) -> np.ndarray:
+    """The rows of one minibatch of an epoch. It permutes all rows for each: slow, and nothing is kept."""
+    num_rows = len(jax.tree.leaves(batch)[0])
+    order = np.asarray(jax.random.permutation(_key(state, draw_tag("epochs"), epoch), num_rows))
+    return order[number * num_rows // parts : (number + 1) * num_rows // parts]
 
 
 def gradient(program: Program, state: EvaluationState, batch: Tree) -> tuple[Tree, dict[str, Any]]:

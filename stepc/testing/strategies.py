@@ -11,13 +11,14 @@ import optax
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from stepc._core.nodes import InScan, MeanNode, OverMesh, RepeatNode, UnderVmap
+from stepc._core.nodes import InScan, MeanNode, OverMesh, RepeatNode, UnderVmap, num_minibatches, rows_axis
 from stepc._language.pipeline import Pipeline, Transform, expand_transforms
 from stepc._language.sharding import GATHERS, DataParallel, dp
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
+from stepc._language.transforms.epochs import epochs
 from stepc._language.transforms.grad import Grad, grad
 from stepc._language.transforms.loss_scale import loss_scale
 from stepc._language.transforms.noise import noise
@@ -89,11 +90,18 @@ def pipelines(
     )
     for transform in outside:
         pipeline = transform @ pipeline
-    if draw(st.sampled_from([False, False, False, True])):
-        pipeline = repeat(2) @ pipeline
+    source = grad(loss) if loss is not None else draw(sources(exact=exact))
+    several = [None, None, None, repeat(2), *([] if _has_model_state_by_rows(source) else [epochs(2, minibatches=2)])]
+    if (transform := draw(st.sampled_from(several))) is not None:
+        pipeline = transform @ pipeline
     for transform in chosen:
         pipeline = pipeline @ transform
-    return pipeline @ (grad(loss) if loss is not None else draw(sources(exact=exact)))
+    return pipeline @ source
+
+
+def _has_model_state_by_rows(source: Grad) -> bool:
+    rules = () if source.model_state is None else source.model_state.by_pattern  # pyright: ignore
+    return any(rule == "rows" for _, rule in rules)
 
 
 @st.composite
@@ -140,13 +148,14 @@ def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:
     """Whole-number batches for the probes, with as many rows as the pipeline can split."""
-    count = prod(num_parts(transform, axes) for transform in pipeline.transforms)
-    repeats = [node.size for node in expand_transforms(pipeline.transforms) if isinstance(node, RepeatNode)]
+    program = expand_transforms(pipeline.transforms)
+    count = num_minibatches(program) * prod(num_parts(transform, axes) for transform in pipeline.transforms)
+    repeats = [node.size for node in program if isinstance(node, RepeatNode)]
     # Powers of two, so that a mean over the rows of a local microbatch is exact.
     num_rows = st.sampled_from([1, 2, 4]).map(lambda each: each * count)
 
     def made(number: int, seed: int) -> dict[str, Any]:
-        if not repeats:
+        if not rows_axis(program):
             return probe_batch(number, seed=seed)
         steps = [probe_batch(number, seed=seed + step) for step in range(repeats[0])]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *steps)

@@ -12,7 +12,8 @@ import pytest
 from conftest import mesh_of
 
 import stepc as sc
-from examples.steps import frozen_embeddings, frozen_encoder, qlora
+from examples.steps import frozen_embeddings, frozen_encoder, ppo, qlora
+from stepc._language.semantics import draw_tag
 
 ROOT = Path(__file__).parent.parent.parent
 # The parameters that each trains: all others are frozen.
@@ -63,7 +64,39 @@ def test_example_equals_the_step_by_hand(name: str, k: int, devices: int) -> Non
     assert len(jax.tree.leaves(state.opt_state)) == 2 * num_trained + 1  # two moments of each, and a count
 
 
-@pytest.mark.parametrize("name", TRAINED)
+def assert_same_parameters(got: Any, expected: Any) -> None:
+    for (path, one), two in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        wide = np.asarray(two, np.float64)
+        # Sums in another order, and Adam divides by the root of a small number.
+        assert np.max(np.abs(np.asarray(one, np.float64) - wide)) <= 1e-6 * np.max(np.abs(wide)), path
+
+
+@pytest.mark.parametrize(("k", "devices"), [(1, 1), (4, 1), (4, 8)])
+def test_ppo_equals_the_epochs_by_hand(k: int, devices: int) -> None:
+    params, batch = ppo.init(jax.random.key(0)), ppo.rollout(ppo.init(jax.random.key(0)), jax.random.key(1))
+    step = sc.compile(ppo.pipeline(k=k), mesh=mesh_of(data=devices))
+    state = step.init(params, seed=5)
+    key = jax.random.fold_in(jax.random.fold_in(state.rng, 0), draw_tag("epochs"))
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-3))
+    opt_state, losses = optimizer.init(params), []
+
+    @jax.jit
+    def by_hand(params: Any, opt_state: Any, rows: Any) -> tuple[Any, Any, jax.Array]:
+        (loss, _), grads = jax.value_and_grad(ppo.loss, has_aux=True)(params, rows)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    for epoch in range(4):
+        for rows in np.split(np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), 256)), 4):
+            minibatch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+            params, opt_state, loss = by_hand(params, opt_state, minibatch)
+            losses.append(loss)
+    state, metrics = step(state, jax.device_get(batch))
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
+    assert_same_parameters(state.params, params)
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "ppo"])
 def test_example_runs_as_a_program(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"examples.steps.{name}"], cwd=ROOT, capture_output=True, text=True, timeout=300
