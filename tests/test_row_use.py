@@ -263,6 +263,18 @@ def test_shard_map_and_constraints_over_a_model_axis_keep_rows_apart() -> None:
     assert [use.kind for _, use in step.lower(step.init(PARAMS), WHOLE).plan.losses] == ["alone"]
 
 
+def test_rows_of_the_model_state_beside_those_of_the_batch_are_taken_alone() -> None:
+    def loss(params: Tree, rows: Tree, state: Tree) -> tuple[jax.Array, Tree]:
+        before = jnp.where(rows["y"][:, None] > 0, 0.0, state["hidden"])
+        after = jnp.tanh(rows["x"] @ params["w"] + before)
+        return jnp.mean(after * params["c"][None]), {"hidden": after}
+
+    gradient = sc.accumulate(2) @ sc.shard(sc.dp("data")) @ sc.grad(loss, model_state={"hidden": "rows"})
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ gradient, mesh=mesh_of(data=2))
+    state = step.init(PARAMS, model_state={"hidden": jnp.zeros((BATCH, 4))})
+    assert [use for _, use in step.lower(state, WHOLE).plan.losses] == [RowUse("alone")]
+
+
 # Where it is said.
 
 

@@ -1135,7 +1135,7 @@ _ELEMENTWISE = """
     shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square tan tanh xor zeta threefry2x32
 """.split()
 _LINEAR = """
-    copy copy_p layout_constraint name optimization_barrier pbroadcast pcast pvary reduce_precision
+    copy copy_p layout_constraint name optimization_barrier pbroadcast pcast pvary reduce_precision reshard
     sharding_constraint stop_gradient
 """.split()
 _RULES: dict[str, _Rule] = {
