@@ -1,7 +1,4 @@
-"""PPO: four epochs of four minibatches over each rollout, in one dispatch, on a bandit that shows what it pays for.
-
-The rollout stays where it is; each step gathers the rows of its minibatch.
-"""
+"""PPO: four epochs of four minibatches over each rollout, in one dispatch, on a bandit that shows what it pays for."""
 
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,11 +14,9 @@ WIDTH, HIDDEN, ACTIONS = 8, 32, 4
 
 
 def init(key: jax.Array) -> Tree:
-    keys = jax.random.split(key, 3)
+    keys = iter(jax.random.split(key, 3))
     sizes = {"hidden": (WIDTH, HIDDEN), "policy": (HIDDEN, ACTIONS), "value": (HIDDEN, 1)}
-    return {
-        name: jax.random.normal(one, sizes[name]) / sizes[name][0] ** 0.5 for name, one in zip(sizes, keys, strict=True)
-    }
+    return {name: jax.random.normal(next(keys), size) / size[0] ** 0.5 for name, size in sizes.items()}
 
 
 def outputs(params: Tree, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
