@@ -175,7 +175,7 @@ def test_notebook_runs_to_its_last_assertion(path: Path, request: pytest.Fixture
     assert all(len(cell.source.splitlines()) <= 18 for cell in code)
     stored = [output_of(cell) for cell in code]
     assert any(stored), "a notebook is stored with its outputs"
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True).execute()
     if request.config.getoption("--regold"):
         nbformat.write(notebook, path)
         return

@@ -38,6 +38,12 @@ class Lowered:
         """The step as jax sees it."""
         return self.traced.jaxpr
 
+    @property
+    def metric_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of the metrics that a call returns."""
+        metrics: dict[str, jax.ShapeDtypeStruct] = self.traced.out_info[1]
+        return metrics
+
     def stablehlo(self) -> str:
         """The program that XLA is given."""
         return self.traced.lower().as_text()

@@ -243,12 +243,18 @@ def check_verdict(
 
 
 def check_metrics(
-    metrics: object, *, step: int, num_steps: int, taken: Callable[[Iterable[str]], Iterable[tuple[str, str]]]
+    metrics: object,
+    *,
+    step: int,
+    num_steps: int,
+    taken: Callable[[Iterable[str]], Iterable[tuple[str, str]]],
+    state_ok: bool = False,
 ) -> None:
     """Refuse metrics that are not a dict of arrays with a scalar loss, or that a logger could not tell from its own.
 
     Args:
       taken: the names among these that a logger uses itself, each with the reason.
+      state_ok: whether the state is alive, since the step has not run yet.
     Errors: BuildError.
     """
     faults: list[tuple[str, str]] = []
@@ -264,11 +270,12 @@ def check_metrics(
             for name, shape in shapes.items()
             if name != "loss" and shape[: len(stacked)] != stacked
         ]
-        faults += taken(metrics)
         faults += [] if "loss" in metrics else [("loss", "expected a metric of this name, got none")]
+    what = f"Step {step} must return a state and a dict of metrics, with a scalar loss."
+    if not faults and isinstance(metrics, dict) and (faults := list(taken(metrics))):
+        what = f"Step {step} returns a metric under a name that a logger uses itself."
     if faults:
-        what = f"Step {step} must return a state and a dict of metrics, with a scalar loss."
-        raise BuildError(what, phase="build", step=step, state_ok=False, facts=faults)
+        raise BuildError(what, phase="build", step=step, state_ok=state_ok, facts=faults)
 
 
 def changed_names(before: Iterable[str], after: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from stepc._language.kinds import Batch
 from stepc._language.state import leaves_by_path
 from stepc._runner.events import EventLog
-from stepc._runner.pending import AnyStep, PlainStep
+from stepc._runner.pending import AnyStep, PlainStep, check_metrics
 from stepc._text import readable_bytes
 from stepc.errors import BuildError
 from stepc.inspect.memory import memory
@@ -40,13 +40,21 @@ class RecompilationMonitor:
         """Called before the first call: log the plan, compile, and refuse a program that does not fit on a device.
 
         The call that follows neither traces nor compiles again: `lower` traces the program that the call runs, and JAX
-        keeps both the trace and the executable. Errors: those of `lower`; MemoryError.
+        keeps both the trace and the executable. Errors: those of `lower`; MemoryError; BuildError for a metric that a
+        logger could not tell from its own.
         """
         match self.step:
             case PlainStep():
                 pass
             case step:
                 lowered = step.lower(state, batch)
+                check_metrics(
+                    lowered.metric_shapes,
+                    step=number + 1,
+                    num_steps=step.steps_per_call,
+                    taken=self.events.taken_names,
+                    state_ok=True,
+                )
                 if self.events.loggers:
                     self.events.event("plan", number, level=logging.INFO, plan=str(lowered.plan))
                 needed = memory(lowered.compile().executable).total

@@ -300,6 +300,18 @@ def _check_loader(name: str, loader: object, expected: str, faults: ArgumentFaul
             faults.instance(name, loader, Iterable, expected)
 
 
+# What trackers are called where others take a string, and the object that this runner takes.
+_LOGGERS_BY_NAME = {
+    "wandb": "Give the run that `wandb.init(…)` returns: its `log` takes metrics and a step.",
+    "tensorboard": "Make one: `sc.TensorBoard(…)`.",
+    "csv": "Make one: `sc.CSV(…)`.",
+    "jsonl": "Make one: `sc.JSONL(…)`.",
+    "json": "Make one: `sc.JSONL(…)`.",
+    "console": "Make one: `sc.Console()`.",
+    "stdout": "Make one: `sc.Console()`.",
+}
+
+
 def _check_logger(name: str, logger: object, faults: ArgumentFaults) -> None:
     expected = "an object with a method log(metrics, step)"
     match logger:
@@ -308,6 +320,8 @@ def _check_logger(name: str, logger: object, faults: ArgumentFaults) -> None:
             faults.mistaken(name, expected, f"the class {logger.__name__}", remedy)
         case Logger() if _takes_metrics(logger.log):
             pass
+        case str() if remedy := _LOGGERS_BY_NAME.get(logger.lower()):
+            faults.mistaken(name, expected, repr(logger), remedy)
         case _:
             faults.wrong_type(name, expected, logger)
 

@@ -45,6 +45,7 @@ from stepc._runner.recompilation import RecompilationMonitor
 from stepc._runner.signals import LeaveLoop, SignalWatch, end_by_signal_if_uncaught
 from stepc._runner.watchdog import StallWatcher, log_stalls
 from stepc.errors import (
+    BuildError,
     CheckpointError,
     DataError,
     DeviceError,
@@ -187,6 +188,8 @@ class Trainer:
                     with self.watcher.patient():  # tracing alone may take minutes, and as long after a new start
                         self.monitor.prepare(self.number, self.run.state, item.batch)
                 state, metrics, diagnostics = self.step.step_with_diagnostics(self.run.state, item.batch)
+            except BuildError:
+                raise  # by `prepare`, which says what and where itself
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.wait(0)
                 is_alive = not deleted_leaves(self.run.state)

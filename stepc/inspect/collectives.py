@@ -104,10 +104,11 @@ class Collectives(Sequence[Collective]):
     def __str__(self) -> str:
         if not self.rows:
             return "no collectives"
-        table = [("kind", "size", "axes", "executions", "in loop", "overlaps with", "source"), *map(_cells, self.rows)]
-        if all(row.overlap is None for row in self.rows):
-            table = [(*cells[:5], cells[6]) for cells in table]
-        return "\n".join(aligned_table(table))
+        header = ("kind", "size", "axes", "executions", "in loop", "overlaps with", "parameters", "source")
+        table = [header, *map(_cells, self.rows)]
+        optional = {5: any(row.overlap is not None for row in self.rows), 6: any(row.parameters for row in self.rows)}
+        shown = [[cell for column, cell in enumerate(cells) if optional.get(column, True)] for cells in table]
+        return "\n".join(aligned_table(shown))
 
     @property
     def in_loops(self) -> "Collectives":
@@ -333,6 +334,7 @@ def _cells(row: Collective) -> tuple[str, ...]:
         f"at most {executed}" if row.conditional and row.executions is not None else executed,
         (" > ".join(row.loops) or "yes") if row.in_loop else "no",
         "-" if row.overlap is None else str(row.overlap),
+        row.parameters or "-",
         row.source or "-",
     )
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
 from rich.console import Console as Terminal
@@ -235,10 +237,49 @@ def test_metric_with_the_name_of_a_column_is_refused(kind: Any, tmp_path: Path) 
     with kind(tmp_path / "log") as logger, pytest.raises(sc.BuildError) as raised:
         sc.run(own, fresh(), FaultPlan().batches(3), loggers=[Remembering(), logger])
     assert f"metric 'step'  {kind.__name__} writes something else under this name" in str(raised.value)
+    assert "Step 1 returns a metric under a name that a logger uses itself." in str(raised.value)
     assert raised.value.step == 1
     with kind(tmp_path / "log") as logger, pytest.raises(sc.ConfigError, match=f"{kind.__name__} uses 'step' itself"):
         logger.log({"loss": 1.0, "step": 7.0}, 3)
     assert sc.run(own, fresh(), FaultPlan().batches(3), loggers=[Remembering()]).steps == 3
+
+
+def test_metric_with_the_name_of_a_column_is_refused_before_the_first_step_of_a_compiled_step(tmp_path: Path) -> None:
+    def loss(params: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        value = jnp.mean((rows["x"] @ params["w"]) ** 2)
+        return value, {"step": value}
+
+    own = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(loss, has_aux=True))
+    state = own.init({"w": jnp.ones(2)})
+    with sc.CSV(tmp_path / "log") as logger, pytest.raises(sc.BuildError) as raised:
+        sc.run(own, state, [{"x": np.ones((4, 2), np.float32)}], loggers=[logger])
+    assert str(raised.value) == (
+        "Step 1 returns a metric under a name that a logger uses itself.\n\n"
+        "  step           1\n"
+        "  phase          build\n"
+        "  state          alive, unchanged by the failed step\n"
+        "  metric 'step'  CSV writes something else under this name"
+    )
+    assert raised.value.run is not None and raised.value.run.state is not None
+    assert not state.params["w"].is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("wandb", "Give the run that `wandb.init(…)` returns: its `log` takes metrics and a step."),
+        ("tensorboard", "Make one: `sc.TensorBoard(…)`."),
+        ("console", "Make one: `sc.Console()`."),
+    ],
+)
+def test_logger_given_by_name_is_refused_with_the_object_to_give(given: str, remedy: str) -> None:
+    with pytest.raises(sc.FieldTypeError) as raised:
+        sc.run(step(), fresh(), FaultPlan().batches(3), loggers=[given])  # type: ignore[list-item]
+    assert str(raised.value) == (
+        "Invalid arguments to `run`.\n\n"
+        f"  loggers[0]  expected an object with a method log(metrics, step), got {given!r}\n\n"
+        f"  {remedy}"
+    )
 
 
 def test_loggers_do_not_share_the_facts_of_an_event() -> None:

@@ -155,3 +155,6 @@ def test_parameters_of_a_large_model_are_patterns() -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data")) @ sc.grad(total), mesh=mesh_of(data=2))
     program = step.lower(step.init(params), BATCH).compile()
     assert [row.parameters for row in program.collectives()] == ["a?b, layers/*/w x12"]
+    heading, row = str(program.collectives()).splitlines()
+    assert heading.split() == "kind size axes executions in loop parameters source".split()
+    assert "  a?b, layers/*/w x12  " in row
