@@ -242,7 +242,11 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
 def _fused(body: Computation, fusion: Instruction, operands: list[tuple[Shape, ...]]) -> int:
     """The bytes that a fusion reads of its operands and writes of its results."""
     parameters = {int(each.literal): each for each in body.instructions.values() if each.opcode == "parameter"}
-    total = sum(_read(body, parameters[at], shapes) for at, shapes in enumerate(operands) if at in parameters)
+    users: dict[str, list[Instruction]] = {}
+    for each in body.instructions.values():
+        for name in dict.fromkeys(each.operands):
+            users.setdefault(name, []).append(each)
+    total = sum(_read(users, parameters[at], shapes) for at, shapes in enumerate(operands) if at in parameters)
     root = _without_copies(body, body.root)
     names = root.operands if root.opcode == "tuple" else (root.name,)
     roots = (_without_copies(body, body.instructions[name]) for name in names)
@@ -254,22 +258,25 @@ def _fused(body: Computation, fusion: Instruction, operands: list[tuple[Shape, .
     return total
 
 
-def _read(body: Computation, parameter: Instruction, shapes: tuple[Shape, ...]) -> int:
-    """The bytes that a fusion reads of one operand."""
+def _read(users: dict[str, list[Instruction]], parameter: Instruction, shapes: tuple[Shape, ...]) -> int:
+    """The bytes that a fusion reads of one operand.
+
+    Args:
+      users: the instructions of the fusion by the names of their operands.
+    """
     if not _bytes(shapes):
         return 0
-    names, touched = [parameter.name], 0
-    for each in body.instructions.values():
-        used = [at for at, name in enumerate(each.operands) if name in names]
-        if not used:
-            continue
-        if each.opcode in ("bitcast", "copy", "reshape") and each.shapes[0].elements == shapes[0].elements:
-            names.append(each.name)
-        elif used == [0] and each.opcode in _SLICING:
-            touched += sum(shape.bytes for shape in each.shapes)
-        elif used != [0] or each.opcode != "dynamic-update-slice":
-            return _bytes(shapes)
-    return min(touched, _bytes(shapes))
+    names, touched = [parameter.name], dict[str, int]()
+    for name in names:  # it grows by other names of the same numbers
+        for each in users.get(name, ()):
+            is_first = each.operands[0] == name and each.operands.count(name) == 1
+            if each.opcode in ("bitcast", "copy", "reshape") and each.shapes[0].elements == shapes[0].elements:
+                names.append(each.name)
+            elif is_first and each.opcode in _SLICING:
+                touched[each.name] = sum(shape.bytes for shape in each.shapes)
+            elif not is_first or each.opcode != "dynamic-update-slice":
+                return _bytes(shapes)
+    return min(sum(touched.values()), _bytes(shapes))
 
 
 def _without_copies(body: Computation, instruction: Instruction) -> Instruction:

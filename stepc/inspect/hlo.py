@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePath
 from types import MappingProxyType
 
@@ -166,6 +167,7 @@ def text_of(compiled: jax.stages.Compiled | str) -> str:
     return text
 
 
+@lru_cache(maxsize=1)  # a report asks several questions about one program
 def parse(text: str) -> Module:
     """Read optimised HLO text.
 

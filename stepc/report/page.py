@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import jax
 
-from stepc._text import readable_bytes, readable_seconds
+from stepc._text import few_rows, readable_bytes, readable_seconds
 from stepc.errors import listed
 from stepc.inspect.collectives import Collective
 from stepc.inspect.roofline import Roofline, wire_bytes
@@ -22,6 +22,7 @@ from stepc.report.text import UNKNOWN_TRIP_COUNT, donation
 # At most this much compressed HLO goes into a page; base64 makes 4/3 of it, and the page stays under a megabyte.
 _MAX_HLO_BYTES = 600_000
 _LONGEST_TITLE = 50
+_MOST = 200  # more leaves than that are grouped by the pattern of their paths
 
 # What a cell shows, and the number or text that it sorts by.
 Cell: TypeAlias = tuple[str, str | int | float]
@@ -229,21 +230,21 @@ def _donation(facts: ProgramFacts) -> str:
     if not facts.donated:
         return note
     planned = {} if facts.plan is None else {leaf.path: leaf for leaf in facts.plan.leaves}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for leaf in facts.donated:
         known = planned.get(leaf.path)
-        rows.append(
-            (
-                _text(leaf.path),
-                (f"{known.bytes:,}", known.bytes) if known else ("–", 0),
-                _text(known.type if known else "–"),
-                _text(known.sharding if known else "–"),
-                _text("yes" if leaf.donated else "no"),
-                _text("yes" if leaf.aliased else "no"),
-            )
-        )
-    table = _table(("leaf", "bytes", "type", "sharding", "donated", "aliased"), rows)
+        bytes_, *rest = (f"{known.bytes:,}", known.type, known.sharding) if known else ("–", "–", "–")
+        rows.append((leaf.path, bytes_, *rest, "yes" if leaf.donated else "no", "yes" if leaf.aliased else "no"))
+    cells = [
+        [_text(path), (size, _number(size)), *map(_text, rest)] for path, size, *rest in few_rows(rows, most=_MOST)
+    ]
+    table = _table(("leaf", "bytes", "type", "sharding", "donated", "aliased"), cells)
     return f"{note}<details><summary>{len(rows)} leaves</summary>{table}</details>"
+
+
+def _number(shown: str) -> int:
+    """The number that such a cell sorts by."""
+    return int(shown.replace(",", "")) if shown[:1].isdigit() else 0
 
 
 def _text(shown: str) -> Cell:

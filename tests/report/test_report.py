@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from conftest import mesh_of
 import stepc as sc
 from stepc import report
 from stepc.inspect import Memory, MemoryPart
+from stepc.inspect.hlo import parse
 from stepc.inspect.roofline import Device
 from stepc.inspect.timeline import CollectiveSegment, ComputeSegment, LoopSegment
 from stepc.report import pictures
@@ -127,6 +129,20 @@ def test_report_of_a_program_that_is_too_long_says_what_it_leaves_out(monkeypatc
     monkeypatch.setattr(sys.modules["stepc.report.page"], "_MAX_HLO_BYTES", 2_000)
     html = report.page(compiled().facts())
     assert re.search(r"The first [\d,]+ of [\d,]+ characters", html)
+
+
+def test_report_groups_like_leaves_and_reads_its_program_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(params: Any, rows: Any) -> jax.Array:
+        return jnp.mean((rows["x"] + sum(layer["b"] for layer in params["layers"])[None]) ** 2)
+
+    monkeypatch.setattr(sys.modules["stepc.report.page"], "_MOST", 8)
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(loss))
+    state = step.init({"layers": [{"b": jnp.zeros(4)} for _ in range(30)]})
+    program = step.lower(state, {"x": jnp.ones((8, 4))}).compile()
+    parse.cache_clear()
+    html = checked(report.page(program.facts()))
+    assert parse.cache_info().misses == 1
+    assert "params/layers/*/b (30 leaves)" in html and "params/layers/3/b" not in html
 
 
 def test_report_of_a_function_compiled_without_stepc() -> None:
