@@ -18,6 +18,7 @@ from stepc._language.sharding import dp, tp
 from stepc._language.state import State
 from stepc._language.terms import Last, Max, Mean, Min, Sum
 from stepc._language.transforms.accumulate import accumulate
+from stepc._language.transforms.across import across
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
@@ -133,6 +134,7 @@ __all__ = [
     "Transform",
     "Watchdog",
     "accumulate",
+    "across",
     "cast",
     "clip",
     "compile",

@@ -14,7 +14,9 @@ from stepc._language.transforms.grad import Grad
 from stepc.testing.probes import EXACT_SOURCES as EXACT_SOURCES
 from stepc.testing.probes import PROBES as PROBES
 from stepc.testing.probes import SOURCES as SOURCES
+from stepc.testing.probes import WHOLE as WHOLE
 from stepc.testing.probes import Evaluating
+from stepc.testing.probes import over_pairs as over_pairs
 from stepc.testing.probes import probe_batch as probe_batch
 from stepc.testing.probes import probe_model_state as probe_model_state
 from stepc.testing.probes import probe_params as probe_params
@@ -68,12 +70,18 @@ LOSSES = {
     "remat": sc.remat(),
     "remat_dots": sc.remat("dots_saveable"),
 }
+HEADS = {"across": sc.across(over_pairs)}
 GRADS = {"grad": sc.grad(PROBES["over_rows"])}
-SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **GRADS}
+SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **HEADS, **GRADS}
 
 
 def fits(name: str, source: sc.Transform) -> bool:
-    """Whether a pipeline may have both: a row that `epochs` shuffles has no model state of its own."""
+    """Whether a pipeline may have both.
+
+    A row that `epochs` shuffles has no model state of its own, and a head is given no single rows.
+    """
+    if name == "rows" and isinstance(source, Grad) and isinstance(source.loss, sc.Pipeline):
+        return False
     rules = source.model_state.by_pattern if isinstance(source, Grad) and source.model_state is not None else ()  # pyright: ignore
     return not (name == "epochs" and any(rule == "rows" for _, rule in rules))
 
@@ -87,6 +95,7 @@ def every_probe(params: Any, rows: Any) -> jax.Array:
 KINDS_OF_SOURCES = {
     "every_probe": sc.grad(every_probe),
     **{name: source for name, source in SOURCES.items() if name not in PROBES},
+    **WHOLE,
 }
 
 
@@ -100,4 +109,5 @@ _jitted = cache(jax.jit)
 JITTED_SOURCES = {
     name: replace(source, loss=replace(source.loss, value=_jitted(source.loss.value)))  # pyright: ignore
     for name, source in KINDS_OF_SOURCES.items()
+    if name not in WHOLE  # their encoder returns numbers that are no arrays
 }

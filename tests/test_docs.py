@@ -22,10 +22,11 @@ import nbformat
 import numpy as np
 import optax
 import pytest
-from catalogue import PROBES
+from catalogue import PROBES, over_pairs
 from nbclient import NotebookClient
 
 import stepc as sc
+from stepc.testing.probes import encoding
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -46,6 +47,14 @@ def loss(params: Any, rows: Any) -> jax.Array:
     return PROBES["over_rows"](params, rows)
 
 
+def encode(params: Any, rows: Any) -> Any:
+    return encoding(params, rows)
+
+
+def head(params: Any, z: Any) -> jax.Array:
+    return over_pairs(params, z)
+
+
 def norms(grads: Any, params: Any) -> Any:
     return {"norms": jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(grads)])}
 
@@ -53,7 +62,15 @@ def norms(grads: Any, params: Any) -> Any:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_are_true(name: str) -> None:
     names = {**vars(sc), **vars(sc.inspect), **vars(sc.testing), "sc": sc, "optax": optax, "jax": jax}
-    names |= {"jnp": jnp, "np": np, "loss": loss, "norms": norms, "P": jax.sharding.PartitionSpec}
+    names |= {
+        "jnp": jnp,
+        "np": np,
+        "loss": loss,
+        "norms": norms,
+        "encode": encode,
+        "head": head,
+        "P": jax.sharding.PartitionSpec,
+    }
     # Examples are a user's code, not the module's: what they write is quoted as a user's.
     result = doctest.testmod(importlib.import_module(name), extraglobs={**names, "__name__": "__main__"})
     assert result.failed == 0

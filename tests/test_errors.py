@@ -31,7 +31,7 @@ from stepc._language.kinds import Kind
 from stepc.errors import faults_in_one
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
-from stepc.testing.probes import RECURRENT, WIDE, drawing, recurrent, wide_params
+from stepc.testing.probes import RECURRENT, WIDE, drawing, encoding, over_pairs, recurrent, wide_params
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)
@@ -54,6 +54,11 @@ def call(batch: Any) -> None:
 def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = None, **options: Any) -> None:
     step = sc.compile(sc.update(tx) @ sc.grad(bad, **options))
     step(step.init(params or probe_params(), seed=seed, model_state=given), probe_batch(8))
+
+
+def encoded(head: Any, encode: Any, *, given: Any = None, **options: Any) -> None:
+    step = sc.compile(sc.update(tx) @ sc.accumulate(2) @ sc.grad(sc.across(head) @ encode, **options))
+    step(step.init(probe_params(), model_state=given), probe_batch(8))
 
 
 def trained_on_devices(bad: Any, model_state: Any, rules: Any = True) -> None:
@@ -297,6 +302,16 @@ COMPOSING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.PipelineTypeError,
         lambda: sc.loss_scale() @ (sc.noise(0.1) @ sc.accumulate(4) @ dp @ sc.rows() @ sc.clip(1.0) @ sc.grad(loss)),
     ),
+    "cast_of_head_and_encoder": (
+        sc.PipelineTypeError,
+        lambda: sc.grad(sc.cast(jnp.bfloat16) @ sc.remat() @ sc.across(over_pairs) @ encoding),
+    ),
+    "head_of_a_head": (sc.PipelineTypeError, lambda: sc.across(over_pairs) @ (sc.across(over_pairs) @ encoding)),
+    "head_of_single_rows": (
+        sc.PipelineTypeError,
+        lambda: sc.accumulate(4) @ (sc.rows() @ sc.clip(1.0) @ sc.grad(sc.across(over_pairs) @ encoding)),
+    ),
+    "head_of_a_gradient": (sc.PipelineTypeError, lambda: sc.across(over_pairs) @ sc.grad(loss)),
 }
 FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "k_zero": (sc.FieldValueError, lambda: sc.accumulate(0)),
@@ -339,6 +354,8 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "rng_unknown": (sc.FieldValueError, lambda: sc.grad(loss, rng="row")),
     "wrt_number": (sc.FieldTypeError, lambda: sc.grad(loss, wrt=("w", 3))),
     "wrt_empty": (sc.FieldValueError, lambda: sc.grad(loss, wrt=())),
+    "head_is_a_number": (sc.FieldTypeError, lambda: sc.across(3)),
+    "head_without_an_encoder": (sc.FieldTypeError, lambda: sc.grad(sc.across(over_pairs))),
     "has_aux_number": (sc.FieldTypeError, lambda: sc.grad(loss, has_aux=1)),
     "accumulate_dtype": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.int32)),
     "accumulate_dtype_float16": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.float16)),
@@ -496,6 +513,13 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ShardingError,
         lambda: sc.compile(sc.update(tx) @ sc.accumulate(memory="2GiB") @ dp @ sc.grad(loss)),
     ),
+    "gradients_of_an_encoder_as_model_state": (
+        sc.ConfigError,
+        lambda: fresh_with(
+            sc.grad(sc.across(over_pairs) @ encoding, model_state=True),
+            {"_overwrite_with_gradient": {"scale": np.float32(1.0)}},
+        ),
+    ),
     "carry_missing": (sc.ConfigError, lambda: fresh_with(sc.grad(loss, model_state=True), None)),
     "carry_not_asked_for": (sc.ConfigError, lambda: fresh_with(sc.grad(loss), {"mean": np.zeros(3)})),
     "carry_of_text": (
@@ -599,6 +623,31 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         ),
     ),
     "mean_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(b["x"] @ p["w"], 3))),
+    "encoder_without_rows": (
+        sc.LossError,
+        lambda: encoded(
+            over_pairs,
+            lambda p, b: {"a": jnp.sum(p["w"]), "x": b["x"].T, "max": sc.Max(b["y"]), "y": "y", "n": sc.Sum("n")},
+        ),
+    ),
+    "encoder_of_nothing": (sc.LossError, lambda: encoded(over_pairs, lambda p, b: {})),
+    "encoder_of_one_number": (sc.LossError, lambda: encoded(over_pairs, lambda p, b: jnp.sum(p["w"]))),
+    "encoder_without_keys": (sc.LossError, lambda: encoded(over_pairs, encoding, rng="example")),
+    "encoder_without_model_state": (
+        sc.LossError,
+        lambda: encoded(over_pairs, lambda p, b, c: encoding(p, b), given={"m": np.zeros(())}, model_state=True),
+    ),
+    "head_that_takes_rows": (sc.LossError, lambda: encoded(lambda params, z, rows: over_pairs(params, z), encoding)),
+    "head_of_a_vector": (sc.LossError, lambda: encoded(lambda p, z: z["a"], encoding)),
+    "head_without_metrics": (sc.LossError, lambda: encoded(over_pairs, encoding, has_aux=True)),
+    "count_of_a_head_depends_on_parameters": (
+        sc.LossError,
+        lambda: encoded(lambda p, z: sc.Mean(jnp.sum(z["a"]), jnp.sum(z["a"] > 0)), encoding),
+    ),
+    "head_that_no_gradient_leaves": (
+        sc.LossError,
+        lambda: encoded(lambda p, z: jnp.mean(z["a"]), lambda p, b: {"a": jnp.matmul(b["x"], p["w"])}),
+    ),
     "count_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(p["w"]), b["y"] > 0))),
     "loss_with_a_third_argument": (sc.LossError, lambda: trained_with(drawing)),
     "loss_without_keys": (sc.LossError, lambda: trained_with(loss, rng="example")),
@@ -837,6 +886,8 @@ NAMES = {
     "jnp": jnp,
     "jax": jax,
     "loss": loss,
+    "over_pairs": over_pairs,
+    "encoding": encoding,
     "optax": optax,
     "learning_rate": 0.1,
     "optimizer": tx,

@@ -14,6 +14,7 @@ import stepc as sc
 PACKAGE = Path(sc.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LANGUAGE_OF_PASSES = (
+    "_language.encoded",
     "_language.kinds",
     "_language.model_state",
     "_language.optimizers",
@@ -37,8 +38,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "_language.reference": ("_language", "errors"),
     # No transform imports another.
     "_language.transforms": (
-        "_core.nodes", "_core.sharding", "_language.fields", "_language.kinds", "_language.model_state",
-        "_language.optimizers",
+        "_core.nodes", "_core.sharding", "_language.encoded", "_language.fields", "_language.kinds",
+        "_language.model_state", "_language.optimizers",
         "_language.pipeline", "_language.semantics", "_language.sharding", "_language.state", "_language.terms",
         "_text", "_units", "errors",
     ),

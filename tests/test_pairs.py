@@ -14,7 +14,9 @@ from catalogue import (
     SAMPLES,
     SOURCES,
     STEPS,
+    WHOLE,
     fits,
+    over_pairs,
     probe_batch,
     probe_model_state,
     probe_params,
@@ -25,10 +27,11 @@ from hypothesis import strategies as st
 
 import stepc as sc
 from stepc.testing import assert_equivalent
+from stepc.testing.probes import encoding
 
 NAMES = [*LOSSES, *EXACT, *ROUNDED, *STEPS]
-# Rows, which rows share a call, keys, state, what is frozen.
-PROBES = ("over_rows", "coupling_rows", "drawing", "recurrent", "on_frozen")
+# Rows, which rows share a call, keys, state, what is frozen, the whole batch.
+PROBES = ("over_rows", "coupling_rows", "drawing", "recurrent", "on_frozen", "whole")
 SPLITS = ("accumulate", "shard")
 
 
@@ -49,7 +52,8 @@ def is_legal(outer: str, inner: str) -> bool:
 PAIRS = [pair for pair in product(NAMES, NAMES) if is_legal(*pair)]
 
 
-CASES = [(pair, probe) for pair, probe in product(PAIRS, PROBES) if all(fits(name, SOURCES[probe]) for name in pair)]
+KNOWN = {**SOURCES, **WHOLE}
+CASES = [(pair, probe) for pair, probe in product(PAIRS, PROBES) if all(fits(name, KNOWN[probe]) for name in pair)]
 
 
 def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
@@ -58,10 +62,11 @@ def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
     transforms = [
         SAMPLES[name] if name != "shard" or n == 0 else sc.shard(sc.dp("data")) for n, name in enumerate(names)
     ]
-    source = SOURCES[probe]
-    loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
+    source = KNOWN[probe]
+    loss: Any = encoding if probe == "whole" else source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
     for name, transform in reversed(list(zip(names, transforms, strict=True))):
         loss = transform @ loss if name in LOSSES else loss
+    loss = sc.across(over_pairs) @ loss if probe == "whole" else loss
     pipeline: Any = sc.grad(loss, rng=source.rng, model_state=source.model_state, wrt=source.wrt)
     for name, transform in reversed(list(zip(names, transforms, strict=True))):
         pipeline = transform @ pipeline if name in (*EXACT, *ROUNDED) else pipeline
@@ -81,7 +86,8 @@ def assert_pair(outer: str, inner: str, probe: str) -> None:
     is_narrow = {outer, inner} & {"accumulate_narrow", "cast", "cast_any"}
     # Narrow dtypes hold 8 or 11 bits, and a compiled program rounds in another order. Where a parameter and its update
     # nearly cancel, one rounding is large relative to the rest: 3e-5 of it was seen. A wrong transform is off by more.
-    state = step.init(probe_params(SOURCES[probe]), model_state=probe_model_state(SOURCES[probe], 32))
+    source = KNOWN[probe]
+    state = step.init(probe_params(source), model_state=probe_model_state(source, 32))
     assert_equivalent(step, state, batch, tolerance=0.2 if is_narrow else 1e-3)
 
 

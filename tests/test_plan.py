@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import PROBES, SOURCES, probe_batch, probe_model_state, probe_params
+from catalogue import PROBES, SOURCES, WHOLE, over_pairs, probe_batch, probe_model_state, probe_params
 from conftest import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
-from stepc.testing.probes import WIDE, terms, tokens, wide_params
+from stepc.testing.probes import WIDE, encoding, terms, tokens, wide, wide_params
 
 loss = PROBES["over_rows"]
 tx = optax.adamw(3e-4)
@@ -71,6 +71,12 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
     ),
     "line_search_zero1": (
         sc.update(optax.lbfgs()) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(loss), {"data": 8}
+    ),
+    "whole_batch": (sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ WHOLE["whole"], {"data": 8}),
+    "zero3_layer_whole_batch": (
+        sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather="layer"))
+        @ sc.grad(sc.across(wide(over_pairs)) @ wide(encoding)),
+        {"data": 8},
     ),
     "automatic": (sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(loss), {"data": 8}),
 }  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -27,6 +28,7 @@ from stepc._compiler.metrics import (
     replace_extremes,
 )
 from stepc._compiler.schedule import (
+    Across,
     AllGather,
     AllReduce,
     Compute,
@@ -36,11 +38,14 @@ from stepc._compiler.schedule import (
     RepeatSteps,
 )
 from stepc._core.sharding import sharded_spec
+from stepc._language.encoded import Encoded
 from stepc._language.kinds import Batch, BatchRows, Grads, Params
 from stepc._language.model_state import MEANS, part_of_mean
 from stepc._language.state import key_data, leaves_by_path, path_of, with_key_type
 from stepc._language.terms import accumulation_dtype
 from stepc._text import by_pattern
+
+Z_OF_HEAD = "z of the head"  # what a collective carries that is no parameter and no gradient
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,51 @@ def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> 
         return region.fully_manual(
             lambda tree: jax.tree_util.tree_map_with_path(gather, tree, region.dimensions), params, region.specs
         )
+
+
+def gather_encoded(instruction: Across, encoded: Encoded, region: ManualRegion) -> Encoded:
+    """What the encoder makes of the rows of all devices: one gather for each dtype, and one reduction of the sums."""
+    axes, tree = instruction.axes, instruction.head.tree
+    named = [(f"{Z_OF_HEAD}/{path}".rstrip("/"), kind) for path, kind in zip(tree.paths, tree.kinds, strict=True)]
+    of_rows = [name for name, kind in named if kind == "rows"]
+    of_sums = [name for name, kind in named if kind != "rows" for _ in range(2 if kind == "mean" else 1)]
+
+    def gather(leaves: list[jax.Array]) -> list[jax.Array]:
+        columns = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
+        rows = jax.lax.all_gather(_joined(columns, axis=1), axes, axis=0, tiled=True)
+        parts = _parted(rows, columns, axis=1)
+        return [part.reshape(-1, *leaf.shape[1:]) for part, leaf in zip(parts, leaves, strict=True)]
+
+    def add(leaves: list[jax.Array]) -> list[jax.Array]:
+        flat = [leaf.reshape(-1) for leaf in leaves]
+        parts = _parted(jax.lax.psum(_joined(flat, axis=0), axes), flat, axis=0)
+        return [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+
+    def of_each_dtype(function: Callable[[Any], Any], leaves: Sequence[jax.Array], names: list[str]) -> list[jax.Array]:
+        made = list(leaves)
+        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+            places = [place for place, leaf in enumerate(leaves) if leaf.dtype == dtype]
+            given = [leaves[place] for place in places]
+            with region.leaves_scope([names[place] for place in places]):
+                taken = region.fully_manual(function, given, _replicated(given))
+            for place, leaf in zip(places, taken, strict=True):
+                made[place] = leaf
+        return made
+
+    with region.scope(instruction.written):
+        rows = of_each_dtype(gather, encoded.rows, of_rows)
+        sums = of_each_dtype(add, encoded.sums, of_sums)
+    return Encoded(tuple(rows), tuple(sums))
+
+
+def _joined(leaves: list[jax.Array], *, axis: int) -> jax.Array:
+    """One array of several, for one collective: XLA does not combine all of them by itself."""
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=axis)
+
+
+def _parted(joined: jax.Array, like: list[jax.Array], *, axis: int) -> list[jax.Array]:
+    """The inverse of `_joined`."""
+    return jnp.split(joined, list(accumulate(leaf.shape[axis] for leaf in like))[:-1], axis=axis)
 
 
 def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:

@@ -112,7 +112,7 @@ def _run(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[
     jaxpr, known, once = traced.jaxpr, _known(traced, values), _once(gather)
     for equation in jaxpr.eqns:
         _add_results(known, equation, jaxpr, once)
-    return [_gathered(_read(known, var), once) for var in jaxpr.outvars]
+    return [_result(_read(known, var), once) for var in jaxpr.outvars]
 
 
 def _run_layer(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[jax.Array]:
@@ -132,7 +132,7 @@ def _run_layer(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) ->
         inputs = [known[var] for var in program.jaxpr.invars]
         results = _checkpoint(program, inputs, gather, policy=_is_kept, prevent_cse=False)
         known.update(zip(program.jaxpr.outvars, results, strict=True))
-    return [_gathered(_read(known, var), gather) for var in jaxpr.outvars]
+    return [_result(_read(known, var), gather) for var in jaxpr.outvars]
 
 
 def _once(gather: Gather) -> Gather:
@@ -159,6 +159,12 @@ def _read(known: dict[Any, _Value], var: Any) -> _Value:  # Any: a variable, or 
 
 def _gathered(value: _Value, gather: Gather) -> Any:  # Any: an array, or a number
     return value.gathered(gather) if isinstance(value, _Shard) else value
+
+
+def _result(value: _Value, gather: Gather) -> jax.Array:
+    """What a program returns; a constant is a literal there."""
+    gathered = _gathered(value, gather)
+    return gathered if isinstance(gathered, jax.Array) else jnp.asarray(gathered)
 
 
 def _add_results(known: dict[Any, _Value], equation: Any, jaxpr: Jaxpr, gather: Gather) -> None:

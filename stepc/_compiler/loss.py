@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-from stepc._compiler.rows import RowUse, loss_row_use, row_uses, user_line
-from stepc._compiler.schedule import LossStructure, ModelStateLeaf
+from stepc._compiler.rows import RowUse, encoder_row_use, loss_row_use, row_uses, user_line
+from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr
+from stepc._language.encoded import Encoded, EncodedTree, take_apart
 from stepc._language.kinds import BatchRows, Params
 from stepc._language.model_state import explicit_rule, is_overwritten, rules_by_leaf
 from stepc._language.state import describe_leaf, is_trained, leaves_by_path, same_tree, trained_leaves
@@ -53,40 +54,35 @@ class WholeBatch:
     Args:
       num_rows: of the whole batch.
       side_by_side: the transform that computes parts side by side, as written; None if there is none.
+      calls: the number of those whose rows a head is given together.
     """
 
     num_rows: int
     side_by_side: str | None
+    calls: int = 1
 
 
+# Any: as of `Call`, and arrays.
+EncoderCall = Callable[[Params, BatchRows, Any, Any], tuple[EncodedTree, Encoded, Any]]
+HeadCall = Callable[[Params, EncodedTree, Encoded], LossOutcome]
 Reads: TypeAlias = Mapping[str, Any]  # Any: a slot of the state, or the number of the step
 Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
 
-def checked_loss(node: DifferentiateNode, reads: Reads) -> Call:
+def checked_loss(node: DifferentiateNode, reads: Reads, *, times: int = 1) -> Call:
     """The loss as a function whose arguments and results do not depend on the node's options.
 
     Args:
       reads: the values of the state that it takes by keyword. They are bound to the function: constants of it.
+      times: of a loss of the whole batch: how often the head is given what the encoder makes of the rows.
     Errors: LossError for what it takes and returns; what it raises passes through unchanged, with a note.
     """
+    if node.head is not None:
+        return _checked_composition(node, reads, times)
     _check_arguments(node)
 
     def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
-        options = (
-            *(() if node.rng is None else (keys,)),
-            *(() if node.model_state is None else (same_tree(model_state),)),
-        )
-        try:
-            returned = node.function(params, rows, *options, **reads)
-        except NameError as error:
-            if "unbound axis name" not in str(error):
-                _add_note(error, node, rows)
-                raise
-            raise _names_an_axis(error, node) from error
-        except Exception as error:  # the user's own, whatever it is: it passes through
-            _add_note(error, node, rows)
-            raise
+        returned = _returned(node, params, rows, keys, model_state, reads)
         _check_returned(returned, node)
         outcome = loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state is not None)
         if node.model_state is not None:
@@ -94,6 +90,84 @@ def checked_loss(node: DifferentiateNode, reads: Reads) -> Call:
         return outcome
 
     return call
+
+
+def checked_encoder(node: DifferentiateNode, reads: Reads) -> EncoderCall:
+    """The encoder of a loss of the whole batch, likewise; it returns the structure of z, its arrays, the model state.
+
+    Errors: as of `checked_loss`.
+    """
+    _check_arguments(node)
+    has_state = node.model_state is not None
+
+    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> tuple[EncodedTree, Encoded, Any]:
+        returned = _returned(node, params, rows, keys, model_state, reads)
+        if has_state and not (isinstance(returned, tuple) and len(returned) == 2):
+            facts = (("expected", "a tuple (z, model_state)"), ("got", described(returned)))
+            what = f"The encoder of `{node.written}` does not return what its options ask for."
+            raise LossError(what, facts=facts)
+        z, after = returned if has_state else (returned, None)
+        tree, arrays = take_apart(z, num_rows(rows), node.written)
+        if has_state:
+            _check_model_state(model_state, after, node)
+        return tree, arrays, after
+
+    return call
+
+
+def checked_head(node: DifferentiateNode) -> HeadCall:
+    """The head of a loss of the whole batch, likewise, as a function of the parameters, the structure and the arrays.
+
+    Errors: as of `checked_loss`.
+    """
+    _check_head_arguments(node)
+    head = replace(node, model_state=None)
+
+    def call(params: Params, tree: EncodedTree, arrays: Encoded) -> LossOutcome:
+        z = tree.join(arrays)
+        try:
+            returned = node.head(params, z)  # pyright: ignore[reportOptionalCall]
+        except Exception as error:  # the user's own, whatever it is: it passes through
+            shapes = listed(f"{path or 'z'} {described(leaf)}" for path, leaf in leaves_by_path(z))
+            error.add_note(f"stepc: raised by the head of `{node.written}` while it was traced for: {shapes}")
+            raise
+        _check_returned(returned, head)
+        return loss_outcome(returned, has_aux=node.has_aux, model_state=False)
+
+    return call
+
+
+def _checked_composition(node: DifferentiateNode, reads: Reads, times: int) -> Call:
+    """The head of what the encoder makes of the rows, given it several times over."""
+    encoder, head = checked_encoder(node, reads), checked_head(node)
+
+    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
+        tree, arrays, after = encoder(params, rows, keys, model_state)
+        if times > 1:
+            arrays = Encoded(tuple(jnp.concatenate([leaf] * times) for leaf in arrays.rows), arrays.sums)
+        return head(params, tree, arrays)._replace(model_state=after)
+
+    return call
+
+
+def _returned(
+    node: DifferentiateNode, params: Params, rows: BatchRows, keys: Any, model_state: Any, reads: Reads
+) -> Any:
+    """What the user's own function returns, in its wraps."""
+    options = (
+        *(() if node.rng is None else (keys,)),
+        *(() if node.model_state is None else (same_tree(model_state),)),
+    )
+    try:
+        return node.function(params, rows, *options, **reads)
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            _add_note(error, node, rows)
+            raise
+        raise _names_an_axis(error, node) from error
+    except Exception as error:  # the user's own, whatever it is: it passes through
+        _add_note(error, node, rows)
+        raise
 
 
 def trace_loss_structure(
@@ -128,7 +202,7 @@ def trace_loss_structure(
     if node.model_state is not None:
         model_state = _rows_of_model_state(node, model_state, whole, num_rows(rows))
         _check_sizes(node, (params, model_state, rows, keys), reads, whole)
-    structure, traced, outputs = _trace(node, params, model_state, rows, keys, reads)
+    structure, traced, outputs = _trace(node, params, model_state, rows, keys, reads, times=whole.calls)
     _check_axes(traced, node, manual_axes)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
@@ -136,6 +210,9 @@ def trace_loss_structure(
     if node.model_state is not None:
         leaves = _model_state_leaves(node, traced, (params, model_state, rows, keys), whole)
         structure = replace(structure, model_state=leaves)
+    if node.head is not None:
+        structure = _structure_of_head(structure, node, (params, model_state, rows, keys, reads), whole)
+        return structure if is_split else replace(structure, row_use=None)
     if not is_split:
         return structure
     if num_rows(rows) == 1:
@@ -145,6 +222,46 @@ def trace_loss_structure(
     of_rows += [False] * len(jax.tree.leaves(reads))
     values = row_uses(traced, of_rows=of_rows, num_rows=num_rows(rows))[: outputs.stop]
     return replace(structure, row_use=loss_row_use(values, structure.counts, num_rows(rows)))
+
+
+def _structure_of_head(
+    structure: LossStructure, node: DifferentiateNode, given: tuple[Any, ...], whole: WholeBatch
+) -> LossStructure:
+    """With what the head is given, and which parameters it reads; the rows are what the encoder does with them."""
+    params, model_state, rows, keys, reads = given
+    trees: list[EncodedTree] = []
+
+    def encode(params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads) -> Encoded:
+        tree, arrays, _ = checked_encoder(node, reads)(params, rows, keys, model_state)
+        trees.append(tree)
+        return arrays
+
+    traced, shapes = jax.make_jaxpr(encode, return_shape=True)(params, model_state, rows, keys, reads)
+    of_all = tuple(
+        jax.ShapeDtypeStruct((leaf.shape[0] * whole.calls, *leaf.shape[1:]), leaf.dtype) for leaf in shapes.rows
+    )
+
+    def totals(params: Params, arrays: Encoded) -> list[Any]:
+        return [term.total for term in checked_head(node)(params, trees[0], arrays).terms]
+
+    of_head, results = jax.make_jaxpr(totals, return_shape=True)(params, Encoded(of_all, shapes.sums))
+    needed, _ = depends_on(of_head, outputs=range(len(results)))
+    paths = [path for path, _ in leaves_by_path(params)]
+    read = tuple(path for path, is_read in zip(paths, needed, strict=False) if is_read)
+    sizes: dict[str, int] = {}
+    for leaf in of_all:
+        sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
+    of_sums = tuple(dict.fromkeys(leaf.dtype.name for leaf in shapes.sums))
+    head = HeadStructure(trees[0], read, tuple(sizes.items()), of_sums)
+    # The total of the head is a value: there is nothing to divide it by.
+    structure = replace(structure, counts=(1.0,), head=head)
+    if num_rows(rows) == 1:
+        return replace(structure, row_use=RowUse("encoder"))
+    of_rows = [False] * len(jax.tree.leaves(params)) + [leaf.rule == "rows" for leaf in structure.model_state]
+    of_rows += [True] * len(jax.tree.leaves(rows)) + [node.rng == "example"] * len(jax.tree.leaves(keys))
+    of_rows += [False] * len(jax.tree.leaves(reads))
+    values = row_uses(traced, of_rows=of_rows, num_rows=num_rows(rows))
+    return replace(structure, row_use=encoder_row_use(values, trees[0].kinds, num_rows(rows)))
 
 
 def counts_of(
@@ -157,7 +274,14 @@ def counts_of(
 
 
 def _trace(
-    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
+    node: DifferentiateNode,
+    params: Params,
+    model_state: Any,
+    rows: BatchRows,
+    keys: Any,
+    reads: Reads,
+    *,
+    times: int = 1,
 ) -> tuple[LossStructure, ClosedJaxpr, range]:
     """What the loss returned, its jaxpr, and which outputs of that are counts that the rows decide."""
     structures: list[LossStructure] = []
@@ -165,7 +289,7 @@ def _trace(
     def results(
         params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
     ) -> tuple[list[Any], list[Any], list[Any]]:  # Any: arrays
-        outcome = checked_loss(node, reads)(params, rows, keys, model_state)
+        outcome = checked_loss(node, reads, times=times)(params, rows, keys, model_state)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
         structures.append(
             LossStructure(
@@ -264,6 +388,7 @@ def num_rows(rows: BatchRows) -> int:
 
 def _check_arguments(node: DifferentiateNode) -> None:
     """Refuse a function that does not take what its options pass by position."""
+    who, define = ("loss", "loss") if node.head is None else ("encoder", "encode")
     try:
         parameters = list(inspect.signature(node.loss).parameters.values())
     except (TypeError, ValueError):  # it has no signature to look at
@@ -273,9 +398,9 @@ def _check_arguments(node: DifferentiateNode) -> None:
     takes_any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
     if missing := [name for name in node.reads if name not in by_name and not takes_any_name]:
         raise LossError(
-            f"The loss of `{node.written}` does not take what it reads.",
+            f"The {who} of `{node.written}` does not take what it reads.",
             facts=(("read", listed(node.reads)), ("missing", listed(missing))),
-            suggestion=f"Write `def loss(params, rows, *, {', '.join(node.reads)})`.",
+            suggestion=f"Write `def {define}(params, rows, *, {', '.join(node.reads)})`.",
         )
     taken = [one for one in parameters if one.kind in kinds and one.name not in node.reads]
     needed = sum(one.default is inspect.Parameter.empty for one in taken)
@@ -284,21 +409,40 @@ def _check_arguments(node: DifferentiateNode) -> None:
     takes_any = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
     if needed <= len(passed) and (takes_any or len(passed) <= len(taken)):
         return
-    suggestion = f"Write `def loss({', '.join(passed)})`."
+    suggestion = f"Write `def {define}({', '.join(passed)})`."
     if needed > len(passed) == 2:
         suggestion = (
             'Either write `grad(loss, rng="example")`, if the third is one key per row, or '
             "`grad(loss, model_state=True)`, if it is the model's own state, or bind it by `functools.partial`."
         )
     facts = (("passed", ", ".join(passed)), ("taken", ", ".join(one.name for one in taken) or "nothing"))
-    raise LossError(f"The loss of `{node.written}` takes other arguments.", facts=facts, suggestion=suggestion)
+    raise LossError(f"The {who} of `{node.written}` takes other arguments.", facts=facts, suggestion=suggestion)
+
+
+def _check_head_arguments(node: DifferentiateNode) -> None:
+    """Refuse a head that does not take the parameters and z by position."""
+    try:
+        signature = inspect.signature(node.head)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):  # it has no signature to look at
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        taken = ", ".join(signature.parameters) or "nothing"
+        raise LossError(
+            f"The head of `{node.written}` takes other arguments.",
+            facts=(("passed", "params, z"), ("taken", taken)),
+            suggestion="Write `def head(params, z)`; what the encoder is given besides, it can hand on in z.",
+        ) from error
 
 
 def _check_returned(returned: Any, node: DifferentiateNode) -> None:
     wanted = ("value", *(("metrics",) if node.has_aux else ()), *(() if node.model_state is None else ("model_state",)))
     if len(wanted) > 1 and not (isinstance(returned, tuple) and len(returned) == len(wanted)):
         facts = (("expected", f"a tuple ({', '.join(wanted)})"), ("got", described(returned)))
-        raise LossError(f"The loss of `{node.written}` does not return what its options ask for.", facts=facts)
+        raise LossError(
+            f"The {_returning(node)} of `{node.written}` does not return what its options ask for.", facts=facts
+        )
     value = returned[0] if len(wanted) > 1 else returned
     for term in value.terms if isinstance(value, AbstractTerms) else (value,):
         _check_value(term, node)
@@ -308,10 +452,11 @@ def _check_returned(returned: Any, node: DifferentiateNode) -> None:
 
 def _check_value(value: Any, node: DifferentiateNode) -> None:
     total = value.total if isinstance(value, Mean) else value
-    what = f"The loss of `{node.written}` does not return a scalar"
-    facts = (("expected", "a floating-point scalar, a mean over the rows"), ("got", described(value)))
+    what = f"The {_returning(node)} of `{node.written}` does not return a scalar"
+    mean = ", a mean over the rows" if node.head is None else ""
+    facts = (("expected", f"a floating-point scalar{mean}"), ("got", described(value)))
     if isinstance(value, Mean):
-        what = f"The loss of `{node.written}` returns a `Mean` whose total and count are not both scalars"
+        what = f"The {_returning(node)} of `{node.written}` returns a `Mean` whose total and count are not both scalars"
         facts = (("expected", "a floating-point total, a sum over the rows, and a count"), ("got", described(value)))
         if not _is_scalar(value.count):
             raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
@@ -350,6 +495,11 @@ def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
     if faults:
         what = faults_in_one(faults, of=f"the metrics of `{node.written}`")
         raise LossError(what[:1].upper() + what[1:])
+
+
+def _returning(node: DifferentiateNode) -> str:
+    """What returns the value: the loss, or the head of what it encodes."""
+    return "loss" if node.head is None else "head"
 
 
 def _check_model_state(before: Any, after: Any, node: DifferentiateNode) -> None:  # Any: trees of the user's
@@ -409,6 +559,8 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], read
             lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * times, *leaf.shape[1:]), leaf.dtype), tree
         )
 
+    function = checked_loss if node.head is None else checked_encoder
+
     @cache
     def is_accepted(times: int) -> bool:
         more = with_rows(times, keys) if node.rng == "example" else keys
@@ -417,7 +569,7 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], read
         state = tree.unflatten([with_rows(times, leaf) if rule == "rows" else leaf for rule, leaf in by_rule])
         try:
             call = (params, with_rows(times, rows), more, state)
-            jax.eval_shape(lambda reads, call: checked_loss(node, reads)(*call), reads, call)
+            jax.eval_shape(lambda reads, call: function(node, reads)(*call), reads, call)
         except Exception:  # whatever the user's own code raises for a leaf of the wrong size
             return False
         return True

@@ -7,6 +7,7 @@ its parts, in that order too. The collectives of the manual region are in `colle
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple, assert_never
 
@@ -20,12 +21,13 @@ from stepc._compiler.collectives import (
     ManualRegion,
     all_gather,
     all_reduce,
+    gather_encoded,
     gathering_loss,
     reduce_model_state,
     reduce_scatter,
     take_rows,
 )
-from stepc._compiler.loss import checked_loss, counts_of, keys_of, num_rows
+from stepc._compiler.loss import checked_encoder, checked_head, checked_loss, counts_of, keys_of, num_rows
 from stepc._compiler.metrics import (
     Diagnostics,
     MetricAccumulator,
@@ -34,10 +36,12 @@ from stepc._compiler.metrics import (
     add_metrics,
     final_metrics,
     reduce_vmap_metrics,
+    reported_once,
     scale_metric_counts,
     zero_metrics,
 )
 from stepc._compiler.schedule import (
+    Across,
     AllGather,
     AllReduce,
     Apply,
@@ -45,6 +49,7 @@ from stepc._compiler.schedule import (
     Count,
     CountFirst,
     DivideByCount,
+    Encode,
     Evaluate,
     Instruction,
     ModelStateLeaf,
@@ -65,6 +70,7 @@ from stepc._compiler.schedule import (
     reduces,
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient, check_metric_names
+from stepc._language.encoded import Encoded, is_floating
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
 from stepc._language.model_state import (
     SUMMED,
@@ -83,6 +89,7 @@ from stepc._language.state import (
     EVERY_LEAF,
     SkipCounts,
     State,
+    is_trained,
     leaves_by_path,
     trained_leaves,
     values_read,
@@ -123,11 +130,13 @@ class LocalMicrobatch:
       rows: a batch with fewer rows.
       numbers: int32 `[rows]`, their positions in the batch; None if nothing depends on them.
       model_state: the leaves whose rule is "rows", and None for the others.
+      cotangents: of a loss of the whole batch, of each leaf with rows through which a gradient flows.
     """
 
     rows: BatchRows
     numbers: Any  # Any: an array, or None
     model_state: tuple[Any, ...] = ()  # Any: arrays, or None
+    cotangents: tuple[Any, ...] = ()  # Any: arrays
 
 
 @jax.tree_util.register_dataclass
@@ -146,6 +155,8 @@ class StepInputs:
       rows_per_device: the number of rows of this device.
       wrt: path patterns of the parameters that are trained.
       reads: the values of the state that the loss reads, by name.
+      cotangents: of a loss of the whole batch, of each sum over rows through which a gradient flows.
+      head_grads: its share of the gradient of the head, by the path of each parameter that the head reads.
     """
 
     params: Params
@@ -158,6 +169,8 @@ class StepInputs:
     rows_per_device: int = field(default=0, metadata={"static": True})
     wrt: tuple[str, ...] = field(default=EVERY_LEAF, metadata={"static": True})
     reads: dict[str, Any] = field(default_factory=dict)  # Any: a slot, or the number of the step
+    cotangents: tuple[Any, ...] = ()  # Any: arrays
+    head_grads: dict[str, Any] = field(default_factory=dict)  # Any: arrays
 
     @property
     def trained(self) -> Params:
@@ -182,13 +195,15 @@ class GradientSum:
       model_state: for each leaf of the model state, the result over the calls of the loss so far.
       finite: `[microbatches]`, whether each loss is finite.
       count: what the sum is to be divided by, if each call of the loss counts the same.
+      encoded: what the encoder makes of the rows so far, in their order, in place of a gradient; the sums are `grads`.
     """
 
     metrics: MetricAccumulators
     grads: Grads
     model_state: tuple[Any, ...]  # Any: arrays; None where there is no result
     finite: Any  # Any: a bool array
-    count: float = field(default=1.0, metadata={"static": True})
+    count: float | Fraction = field(default=1.0, metadata={"static": True})
+    encoded: tuple[Any, ...] = ()  # Any: arrays
 
 
 class FinalMaps(NamedTuple):
@@ -433,6 +448,10 @@ def _run_one(
     match instruction:
         case Compute():
             return _compute(instruction, microbatch, inputs, region)
+        case Encode():
+            return _encode(instruction, microbatch, inputs, region)
+        case Across():
+            return _across(instruction, microbatch, inputs, region)
         case Count():
             return _count(instruction, microbatch, inputs, region)
         case Value():
@@ -470,6 +489,8 @@ def _run_one(
 def _compute(
     instruction: Compute, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
 ) -> GradientSum:
+    if instruction.pulls_back:
+        return _pull_back(instruction, microbatch, inputs, region)
     node = instruction.node
     loss = gathering_loss(instruction, checked_loss(node, inputs.reads), inputs.params, region)
     keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
@@ -485,6 +506,9 @@ def _compute(
         if instruction.counts_first:
             unit = 1 / power_of_two(inputs.microbatches)
             total = _sum_of_ratios(terms, inputs) / unit
+        elif node.head is not None:
+            unit = 1.0
+            total = _value_of_head(outcome)
         else:
             unit = power_of_two(terms[0].count)
             total = terms[0].total / unit
@@ -503,6 +527,110 @@ def _compute(
     results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
     # A constant of the gradient, also where an optimizer differentiates it once more.
     return GradientSum(accumulators, grads, jax.lax.stop_gradient(results), finite, instruction.count)
+
+
+def _encode(instruction: Encode, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
+    """What the encoder makes of the rows, as a sum that holds no gradient."""
+    node = instruction.node
+    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    given = _given_model_state(microbatch, inputs, region)
+    with region.scope(node.written):
+        encoder = checked_encoder(node, inputs.reads)
+        _, arrays, after = encoder(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
+    triples = zip(region.model_state, given, jax.tree.leaves(after), strict=True)
+    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    return GradientSum({}, arrays.sums, results, jnp.ones(1, bool), encoded=arrays.rows)
+
+
+def _across(instruction: Across, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
+    """Encode, gather, differentiate the head; then encode again, and pull back."""
+    node, axes, tree = instruction.node, instruction.axes, instruction.head.tree
+    first = _run(instruction.first, None, microbatch, inputs, region)
+    z, place = Encoded(first.encoded, first.grads), jnp.zeros((), jnp.int32)
+    if axes:
+        z = gather_encoded(instruction, z, region)
+        for axis in axes:
+            place = place * region.num_devices((axis,)) + region.axis_index(axis, inputs.device)
+    params = inputs.params
+    if instruction.gather is not None:
+        params = all_gather(instruction.gather, params, region)
+
+    # The head, on every device alike: of the parameters that it reads, and of all that a gradient flows through.
+    leaves = dict(leaves_by_path(params))
+    read = {path: leaves[path] for path in instruction.head.reads if is_trained(path, inputs.wrt)}
+    arrays = (*z.rows, *z.sums)
+    floats = {number: leaf for number, leaf in enumerate(arrays) if is_floating(leaf)}
+    num_leaves = len(z.rows)
+
+    def value_of_head(read: dict[str, jax.Array], floats: dict[int, jax.Array]) -> tuple[jax.Array, LossOutcome]:
+        given = jax.tree.structure(params).unflatten([read.get(path, leaf) for path, leaf in leaves.items()])
+        joined = [floats.get(number, leaf) for number, leaf in enumerate(arrays)]
+        outcome = checked_head(node)(given, tree, Encoded(tuple(joined[:num_leaves]), tuple(joined[num_leaves:])))
+        value = _value_of_head(outcome)
+        return value * inputs.scale if instruction.rescaled else value, outcome
+
+    with region.scope(node.written):
+        (read_grads, cotangents), outcome = jax.grad(value_of_head, argnums=(0, 1), has_aux=True)(read, floats)
+    metrics = {"loss": Sums(outcome.terms), **(outcome.metrics if instruction.reports else {})}
+    accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
+    if axes:
+        accumulators = reported_once(accumulators, place == 0)
+    if not instruction.second:
+        return replace(first, metrics=accumulators, grads=(), encoded=())
+
+    # This device's own rows of the cotangents; the second pass over the same rows.
+    num_own = z.rows[0].shape[0] // instruction.num_devices if z.rows else 0
+    of_rows = tuple(
+        jax.lax.dynamic_slice_in_dim(leaf, place * num_own, num_own) if axes else leaf
+        for number, leaf in cotangents.items()
+        if number < num_leaves
+    )
+    of_sums = tuple(leaf for number, leaf in cotangents.items() if number >= num_leaves)
+    total = _run(
+        instruction.second,
+        None,
+        replace(microbatch, cotangents=of_rows),
+        replace(inputs, cotangents=of_sums, head_grads=read_grads),
+        region,
+    )
+    return replace(total, metrics=accumulators)
+
+
+def _value_of_head(outcome: LossOutcome) -> jax.Array:
+    """The terms of the head, each divided by its own count, added up."""
+    return sum_arrays([divide_by_count(term.total, term.count) for term in outcome.terms])
+
+
+def _pull_back(
+    instruction: Compute, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion
+) -> GradientSum:
+    """The gradient of the whole batch that flows through these rows, with their share of that of the head itself."""
+    node = instruction.node
+    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
+
+    def encode(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> tuple[list[Any], Any]:  # Any: arrays
+        _, arrays, after = checked_encoder(node, inputs.reads)(params, rows, keys, model_state)
+        leaves = dict(leaves_by_path(params))
+        floats = [leaf for leaf in (*arrays.rows, *arrays.sums) if is_floating(leaf)]
+        return [*floats, *(leaves[path] for path in inputs.head_grads)], after
+
+    gathered = gathering_loss(instruction, encode, inputs.params, region)
+
+    def outputs(trained: Params) -> tuple[list[Any], tuple[Any, Any]]:  # Any: arrays
+        params = with_frozen(trained, inputs.params, inputs.wrt)
+        outputs, after = gathered(params, microbatch.rows, keys, given)
+        floats = outputs[: len(outputs) - len(inputs.head_grads)]
+        return outputs, (after, jnp.isfinite(sum_arrays([jnp.sum(leaf.astype(jnp.float32)) for leaf in floats])))
+
+    shares = [leaf * float(instruction.count) for leaf in inputs.head_grads.values()]
+    with region.scope(node.written):
+        _, pull, (after, finite) = jax.vjp(outputs, inputs.trained, has_aux=True)
+        (grads,) = pull([*microbatch.cotangents, *inputs.cotangents, *shares])
+    triples = zip(region.model_state, jax.tree.leaves(given), jax.tree.leaves(after), strict=True)
+    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    # A constant of the gradient, also where an optimizer differentiates it once more.
+    return GradientSum({}, _as_sum(grads), jax.lax.stop_gradient(results), finite[None], instruction.count)
 
 
 def _value(instruction: Value, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
@@ -579,12 +707,13 @@ def _scan(
     # Of the model state, what a microbatch hands on to the next is carried too, and rows are scanned over.
     def add_one(
         carry: tuple[jax.Array, GradientSum, Any], _: None
-    ) -> tuple[tuple[jax.Array, GradientSum, Any], tuple[jax.Array, Any]]:
+    ) -> tuple[tuple[jax.Array, GradientSum, Any], tuple[jax.Array, Any, Any]]:
         index, total, handed_on = carry
         arguments = jax.tree.leaves((part(index), replace(inputs, model_state=_either(handed_on, inputs.model_state))))
         one: GradientSum = result.unflatten(evaluate(*arguments))
         handed_on = _either(_only(one.model_state, region, "sequential"), handed_on)
-        return (index + 1, _add(total, one, instruction, region), handed_on), (one.finite, by_rows(one.model_state))
+        by_row = (one.finite, by_rows(one.model_state), one.encoded)
+        return (index + 1, _add(total, one, instruction, region), handed_on), by_row
 
     def by_rows(leaves: tuple[Any, ...]) -> tuple[Any, ...]:  # Any: arrays, or None
         return _only(leaves, region, "rows")
@@ -597,11 +726,11 @@ def _scan(
         )
         start = GradientSum(zero_metrics(shapes.metrics), zeros, results, None, shapes.count)
         carry = (first, start, _only(inputs.model_state, region, "sequential"))
-        (_, total, handed_on), (finite, rows) = jax.lax.scan(add_one, carry, None, length=size)
+        (_, total, handed_on), (finite, rows, encoded) = jax.lax.scan(add_one, carry, None, length=size)
     # [size, n / size, ...] -> [n, ...]
-    rows = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), rows)
+    rows, encoded = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), (rows, encoded))
     model_state = _either(_either(total.model_state, handed_on), rows)
-    return _times(replace(total, model_state=model_state, finite=finite.reshape(-1)), size)
+    return _times(replace(total, model_state=model_state, finite=finite.reshape(-1), encoded=encoded), size)
 
 
 def _add(total: GradientSum, one: GradientSum, scan: ScanMicrobatches, region: ManualRegion) -> GradientSum:
@@ -679,7 +808,7 @@ def _divide(instruction: DivideByCount, total: GradientSum) -> GradientSum:
         case "count":
             count = next(term.count for term in total.metrics["loss"] if term.count is not None)
         case _:
-            count = None if total.count == 1 else total.count
+            count = None if total.count == 1 else float(total.count)
     grads = total.grads
     if count is not None:
         grads = jax.tree.map(lambda leaf: divide_by_count(leaf, count), grads)

@@ -196,6 +196,23 @@ def mask_last_metrics(accumulators: MetricAccumulators, is_last: Any) -> MetricA
     return _map_metrics(lambda one: mask(one) if one.kind == "last" else one, accumulators)
 
 
+def reported_once(accumulators: MetricAccumulators, is_first: Any) -> MetricAccumulators:  # Any: a bool scalar
+    """Metrics that every device has alike, so that their reduction over the devices is what one of them has."""
+
+    def once(one: MetricAccumulator) -> MetricAccumulator:
+        match one.kind:
+            case "max" | "min" | "last":
+                return one
+            case "mean":
+                count = jnp.asarray(one.static_count if one.count is None else one.count, one.value.dtype)
+                value, count = (jnp.where(is_first, leaf, jnp.zeros_like(leaf)) for leaf in (one.value, count))
+                return replace(one, value=value, count=count, static_count=0.0)
+            case _:
+                return replace(one, value=jnp.where(is_first, one.value, jnp.zeros_like(one.value)))
+
+    return _map_metrics(once, accumulators)
+
+
 def extreme_values(accumulators: MetricAccumulators) -> dict[str, dict[str, Any]]:  # Any: arrays
     """The values of each `Max` and `Min`, which no sum reduces, by kind and name."""
     kinds = sorted({one.kind for terms in accumulators.values() for one in terms} - set(SUMMED_KINDS))

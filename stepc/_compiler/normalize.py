@@ -1,6 +1,7 @@
 """A pipeline and a mesh become a normal form, with a trace of the laws that led to it. It knows no law by name."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ from stepc._core.nodes import (
     InScan,
     MapNode,
     MeanNode,
+    PerturbNode,
     Program,
     RepeatNode,
     RescaleNode,
@@ -137,7 +139,10 @@ class NormalForm:
         side_by_side = [
             one.written for one in self.core if isinstance(one, MeanNode) and not isinstance(one.place, InScan)
         ]
-        whole = WholeBatch(total, side_by_side[0] if side_by_side else None)
+        # A head is given the rows of all calls up to the first node that is not linear.
+        stretch = takewhile(lambda one: not isinstance(one, MapNode | PerturbNode | UpdateNode), reversed(self.program))
+        calls = prod(one.size for one in stretch if isinstance(one, MeanNode) and not isinstance(one.place, UnderVmap))
+        whole = WholeBatch(total, side_by_side[0] if side_by_side else None, calls)
         return trace_loss_structure(
             self.loss, params, rows, key, model_state, reads, self.batch_axes, whole, is_split=bool(means)
         )

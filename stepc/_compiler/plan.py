@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepc._compiler.normalize import AppliedLaw
 from stepc._compiler.rows import RowUse
 from stepc._compiler.schedule import (
+    Across,
     AllGather,
     AllReduce,
     Apply,
@@ -21,6 +22,7 @@ from stepc._compiler.schedule import (
     Count,
     CountFirst,
     DivideByCount,
+    Encode,
     Evaluate,
     Instruction,
     ModelStateLeaf,
@@ -35,12 +37,14 @@ from stepc._compiler.schedule import (
     Unscale,
     Value,
     Vmap,
+    all_instructions,
 )
 from stepc._compiler.search import SearchResult
 from stepc._core.nodes import DifferentiateNode, Program, show
 from stepc._core.sharding import axes_of, spec_text
 from stepc._language.state import is_trained
 from stepc._text import aligned_table, few_rows, indented_section
+from stepc.errors import listed
 
 _BY_LAYER = "one layer at a time where the loss scans over layers"
 _MOST_SHARDS = 8  # of a dimension that is drawn shard by shard
@@ -260,12 +264,34 @@ def _lines(schedule: Schedule, depth: int = 0, unit: str = "local microbatch") -
                 yield from _lines((*here, *to_value), depth + 1, unit)
                 yield "  " * depth + "at the moved parameters"
                 yield from _lines(there, depth + 1, unit)
+            case Across(first=first, second=second):
+                yield from _lines(first, depth + 1, unit)
+                yield from ("  " * (depth + 1) + line for line in _head_lines(one))
+                yield from _lines(second, depth + 1, unit)
             case Optimize(evaluate=Evaluate() as evaluate):
                 for per, body in _evaluations(evaluate):
                     yield "  " * (depth + 1) + f"every {per} that the optimizer asks for"
                     yield from _lines(body, depth + 2, unit)
             case _:
                 pass
+
+
+def _head_lines(one: Across) -> Iterator[str]:
+    """What happens between the two passes of a loss of the whole batch."""
+    over = f"over {', '.join(one.axes)} ({one.num_devices} devices)"
+    if one.axes and one.head.rows:
+        yield f"all-gather of z {over}, {_sizes_of_rows(one)}: the head needs the rows of the whole batch"
+    if one.axes and one.head.sums:
+        yield f"all-reduce of the sums in z {over}: the head needs those of the whole batch"
+    if one.gather is not None and (line := _line(one.gather, (), "")):
+        yield line
+    reads = f" and of {listed(one.head.reads)}, which it reads" if one.head.reads else ""
+    how = f"{'value and gradient' if one.second else 'value'} once{', on every device alike' if one.axes else ''}"
+    yield f"head: {how}, of z{reads}"
+
+
+def _sizes_of_rows(one: Across) -> str:
+    return " and ".join(f"{size:,} B of {dtype}" for dtype, size in one.head.rows)
 
 
 def _evaluations(evaluate: Evaluate) -> tuple[tuple[str, Schedule], ...]:
@@ -276,6 +302,13 @@ def _evaluations(evaluate: Evaluate) -> tuple[tuple[str, Schedule], ...]:
 
 def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
     match one:
+        case Compute(node, pulls_back=True, layered=layered):
+            how = f"; gathers parameters and scatters their gradient over {layered}, {_BY_LAYER}" if layered else ""
+            return f"{node.written}: encodes one {unit} again, and pulls back the cotangents of its rows{how}"
+        case Encode(node):
+            return f"{node.written}: encodes one {unit}, without a gradient"
+        case Across(node):
+            return f"two passes: the head of `{node.written}` needs what the encoder makes of the whole batch"
         case Compute(node, counts_first, rescaled, layered=layered):
             how = ", each term divided by its count" if counts_first else ""
             how += ", times the loss scale" if rescaled else ""
@@ -287,8 +320,10 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             return f"{node.written}: only the counts of one {unit}"
         case CountFirst():
             return "count first: the terms have different counts, which divide them before their gradients are summed"
-        case ScanMicrobatches(size, _, dtype):
-            return f"scan {size} microbatches and sum{_in(dtype)}: microbatch j has the rows i with i mod {size} = j"
+        case ScanMicrobatches(size, body, dtype):
+            joins = any(isinstance(one, Encode) for one in all_instructions(body))
+            what = "join" if joins else f"sum{_in(dtype)}"
+            return f"scan {size} microbatches and {what}: microbatch j has the rows i with i mod {size} = j"
         case Vmap():
             return "vmap over the rows and sum"
         case AllReduce(axes, num_devices, reason, apart, scattered, dtype):
@@ -364,7 +399,7 @@ def _num_summed(schedule: Schedule) -> tuple[int, int]:
                 microbatches, devices = microbatches * size * inner[0], devices * inner[1]
             case AllReduce(num_devices=num_devices):
                 devices *= num_devices
-            case Perturb(there=there):
+            case Perturb(there=there) | Across(second=there):
                 inner = _num_summed(there)
                 microbatches, devices = microbatches * inner[0], devices * inner[1]
             case Apply():
@@ -380,7 +415,7 @@ def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
         match one:
             case ScanMicrobatches(size, body):
                 yield from _loop_lengths(body, times * size)
-            case Vmap(body) | RepeatSteps(_, body) | Perturb(there=body):
+            case Vmap(body) | RepeatSteps(_, body) | Perturb(there=body) | Across(second=body):
                 yield from _loop_lengths(body, times)
             case _:
                 pass
@@ -410,6 +445,15 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
             case Perturb(here=here, to_value=to_value, there=there):
                 for body in (here, to_value, there):
                     yield from _collectives(body, times)
+            case Across(first=first, second=second, axes=axes, gather=gather):
+                yield from _collectives(first, times)
+                for dtype, size in one.head.rows if axes else ():
+                    why = f"z, {size:,} B of {dtype}: the head needs the rows of the whole batch"
+                    yield planned("all-gather", axes, why)
+                for dtype in one.head.sums if axes else ():
+                    yield planned("all-reduce", axes, f"sums in z, {dtype}: the head needs those of the whole batch")
+                yield from _collectives(() if gather is None else (gather,), times)
+                yield from _collectives(second, times)
             case Compute(layered=str() as axis):
                 yield planned("all-gather", (axis,), f"parameters, {_BY_LAYER}")
                 yield planned("reduce-scatter", (axis,), f"their gradient, {_BY_LAYER}")

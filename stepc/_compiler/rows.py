@@ -28,7 +28,8 @@ class RowUse:
 
     Args:
       kind: "alone", a mean over rows; "sum", a sum over them; "constant", it depends on no row; "single", traced with
-        one row; else what it is not known to be alone for: "couples", "ratio", "weight", "place", "draws", "unknown".
+        one row; "encoder", the encoder of a head, which takes each row alone; "encoder mean", one that adds up means;
+        else what it is not known to be alone for: "couples", "ratio", "weight", "place", "draws", "unknown".
       primitive: the first operation of jax for which it is none of the first three.
       line: the user's line of that operation.
     """
@@ -40,7 +41,7 @@ class RowUse:
     @property
     def depends_on_split(self) -> bool:
         """Whether parts of the batch are known to give another gradient than the whole."""
-        return self.kind not in ("alone", "constant", "single", "unknown")
+        return self.kind not in ("alone", "constant", "single", "encoder", "unknown")
 
     def __str__(self) -> str:
         at = f"`{self.primitive}`{self.line and f' at {self.line}'}"
@@ -51,6 +52,13 @@ class RowUse:
                 return "given one row at a time, so it can couple none; of several rows it may be another loss"
             case "constant":
                 return "depends on no row"
+            case "encoder":
+                return "each row alone, and the head is given the whole batch"
+            case "encoder mean":
+                return (
+                    "adds up means over rows in an `sc.Sum`, which grows with the number of parts; "
+                    "`sc.Mean(total, count)` does not"
+                )
             case "sum":
                 return "each row alone, and sums them: a mean of such sums is smaller the more parts there are"
             case "couples":
@@ -167,6 +175,55 @@ def loss_row_use(values: Sequence[Value], counts: Sequence[float | None], num_ro
             return value
         case Columns() | Rows() | Total():
             return RowUse("unknown", "div")
+
+
+def encoder_row_use(values: Sequence[Value], kinds: Sequence[str], num_rows: int) -> RowUse:
+    """What an encoder does with its rows: whether what it makes of the whole batch depends on the split.
+
+    Args:
+      values: of each leaf with rows, then of each sum; a mean is two of them.
+      kinds: of each leaf, as of `EncodedTree`.
+      num_rows: as of `row_uses`.
+    """
+    reader, num_leaves = _Reader(num_rows), sum(kind == "rows" for kind in kinds)
+    leaves, sums = values[:num_leaves], iter(values[num_leaves:])
+    uses = [_use_of_leaf(value) for value in leaves]
+    for kind in kinds:
+        match kind:
+            case "sum":
+                uses.append(_use_of_sum(next(sums)))
+            case "mean":
+                use = loss_row_use([reader.quotient(next(sums), next(sums))], [1.0], num_rows)
+                uses.append(RowUse("encoder") if use.kind in ("alone", "constant") else use)
+            case _:
+                pass
+    return next((use for use in uses if use.kind != "encoder"), RowUse("encoder"))
+
+
+def _use_of_leaf(value: Value) -> RowUse:
+    match value:
+        case Same() | Rows(axis=0, before=1, after=1):
+            return RowUse("encoder")
+        case RowUse(kind="sums"):
+            return replace(value, kind="couples")
+        case RowUse():
+            return value
+        case Columns() | Rows() | Total():
+            return RowUse("unknown", "concatenate")
+
+
+def _use_of_sum(value: Value) -> RowUse:
+    match value:
+        case Total(degree=1, is_scaled=False):
+            return RowUse("encoder")
+        case Total(degree=0) | Same():
+            return RowUse("encoder mean")
+        case RowUse(kind="sums"):
+            return replace(value, kind="couples")
+        case RowUse():
+            return value
+        case Columns() | Rows() | Total():
+            return RowUse("unknown", "reduce_sum")
 
 
 def user_line(equation: Any) -> str:  # Any: a jax.extend.core.JaxprEqn

@@ -11,6 +11,7 @@ parameters are gathered where they are used. The sum is the same; who holds whic
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from math import prod
 from typing import TypeAlias, assert_never
 
@@ -34,6 +35,7 @@ from stepc._core.nodes import (
     UpdateNode,
     named,
 )
+from stepc._language.encoded import EncodedTree
 from stepc._language.optimizers import evaluates_loss
 
 
@@ -63,6 +65,23 @@ class ModelStateLeaf:
 
 
 @dataclass(frozen=True)
+class HeadStructure:
+    """What the head of a loss of the whole batch is given.
+
+    Args:
+      tree: the structure of what the encoder returns.
+      reads: the paths of the parameters that the head depends on.
+      rows: by dtype, the bytes of the leaves with rows, for the whole batch: one gather each.
+      sums: the dtypes of the sums over rows: one reduction each.
+    """
+
+    tree: EncodedTree
+    reads: tuple[str, ...]
+    rows: tuple[tuple[str, int], ...]
+    sums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LossStructure:
     """What a loss returns, as far as the schedule depends on it.
 
@@ -72,6 +91,7 @@ class LossStructure:
       has_last: whether a metric is a `Last`.
       model_state: the leaves of the model state.
       row_use: what it does with the rows that it is given; None where the batch is not split.
+      head: of a loss of the whole batch, what its head is given.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
@@ -79,6 +99,7 @@ class LossStructure:
     has_last: bool = False
     model_state: tuple[ModelStateLeaf, ...] = ()
     row_use: RowUse | None = None
+    head: HeadStructure | None = None
 
     @property
     def has_keys(self) -> bool:
@@ -98,21 +119,32 @@ class Compute:
     Args:
       counts_first: whether each term is divided by its own total count before the gradient is taken.
       rescaled: whether the loss is multiplied by a scale before the gradient is taken.
-      count: what one call of the loss counts; 1 unless the loss is a `Mean` with a static count.
+      count: what one call of the loss counts; 1 unless the loss is a `Mean` with a static count, or one part of a loss
+        of the whole batch: then all calls together count 1.
       layered: the mesh axis that parameters are sharded over, if the loss gathers them one layer at a time.
       dtype: in which their gradient is then reduced; None for its own, or float32 if that is wider.
       written: the transforms that ask the loss to gather, as written.
       reports: whether the metrics of the loss are kept.
+      pulls_back: of a loss of the whole batch: whether the encoder alone is differentiated, with the cotangents that
+        the head gives it.
     """
 
     node: DifferentiateNode
     counts_first: bool = False
     rescaled: bool = False
-    count: float = 1.0
+    count: float | Fraction = 1.0
     layered: str | None = None
     dtype: str | None = None
     written: str = ""
     reports: bool = True
+    pulls_back: bool = False
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Compute what the encoder makes of one local microbatch, and no gradient."""
+
+    node: DifferentiateNode
 
 
 @dataclass(frozen=True)
@@ -127,7 +159,7 @@ class Value:
     """Compute the loss on one local microbatch, and no gradient."""
 
     node: DifferentiateNode
-    count: float = 1.0
+    count: float | Fraction = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +167,36 @@ class CountFirst:
     """Add up the counts in a pass of their own, before the pass that divides by them."""
 
     body: "Schedule"
+
+
+@dataclass(frozen=True)
+class Across:
+    """Compute a loss of the whole batch, in two passes over its rows.
+
+    The first pass encodes every local microbatch. What comes of them is gathered over the mesh, and the head of it is
+    differentiated once, on every device alike. The second pass encodes each microbatch again, and pulls back the
+    cotangents of its rows.
+
+    Args:
+      head: what the head is given.
+      first: encodes.
+      second: adds up the gradient; nothing, if only the value is wanted.
+      axes: the mesh axes to gather over.
+      rescaled: whether the loss is multiplied by a scale before the gradient is taken.
+      reports: whether the metrics of the head are kept.
+      gather: gathers the parameters for the head, if it is not given gathered ones.
+    """
+
+    node: DifferentiateNode
+    head: HeadStructure
+    first: "Schedule"
+    second: "Schedule"
+    axes: tuple[str, ...] = ()
+    num_devices: int = 1
+    rescaled: bool = False
+    reports: bool = True
+    gather: "AllGather | None" = None
+    written: str = ""
 
 
 @dataclass(frozen=True)
@@ -332,8 +394,8 @@ class RepeatSteps:
 
 
 Instruction: TypeAlias = (
-    Compute | Count | Value | CountFirst | ScanMicrobatches | Vmap | AllGather | ReduceScatter | AllReduce
-    | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize | RepeatSteps
+    Compute | Encode | Count | Value | CountFirst | Across | ScanMicrobatches | Vmap | AllGather | ReduceScatter
+    | AllReduce | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 
@@ -366,6 +428,7 @@ class _PendingSum:
       rescale: the node whose scale is to be divided by.
       counts: what the sum is to be divided by: the counts of the loss, or 1 once there is a value.
       reduced_axes: the mesh axes that the sum is reduced over, or will be.
+      encoder: of a loss of the whole batch whose rows are still being joined.
     """
 
     structure: LossStructure
@@ -379,14 +442,38 @@ class _PendingSum:
     rescale: RescaleNode | None = None
     counts: tuple[float | None, ...] = (1.0,)
     reduced_axes: tuple[str, ...] = ()
+    encoder: Compute | None = None
 
     def then(self, instruction: Instruction) -> "_PendingSum":
         return replace(self, schedule=(*self.schedule, instruction))
 
     def as_value(self, reason: str) -> "_PendingSum":
         """The pending reduction takes place, then, once, the division. Nothing is pending after it."""
-        before, after = self.around_value(reason)
-        return _PendingSum(self.structure, (*before, *self.schedule, *after), reduced_axes=self.reduced_axes)
+        complete = self.complete()
+        before, after = complete.around_value(reason)
+        return _PendingSum(self.structure, (*before, *complete.schedule, *after), reduced_axes=self.reduced_axes)
+
+    def complete(self) -> "_PendingSum":
+        """The same, where no more rows follow: a loss of the whole batch is computed here.
+
+        One call alone has all rows, and is differentiated at once.
+        """
+        if self.encoder is None or self.structure.head is None:
+            return self
+        if self.microbatches == 1:
+            return replace(self, encoder=None)
+        part = Fraction(1, self.microbatches)
+        across = Across(
+            self.encoder.node,
+            self.structure.head,
+            first=_encoding(self.schedule),
+            second=_replaced(self.schedule, lambda one: replace(one, count=part, rescaled=False, pulls_back=True)),
+            axes=self.axes,
+            num_devices=self.num_devices,
+            rescaled=self.encoder.rescaled,
+            written=" @ ".join(filter(None, (self.written, self.encoder.node.written))),
+        )
+        return replace(self, schedule=(across,), microbatches=1, encoder=None)
 
     def around_value(self, reason: str) -> tuple[Schedule, Schedule]:
         """What comes before and after the schedule to make a value of its sum."""
@@ -438,7 +525,8 @@ def _reduce_model_state(schedule: Schedule, program: Program, structure: LossStr
     written = " @ ".join(node.written for node in means)
     reason = "model state whose rule takes one reduction a step"
     one = ReduceModelState(axes, prod(node.size for node in means), reason, rules, leaves, written)
-    last = next(n for n, one in enumerate(schedule) if isinstance(one, Compute | ScanMicrobatches | Vmap | Perturb))
+    calls = Compute | Across | ScanMicrobatches | Vmap | Perturb
+    last = next(n for n, one in enumerate(schedule) if isinstance(one, calls))
     return (*schedule[: last + 1], one, *schedule[last + 1 :])
 
 
@@ -447,7 +535,8 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
         case DifferentiateNode():
             rescaled = any(isinstance(one, RescaleNode) for one in outer)
             count = pending.counts[0] if len(pending.counts) == 1 else None
-            return pending.then(Compute(node, pending.structure.counts_first, rescaled, count or 1.0))
+            compute = Compute(node, pending.structure.counts_first, rescaled, count or 1.0)
+            return replace(pending.then(compute), encoder=None if node.head is None else compute)
         case MeanNode():
             return _add_mean(pending, node)
         case ScaleNode(factor):
@@ -458,6 +547,7 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
             name = names[id(node)] if node.draws else None
             return pending.as_value(_why_reduced(node, outer)).then(Apply(node, name, pending.reduced_axes))
         case PerturbNode():
+            pending = pending.complete()
             before, to_value = pending.around_value(_why_reduced(node, outer))
             # The model state that is kept is that of the first pass, so the second need not reduce its own.
             there = tuple(one for one in pending.schedule if not isinstance(one, ReduceModelState))
@@ -477,10 +567,14 @@ def _evaluation(inner: Program, structure: LossStructure, node: UpdateNode) -> E
     pending = _PendingSum(replace(structure, separate_metrics=()), counts=structure.counts)
     for position in reversed(range(len(plain))):
         pending = _add_node(pending, plain[position], plain[:position], {})
-    pending = replace(pending, schedule=_replaced(pending.schedule, lambda one: replace(one, reports=False)))
+    pending = pending.complete()
+    silent = _replaced(pending.schedule, lambda one: replace(one, reports=False))
+    silent = tuple(replace(one, reports=False) if isinstance(one, Across) else one for one in silent)
+    pending = replace(pending, schedule=silent)
     reason = f"`{node.written}` evaluates the loss of the whole batch"
     reduction = (AllReduce(pending.axes, pending.num_devices, reason, written=pending.written),) if pending.axes else ()
     value = _replaced(pending.schedule, lambda one: Value(one.node, one.count))
+    value = tuple(replace(one, second=()) if isinstance(one, Across) else one for one in value)
     return Evaluate((*value, *reduction), pending.as_value(reason).schedule)
 
 
@@ -534,16 +628,35 @@ def _counting(body: Schedule) -> Schedule:
     return tuple(counted)
 
 
+def _encoding(body: Schedule) -> Schedule:
+    """The same loops over the same rows, for what the encoder makes of them. Its last model state is not needed."""
+    encoded: list[Instruction] = []
+    for one in body:
+        match one:
+            case Compute(node):
+                encoded.append(Encode(node))
+            case ScanMicrobatches(size, inner):
+                states = tuple(each for each in inner if isinstance(each, ReduceModelState))
+                encoded.append(ScanMicrobatches(size, (*_encoding(inner), *states)))
+            case _:
+                pass
+    return tuple(encoded)
+
+
 def _replaced(body: Schedule, replacement: Callable[[Compute], Instruction]) -> Schedule:
     """The same loops, with something else in place of the gradient of a local microbatch."""
-    return tuple(
-        replacement(one)
-        if isinstance(one, Compute)
-        else replace(one, body=_replaced(one.body, replacement))
-        if isinstance(one, ScanMicrobatches | Vmap)
-        else one
-        for one in body
-    )
+    made: list[Instruction] = []
+    for one in body:
+        match one:
+            case Compute():
+                made.append(replacement(one))
+            case ScanMicrobatches(body=inner) | Vmap(inner):
+                made.append(replace(one, body=_replaced(inner, replacement)))
+            case Across(second=second):
+                made.append(replace(one, second=_replaced(second, replacement)))
+            case _:
+                made.append(one)
+    return tuple(made)
 
 
 def _optimize(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:
@@ -619,6 +732,9 @@ def _reduce_scattered(schedule: Schedule, rules: BoundRules, axis: str) -> Sched
 def _scatter_in_loop(schedule: Schedule, scatter: ReduceScatter) -> Schedule:
     """Reduce-scatter in the innermost scan after which no transform needs the whole gradient, or else at the end."""
     for index, one in enumerate(schedule):
+        if isinstance(one, Across):  # the first that sums
+            second = _scatter_in_loop(one.second, scatter)
+            return (*schedule[:index], replace(one, second=second), *schedule[index + 1 :])
         if isinstance(one, ScanMicrobatches) and not any(isinstance(later, Apply) for later in schedule[index:]):
             scatter = replace(scatter, reason="the accumulator is sharded: once a microbatch")
             return (*schedule[:index], replace(one, body=_scatter_in_loop(one.body, scatter)), *schedule[index + 1 :])
@@ -649,9 +765,17 @@ def _gather_by_layer(schedule: Schedule, gather: AllGather, dtype: str | None) -
                 instructions.append(replace(one, body=_gather_by_layer(body, gather, dtype)))
             case CountFirst(body):
                 instructions.append(replace(one, body=_gather_by_microbatch(body, gather)))
+            case Across(first=first, second=second):
+                first = _gather_by_microbatch(first, gather)
+                second = _gather_by_layer(second, gather, dtype)
+                instructions.append(replace(one, first=first, second=second, gather=_for_head(one, gather)))
             case _:
                 instructions.append(one)
     return tuple(instructions)
+
+
+def _for_head(one: Across, gather: AllGather) -> AllGather | None:
+    return replace(gather, reason="the head needs gathered parameters") if one.head.reads else None
 
 
 def _gather_by_microbatch(schedule: Schedule, gather: AllGather) -> Schedule:
@@ -661,14 +785,19 @@ def _gather_by_microbatch(schedule: Schedule, gather: AllGather) -> Schedule:
     """
     if any(isinstance(one, Perturb) for one in schedule):
         return (gather, *schedule)
-    has_scan = any(isinstance(one, ScanMicrobatches) for one in schedule)
-    inner = tuple(
-        replace(one, body=_gather_by_microbatch(one.body, gather))
-        if isinstance(one, ScanMicrobatches | CountFirst)
-        else one
-        for one in schedule
-    )
-    return inner if has_scan else (gather, *inner)
+    if not any(isinstance(one, ScanMicrobatches | Across) for one in schedule):
+        return (gather, *schedule)
+    gathered: list[Instruction] = []
+    for one in schedule:
+        match one:
+            case ScanMicrobatches(body=body) | CountFirst(body):
+                gathered.append(replace(one, body=_gather_by_microbatch(body, gather)))
+            case Across(first=first, second=second):
+                first, second = (_gather_by_microbatch(part, gather) if part else part for part in (first, second))
+                gathered.append(replace(one, first=first, second=second, gather=_for_head(one, gather)))
+            case _:
+                gathered.append(one)
+    return tuple(gathered)
 
 
 def all_instructions(schedule: Schedule) -> Schedule:
@@ -680,6 +809,8 @@ def all_instructions(schedule: Schedule) -> Schedule:
                 bodies.append(body)
             case Perturb(here=here, to_value=to_value, there=there):
                 bodies += [here, to_value, there]
+            case Across(first=first, second=second):
+                bodies += [first, second]
             case _:
                 pass
     return (*schedule, *(inner for body in bodies for inner in all_instructions(body)))
@@ -689,6 +820,11 @@ def batch_axes(program: Program) -> tuple[str, ...]:
     """The mesh axes that rows are split over, the outermost first."""
     places = [node.place for node in program if isinstance(node, MeanNode)]
     return tuple(axis for place in places if isinstance(place, OverMesh) for axis in place.axes)
+
+
+def gathers_rows(schedule: Schedule) -> bool:
+    """Whether what an encoder makes of the rows is gathered, which each device then finds by their position."""
+    return any(isinstance(one, Across) and one.axes for one in all_instructions(schedule))
 
 
 def draws(schedule: Schedule) -> bool:
@@ -766,7 +902,7 @@ def _num_iterations(schedule: Schedule) -> int:
         match one:
             case ScanMicrobatches(size, body):
                 numbers.append(size * _num_iterations(body))
-            case Vmap(body) | Perturb(there=body) | RepeatSteps(body=body):
+            case Vmap(body) | Perturb(there=body) | Across(second=body) | RepeatSteps(body=body):
                 numbers.append(_num_iterations(body))
             case _:
                 pass

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from stepc import inspect, report
+from stepc._compiler.collectives import Z_OF_HEAD
 from stepc._compiler.plan import LeafSharding, Plan
 from stepc._core.nodes import show
 from stepc._core.sharding import axes_of
@@ -227,6 +228,7 @@ def gradient_reductions(plan: Plan, executable: jax.stages.Compiled, rows: Colle
         if sharding is not None and leaf.path.partition("/")[0] in _REDUCED
     ]
     elements = sum(size for size in sizes if size > 1)
+    rows = Collectives(tuple(row for row in rows if not row.parameters.startswith(Z_OF_HEAD)))
     # Each axis by itself: a shard of a gradient is reduced over one axis, and then over the others.
     measures = [reductions_of(rows, axes=(axis,), elements=max(elements, 1)) for axis in axes]
     unknown = [one for one in measures if one.value is None]

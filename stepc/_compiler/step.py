@@ -34,7 +34,14 @@ from stepc._compiler.placement import (
     without_weak_types,
 )
 from stepc._compiler.plan import Plan, ShardingTable
-from stepc._compiler.schedule import LossStructure, Schedule, accumulator_is_sharded, draws, sharding_notes
+from stepc._compiler.schedule import (
+    LossStructure,
+    Schedule,
+    accumulator_is_sharded,
+    draws,
+    gathers_rows,
+    sharding_notes,
+)
 from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.validation import (
     ArgumentTypes,
@@ -385,8 +392,8 @@ class Step:
                 model_state=structure.model_state,
                 model_state_specs=specs_of_model_state(state, rules),
                 model_state_tree=jax.tree.structure(state.model_state),
-                has_row_numbers=draws(schedule) or structure.has_last or structure.has_keys,
                 batch_specs=self._batches.minibatch_specs(batch),
+                has_row_numbers=(draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys),
                 sites=self.normal_form.sites,
             )
             new, metrics, diagnostics = lower_schedule(schedule, region)(state, batch)

@@ -242,6 +242,13 @@ def check_model_state(model_state: Any, program: Program, num_devices: int) -> N
         what = f"`init` was given model state, but `{node.written}` takes none."
         raise ConfigError(what, suggestion="Write `grad(loss, model_state=True)`.")
     leaves, patterns = leaves_by_path(model_state), node.model_state or ()
+    if node.head is not None and (given := [path for path, _ in leaves if is_overwritten(path)]):
+        raise ConfigError(
+            f"`model_state/{given[0]}`{f' and {len(given) - 1} more' if given[1:] else ''}: what arrives as the "
+            f"gradient of these leaves is their next value, and the encoder of `{node.written}` gets none before the "
+            "head has the whole batch.",
+            suggestion="Keep fp8 ranges out of a loss of the whole batch, or leave out `across`.",
+        )
     faults = [
         f"`model_state/{path}` is {describe_leaf(leaf)}, not an array of numbers, bools or typed keys."
         for path, leaf in leaves

@@ -61,12 +61,14 @@ class Wrap:
     """A transformation of the loss, applied before it is differentiated: `function(loss, *arguments)` is a loss.
 
     A module-level function and a tuple instead of a closure, because equal transforms must expand to equal wraps.
-    `check(trained, *arguments)` refuses trained parameters that the transformation cannot take.
+    `check(trained, *arguments)` refuses trained parameters that the transformation cannot take. With a `head` the
+    function on its right is no loss but an encoder, and the loss is the head of what that makes of the whole batch.
     """
 
     function: Callable[..., Callable[..., Any]]  # Any: a loss takes the user's own trees
     arguments: tuple[object, ...] = ()
     check: Callable[..., None] = lambda *_: None
+    head: Callable[..., Any] | None = None  # Any: (params, z) -> what a loss returns
     written: Written = field(default="wrap", compare=False)
 
 
@@ -82,6 +84,9 @@ class DifferentiateNode:
       model_state: the rules of the model state by path pattern, () for the default ones; None if the loss takes none.
       wrt: path patterns of the parameters that are trained; the gradient has those leaves alone.
       reads: the values of the state before the step that the loss takes by keyword: slots by name, and "step".
+      head: of a loss of the whole batch, the function of what the loss, which is then an encoder, makes of every row.
+        A field and no node: the head is differentiated where the sum over the rows becomes a value, which is where a
+        pending reduction takes place anyway, and every law moves it with the means that it waits for.
     """
 
     loss: Callable[..., Any]  # Any: a loss takes the user's own trees
@@ -91,6 +96,7 @@ class DifferentiateNode:
     model_state: Rules | None = None
     wrt: tuple[str, ...] = ("**",)
     reads: tuple[str, ...] = ()
+    head: Callable[..., Any] | None = None  # Any: (params, z) -> what a loss returns
     written: Written = field(default="grad", compare=False)
 
     def __str__(self) -> str:
@@ -98,7 +104,7 @@ class DifferentiateNode:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The loss in its wraps."""
+        """The loss in its wraps; the encoder, if there is a head."""
         function = self.loss
         for wrap in reversed(self.wraps):
             function = wrap.function(function, *wrap.arguments)

@@ -20,7 +20,17 @@ from typing import Any, ClassVar, Never, NoReturn, Self, TypeAlias
 import numpy as np
 import optax
 
-from stepc._core.nodes import DifferentiateNode, MapNode, Node, Program, RescaleNode, Wrap, named
+from stepc._core.nodes import (
+    DifferentiateNode,
+    MapNode,
+    MeanNode,
+    Node,
+    Program,
+    RescaleNode,
+    UnderVmap,
+    Wrap,
+    named,
+)
 from stepc._language.kinds import Kind
 from stepc._language.semantics import Fn
 from stepc.errors import ConfigError, PipelineTypeError, caret, did_you_mean, listed
@@ -214,6 +224,7 @@ def compose(outer: Operand, inner: Operand) -> Pipeline:
     if left and right and left[-1].takes is right[0].gives:
         pipeline = Pipeline((*left, *right))
         _check_scale(pipeline)
+        _check_heads(pipeline)
         return pipeline
     if left and right:
         raise _kind_mismatch(outer, inner, left, right)
@@ -457,6 +468,39 @@ def _check_scale(pipeline: Pipeline) -> None:
         ),
         suggestion=f"Write `{moved!r}`.",
     )
+
+
+def _check_heads(pipeline: Pipeline) -> None:
+    """Refuse what a loss of the whole batch cannot have on its left: a transform of the loss, or single rows."""
+    transforms = pipeline.transforms
+    # What is left to the compiler has no nodes yet; it only splits rows.
+    nodes = [one.expand() if one.autotune_request() is None else () for one in transforms]
+    written, site = repr(pipeline), str(site_of_caller())
+    places = [n for n, made in enumerate(nodes) if any(isinstance(one, Wrap) and one.head for one in made)]
+    if places and places[-1]:
+        place = places[-1]
+        moved = Pipeline((transforms[place], *transforms[:place], *transforms[place + 1 :]))
+        one = transforms[place - 1]
+        raise PipelineTypeError(
+            f"`{one!r}` would transform the head and the encoder together, and the program runs them apart.",
+            where=caret(written, repr(one), site),
+            facts=(("expected", f"`{transforms[place]!r}` as the outermost transform of the loss"),),
+            suggestion=None if len(places) > 1 else f"Write `{moved!r}`, which transforms the encoder.",
+        )
+    has_head = any(isinstance(node, DifferentiateNode) and node.head for made in nodes for node in made)
+    single = [one for one, made in zip(transforms, nodes, strict=True) if any(map(_splits_into_rows, made))]
+    if has_head and single:
+        kept = tuple(one for one in transforms if one not in single)
+        raise PipelineTypeError(
+            f"`{single[0]!r}` gives the head of `{transforms[-1]!r}` one row at a time, and the head needs the batch.",
+            where=caret(written, repr(single[0]), site),
+            facts=(("expected", "parts of several rows: accumulate, shard"), ("got", "single rows")),
+            suggestion=f"Write `{Pipeline(kept)!r}`.",
+        )
+
+
+def _splits_into_rows(node: Node | Wrap) -> bool:
+    return isinstance(node, MeanNode) and isinstance(node.place, UnderVmap)
 
 
 def _not_a_transform(outer: Operand, inner: Operand) -> PipelineTypeError:

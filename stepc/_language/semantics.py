@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from stepc._core.nodes import unique_name
+from stepc._language.encoded import Encoded
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
 from stepc._language.model_state import ModelStateResult
 from stepc._language.state import State
@@ -35,12 +36,14 @@ class Fn:
         the loss itself.
       axes: the size of every mesh axis, by name. The reference knows nothing else about the mesh.
       names: of the transforms further right that keep a slot of the state, or draw.
+      head: of a loss of the whole batch; `apply` is then the encoder.
     """
 
     init: Callable[[State], State]
     apply: Callable[..., Any]  # Any: by kind, as above
     axes: Mapping[str, int]
     names: tuple[str, ...] = field(default=())
+    head: Callable[..., Any] | None = None  # Any: (params, z) -> what a loss returns
 
     def fresh_name(self, name: str) -> str:
         """`name`, made different from the names further right."""
@@ -79,8 +82,34 @@ class GradientTerm(NamedTuple):
 
 
 @dataclass(frozen=True)
+class EncoderCall:
+    """One call of an encoder: the numbers of its rows, and what it makes of them at some trained parameters."""
+
+    numbers: jax.Array
+    encode: Callable[[Params], Encoded]
+
+
+@dataclass(frozen=True)
+class WholeBatchLoss:
+    """A loss of the whole batch, of which some calls of the encoder are there.
+
+    Args:
+      calls: those calls.
+      gradient_of: the gradient of the head of all calls.
+      then: the linear functions of that gradient, in order.
+    """
+
+    calls: tuple[EncoderCall, ...]
+    gradient_of: Callable[[tuple[EncoderCall, ...]], "Gradient"]
+    then: tuple[Callable[[jax.Array], jax.Array], ...] = ()
+
+
+@dataclass(frozen=True)
 class Gradient:
     """What flows between gradient transforms: a ratio of sums, until a transform that is not linear makes it a value.
+
+    That of a loss of the whole batch is a set of rows until then: their encoder is called, and nothing is
+    differentiated before all of them are there.
 
     Args:
       terms: for each term of the loss, the sum of its gradients, in float32 at least, and of its counts.
@@ -88,34 +117,48 @@ class Gradient:
       model_state: what the calls so far made of the model state; None without `grad(loss, model_state=...)`.
       advances: for a slot, its value after the step as a function of (loss is finite, gradient is finite). It applies
         to skipped steps too.
+      whole: a loss of the whole batch that is not differentiated yet; there are no terms then.
     """
 
     terms: tuple[GradientTerm, ...]
     metrics: Mapping[str, Metric]
     model_state: ModelStateResult | None = None
     advances: Mapping[str, Callable[[bool, bool], Any]] = field(default_factory=dict)  # Any: a slot
+    whole: WholeBatchLoss | None = None
+
+    @property
+    def evaluated(self) -> "Gradient":
+        """The same gradient; that of a loss of the whole batch is computed now, of the rows that are there."""
+        if self.whole is None:
+            return self
+        found = self.whole.gradient_of(self.whole.calls)
+        for function in self.whole.then:
+            found = found.linear(function)
+        return replace(self, terms=found.terms, metrics={**found.metrics, **self.metrics}, whole=None)
 
     @property
     def value(self) -> Grads:
         """Every term divided by its own count, and added up, in float32 at least."""
-        means = [
-            jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in self.terms
-        ]
+        terms = self.evaluated.terms
+        means = [jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in terms]
         return jax.tree.map(lambda *terms: sum_arrays(terms), *means)
 
     @property
     def reported(self) -> Metrics:
         """The metrics, as numbers."""
-        return {name: metric_value(metric) for name, metric in self.metrics.items()}
+        return {name: metric_value(metric) for name, metric in self.evaluated.metrics.items()}
 
     def map(self, function: Callable[..., tuple[Grads, Metrics]], *arguments: object) -> "Gradient":
         """Apply a function that is not linear: `function(value, *arguments)` returns a gradient, and metrics to add."""
-        grads, added = function(self.value, *arguments)
+        of = self.evaluated
+        grads, added = function(of.value, *arguments)
         terms = (GradientTerm(jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads), 1),)
-        return replace(self, terms=terms, metrics={**self.metrics, **{name: Mean(x, 1) for name, x in added.items()}})
+        return replace(of, terms=terms, metrics={**of.metrics, **{name: Mean(x, 1) for name, x in added.items()}})
 
     def linear(self, function: Callable[[jax.Array], jax.Array]) -> "Gradient":
         """Apply a linear function to every leaf of every sum."""
+        if self.whole is not None:
+            return replace(self, whole=replace(self.whole, then=(*self.whole.then, function)))
         terms = tuple(GradientTerm(jax.tree.map(function, total), count) for total, count in self.terms)
         return replace(self, terms=terms)
 
@@ -157,7 +200,10 @@ def sum_gradients(parts: Sequence[Gradient], *, dtype: str | None = None) -> Gra
         pairs = zip(one.terms, two.terms, strict=True)
         terms = tuple(GradientTerm(jax.tree.map(add, a.total, b.total), a.count + b.count) for a, b in pairs)
         metrics = {name: combine_metrics(metric, two.metrics[name]) for name, metric in one.metrics.items()}
-        return Gradient(terms, metrics, None, two.advances)
+        whole = one.whole
+        if whole is not None and two.whole is not None:
+            whole = replace(whole, calls=(*whole.calls, *two.whole.calls))
+        return Gradient(terms, metrics, None, two.advances, whole)
 
     return reduce(both, parts)
 

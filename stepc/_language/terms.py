@@ -89,6 +89,11 @@ class Mean(AbstractTerms):
     def terms(self) -> tuple["Mean", ...]:
         return (self,)
 
+    @property
+    def value(self) -> jax.Array:
+        """The total divided by the count; 0 where the count is 0. For the head of `across`, which is given both."""
+        return divide_by_count(self.total, self.count)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class _Moved(Transform):
         def apply(state: State, microbatch: Microbatch) -> Gradient:
             gradient: Gradient = fn.apply(state, microbatch)
             offset = self.fraction * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient.value))
+            if gradient.whole is not None:  # it has no terms yet
+                return gradient.linear(lambda leaf: leaf + jnp.asarray(offset, leaf.dtype))
             first, *others = gradient.terms
             total = jax.tree.map(lambda leaf: leaf + jnp.asarray(offset * first.count, leaf.dtype), first.total)
             return replace(gradient, terms=(GradientTerm(total, first.count), *others))

@@ -4,6 +4,7 @@ The reference slices batches. The evaluator never does: it passes on the *number
 whole batch only where the loss is computed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, TypeAlias, assert_never
@@ -30,6 +31,7 @@ from stepc._core.nodes import (
     UpdateNode,
     named,
 )
+from stepc._language.encoded import Encoded, EncodedTree, is_floating, take_apart
 from stepc._language.model_state import ADVANCE, fold_key, overwrite, overwritten_leaves, rules_by_leaf
 from stepc._language.optimizers import WHOLE_BATCH_LOSSES, run_optimizer
 from stepc._language.semantics import draw_tag, narrowed
@@ -88,20 +90,33 @@ class _SummedGradient:
     metrics: dict[str, Metric]
     model_state: Tree
     calls: tuple["_Call", ...] = ()
+    # Of a loss of the whole batch: the gradient and the metrics of all these calls; and what is linear after it.
+    whole: Callable[[tuple["_Call", ...]], "_SummedGradient"] | None = None
+    then: tuple[Any, ...] = ()  # Any: functions of a leaf
+
+    def complete(self) -> "_SummedGradient":
+        """The same, where no more calls follow: a loss of the whole batch is computed."""
+        if self.whole is None:
+            return self
+        found = self.whole(self.calls)
+        for function in self.then:
+            found = found.linear(function)
+        return replace(self, terms=found.terms, metrics={**found.metrics, **self.metrics}, whole=None, then=())
 
     def value(self) -> Tree:
         """Every term divided by its count, and added up, in float32 at least."""
-        means = [
-            jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in self.terms
-        ]
+        terms = self.complete().terms
+        means = [jax.tree.map(lambda leaf, count=count: divide_by_count(leaf, count), total) for total, count in terms]
         return jax.tree.map(lambda *terms: sum_arrays(terms), *means)
 
     def reported(self) -> dict[str, Any]:  # Any: arrays
         """The metrics, as numbers."""
-        return {name: metric_value(metric) for name, metric in self.metrics.items()}
+        return {name: metric_value(metric) for name, metric in self.complete().metrics.items()}
 
     def linear(self, function: Any) -> "_SummedGradient":  # Any: of a leaf
         """The function of every leaf of every sum."""
+        if self.whole is not None:
+            return replace(self, then=(*self.then, function))
         return replace(self, terms=tuple((jax.tree.map(function, total), count) for total, count in self.terms))
 
 
@@ -140,7 +155,7 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
     outer, inner, before = program[:place], program[place + 1 :], state
     guards = [node for node in outer if isinstance(node, GuardNode)]
     scales = [node for node in inner if isinstance(node, RescaleNode)]
-    summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0])))
+    summed = _gradient_of_rows(inner, state, batch, np.arange(len(jax.tree.leaves(batch)[0]))).complete()
     trained = _trained(inner, state)
     grads, metrics = narrowed(summed.value(), trained), summed.reported()
     squares = sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)])
@@ -195,7 +210,7 @@ def _gradient_of_rows(
             by = jax.tree.leaves(state.slots[_name(program, node)])[0]
             return _gradient_of_rows(inner, state, batch, rows, factor * by).linear(lambda leaf: leaf / by)
         case MapNode():
-            summed = _gradient_of_rows(inner, state, batch, rows, factor)
+            summed = _gradient_of_rows(inner, state, batch, rows, factor).complete()
             value = summed.value()
             key = (_key(state, draw_tag(_name(program, node)), rows[0]),) if node.draws else ()
             measured, before = node.measured(value, _trained(inner, state))
@@ -203,11 +218,11 @@ def _gradient_of_rows(
             added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
             return replace(summed, terms=((_widened(grads), 1),), metrics={**summed.metrics, **added})
         case PerturbNode():
-            here = _gradient_of_rows(inner, state, batch, rows, factor)
+            here = _gradient_of_rows(inner, state, batch, rows, factor).complete()
             moved = node.function(_trained(inner, state), here.value(), *node.arguments)
             params = with_frozen(moved, state.params, _wrt(inner))
             there = _gradient_of_rows(inner, replace(state, params=params), batch, rows, factor)
-            return replace(here, terms=there.terms)
+            return replace(here, terms=there.complete().terms)
         case UpdateNode() | FollowNode() | GuardNode() | RepeatNode():
             raise ValueError(f"`{node}` must be outside the gradient, and appear once")
         case _:
@@ -226,6 +241,8 @@ def _differentiated(
     has_state = node.model_state is not None
     given = _given_model_state(node, state, rows)
     read = {name: {**state.slots, "step": state.step}[name] for name in node.reads}
+    if node.head is not None:
+        return _encoded(node, state, batch, rows, factor)
 
     def outcome(trained: Tree) -> LossOutcome:
         params = with_frozen(trained, state.params, node.wrt)
@@ -272,12 +289,82 @@ def _averaged(
         pairs = zip(one.terms, two.terms, strict=True)
         terms = tuple((jax.tree.map(add, a[0], b[0]), a[1] + b[1]) for a, b in pairs)
         metrics = {name: combine_metrics(one.metrics[name], two.metrics[name]) for name in one.metrics}
-        return _SummedGradient(terms, metrics, None, one.calls + two.calls)
+        return _SummedGradient(terms, metrics, None, one.calls + two.calls, one.whole, one.then)
 
     model_states = [part.model_state for part in parts]
     rules = _rules(inner[-1], state.model_state)
     model_state = model_states[-1] if isinstance(mean.place, InScan) else _mean(rules, model_states)
     return replace(reduce(both, parts), model_state=model_state)
+
+
+def _encoded(
+    node: DifferentiateNode, state: EvaluationState, batch: Tree, rows: np.ndarray, factor: Any
+) -> _SummedGradient:
+    """One call of the encoder of a loss of the whole batch: its model state, and nothing else yet."""
+    given = _given_model_state(node, state, rows)
+    call = _Call(rows, jax.tree.leaves(given), jax.tree.leaves(given))
+    after = None
+    if node.model_state is not None:
+        after = jax.lax.stop_gradient(_encode(node, state, batch, call, trained_leaves(state.params, node.wrt))[1])
+        call = replace(call, after=jax.tree.leaves(after))
+    return _SummedGradient((), {}, after, (call,), partial(_of_whole_batch, node, state, batch, factor))
+
+
+def _encode(
+    node: DifferentiateNode, state: EvaluationState, batch: Tree, call: _Call, trained: Tree
+) -> tuple[Tree, Tree]:
+    """What the encoder returns for the rows of a call, and the model state."""
+    keys = ()
+    if node.rng is not None:
+        drawn = [_key(state, row) for row in (call.rows if node.rng == "example" else call.rows[:1])]
+        keys = (jnp.stack(drawn) if node.rng == "example" else drawn[0],)
+    given = () if node.model_state is None else (jax.tree.structure(state.model_state).unflatten(call.before),)
+    read = {name: {**state.slots, "step": state.step}[name] for name in node.reads}
+    microbatch = jax.tree.map(lambda leaf: leaf[call.rows], batch)
+    returned = node.function(with_frozen(trained, state.params, node.wrt), microbatch, *keys, *given, **read)
+    return returned if node.model_state is not None else (returned, None)
+
+
+def _of_whole_batch(
+    node: DifferentiateNode, state: EvaluationState, batch: Tree, factor: Any, calls: tuple[_Call, ...]
+) -> _SummedGradient:
+    """The encoder's vector-Jacobian products, call by call, for the cotangents that the head gives the whole batch."""
+    trained = trained_leaves(state.params, node.wrt)
+    position = {row: place for place, row in enumerate(sorted(int(row) for call in calls for row in call.rows))}
+    places = [np.array([position[int(row)] for row in call.rows]) for call in calls]
+    pulls: list[Any] = []  # Any: functions of cotangents
+    rows: list[Any] = []  # Any, twice: arrays, by leaf
+    sums: list[Any] = []
+    tree: EncodedTree | None = None
+    for call, place in zip(calls, places, strict=True):
+
+        def encode(trained: Tree, call: _Call = call) -> tuple[list[Any], tuple[EncodedTree, Encoded]]:
+            returned, _ = _encode(node, state, batch, call, trained)
+            found, arrays = take_apart(returned, len(call.rows), node.written)
+            return list(filter(is_floating, (*arrays.rows, *arrays.sums))), (found, arrays)
+
+        _, pull, (tree, arrays) = jax.vjp(encode, trained, has_aux=True)
+        pulls.append(pull)
+        empty = [jnp.zeros((len(position), *leaf.shape[1:]), leaf.dtype) for leaf in arrays.rows]
+        rows = [old.at[place].set(new) for old, new in zip(rows or empty, arrays.rows, strict=True)]
+        sums = [old + new for old, new in zip(sums, arrays.sums, strict=True)] if sums else list(arrays.sums)
+    assert tree is not None
+    leaves = [*rows, *sums]
+
+    def value(trained: Tree, floats: dict[int, Any]) -> tuple[Any, LossOutcome]:
+        given = [floats.get(number, leaf) for number, leaf in enumerate(leaves)]
+        z = tree.join(Encoded(tuple(given[: len(rows)]), tuple(given[len(rows) :])))
+        returned = node.head(with_frozen(trained, state.params, node.wrt), z)  # pyright: ignore[reportOptionalCall]
+        outcome = loss_outcome(returned, has_aux=node.has_aux, model_state=False)
+        return factor * sum_arrays([divide_by_count(one.total, one.count) for one in outcome.terms]), outcome
+
+    floats = {number: leaf for number, leaf in enumerate(leaves) if is_floating(leaf)}
+    (total, cotangents), outcome = jax.grad(value, argnums=(0, 1), has_aux=True)(trained, floats)
+    total = _widened(total)
+    for pull, place in zip(pulls, places, strict=True):
+        local = [one[place] if number < len(rows) else one for number, one in cotangents.items()]
+        total = jax.tree.map(jnp.add, total, _widened(pull(local)[0]))
+    return _SummedGradient(((total, 1),), {"loss": Sums(outcome.terms), **outcome.metrics}, None)
 
 
 def _split(mean: MeanNode, rows: np.ndarray) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from stepc._language.model_state import ModelStateRules
 from stepc._language.state import KEYS
 from stepc._language.terms import Last, Max, Mean, Min, Sum, Sums
+from stepc._language.transforms.across import across
 from stepc._language.transforms.grad import Grad, grad
 
 Probe: TypeAlias = Callable[[Any, Any], Float[Array, ""]]  # Any, twice: the trees of `probe_params` and `probe_batch`
@@ -114,6 +115,55 @@ def on_frozen(params: Tree, rows: Tree) -> Float[Array, ""]:
     return over_rows({"w": params["w"] + offset.astype(jnp.float32), "b": params["b"]}, rows)
 
 
+def encoding(params: Tree, rows: Tree) -> Tree:
+    """An encoder: a leaf through which a gradient flows, two through which none does, a sum and a mean."""
+    a = jnp.matmul(rows["x"], params["w"]) + params["b"]
+    positive = (rows["y"] > 0).astype(jnp.float32)
+    return {
+        "a": a,
+        "x": rows["x"] * a[:, None],
+        "y": rows["y"].astype(jnp.int32),
+        "load": Sum(jnp.sum(a * positive)),
+        "mean": Mean(jnp.sum(a * rows["y"]), rows["y"].shape[0]),
+    }
+
+
+def over_pairs(params: Tree, z: Tree) -> Float[Array, ""]:
+    """A head that couples every two rows, in their order, and multiplies sums: it depends on the batch being whole."""
+    size = z["a"].shape[0]
+    weights = jnp.arange(size, dtype=jnp.float32)[:, None] - 2 * jnp.arange(size, dtype=jnp.float32)[None, :]
+    pairs = jnp.sum(weights * jnp.sign(z["y"])[None, :], axis=1) * z["a"] + jnp.sum(z["x"], axis=1)
+    return jnp.mean(pairs) + (z["load"].value / size) * z["mean"].value + params["b"] * jnp.mean(z["a"])
+
+
+def over_pairs_with_terms(params: Tree, z: Tree) -> tuple[Sums, Tree]:
+    """The same among terms with counts of their own, and metrics of every kind."""
+    a, positive = z["a"], (z["y"] > 0).astype(jnp.float32)
+    value = 0.5 * over_pairs(params, z) + Mean(jnp.sum(a * positive), jnp.sum(positive)) + z["mean"]
+    metrics = {
+        "plain": jnp.mean(a),
+        "mean": Mean(jnp.sum(a), jnp.sum(positive)),
+        "num": Sum(jnp.sum(z["y"] > 0)),
+        "max": Max(jnp.max(a)),
+        "min": Min(jnp.min(z["y"])),
+        "last": Last(a[-1]),
+    }
+    return value, metrics
+
+
+def encoding_drawn(params: Tree, rows: Tree, keys: Any) -> Tree:  # Any: typed keys, one per row
+    """The encoder with dropout."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (3,)))(keys)
+    return encoding(params, {**rows, "x": rows["x"] * kept * 2.0})
+
+
+def encoding_recurrent(params: Tree, rows: Tree, model_state: Tree) -> tuple[Tree, Tree]:
+    """The encoder with model state of every rule."""
+    _, new = recurrent(params, rows, model_state)
+    read = model_state["code"] + model_state["table"][0] + model_state["mean"] + model_state["largest"]
+    return encoding(params, {**rows, "x": new["hidden"] + read[None]}), new
+
+
 PROBES = MappingProxyType({"over_rows": over_rows, "coupling_rows": coupling_rows, "in_order": in_order})
 RECURRENT = {"hidden": "rows", "code": "average", "largest": "max", "tokens": "sum", "table": "constant"}
 # The same as `grad(...)`. Exact ones give the same bits in any order of summation. The others divide by counts that are
@@ -127,6 +177,20 @@ EXACT_SOURCES = MappingProxyType(
         "stateful": grad(stateful, model_state=True),
         "recurrent": grad(recurrent, model_state=RECURRENT),
         "on_frozen": grad(on_frozen, wrt=("w", "b")),
+    }
+)
+# Losses of the whole batch.
+EXACT_WHOLE = MappingProxyType(
+    {
+        "whole": grad(across(over_pairs) @ encoding),
+        "whole_drawn": grad(across(over_pairs) @ encoding_drawn, rng="example"),
+    }
+)
+WHOLE = MappingProxyType(
+    {
+        **EXACT_WHOLE,
+        "whole_terms": grad(across(over_pairs_with_terms) @ encoding, has_aux=True),
+        "whole_recurrent": grad(across(over_pairs) @ encoding_recurrent, model_state=RECURRENT),
     }
 )
 SOURCES: MappingProxyType[str, Grad] = MappingProxyType({**EXACT_SOURCES, "tokens": grad(tokens), "terms": grad(terms)})
@@ -189,14 +253,15 @@ def probe_batch(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     return {"x": numbers[:, :3], "y": numbers[:, 3]}
 
 
-def wide(probe: Probe) -> Probe:
-    """A probe whose parameters can be sharded: the vector of three is a weighted sum over two axes of eight.
+def wide(probe: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:  # Any: as of `Probe`; and an encoder's z
+    """A probe, an encoder or a head whose parameters can be sharded.
 
-    Every element of a parameter has a different gradient, so a misplaced shard shows.
+    The vector of three is a weighted sum over two axes of eight. Every element of a parameter has a different
+    gradient, so a misplaced shard shows.
     """
     across, along = np.array([1, -1, 2, -2, 1, -1, 2, 1], np.float32), np.array([1, 2, -1, 1, -2, 1, 1, -1], np.float32)
 
-    def loss(params: Tree, rows: Tree) -> Float[Array, ""]:
+    def loss(params: Tree, rows: Tree) -> Any:  # Any: what the probe returns
         w = jnp.einsum("a,aib,b->i", across, params["deep"]["w"].astype(jnp.float32), along)
         return probe({"w": w, "b": params["b"] + jnp.sum(params["out"] * np.tile(along, 2))}, rows)
 

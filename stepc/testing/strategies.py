@@ -1,6 +1,7 @@
 """Hypothesis strategies for well-typed pipelines, meshes and batches. It needs hypothesis, from the extra `test`."""
 
 from collections.abc import Mapping
+from functools import reduce
 from math import prod
 from typing import Any, assert_never
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from stepc._core.nodes import InScan, MeanNode, OverMesh, RepeatNode, UnderVmap, num_minibatches, rows_axis
-from stepc._language.pipeline import Pipeline, Transform, expand_transforms
+from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, expand_transforms
 from stepc._language.sharding import GATHERS, DataParallel, dp
 from stepc._language.transforms.accumulate import accumulate
+from stepc._language.transforms.across import Across
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
@@ -30,7 +32,7 @@ from stepc._language.transforms.scale import scale
 from stepc._language.transforms.shard import Shard, shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
-from stepc.testing.probes import EXACT_SOURCES, SOURCES, Evaluating, Probe, probe_batch
+from stepc.testing.probes import EXACT_SOURCES, EXACT_WHOLE, SOURCES, WHOLE, Evaluating, Probe, probe_batch
 
 MAX_MICROBATCHES = 16  # the reference calls the loss for each of them
 
@@ -51,7 +53,8 @@ def sources(*, exact: bool = False) -> st.SearchStrategy[Grad]:
 
     A narrow dtype rounds wherever it is summed, so the casts are to float32: this is about the transform, not rounding.
     """
-    plain = st.sampled_from(list((EXACT_SOURCES if exact else SOURCES).values()))
+    known = {**EXACT_SOURCES, **EXACT_WHOLE} if exact else {**SOURCES, **WHOLE}
+    plain = st.sampled_from(list(known.values()))
     inside = [None, remat(), cast(jnp.float32), cast(jnp.float32) @ remat("dots_saveable")]
     return st.builds(_with_loss_transforms, plain, st.sampled_from(inside))
 
@@ -59,8 +62,14 @@ def sources(*, exact: bool = False) -> st.SearchStrategy[Grad]:
 def _with_loss_transforms(source: Grad, inside: Transform | Pipeline | None) -> Grad:
     if inside is None:
         return source
-    loss: Any = source.loss.value  # pyright: ignore[reportAttributeAccessIssue]
-    return grad(inside @ loss, wrt=source.wrt, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
+    match source.loss:
+        case Pipeline((*outer, Objective(QuotedArgument(encoder)))):
+            loss = reduce(lambda inner, one: one @ inner, reversed(outer), inside @ encoder)
+        case Pipeline():
+            raise ValueError("the loss of a source is complete")
+        case QuotedArgument(value):
+            loss = inside @ value
+    return grad(loss, wrt=source.wrt, has_aux=source.has_aux, rng=source.rng, model_state=source.model_state)
 
 
 @st.composite
@@ -82,7 +91,9 @@ def pipelines(
       transforms: your own transforms, from gradient to gradient, to mix in.
       longest: the largest number of transforms between `update` and `grad`.
     """
-    chosen = draw(_gradient_transforms(axes, exact, transforms, longest))
+    source = grad(loss) if loss is not None else draw(sources(exact=exact))
+    has_head = isinstance(source.loss, Pipeline) and any(isinstance(one, Across) for one in source.loss.transforms)
+    chosen = draw(_gradient_transforms(axes, exact, transforms, longest, single_rows=not has_head))
     optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5), Evaluating()]
     pipeline = update(draw(st.sampled_from(optimizers)))
     outside: list[Transform] = draw(
@@ -90,7 +101,6 @@ def pipelines(
     )
     for transform in outside:
         pipeline = transform @ pipeline
-    source = grad(loss) if loss is not None else draw(sources(exact=exact))
     several = [None, None, None, repeat(2), *([] if _has_model_state_by_rows(source) else [epochs(2, minibatches=2)])]
     if (transform := draw(st.sampled_from(several))) is not None:
         pipeline = transform @ pipeline
@@ -106,7 +116,13 @@ def _has_model_state_by_rows(source: Grad) -> bool:
 
 @st.composite
 def _gradient_transforms(
-    draw: st.DrawFn, axes: Mapping[str, int], exact: bool, transforms: tuple[Transform, ...], longest: int
+    draw: st.DrawFn,
+    axes: Mapping[str, int],
+    exact: bool,
+    transforms: tuple[Transform, ...],
+    longest: int,
+    *,
+    single_rows: bool,
 ) -> list[Transform]:
     free, count, is_sharded, chosen = dict(axes), 1, False, []
     for _ in range(draw(st.integers(0, longest))):
@@ -121,7 +137,7 @@ def _gradient_transforms(
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
             *([_shards(fitting, levels=[0, 0, 1, 2, 3] if not is_sharded else [0])] if fitting else []),
             *([] if scaled else [st.just(loss_scale(initial=8.0))]),
-            *([st.just(rows())] if count <= MAX_MICROBATCHES // 4 else []),
+            *([st.just(rows())] if single_rows and count <= MAX_MICROBATCHES // 4 else []),
             *([] if exact or scaled else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
             *([] if exact or sam(0.125) in chosen else [st.just(sam(0.125))]),
             st.sampled_from(sizes).map(lambda k: accumulate(k, dtype=jnp.float32)),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 
 from stepc._core.nodes import DifferentiateNode, Wrap
+from stepc._language.encoded import Encoded, EncodedTree, join_calls, take_apart
 from stepc._language.fields import boolean, one_of, path_patterns, state_names
 from stepc._language.kinds import Kind, Params
 from stepc._language.model_state import (
@@ -18,9 +19,25 @@ from stepc._language.model_state import (
     result_of_call,
 )
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, function_name, quoted_argument
-from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, key_of
+from stepc._language.semantics import (
+    EncoderCall,
+    Fn,
+    Gradient,
+    GradientTerm,
+    Microbatch,
+    WholeBatchLoss,
+    key_of,
+)
 from stepc._language.state import State, same_tree, values_read, with_frozen
-from stepc._language.terms import LossOutcome, Sums, accumulation_dtype, loss_outcome, power_of_two, sum_arrays
+from stepc._language.terms import (
+    LossOutcome,
+    Sums,
+    accumulation_dtype,
+    divide_by_count,
+    loss_outcome,
+    power_of_two,
+    sum_arrays,
+)
 from stepc.errors import FieldTypeError
 
 KEYS_PER = (None, "example", "microbatch")
@@ -48,6 +65,8 @@ class Grad(Transform):
         match self.loss:
             case Pipeline():
                 _check_complete(self.loss)
+            case QuotedArgument(Transform() as value) if value.gives is Kind.LOSS:
+                _check_complete(Pipeline((value,)))
             case QuotedArgument(value) if not callable(value) or isinstance(value, Transform):
                 facts = (("expected", "a function of (params, rows)"), ("got", type(value).__name__))
                 raise FieldTypeError(f"`grad({self.loss!r})`: loss must be a function.", facts=facts)
@@ -100,7 +119,11 @@ class Grad(Transform):
             terms = tuple(map(term, range(len(outcome.terms))))
             return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, result)
 
-        return Fn(init, apply, inner.axes, inner.names)
+        def apply_encoder(state: State, microbatch: Microbatch) -> Gradient:
+            return self._encoded(loss_fn.apply, head, state, microbatch)
+
+        head = loss_fn.head
+        return Fn(init, apply if head is None else apply_encoder, inner.axes, inner.names)
 
     def expand(self) -> tuple[DifferentiateNode, ...]:
         match self.loss:
@@ -113,7 +136,9 @@ class Grad(Transform):
         )
         rules = None if self.model_state is None else self.model_state.by_pattern
         options = (self.has_aux, self.rng, rules, self.patterns, self.names_read)
-        return (DifferentiateNode(value, wraps, *options, written=repr(self)),)
+        head = next((wrap.head for wrap in wraps if wrap.head is not None), None)
+        wraps = tuple(wrap for wrap in wraps if wrap.head is None)
+        return (DifferentiateNode(value, wraps, *options, head, written=repr(self)),)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -129,9 +154,54 @@ class Grad(Transform):
     def _loss_transforms(self) -> tuple[Transform, ...]:
         return self.loss.transforms if isinstance(self.loss, Pipeline) else ()
 
+    def _encoded(
+        self, encoder: Callable[..., Any], head: Any, state: State, microbatch: Microbatch
+    ) -> Gradient:  # Any: what the user's own functions return; the head, which is there
+        """Some rows of a loss of the whole batch. Nothing is differentiated before all of them are there."""
+        has_state, given, result = self.model_state is not None, None, None
+        rules = () if self.model_state is None else self.model_state.by_pattern
+        if has_state:
+            given = given_model_state(rules, state.model_state, microbatch.numbers)
+
+        def encode(trained: Params) -> Any:
+            params = with_frozen(trained, state.params, self.patterns)
+            return self._returned(encoder, params, given, state, microbatch)
+
+        if has_state:
+            after = jax.lax.stop_gradient(encode(state.trained)[1])
+            result = result_of_call(rules, given, after, microbatch.numbers)
+        trees: list[EncodedTree] = []
+
+        def encoded(trained: Params) -> Encoded:
+            returned = encode(trained)
+            tree, arrays = take_apart(returned[0] if has_state else returned, microbatch.num_rows, repr(self))
+            trees.append(tree)
+            return arrays
+
+        def gradient_of(calls: tuple[EncoderCall, ...]) -> Gradient:
+            def value(trained: Params) -> tuple[jax.Array, LossOutcome]:
+                whole = join_calls([call.encode(trained) for call in calls], [call.numbers for call in calls])
+                returned = head(with_frozen(trained, state.params, self.patterns), trees[0].join(whole))
+                outcome = loss_outcome(returned, has_aux=self.has_aux, model_state=False)
+                value = sum_arrays([divide_by_count(term.total, term.count) for term in outcome.terms])
+                return value * microbatch.factor, outcome
+
+            narrow, outcome = jax.grad(value, has_aux=True)(state.trained)
+            wide = jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), narrow)
+            return Gradient((GradientTerm(wide, 1),), {"loss": Sums(outcome.terms), **outcome.metrics})
+
+        whole = WholeBatchLoss((EncoderCall(microbatch.numbers, encoded),), gradient_of)
+        return Gradient((), {}, result, whole=whole)
+
     def _outcome(
         self, loss: Callable[..., Any], params: Params, given: Any, state: State, microbatch: Microbatch
     ) -> LossOutcome:  # Any: what the user's loss returns; the model's own tree
+        returned = self._returned(loss, params, given, state, microbatch)
+        return loss_outcome(returned, has_aux=self.has_aux, model_state=self.model_state is not None)
+
+    def _returned(
+        self, loss: Callable[..., Any], params: Params, given: Any, state: State, microbatch: Microbatch
+    ) -> Any:  # Any: as above
         match self.rng:
             case "example":
                 keys = (jax.numpy.stack([key_of(state, number) for number in microbatch.numbers]),)
@@ -140,8 +210,7 @@ class Grad(Transform):
             case _:
                 keys = ()
         model_state = () if self.model_state is None else (same_tree(given),)
-        returned = loss(params, microbatch.rows, *keys, *model_state, **values_read(state, self.names_read))
-        return loss_outcome(returned, has_aux=self.has_aux, model_state=self.model_state is not None)
+        return loss(params, microbatch.rows, *keys, *model_state, **values_read(state, self.names_read))
 
 
 def _check_complete(loss: Pipeline) -> None:

@@ -28,9 +28,9 @@ class Sam(Transform):
 
     def reference(self, inner: Fn) -> Fn:
         def apply(state: State, microbatch: Microbatch) -> Gradient:
-            here = inner.apply(state, microbatch)
+            here = inner.apply(state, microbatch).evaluated
             moved = move_along(state.trained, here.value, self.rho)
-            there = inner.apply(state.with_trained(moved), microbatch)
+            there = inner.apply(state.with_trained(moved), microbatch).evaluated
             # What is reported and kept is that of the parameters themselves.
             return replace(here, terms=there.terms)
 

@@ -46,7 +46,7 @@ class Update(Transform):
                 """The loss that the pipeline reports of the same rows, keys and model state, at other parameters."""
                 return inner.apply(before.with_trained(trained), rows).reported["loss"]
 
-            gradient = inner.apply(state, rows)
+            gradient = inner.apply(state, rows).evaluated
             grads, metrics = narrowed(gradient.value, state.trained), gradient.reported
             model_state, fits = next_model_state(state.model_state, gradient.model_state)
             if not fits:  # a sum of whole numbers that overflows makes the step one that is not finite
