@@ -7,9 +7,11 @@
   rows        `rows() @ clip(c)` against `clip(c)`
   epochs      `epochs(4, minibatches=8)` against a scan over the same minibatches by hand
   frozen      adapters on a frozen base of 8 bits, with `wrt=`, against the same step by hand
+  across      a contrastive loss of the whole batch, `across(head) @ encode`, against GradCache by hand, and against the
+              whole batch at once
 
-All but `terms` and the second of `frozen` run on one device, before more are simulated. Measured are step time,
-temporary memory, copies in the optimized HLO, and collectives.
+All but `terms` and the second of `frozen` and of `across` run on one device, before more are simulated. Measured are
+step time, temporary memory, copies in the optimized HLO, and collectives.
 """
 
 import zlib
@@ -43,7 +45,7 @@ import stepc as sc
 from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
-SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS = 1.02, 1.15, 3.0, 1.03, 1.05  # targets
+SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS, ACROSS = 1.02, 1.15, 3.0, 1.03, 1.05, 1.05  # targets
 DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
@@ -376,6 +378,117 @@ def frozen(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) 
     }
 
 
+def across(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) -> dict[str, Any]:
+    """Two towers and a temperature: by the compiler, as GradCache by hand, and the whole batch at once."""
+    random, num_parts = np.random.default_rng(0), 4
+    layers = random.normal(size=(2, 4, width, width)).astype(np.float32) / width**0.5
+    rows = {name: random.normal(size=(num_rows, width)).astype(np.float32) for name in ("image", "text")}
+
+    def tower(x: jax.Array, kernels: jax.Array) -> jax.Array:
+        for kernel in kernels:
+            x = x + jax.nn.gelu(x @ kernel)
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+    def encode(params: Any, rows: Any) -> Any:
+        return {name: tower(rows[name], params[name]) for name in ("image", "text")}
+
+    def head(params: Any, z: Any) -> jax.Array:
+        logits = z["image"] @ z["text"].T * jnp.exp(params["log_scale"])
+        right = jnp.arange(len(logits))
+        both = [optax.softmax_cross_entropy_with_integer_labels(one, right) for one in (logits, logits.T)]
+        return jnp.mean(both[0] + both[1]) / 2
+
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    replicated, along = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    params = {"image": layers[0], "text": layers[1], "log_scale": np.float32(2.0)}
+    params, batch = jax.device_put(params, replicated), jax.device_put(rows, along)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
+
+    def split(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, num_parts, *leaf.shape[1:]).swapaxes(0, 1), tree)
+
+    def gradient(params: Any, rows: Any) -> tuple[jax.Array, Any]:
+        parts, num_own = split(rows), len(jax.tree.leaves(rows)[0])
+        _, z = jax.lax.scan(lambda _, part: (None, encode(params, part)), None, parts)
+        z = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(num_own, -1), z)
+        together = jax.lax.all_gather(jnp.concatenate([z["image"], z["text"]], axis=1), "data", tiled=True)
+        whole = dict(zip(("image", "text"), jnp.split(together, 2, axis=1), strict=True))
+
+        def of_head(log_scale: jax.Array, z: Any) -> jax.Array:
+            return head({"log_scale": log_scale}, z)
+
+        value, (of_scale, cotangents) = jax.value_and_grad(of_head, argnums=(0, 1))(params["log_scale"], whole)
+        place = jax.lax.axis_index("data") * num_own
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, num_own), cotangents)
+
+        def again(total: Any, part: Any) -> tuple[Any, None]:
+            _, pull = jax.vjp(lambda towers: encode(towers, part[0]), towers)
+            return jax.tree.map(jnp.add, total, pull(part[1])[0]), None
+
+        towers = {name: params[name] for name in ("image", "text")}
+        total, _ = jax.lax.scan(again, jax.tree.map(jnp.zeros_like, towers), (parts, split(own)))
+        return value, {**jax.lax.psum(total, "data"), "log_scale": of_scale}
+
+    reduced = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+
+    def hand(state: Any, batch: Any) -> tuple[Any, Any]:
+        params, opt_state = state
+        value, grads = reduced(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), {"loss": value}
+
+    def plain(params: Any, rows: Any) -> jax.Array:
+        return head(params, encode(params, rows))
+
+    by_hand, outer = jax.jit(hand, donate_argnums=0), sc.update(adamw()) @ sc.clip(1.0)
+    source = sc.accumulate(num_parts) @ sc.shard(sc.dp("data")) @ sc.grad(sc.across(head) @ encode)
+    step = sc.compile(outer @ source, mesh=mesh)
+    at_once = sc.compile(outer @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(plain), mesh=mesh)
+    states = {"across": step.init(params), "at once": at_once.init(params)}
+    copied = jax.device_put(jax.tree.map(jnp.copy, params), replicated)
+    hand_state = (copied, jax.device_put(optimizer.init(copied), replicated))
+    programs = {
+        "by hand": by_hand.lower(hand_state, batch).compile(),
+        "across": step.lower(states["across"], batch).compile().executable,
+        "at once": at_once.lower(states["at once"], batch).compile().executable,
+    }
+    facts = {
+        name: {
+            "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
+            "copies": num_copies(one.as_text()),
+            "collectives": [
+                {"kind": row.kind, "bytes": row.bytes, "executions": row.executions}
+                for row in sc.inspect.collectives(one)
+            ],
+        }
+        for name, one in programs.items()
+    }
+    hand_state, _ = by_hand(hand_state, batch)
+    found = {}
+    for name, one in (("across", step), ("at once", at_once)):
+        states[name], _ = one(states[name], batch)
+        found[name] = require_equal(*jax.device_get((states[name].params, hand_state[0])), name=name)
+    samples = {
+        "by hand": Repeated(by_hand, hand_state, batch, calls=calls),
+        "across": Repeated(step, states["across"], batch, calls=calls),
+        "at once": Repeated(at_once, states["at once"], batch, calls=calls),
+    }
+    taken = interleaved(samples, rounds=rounds)
+    return {
+        "question": "across",
+        "model": f"two towers of 4 layers of width {width}, {num_rows} rows, k = {num_parts}, {devices} devices",
+        "base": "by hand",
+        "difference": found,
+        "seconds": spreads(taken),
+        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
+        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        "facts": facts,
+    }
+
+
 def tell(found: Mapping[str, Any]) -> None:
     """One table for one question and model."""
     table = [
@@ -399,6 +512,8 @@ def target_of(found: Mapping[str, Any], name: str) -> str:
             return at_most(median, SKIP)
         case "wrt":
             return at_most(median, FROZEN)
+        case "across":
+            return at_most(median, ACROSS)
         case "epochs":
             return at_most(median, EPOCHS)
         case 'rng="example"':
@@ -426,8 +541,10 @@ def main() -> None:
         lambda: epochs(mlp(widths, rows=8 * num_rows), rounds=rounds, calls=2),
         lambda: rows(mlp(widths, rows=num_rows), rounds=rounds, calls=5),
         lambda: frozen(64 if quick else 512, num_rows=256, devices=1, rounds=rounds, calls=5),
+        lambda: across(64 if quick else 256, num_rows=64 if quick else 512, devices=1, rounds=rounds, calls=5),
         lambda: terms(mlp(widths, rows=num_rows), rounds=rounds, calls=20),  # from here on there are eight devices
         lambda: frozen(64 if quick else 512, num_rows=256, devices=8, rounds=rounds, calls=5),
+        lambda: across(64 if quick else 256, num_rows=64 if quick else 512, devices=8, rounds=rounds, calls=5),
     ):
         results.append(measured())
         tell(results[-1])

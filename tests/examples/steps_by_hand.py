@@ -19,6 +19,7 @@ from flax import nnx
 
 from examples.steps import (
     byol,
+    clip_two_towers,
     diffusion,
     dp_sgd,
     dqn,
@@ -30,6 +31,7 @@ from examples.steps import (
     lbfgs,
     linen_batch_stats,
     lora,
+    moe,
     nnx_dropout_batchnorm,
     packed_tokens,
     ppo,
@@ -371,7 +373,49 @@ def epochs() -> Iterator[Found]:
 
 
 SGD = optax.sgd(0.1, momentum=0.9)
+
+
 # Of the whole batch, whatever k and the mesh are.
+def all_pairs() -> Iterator[Found]:
+    """Every image against every text of the batch."""
+    params, batch = clip_two_towers.init(KEY), clip_two_towers.batch()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    opt_state = optimizer.init(params)
+
+    def loss(params: Tree) -> jax.Array:
+        image, text = (jnp.tanh(batch[name] @ params[name]) for name in ("image", "text"))
+        image, text = (z / jnp.sqrt(jnp.sum(z * z, axis=1, keepdims=True)) for z in (image, text))
+        logits = image @ text.T / jnp.exp(params["log_temperature"])
+        both = jax.nn.logsumexp(logits, axis=0) + jax.nn.logsumexp(logits, axis=1)
+        return jnp.mean(both / 2 - jnp.diagonal(logits))
+
+    while True:
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        yield {"params": params, "loss": value}
+
+
+def balanced_experts() -> Iterator[Found]:
+    """The balance is a product of means over the whole batch."""
+    params, batch = moe.init(KEY), moe.batch()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    opt_state = optimizer.init(params)
+
+    def loss(params: Tree) -> tuple[jax.Array, jax.Array]:
+        gates = jax.nn.softmax(batch["x"] @ params["router"])
+        chosen = jax.nn.one_hot(jnp.argmax(gates, axis=1), moe.EXPERTS)
+        predicted = jnp.einsum("ni,eij,ne->nj", batch["x"], params["experts"], gates * chosen)
+        balance = moe.EXPERTS * jnp.sum(chosen.mean(axis=0) * gates.mean(axis=0))
+        return jnp.mean((predicted - batch["y"]) ** 2) + 0.01 * balance, balance
+
+    while True:
+        (value, balance), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        yield {"params": params, "loss": value, "balance": balance}
+
+
 OF_THE_BATCH: dict[str, Callable[[], Iterator[Found]]] = {
     "qlora": partial(trained_part, qlora, ("lora",)),
     "frozen_encoder": partial(trained_part, frozen_encoder, ("head",)),
@@ -387,6 +431,8 @@ OF_THE_BATCH: dict[str, Callable[[], Iterator[Found]]] = {
     "dp_sgd": private,
     "vae": annealed,
     "ppo": epochs,
+    "clip_two_towers": all_pairs,
+    "moe": balanced_experts,
 }
 # Of k microbatches on some devices.
 OF_PARTS: dict[str, Callable[[int, int], Iterator[Found]]] = {
