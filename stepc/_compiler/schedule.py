@@ -550,7 +550,7 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
             pending = pending.complete()
             before, to_value = pending.around_value(_why_reduced(node, outer))
             # The model state that is kept is that of the first pass, so the second need not reduce its own.
-            there = tuple(one for one in pending.schedule if not isinstance(one, ReduceModelState))
+            there = _without_model_state(pending.schedule)
             return replace(pending, schedule=(Perturb(node, (*before, *pending.schedule), to_value, there),))
         case UpdateNode():
             value = pending.as_value(f"`{node.written}` needs the reduced gradient")
@@ -573,6 +573,7 @@ def _evaluation(inner: Program, structure: LossStructure, node: UpdateNode) -> E
     pending = replace(pending, schedule=silent)
     reason = f"`{node.written}` evaluates the loss of the whole batch"
     reduction = (AllReduce(pending.axes, pending.num_devices, reason, written=pending.written),) if pending.axes else ()
+    pending = replace(pending, schedule=_without_model_state(pending.schedule))
     value = _replaced(pending.schedule, lambda one: Value(one.node, one.count))
     value = tuple(replace(one, second=()) if isinstance(one, Across) else one for one in value)
     return Evaluate((*value, *reduction), pending.as_value(reason).schedule)
@@ -657,6 +658,14 @@ def _replaced(body: Schedule, replacement: Callable[[Compute], Instruction]) -> 
             case _:
                 made.append(one)
     return tuple(made)
+
+
+def _without_model_state(body: Schedule) -> Schedule:
+    """The same instructions without the last reduction of a model state that nobody keeps.
+
+    One in a loop stays: the next microbatch reads what it makes.
+    """
+    return tuple(one for one in body if not isinstance(one, ReduceModelState))
 
 
 def _optimize(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:

@@ -291,7 +291,9 @@ class Step:
             if self._gate is not None:
                 self._gate.check(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
             if tuned is not None:
-                return tuned.step.step_with_diagnostics(state, placed)
+                outputs = tuned.step.step_with_diagnostics(state, placed)
+                self._returned = weakref.ref(outputs.state)
+                return outputs
             before = self._traces
             self._batches.compare(self._program, state, placed)
             outputs = StepOutputs(*self._program(state, placed))

@@ -32,6 +32,7 @@ from stepc._language.state import (
     DLPack,
     NumpyExport,
     State,
+    check_goes_on,
     describe_leaf,
     describe_tied_leaves,
     is_numeric,
@@ -308,20 +309,12 @@ def check_like(
     Errors: FieldTypeError if it is not a State; ConfigError if it was donated, if another optimizer made it, or if it
       and an argument say the same.
     """
-    if not isinstance(like, State):
-        facts = (("expected", "a State to go on from"), ("got", type(like).__name__))
-        raise FieldTypeError("`like` is not a State.", facts=facts)
-    given = [name for name, value in (("seed", seed), ("model_state", model_state)) if value is not None]
-    if given:
-        raise ConfigError(
-            f"`init` was given `like` and `{'` and `'.join(given)}`: a state that goes on keeps its own.",
-            suggestion=f"Leave out `{'` and `'.join(given)}`.",
-        )
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(like)):
+    state = check_goes_on(like, seed, model_state)
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
         what = "`like` was donated to an earlier step: its arrays are deleted."
         raise ConfigError(what, suggestion="Use the state that the step returned.")
-    made = jax.eval_shape(lambda params: optimizer_state(params, like.wrt), like.params)
-    faults = _differences(made, like.opt_state, of="opt_state")
+    made = jax.eval_shape(lambda params: optimizer_state(params, state.wrt), state.params)
+    faults = _differences(made, state.opt_state, of="opt_state")
     if faults:
         what = _all(faults, of="`like`, whose optimizer state another optimizer made")
         raise ConfigError(what, suggestion="Leave out `like` and begin with `step.init(params)`.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from stepc._language.kinds import Batch, Kind, Params
 from stepc._language.pipeline import Pipeline, Transform, check_reads, transform_name, transforms_of
 from stepc._language.semantics import Fn
-from stepc._language.state import KEYS, State, as_arrays, carried_over
+from stepc._language.state import KEYS, State, as_arrays, carried_over, check_goes_on
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
 from stepc.errors import ConfigError, FieldTypeError, ShardingError, caret, misspelt_axes
 
@@ -33,7 +33,10 @@ class Reference:
     def init(
         self, params: Params, *, seed: Any = None, model_state: Any = None, like: State | None = None
     ) -> State:  # Any: a seed, as in `Step.init`; the model's own tree
-        """A fresh state; with `like`, one that goes on from that state."""
+        """A fresh state; with `like`, one that goes on from that state. Errors: as in `Step.init`."""
+        if like is not None:
+            check_goes_on(like, seed, model_state)
+            model_state = like.model_state
         seed = 0 if seed is None else seed
         key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else seed
         state = self.fn.init(State(params, None, jnp.zeros((), jnp.int32), key, model_state))

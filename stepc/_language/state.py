@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from stepc._language.kinds import Batch, Params
-from stepc.errors import listed
+from stepc.errors import ConfigError, FieldTypeError, listed
 
 # The leaves that are not replicated: (path, spec), sorted by path.
 Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
@@ -114,6 +114,25 @@ def with_frozen(trained: Params, params: Params, wrt: tuple[str, ...]) -> Params
     given = iter(jax.tree.leaves(trained))
     leaves = [next(given) if is_trained(path, wrt) else leaf for path, leaf in leaves_by_path(params)]
     return jax.tree.structure(params).unflatten(leaves)
+
+
+def check_goes_on(like: object, seed: object, model_state: object) -> State:
+    """Refuse a state to go on from that is none, or that is given besides what it holds itself.
+
+    Args:
+      seed, model_state: what `init` was given besides.
+    Errors: FieldTypeError; ConfigError.
+    """
+    if not isinstance(like, State):
+        facts = (("expected", "a State to go on from"), ("got", type(like).__name__))
+        raise FieldTypeError("`like` is not a State.", facts=facts)
+    given = [name for name, value in (("seed", seed), ("model_state", model_state)) if value is not None]
+    if given:
+        raise ConfigError(
+            f"`init` was given `like` and `{'` and `'.join(given)}`: a state that goes on keeps its own.",
+            suggestion=f"Leave out `{'` and `'.join(given)}`.",
+        )
+    return like
 
 
 def carried_over(fresh: State, like: State) -> State:

@@ -90,6 +90,7 @@ class SignalWatch:
         for number, before in self._before.items():
             if signal.getsignal(number) == self.handle:
                 signal.signal(number, before)
+        self._before.clear()
         self.is_protected = self.is_reading = False
 
     def pass_on(self) -> None:

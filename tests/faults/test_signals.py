@@ -246,18 +246,22 @@ def test_handlers_are_chained_and_restored(number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 def test_further_signals_end_a_run_as_sigterm_does(number: int, tmp_path: Path) -> None:
-    before, logger = signal.getsignal(number), Signalling(number, at=4)
-    with pytest.raises(sc.Preempted) as raised:
-        sc.run(
-            step(), fresh(), FaultPlan().batches(20), loggers=[logger], log_every=1,
-            checkpoint=sc.Checkpoints(tmp_path, every=100),
-            watchdog=sc.Watchdog(signals=(signal.SIGUSR1, signal.SIGHUP)),
-        )  # fmt: skip
+    logger = Signalling(number, at=4)
+    before = signal.signal(number, signal.SIG_DFL)  # under `nohup` SIGHUP is ignored, and a run leaves it so
+    try:
+        with pytest.raises(sc.Preempted) as raised:
+            sc.run(
+                step(), fresh(), FaultPlan().batches(20), loggers=[logger], log_every=1,
+                checkpoint=sc.Checkpoints(tmp_path, every=100),
+                watchdog=sc.Watchdog(signals=(signal.SIGUSR1, signal.SIGHUP)),
+            )  # fmt: skip
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     run = raised.value.run
     assert (raised.value.code, run.ended) == (128 + number, "preempted")
     assert (tmp_path / str(run.steps)).is_dir()
     assert digest(run.state) == digest(by_a_plain_loop(list(range(1, run.steps + 1))))
-    assert signal.getsignal(number) is before
     (start,) = [facts for name, facts, _ in logger.events if name == "start"]
     assert start["signals"] == "SIGINT and SIGTERM and SIGUSR1 and SIGHUP"
 

@@ -148,6 +148,18 @@ def test_the_plan_has_the_reductions_of_an_evaluation() -> None:
     assert sum(one.bytes for one in found) <= 2 * (16 + 8) + 8
 
 
+def test_an_evaluation_reduces_no_model_state() -> None:
+    def loss(params: Any, rows: Any, state: Any) -> tuple[jax.Array, Any]:
+        hidden = rows["x"] @ params["w"]
+        return jnp.mean(hidden**2), {"mean": 0.5 * state["mean"] + 0.5 * hidden.mean(axis=0)}
+
+    step = sc.compile(sc.update(Once()) @ DATA @ sc.grad(loss, model_state=True), mesh=mesh_of(data=8))
+    state = step.init({"w": jnp.ones((4, 2))}, model_state={"mean": jnp.zeros(2)})
+    lowered = step.lower(state, {"x": jnp.ones((64, 4))})
+    planned = [one.per for one in lowered.plan.collectives]
+    assert sorted(planned) == ["gradient of the loss", "step", "step", "value of the loss"], planned
+
+
 def test_a_line_search_holds_the_activations_of_one_microbatch() -> None:
     """Differentiated as it stands, the loop over microbatches would keep what each of them computes."""
 

@@ -79,6 +79,19 @@ def test_measure_that_returns_no_dict_is_refused() -> None:
     assert "expected  a dict of arrays by name" in str(raised.value)
 
 
+def test_measure_of_what_is_no_array_is_named() -> None:
+    def nested(grads: Any, params: Any) -> Any:
+        return {"total": optax.tree.norm(grads), "by_layer": {"w": 1.0}, "nothing": None}
+
+    with pytest.raises(sc.ConfigError) as raised:
+        stepped(sc.measure(nested))
+    assert str(raised.value) == (
+        "The function of `measure(nested)` does not return metrics.\n\n"
+        "  metric 'by_layer'  expected an array, got dict\n"
+        "  metric 'nothing'   expected an array, got NoneType"
+    )
+
+
 @pytest.mark.parametrize("name", ["loss", "skipped", "sizes"])
 def test_measure_whose_name_is_taken_is_refused(name: str) -> None:
     def again(grads: Any, params: Any) -> dict[str, Any]:

@@ -202,6 +202,8 @@ def test_state_goes_on_where_more_is_trained(zero: int) -> None:
     goes_on, _ = second(goes_on, probe_batch(16))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert np.any(numbers(goes_on.params["b"]) != before.params["b"])
+    with pytest.raises(sc.ConfigError, match="`init` was given `like` and `seed`: a state that goes on keeps its own"):
+        second.reference.init(state.params, like=state, seed=3)
     # Back again: what is frozen now loses its moments, and `out` keeps its own.
     back = first.init(goes_on.params, like=goes_on)
     np.testing.assert_array_equal(back.opt_state[0].mu["out"], goes_on.opt_state[0].mu["out"])

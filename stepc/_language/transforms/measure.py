@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
+import numpy as np
+
 from stepc._core.nodes import MapNode
 from stepc._language.kinds import Grads, Kind, Metrics, Params
 from stepc._language.pipeline import QuotedArgument, Transform, function_name, quoted_argument
@@ -11,6 +14,7 @@ from stepc._language.semantics import Fn, Gradient, Microbatch
 from stepc._language.state import State
 from stepc.errors import ConfigError, FieldTypeError
 
+ARRAYS = (jax.Array, np.ndarray, np.generic, float, int)
 Measurement = Callable[[Grads, Params], Mapping[str, Any]]  # Any: arrays
 
 
@@ -54,6 +58,9 @@ def metrics_of(grads: Grads, params: Params, fn: Measurement, written: str) -> t
     returned = fn(grads, params)
     if not isinstance(returned, Mapping) or not all(isinstance(name, str) for name in returned):
         facts = (("expected", "a dict of arrays by name"), ("got", type(returned).__name__))
+        raise ConfigError(f"The function of `{written}` does not return metrics.", facts=facts)
+    if wrong := [(name, type(value).__name__) for name, value in returned.items() if not isinstance(value, ARRAYS)]:
+        facts = tuple((f"metric {name!r}", f"expected an array, got {kind}") for name, kind in wrong)
         raise ConfigError(f"The function of `{written}` does not return metrics.", facts=facts)
     return None, dict(returned)
 
