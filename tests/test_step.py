@@ -234,6 +234,13 @@ def test_every_leaf_of_the_state_is_donated_and_aliased(mesh: dict[str, int] | N
     assert all(row.donated and row.aliased for row in rows)
 
 
+def test_leaf_of_the_state_that_is_only_written_is_donated_and_aliased() -> None:
+    solver = sc.update(optax.lbfgs()) @ sc.grad(LOSS)  # its line search keeps the last gradient, and never reads it
+    program = compiled(solver, None)
+    assert [row.path for row in program.donated() if not (row.donated and row.aliased)] == []
+    program.check(sc.Budget(donated=True))
+
+
 @pytest.mark.parametrize("k", [1, 2, 8, 32])
 def test_gradient_is_reduced_once_a_step_whatever_k(k: int) -> None:
     (row,) = compiled(standard(k), mesh_of(data=8)).collectives()

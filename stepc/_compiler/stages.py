@@ -101,7 +101,7 @@ class Compiled:
 
     def donated(self) -> tuple[DonatedLeaf, ...]:
         """Every leaf of the state, and whether the new state reuses its buffer."""
-        # A step returns every leaf of the state, so jax drops none of its arguments: number and position agree.
+        # A step reads every leaf of the state, so jax drops none of its arguments: number and position agree.
         aliased = inspect.aliases(self.executable)
         leaves = zip(self.plan.leaves, self.requested, strict=True)
         return tuple(

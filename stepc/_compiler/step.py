@@ -400,6 +400,7 @@ class Step:
             )
             new, metrics, diagnostics = lower_schedule(schedule, region)(state, batch)
             check_fixed_point(state, new)
+            new = jax.tree.map(_also_reads, new, state)
             if self.mesh is None:
                 return new, metrics, diagnostics
             shardings = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
@@ -496,6 +497,15 @@ class StepReference:
         # A copy: what the reference passes through unchanged, such as the key, must outlive a donated state.
         copied = jax.device_put(jax.tree.map(jnp.copy, state), device)
         return semantics(copied, jax.device_put(batch, device))
+
+
+def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays
+    """The new leaf of a state, by an operation that reads the old one and that XLA removes.
+
+    jax drops an argument that nothing reads. A leaf that is only written, such as what a line search keeps of itself,
+    would then reuse no buffer.
+    """
+    return new if new is old else jax.lax.select(True, new, old)
 
 
 def _shown(changes: list[str]) -> str:
