@@ -186,6 +186,10 @@ def schedule(count: Any) -> Any:
     return 0.1 / (1 + count)
 
 
+def teaching(params: Any, rows: Any, *, ema: Any, step: Any, weight: float = 1.0) -> jax.Array:
+    return loss(params, rows) + weight * step * loss(ema, rows)
+
+
 def norm(tree: Any) -> jax.Array:
     return optax.tree.norm(tree)
 
@@ -465,6 +469,12 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
             {**probe_params(), "lora": {"bia": np.ones(2, np.float32)}, "text": "frozen"}
         ),
     ),
+    "wrt_matches_deeper": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.update(tx) @ sc.grad(loss, wrt=("layer/lora", "layer/*"))).init(
+            {"net": {"layer": {"w": probe_params(), "lora": {"down": np.ones(2, np.float32)}}}}
+        ),
+    ),
     "like_and_seed": (
         sc.ConfigError,
         lambda: step_on().init(probe_params(), seed=1, like=step_on().init(probe_params())),
@@ -650,6 +660,13 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     ),
     "count_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(jnp.sum(p["w"]), b["y"] > 0))),
     "loss_with_a_third_argument": (sc.LossError, lambda: trained_with(drawing)),
+    "loss_that_reads_unasked": (sc.LossError, lambda: trained_with(teaching)),
+    "metrics_and_model_state": (
+        sc.LossError,
+        lambda: trained_with(
+            lambda p, b, c: (loss(p, b), {"norm": norm(p)}, c), given={"m": np.zeros(())}, model_state=True
+        ),
+    ),
     "loss_without_keys": (sc.LossError, lambda: trained_with(loss, rng="example")),
     "aux_missing": (sc.LossError, lambda: trained_with(loss, has_aux=True)),
     "aux_not_a_dict": (sc.LossError, lambda: trained_with(lambda p, b: (loss(p, b), [1.0]), has_aux=True)),

@@ -402,6 +402,17 @@ def _check_arguments(node: DifferentiateNode) -> None:
             facts=(("read", listed(node.reads)), ("missing", listed(missing))),
             suggestion=f"Write `def {define}(params, rows, *, {', '.join(node.reads)})`.",
         )
+    by_keyword = [one for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    required = [one.name for one in by_keyword if one.default is inspect.Parameter.empty]
+    if unread := [name for name in required if name not in node.reads]:
+        names = [f'"{name}"' for name in (*node.reads, *unread)]
+        reads = names[0] if len(names) == 1 else f"({', '.join(names)})"
+        raise LossError(
+            f"The {who} of `{node.written}` takes by keyword what it is not given.",
+            facts=(("given", listed(node.reads) or "nothing"), ("missing", listed(unread))),
+            suggestion=f"Either write `grad(loss, reads={reads})`, if the state has it, or bind it by "
+            "`functools.partial`.",
+        )
     taken = [one for one in parameters if one.kind in kinds and one.name not in node.reads]
     needed = sum(one.default is inspect.Parameter.empty for one in taken)
     keys = () if node.rng is None else ("keys",) if node.rng == "example" else ("key",)
@@ -439,10 +450,18 @@ def _check_head_arguments(node: DifferentiateNode) -> None:
 def _check_returned(returned: Any, node: DifferentiateNode) -> None:
     wanted = ("value", *(("metrics",) if node.has_aux else ()), *(() if node.model_state is None else ("model_state",)))
     if len(wanted) > 1 and not (isinstance(returned, tuple) and len(returned) == len(wanted)):
-        facts = (("expected", f"a tuple ({', '.join(wanted)})"), ("got", described(returned)))
-        raise LossError(
-            f"The {_returning(node)} of `{node.written}` does not return what its options ask for.", facts=facts
-        )
+        got = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else described(returned)
+        facts = (("expected", f"a tuple ({', '.join(wanted)})"), ("got", got))
+        remedy = None
+        if (
+            isinstance(returned, tuple)
+            and wanted == ("value", "model_state")
+            and len(returned) == 3
+            and node.head is None
+        ):
+            remedy = "Write `grad(loss, has_aux=True, ...)` for a loss that returns (value, metrics, model_state)."
+        what = f"The {_returning(node)} of `{node.written}` does not return what its options ask for."
+        raise LossError(what, facts=facts, suggestion=remedy)
     value = returned[0] if len(wanted) > 1 else returned
     for term in value.terms if isinstance(value, AbstractTerms) else (value,):
         _check_value(term, node)

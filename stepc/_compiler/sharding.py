@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from stepc._core.nodes import MeanNode, OverMesh, Program
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
-from stepc._language.state import describe_leaf, is_typed_key, path_matches
-from stepc.errors import ShardingError, did_you_mean, faults_in_one, misspelt_axes
+from stepc._language.state import describe_leaf, is_typed_key, path_matches, pattern_hint
+from stepc.errors import ShardingError, faults_in_one, misspelt_axes
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
 
@@ -133,7 +133,7 @@ def specs_of_params(rules: BoundRules, params: Shapes) -> dict[str, Spec]:
             faults.append(f"{_rule(pattern, spec)} never applies: earlier rules match the same parameters.")
         else:
             faults.append(f"{_rule(pattern, spec)} matches no parameter.")
-            hints.append(did_you_mean(pattern, [path for path, _ in params]))
+            hints.append(pattern_hint(pattern, [path for path, _ in params]))
     if faults:
         raise _error(faults, dict(rules.sizes), of="the sharding rules", hints=hints)
     return {path: spec for path, spec in found.items() if spec}
@@ -237,7 +237,7 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
     for pattern, spec in rules.layout.batch:
         if not any(path_matches(pattern, path) for path, _ in batch):
             faults.append(f"{_rule(pattern, spec, of='batch ')} matches no leaf of the batch.")
-            hints.append(did_you_mean(pattern, [path for path, _ in batch]))
+            hints.append(pattern_hint(pattern, [path for path, _ in batch]))
     if faults:
         raise _error(faults, dict(rules.sizes), of="the sharding of the batch", hints=hints)
     return found

@@ -40,13 +40,13 @@ from stepc._language.state import (
     is_typed_key,
     leaves_by_path,
     path_matches,
+    pattern_hint,
 )
 from stepc.errors import (
     BatchError,
     ConfigError,
     FieldTypeError,
     ShardingError,
-    did_you_mean,
     faults_in_one,
     listed,
     misspelt_axes,
@@ -190,7 +190,7 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
     for pattern in wrt if leaves else ():
         if not any(path_matches(pattern, path) for path, _ in leaves):
             faults.append(f"`wrt` names {pattern!r}, which matches no parameter.")
-            hints.append(did_you_mean(pattern, [path for path, _ in leaves]))
+            hints.append(pattern_hint(pattern, [path for path, _ in leaves]))
     if faults:
         if any("equinox" in base.__module__ for base in type(params).__mro__):
             partition = "`params, static = eqx.partition(model, eqx.is_inexact_array)`"
@@ -268,7 +268,7 @@ def check_model_state(model_state: Any, program: Program, num_devices: int) -> N
     for pattern, rule in patterns:
         if not any(path_matches(pattern, path) for path, _ in leaves):
             faults.append(f'the rule {pattern!r}: "{rule}" matches no leaf.')
-            hints.append(did_you_mean(pattern, [path for path, _ in leaves]))
+            hints.append(pattern_hint(pattern, [path for path, _ in leaves]))
     if faults:
         raise ConfigError(_all(faults, of="the model state"), suggestion=" ".join(filter(None, hints)) or None)
 

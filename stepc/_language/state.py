@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from stepc._language.kinds import Batch, Params
-from stepc.errors import ConfigError, FieldTypeError, listed
+from stepc.errors import ConfigError, FieldTypeError, did_you_mean, listed
 
 # The leaves that are not replicated: (path, spec), sorted by path.
 Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
@@ -82,6 +82,13 @@ def path_matches(pattern: str, path: str) -> bool:
     parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
     means = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
     return re.fullmatch("".join(means.get(part, re.escape(part)) for part in parts), path) is not None
+
+
+def pattern_hint(pattern: str, paths: list[str]) -> str | None:
+    """What a pattern that matches none of the paths may have been meant to be; None if nothing is close."""
+    wider = (f"**/{pattern}", f"{pattern}/**", f"**/{pattern}/**")
+    found = next((one for one in wider if any(path_matches(one, path) for path in paths)), None)
+    return f"Did you mean {found!r}?" if found else did_you_mean(pattern, paths)
 
 
 def same_tree(tree: Any) -> Any:  # Any: a tree of the user's

@@ -372,10 +372,6 @@ def epochs() -> Iterator[Found]:
         yield {"params": params, **{name: np.stack([one[name] for one in metrics]) for name in metrics[0]}}
 
 
-SGD = optax.sgd(0.1, momentum=0.9)
-
-
-# Of the whole batch, whatever k and the mesh are.
 def all_pairs() -> Iterator[Found]:
     """Every image against every text of the batch."""
     params, batch = clip_two_towers.init(KEY), clip_two_towers.batch()
@@ -416,6 +412,8 @@ def balanced_experts() -> Iterator[Found]:
         yield {"params": params, "loss": value, "balance": balance}
 
 
+SGD = optax.sgd(0.1, momentum=0.9)
+# Of the whole batch, whatever k and the mesh are.
 OF_THE_BATCH: dict[str, Callable[[], Iterator[Found]]] = {
     "qlora": partial(trained_part, qlora, ("lora",)),
     "frozen_encoder": partial(trained_part, frozen_encoder, ("head",)),
