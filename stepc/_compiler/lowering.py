@@ -83,7 +83,7 @@ from stepc._language.model_state import (
     start_of_sum,
     wide_result,
 )
-from stepc._language.optimizers import WHOLE_BATCH_LOSSES, run_optimizer
+from stepc._language.optimizers import WHOLE_BATCH_LOSSES, injected_hyperparameters, run_optimizer
 from stepc._language.semantics import draw_tag, narrowed
 from stepc._language.state import (
     EVERY_LEAF,
@@ -335,8 +335,12 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     is_fine = loss_is_finite & (gradient_is_finite | scale_adapts)
     if optimize.guard is not None or optimize.rescale is None:
         is_fine = is_finite
+    injected = injected_hyperparameters(new.opt_state)
+    check_metric_names(optimize.node.written, injected, metrics)
     paths, sums = zip(*leaves_by_path(squares), strict=True)
-    return StepOutputs(replace(new, slots=slots), metrics, Diagnostics(is_fine, losses, jnp.stack(sums), paths))
+    return StepOutputs(
+        replace(new, slots=slots), {**metrics, **injected}, Diagnostics(is_fine, losses, jnp.stack(sums), paths)
+    )
 
 
 def _trained_alone(state: State) -> State:

@@ -6,6 +6,7 @@ It knows no transform and no pass: the reference, the evaluator and the lowering
 import gc
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType
@@ -13,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from stepc._language.kinds import Grads, Params
@@ -145,6 +147,37 @@ def run_optimizer(
     _check_updates(updates, params, written)
     _check_state(new, opt_state, written)
     return updates, new
+
+
+def injected_hyperparameters(opt_state: Any) -> dict[str, jax.Array]:  # Any: the optimizer's own tree
+    """The hyperparameters that `optax.inject_hyperparams` keeps in a state, by name.
+
+    A name that several of a chain or a partition inject stands after the place of each: `head/learning_rate`.
+    """
+    found = [
+        ("/".join(map(str, place)), name, value)
+        for place, state in _injected_states(opt_state, ())
+        for name, value in state.hyperparams.items()
+        if isinstance(value, jax.Array | np.ndarray | np.generic | float | int)
+    ]
+    times = Counter(name for _, name, _ in found)
+    return {name if times[name] == 1 else f"{place}/{name}": jnp.asarray(value) for place, name, value in found}
+
+
+def _injected_states(tree: Any, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    # Any, twice: states of optax. The place has the keys of dicts and, without any, the position in a chain.
+    if hasattr(tree, "hyperparams") and hasattr(tree, "inner_state"):
+        yield place, tree
+        yield from _injected_states(tree.inner_state, place)
+    elif isinstance(tree, Mapping):
+        for key, inner in tree.items():
+            yield from _injected_states(inner, (*place, key))
+    elif isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        for position, inner in enumerate(tree):
+            yield from _injected_states(inner, (*place, position))
+    elif isinstance(tree, tuple):
+        for inner in tree:
+            yield from _injected_states(inner, place)
 
 
 def _called(optimizer: Optimizer, function: Callable[[], Any], written: str) -> Any:  # Any: trees of the optimizer

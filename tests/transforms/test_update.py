@@ -10,7 +10,7 @@ from catalogue import PROBES, probe_batch, probe_params
 
 import stepc as sc
 from stepc._language.optimizers import extra_arguments
-from stepc.testing import assert_equal_trees
+from stepc.testing import assert_equal_trees, assert_equivalent
 
 LOSS = PROBES["over_rows"]
 
@@ -100,3 +100,52 @@ def test_init_of_a_step_and_of_its_reference_agree(seed: int) -> None:
         step.init(params, seed=seed), step.reference.init(params, seed=seed), tolerance=0.0, of="two inits"
     )
     assert step.init(params, seed=seed).rng == jax.random.key(seed)
+
+
+SCHEDULE = optax.linear_schedule(0.5, 0.1, 4)
+
+
+def injected(rate: Any, momentum: float) -> Any:
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=momentum)
+
+
+@pytest.mark.parametrize("outside", [None, sc.skip_nonfinite(), sc.ema(0.5)], ids=str)
+def test_injected_hyperparameters_are_metrics(outside: Any) -> None:
+    pipeline = sc.update(optax.chain(optax.clip(9.0), injected(SCHEDULE, 0.75))) @ sc.accumulate(2) @ sc.grad(LOSS)
+    step = sc.compile(pipeline if outside is None else outside @ pipeline)
+    state = step.init(probe_params())
+    for number in range(3):
+        assert_equivalent(step, state, probe_batch(8))
+        state, metrics = step(state, probe_batch(8))
+        assert metrics["learning_rate"] == SCHEDULE(number) and metrics["momentum"] == 0.75
+    again = sc.compile(sc.repeat(2) @ pipeline)
+    _, metrics = again(again.init(probe_params()), jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), probe_batch(8)))
+    assert metrics["learning_rate"].tolist() == [SCHEDULE(0), SCHEDULE(1)]
+
+
+def test_hyperparameters_of_several_optimizers_stand_after_their_places() -> None:
+    parts = {"head": injected(0.5, 0.75), "rest": injected(0.25, 0.75)}
+    labels = {name: "head" if number == 0 else "rest" for number, name in enumerate(probe_params())}
+    step = sc.compile(sc.update(optax.partition(parts, labels)) @ sc.grad(LOSS))
+    _, metrics = step(step.init(probe_params()), probe_batch(8))
+    assert {name: float(value) for name, value in metrics.items() if name != "loss"} == {
+        "head/learning_rate": 0.5,
+        "head/momentum": 0.75,
+        "rest/learning_rate": 0.25,
+        "rest/momentum": 0.75,
+    }
+    chained = sc.compile(sc.update(optax.chain(injected(0.5, 0.0), injected(0.25, 0.0))) @ sc.grad(LOSS))
+    _, metrics = chained(chained.init(probe_params()), probe_batch(8))
+    assert (metrics["0/learning_rate"], metrics["1/learning_rate"]) == (0.5, 0.25)
+
+
+def test_hyperparameter_with_the_name_of_another_metric_is_refused() -> None:
+    def loss(params: Any, rows: Any) -> tuple[jax.Array, dict[str, Any]]:
+        return LOSS(params, rows), {"learning_rate": 0.5}
+
+    step = sc.compile(sc.update(injected(0.5, 0.0)) @ sc.grad(loss, has_aux=True))
+    with pytest.raises(sc.ConfigError) as raised:
+        step(step.init(probe_params()), probe_batch(8))
+    assert str(raised.value) == (
+        "`update(injected(0.5, 0.0))` adds a metric whose name is taken.\n\n  taken  learning_rate"
+    )

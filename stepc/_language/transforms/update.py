@@ -15,6 +15,7 @@ from stepc._language.optimizers import (
     Optimizer,
     check_optimizer,
     initial_state,
+    injected_hyperparameters,
     run_optimizer,
 )
 from stepc._language.pipeline import QuotedArgument, Transform, quoted_argument
@@ -62,6 +63,7 @@ class Update(Transform):
                 updates, opt_state = run_optimizer(optimizer, grads, state.opt_state, state.trained, offered, written)
                 state = state.with_trained(optax.apply_updates(state.trained, updates))
                 state = replace(state, opt_state=opt_state, step=state.step + 1, model_state=model_state)
+            metrics = {**metrics, **injected_hyperparameters(state.opt_state)}
             return StepResult(state, metrics, all_finite, happens, always)
 
         return Fn(init, apply, inner.axes, inner.names)
@@ -85,10 +87,12 @@ def update(optimizer: Optimizer) -> Update:
         what the optimizers inside it name.
     Shapes: the gradient has the shapes and dtypes of `params`; `opt_state` is the optimizer's own tree.
     Units: the optimizer's: it sees the mean gradient, not a sum.
-    Type: gradient -> step
+    Type: gradient -> step; adds the hyperparameters that `optax.inject_hyperparams` keeps in the new state, by name
+      (`learning_rate`; `head/learning_rate` where several optimizers inject one)
     Errors: FieldTypeError if it is not an optimizer; PipelineTypeError if the stage on its right returns no gradient;
       ConfigError for an optimizer that no step can run (`optax.lookahead`, DP-SGD, `contrib.sam` in its opaque mode),
-      for updates that do not fit the parameters, and for a state whose tree changes.
+      for updates that do not fit the parameters, for a state whose tree changes, and where the loss has a metric of the
+      name of a hyperparameter.
     `value_fn` is the loss itself: `clip`, `noise` and `scale` change the gradient that a line search starts from, and
     nothing that it evaluates. Every evaluation costs as much as the loss of a step, or its gradient, and one reduction.
     Example:
