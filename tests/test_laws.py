@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from catalogue import PROBES, every_probe, probe_batch, probe_params
+from catalogue import PROBES, every_probe, over_pairs, probe_batch, probe_params
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +32,7 @@ from stepc._core.nodes import (
 from stepc.errors import EquivalenceError
 from stepc.testing import assert_equal_trees
 from stepc.testing import evaluate as evaluator
+from stepc.testing.probes import encoding
 
 NUM_ROWS = 32
 STATE = evaluator.EvaluationState(jax.tree.map(jnp.asarray, probe_params()), None)
@@ -80,6 +81,29 @@ def test_laws_change_no_bit_wherever_they_apply(data: st.DataObject) -> None:
     trace = apply_laws(data.draw(programs(PROBE)), LAWS)
     for one in trace:
         assert_evaluates_to_the_same(one)
+
+
+def of_whole_batch(program: Program) -> Program:
+    """The same means of a loss of the whole batch."""
+    return (*program[:-1], DifferentiateNode(encoding, head=over_pairs))
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_laws_change_no_bit_of_a_loss_of_the_whole_batch(data: st.DataObject) -> None:
+    program = of_whole_batch(data.draw(programs(PROBE)))
+    assume(not any(isinstance(node, MeanNode) and isinstance(node.place, UnderVmap) for node in program))
+    for one in apply_laws(program, LAWS):
+        assert_evaluates_to_the_same(one)
+
+
+@pytest.mark.parametrize("mean", [MeanNode(InScan(4)), MeanNode(OverMesh(("a",), 4))], ids=str)
+def test_mean_that_moves_past_what_is_not_linear_gives_the_head_another_batch(mean: MeanNode) -> None:
+    program = (mean, MapNode(signs), *of_whole_batch((DifferentiateNode(PROBE),)))
+    assert not apply_laws(program, LAWS)
+    moved = (program[1], program[0], program[2])
+    with pytest.raises(EquivalenceError):
+        assert_evaluates_to_the_same(AppliedLaw(BY_NAME["defer-reduce"], program, moved))
 
 
 # A program on which each law applies; a law without one fails the test below.

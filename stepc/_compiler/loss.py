@@ -767,7 +767,8 @@ def _names_an_axis(error: NameError, node: DifferentiateNode) -> LossError:
 
 def _add_note(error: Exception, node: DifferentiateNode, rows: BatchRows) -> None:
     shapes = listed(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
-    error.add_note(f"stepc: raised by the loss of `{node.written}` while it was traced for one microbatch: {shapes}")
+    who = "loss" if node.head is None else "encoder"
+    error.add_note(f"stepc: raised by the {who} of `{node.written}` while it was traced for one microbatch: {shapes}")
 
 
 def described(value: Any) -> str:

@@ -248,6 +248,89 @@ def test_encoder_that_fails_in_one_microbatch_is_found() -> None:
     assert dict(diagnostics.describe())["microbatches"] == "2 (of 4, counted from 0)"
 
 
+def mean_of_squares(params: Any, z: Any) -> jax.Array:
+    return jnp.mean(z.astype(jnp.float32)) ** 2 + params["b"]
+
+
+FORMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "one array": (mean_of_squares, lambda p, rows: jnp.matmul(rows["x"], p["w"]), {}),
+    "bfloat16": (mean_of_squares, lambda p, rows: jnp.matmul(rows["x"], p["w"]).astype(jnp.bfloat16), {}),
+    "several axes": (mean_of_squares, lambda p, rows: rows["x"][:, :, None] * p["w"][None, None, :], {}),
+    "no rows": (
+        lambda p, z: (z["t"].value * z["u"].value).sum() + p["b"],
+        lambda p, rows: {"t": sc.Sum(jnp.matmul(rows["x"], p["w"]).sum()), "u": sc.Mean(rows["x"].sum(axis=0), 4)},
+        {},
+    ),
+    "a leaf that is not used": (
+        mean_of_squares_of_a := lambda p, z: mean_of_squares(p, z["a"]),
+        lambda p, rows: {"a": jnp.matmul(rows["x"], p["w"]), "b": rows["x"] * p["w"][None], "on": rows["y"] > 0},
+        {},
+    ),
+    "a key for each call": (
+        mean_of_squares_of_a,
+        lambda p, rows, key: {"a": jnp.matmul(rows["x"] * jax.random.normal(key, (3,))[None], p["w"])},
+        {"rng": "microbatch"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_encoder_returns_what_it_likes(form: str) -> None:
+    head, encode, options = FORMS[form]
+    source = sc.grad(sc.across(head) @ encode, **options)
+    step = sc.compile(SGD @ sc.accumulate(2) @ DATA @ source, mesh=mesh_of(data=4))
+    assert_equivalent(
+        step, step.init(probe_params()), probe_batch(ROWS), tolerance=1e-2 if form == "bfloat16" else 1e-5
+    )
+
+
+def test_step_is_a_function_of_its_state_under_scan_and_vmap() -> None:
+    step = sc.compile(SGD @ sc.accumulate(2) @ DATA @ WHOLE["whole_terms"], mesh=mesh_of(data=2))
+    batches = [probe_batch(ROWS, seed=seed) for seed in range(2)]
+    states = [step.init(jax.tree.map(lambda leaf, by=by: leaf * by, probe_params())) for by in (1, 2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    several = jax.jit(jax.vmap(lambda state: jax.lax.scan(step.function, state, stacked)))
+    got = jax.device_get(several(together)[0].params)
+    for number, state in enumerate(states):
+        for batch in batches:
+            state, _ = step(state, batch)
+        one = jax.tree.map(lambda leaf, number=number: leaf[number], got)
+        assert_equal_trees(one, jax.device_get(state.params), tolerance=1e-5, of="the members and each alone")
+
+
+USES: dict[str, tuple[Any, str]] = {
+    "alone": (encoding, "encoder"),
+    "normalised": (
+        lambda p, rows: {"a": (rows["x"] - rows["x"].mean(axis=0, keepdims=True)) ** 2 * p["w"][None]},
+        "couples",
+    ),
+    "sum of means": (lambda p, rows: {"a": sc.Sum(jnp.mean(jnp.matmul(rows["x"], p["w"])))}, "encoder mean"),
+    "mean of means": (lambda p, rows: {"a": sc.Mean(jnp.mean(jnp.matmul(rows["x"], p["w"])), 1)}, "encoder"),
+    "in order": (lambda p, rows: {"a": jnp.arange(len(rows["x"])) * jnp.matmul(rows["x"], p["w"])}, "place"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_plan_says_what_the_encoder_does_with_its_rows(use: str) -> None:
+    encode, kind = USES[use]
+
+    def head(params: Any, z: Any) -> jax.Array:
+        values = jax.tree.map(lambda one: getattr(one, "value", one), z, is_leaf=lambda one: hasattr(one, "value"))
+        leaves = [leaf.astype(jnp.float32).mean() for leaf in jax.tree.leaves(values)]
+        return sum(leaves, start=jnp.float32(0.0)) ** 2 + params["b"]
+
+    step = sc.compile(SGD @ sc.accumulate(4) @ sc.grad(sc.across(head) @ encode))
+    state = step.init(probe_params())
+    ((_, found),) = step.lower(state, probe_batch(ROWS)).plan.losses
+    assert found.kind == kind
+    if found.depends_on_split:
+        with pytest.raises(EquivalenceError, match="is not that of the whole batch"):
+            sc.testing.assert_split_invariant(step, state, probe_batch(ROWS))
+    else:
+        sc.testing.assert_split_invariant(step, state, probe_batch(ROWS))
+
+
 # Wrong variants, which the ladder must catch.
 
 
