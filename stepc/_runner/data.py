@@ -44,12 +44,17 @@ class Positioned(Protocol):
 
 
 class DataItem(NamedTuple):
-    """A batch, with the position of the data after and before it; or a hole, the place of a batch that was left out."""
+    """A batch, with the position of the data after and before it; or a hole, the place of a batch that was left out.
+
+    Args:
+      spec: the signature of the batch as it was read; one object for all batches of one signature.
+    """
 
     batch: Batch
     after: Any = None  # Any: see Positioned
     is_hole: bool = False
     before: Any = None  # Any: see Positioned
+    spec: "BatchSpec | None" = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,10 @@ class BatchSpec:
     leaf_types: tuple[tuple[type, tuple[int, ...], Any], ...] = ()  # Any: a dtype
     is_narrowed: bool = False
 
+    def num_rows(self) -> int:
+        """The rows of the first leaf that has any."""
+        return next((shape[0] for _, shape, _ in self.leaves if shape), 0)
+
     def rows(self) -> dict[str, str]:
         """Each leaf as it is printed, by path."""
         return {
@@ -139,14 +148,17 @@ class Source:
 
     Args:
       place: moves a batch to the devices, or leaves it on the host.
-      short: "raise", "drop" or "pad" for a batch that has the first one's signature but fewer rows.
+      short: "raise", "drop" or "pad" for a batch that has an earlier one's signature but fewer rows.
+      has_many: whether batches may differ in shape.
+      specs: the signatures so far, each once.
       is_reading: whether a read has begun and not ended; after a signal the iterator stands anywhere within it.
     """
 
     data: Iterable[Batch]
     place: Callable[[Batch], Batch] = lambda batch: batch
     short: str = "raise"
-    spec: BatchSpec | None = None
+    has_many: bool = False
+    specs: list[BatchSpec] = field(default_factory=list)
     num_reads: int = 0
     num_given: int = 0
     batches: Iterator[Batch] = field(init=False)
@@ -183,17 +195,34 @@ class Source:
         self.is_reading, self.failed = False, None
         try:
             batch = as_arrays(batch)
-            if self.short == "drop" and is_short(batch, self.spec):
+            # Of several, the one with the fewest rows that it can be filled up to.
+            longer = min((one for one in self.specs if is_short(batch, one)), key=BatchSpec.num_rows, default=None)
+            if self.short == "drop" and longer is not None:
                 return LeftOut()
             if self.short == "pad":
                 check_mask(batch)
-                batch = padded(batch, self.spec) if self.spec and is_short(batch, self.spec) else batch
-            self.spec = checked(batch, self.spec, self.saved_rows)
-            item = DataItem(self.place(copied(batch)), after, before=self.before)
+                batch = batch if longer is None else padded(batch, longer)
+            spec = self._signature_of(batch)
+            item = DataItem(self.place(copied(batch)), after, before=self.before, spec=spec)
         except Exception as error:  # BatchError, or whatever the user's `place` raises
             return self._failure(error)
         self.num_given += 1
         return item
+
+    @property
+    def spec(self) -> BatchSpec | None:
+        """The signature of the first batch."""
+        return self.specs[0] if self.specs else None
+
+    def _signature_of(self, batch: Batch) -> BatchSpec:
+        """The one of the signatures that a batch has; a new one if it may have one. Errors: BatchError."""
+        alike = next((one for one in self.specs if has_signature(batch, one)), None) if self.has_many else self.spec
+        spec = checked(batch, alike, None if self.has_many and self.specs else self.saved_rows, any_shape=self.has_many)
+        if spec is not alike:
+            if self.spec is not None and alike is None:
+                check_kinds(spec, self.spec)
+            self.specs = [one for one in self.specs if one is not alike] + [spec]
+        return spec
 
     @property
     def is_shared(self) -> bool:
@@ -398,17 +427,36 @@ def data_failure(failure: ReadFailure, step: int) -> DataError:
     return DataError(what, phase="data", step=step, state_ok=True, facts=facts, suggestion=suggestion)
 
 
-def checked(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | None = None) -> BatchSpec:
+def checked(
+    batch: Batch, first: BatchSpec | None, saved: dict[str, str] | None = None, *, any_shape: bool = False
+) -> BatchSpec:
     """The signature of a batch, which must be that of the first; the first must have that of the run it resumes.
+
+    Args:
+      any_shape: whether the run that is resumed may have had other shapes.
 
     Errors: BatchError with every fault: path, expected, got.
     """
     leaves, structure = jax.tree.flatten(batch)
     if first is None or structure != first.structure or not _have_types(leaves, first.leaf_types):
-        first = _compared(batch, first, saved)
+        first = _compared(batch, first, saved, any_shape=any_shape)
     if first.is_narrowed:
         _raise_for("This batch holds integers that do not fit in the dtype that jax gives them.", _too_large(batch))
     return first
+
+
+def has_signature(batch: Batch, spec: BatchSpec) -> bool:
+    """Whether a batch has this signature, of arrays of numpy or jax."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure == spec.structure and tuple(map(_described, leaves)) == spec.leaves
+
+
+def check_kinds(spec: BatchSpec, first: BatchSpec) -> None:
+    """Refuse a signature that differs from another one in more than its shapes. Errors: BatchError."""
+    faults = _changes(_without_shape(spec.rows()), _without_shape(first.rows()))
+    if not faults and spec.structure != first.structure:
+        faults = [("structure", f"expected {first.structure}, got {spec.structure}")]
+    _raise_for("This batch differs from the first in more than its shapes.", faults)
 
 
 def is_short(batch: Batch, first: BatchSpec | None) -> bool:
@@ -465,7 +513,7 @@ def _have_types(leaves: list[Any], types: tuple[tuple[type, tuple[int, ...], Any
     return True
 
 
-def _compared(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | None) -> BatchSpec:
+def _compared(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | None, *, any_shape: bool) -> BatchSpec:
     """The slow part of `checked`: for the first batch, and for one whose arrays are of another class."""
     leaves, structure = jax.tree.flatten(batch)
     described = tuple([_described(leaf) for leaf in leaves])
@@ -479,7 +527,8 @@ def _compared(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | Non
         _raise_for("The signature of this batch is not that of the first batch.", faults)
     _raise_for("A batch must be a tree of arrays of numbers, with at least one row each.", faults)
     # numpy arrays may have become arrays of jax, or the other way round: their numbers are the same.
-    faults = _changes(_without_place(spec.rows()), _without_place(saved or spec.rows()))
+    kept = _without_shape if any_shape else _without_place
+    faults = _changes(kept(spec.rows()), kept(saved or spec.rows()))
     what = "The signature of this batch is not that of the batches before the checkpoint."
     _raise_for(what, faults, "If that is meant: Checkpoints(…, check_data=False).")
     return replace(
@@ -537,6 +586,10 @@ def _too_large(batch: Batch) -> list[tuple[str, str]]:
 
 def _without_place(rows: Mapping[str, str]) -> dict[str, str]:
     return {path: text.removeprefix("host ").removeprefix("device ") for path, text in rows.items()}
+
+
+def _without_shape(rows: Mapping[str, str]) -> dict[str, str]:
+    return {path: text.partition("[")[0] for path, text in _without_place(rows).items()}
 
 
 def _raise_for(what: str, faults: list[tuple[str, str]], remedy: str | None = None) -> None:

@@ -61,7 +61,7 @@ class SingleProcess:
         """The time in seconds, the same on all processes."""
         return time.monotonic()
 
-    def agreed(self, found: Read, number: int, spec: BatchSpec | None, signals: SignalWatch) -> Read:
+    def agreed(self, found: Read, number: int, signals: SignalWatch) -> Read:
         """What all processes do, given what this one has read."""
         return found
 
@@ -135,7 +135,7 @@ class ProcessGroup:
         """The clock of process 0 as of the last poll: what is due by time is due on all processes at once."""
         return self._tenths / 10
 
-    def agreed(self, found: Read, number: int, spec: BatchSpec | None, signals: SignalWatch) -> Read:
+    def agreed(self, found: Read, number: int, signals: SignalWatch) -> Read:
         """If one process receives a signal, runs out of data or fails to read, all of them do at the same step."""
         self._num_polls += 1
         if isinstance(found, ReadFailure):
@@ -144,7 +144,7 @@ class ProcessGroup:
         self.at(WAITING, number)
         tenths = int((time.monotonic() - self._began) * 10)
         is_saving = self.commit.is_busy_here()
-        polled = self._poll((_bits(found), signals.received or 0, self._digest_of(found, spec), tenths, is_saving))
+        polled = self._poll((_bits(found), signals.received or 0, self._digest_of(found), tenths, is_saving))
         self.at("step", number + 1)
         bits, received, digests = polled[:, 0], polled[:, 1], polled[:, 2]
         self._tenths, self.commit.is_busy = int(polled[0, 3]), bool(polled[:, 4].any())
@@ -166,6 +166,7 @@ class ProcessGroup:
         if all_bits & SHORT:
             return LeftOut(int(np.flatnonzero(bits & SHORT)[0]))
         if (digests != digests[0]).any():
+            spec = found.spec if isinstance(found, DataItem) else None
             facts = self.store.differences("batch", {} if spec is None else spec.rows())
             error = BatchError("The batches of the processes have different signatures.", facts=facts)
             return ReadFailure(error, self._num_polls, number, is_final=True)
@@ -281,8 +282,9 @@ class ProcessGroup:
         what = f"{who} is gone: it crashed or was killed, without an error message."
         return PeerError(what, process=lost, step=self.heartbeat.step, phase="collective")
 
-    def _digest_of(self, found: Read, spec: BatchSpec | None) -> int:
+    def _digest_of(self, found: Read) -> int:
         """A number that stands for the signature of the batch; computed once, since the signature rarely changes."""
+        spec = found.spec if isinstance(found, DataItem) else None
         if spec is not self._spec_digest[0]:
             self._spec_digest = (spec, poll_digest(repr(spec)))
         return self._spec_digest[1] if isinstance(found, DataItem) and not found.is_hole else 0

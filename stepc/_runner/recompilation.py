@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc._language.kinds import Batch
 from stepc._language.state import leaves_by_path
+from stepc._runner.data import BatchSpec, DataItem
 from stepc._runner.events import EventLog
 from stepc._runner.pending import AnyStep, PlainStep, check_metrics
 from stepc._text import readable_bytes
@@ -32,12 +32,17 @@ class RecompilationMonitor:
     step: AnyStep
     events: EventLog
     max_recompiles: int | None
-    is_built: bool = field(default=False, init=False)
+    _built: list[BatchSpec | None] = field(default_factory=list, init=False)
     _first_traces: int | None = field(default=None, init=False)
     _reported: int = field(default=0, init=False)
+    _new: str = field(default="", init=False)  # the signature that the last program was compiled for
 
-    def prepare(self, number: int, state: Any, batch: Batch) -> None:  # Any: a state
-        """Called before the first call: log the plan, compile, and refuse a program that does not fit on a device.
+    def is_built_for(self, spec: BatchSpec | None) -> bool:
+        """Whether there is a program for batches of this signature."""
+        return any(spec is one for one in self._built)
+
+    def prepare(self, number: int, state: Any, item: DataItem) -> None:  # Any: a state
+        """Called before the first call for each signature: compile, and refuse a program that does not fit on a device.
 
         The call that follows neither traces nor compiles again: `lower` traces the program that the call runs, and JAX
         keeps both the trace and the executable. Errors: those of `lower`; MemoryError; BuildError for a metric that a
@@ -47,7 +52,7 @@ class RecompilationMonitor:
             case PlainStep():
                 pass
             case step:
-                lowered = step.lower(state, batch)
+                lowered = step.lower(state, item.batch)
                 check_metrics(
                     lowered.metric_shapes,
                     step=number + 1,
@@ -55,7 +60,7 @@ class RecompilationMonitor:
                     taken=self.events.taken_names,
                     state_ok=True,
                 )
-                if self.events.loggers:
+                if self.events.loggers and not self._built:
                     self.events.event("plan", number, level=logging.INFO, plan=str(lowered.plan))
                 needed = memory(lowered.compile().executable).total
                 device = jax.tree.leaves(state)[0].addressable_shards[0].device
@@ -64,7 +69,9 @@ class RecompilationMonitor:
                     has = readable_bytes(available)
                     what = f"the program needs {readable_bytes(needed)} on one device; {device} has {has}"
                     raise MemoryError(what)
-        self.is_built = True
+        if self._built and item.spec is not None:
+            self._new = f"a batch of {', '.join(f'{path} {leaf}' for path, leaf in item.spec.rows().items())}"
+        self._built.append(item.spec)
 
     def check_first(self, before: Any, after: Any) -> None:  # Any: states
         """After the first call: log the buffers that were not donated, refuse a state of another type.
@@ -97,7 +104,7 @@ class RecompilationMonitor:
         recompiles = traces - self._first_traces
         if recompiles == self._reported:
             return
-        self._reported, why = recompiles, step.retrace_reason
+        self._reported, why, self._new = recompiles, self._new or step.retrace_reason, ""
         self.events.event("recompiled", number, times=recompiles, why=why)
         if self.max_recompiles is not None and recompiles > self.max_recompiles:
             what = f"Step {number} was compiled again: {recompiles} times in this run, {self.max_recompiles} allowed."

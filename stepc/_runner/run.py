@@ -69,17 +69,21 @@ class Data:
         stands; what it has read ahead of another one is lost, and the event `batches_lost` says how much.
       short_batches: what becomes of a batch with fewer rows than the first: "raise"; "drop"; or "pad" with copies of
         its first row that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
+      signatures: "one", every batch has the shapes of the first; or "many", for buckets of lengths and curricula: the
+        step is compiled once for each set of shapes, `Watchdog(max_recompiles=…)` bounds how many, and a short batch is
+        one of fewer rows than an earlier one of its other sizes.
       timeout_seconds: how long to wait for a batch before that is a DataError; needs `prefetch`.
       place: puts a batch on the devices, instead of `run`.
     Errors: FieldTypeError or ConfigError with all faults.
     Example:
       >>> Data([], prefetch=2, timeout_seconds=60)
-      Data(loader=[], prefetch=2, short_batches='raise', timeout_seconds=60, place=None)
+      Data(loader=[], prefetch=2, short_batches='raise', signatures='one', timeout_seconds=60, place=None)
     """
 
     loader: Iterable[Batch]
     prefetch: int = 0
     short_batches: str = "raise"
+    signatures: str = "one"
     timeout_seconds: float | None = None
     place: Callable[[Batch], Batch] | None = None
 
@@ -88,6 +92,7 @@ class Data:
         _check_loader("loader", self.loader, "an iterable of batches", faults)
         faults.count("prefetch", self.prefetch, least=0)
         faults.choice("short_batches", self.short_batches, ("raise", "drop", "pad"))
+        faults.choice("signatures", self.signatures, ("one", "many"))
         faults.seconds("timeout_seconds", self.timeout_seconds)
         faults.callable_("place", self.place, "a function of a batch, or None", optional=True)
         if self.timeout_seconds is not None and self.prefetch == 0:
@@ -189,7 +194,7 @@ def run(
     with ExitStack() as at_the_end:
         peers = at_the_end.enter_context(closing(peers_for(state)))
         place = data.place or (ours.put if data.prefetch > 0 or peers.are_many else lambda batch: batch)
-        source = Source(data.loader, place, data.short_batches)
+        source = Source(data.loader, place, data.short_batches, has_many=data.signatures == "many")
         is_positioned = isinstance(source.batches, Positioned)
         peers.check_same("arguments", lambda: _comparable(arguments, policies, watchdog, buffers, data, is_positioned))
         _check_replay(policies, checkpoint, is_positioned=is_positioned)
@@ -401,6 +406,7 @@ def _comparable(
         # A profile waits for the steps in flight, and `reject_if` is voted when they are waited for.
         "profile": repr(None if arguments["reject_if"] is None else arguments["profile"]),
         "short_batches": repr(data.short_batches),
+        "signatures": repr(data.signatures),
         "place": _name_of_function(data.place),
         "data": f"with{'' if is_positioned else 'out'} `get_state()` and `set_state(state)`",
     }

@@ -140,7 +140,7 @@ class Trainer:
                 self.peers.at("data", self.number)
                 if not self.is_over():
                     read = self.reader.read(self._num_calls_left())
-                found = self.peers.agreed(read, self.number, self.reader.source.spec, self.signals)
+                found = self.peers.agreed(read, self.number, self.signals)
                 match found:
                     case DataItem():
                         self.dispatch(found)
@@ -184,16 +184,16 @@ class Trainer:
         else:
             self.dispatching = item
             try:
-                if not self.monitor.is_built:
+                if not self.monitor.is_built_for(item.spec):
                     with self.watcher.patient():  # tracing alone may take minutes, and as long after a new start
-                        self.monitor.prepare(self.number, self.run.state, item.batch)
+                        self.monitor.prepare(self.number, self.run.state, item)
                 state, metrics, diagnostics = self.step.step_with_diagnostics(self.run.state, item.batch)
             except BuildError:
                 raise  # by `prepare`, which says what and where itself
             except Exception as error:  # whatever the step raises: its class says little, its phase says much
                 self.wait(0)
                 is_alive = not deleted_leaves(self.run.state)
-                is_device = self.monitor.is_built and isinstance(error, jax.errors.JaxRuntimeError)
+                is_device = self.monitor.is_built_for(item.spec) and isinstance(error, jax.errors.JaxRuntimeError)
                 phase = "build" if is_alive and not is_device else "dispatch"
                 raise step_failure(error, phase, first, state_ok=is_alive) from error
             if not isinstance(metrics, dict) or metrics.keys() != self.metric_names:
