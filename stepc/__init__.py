@@ -19,6 +19,7 @@ from stepc._language.state import State
 from stepc._language.terms import Last, Max, Mean, Min, Sum
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.across import across
+from stepc._language.transforms.alternate import alternate
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
@@ -135,6 +136,7 @@ __all__ = [
     "Watchdog",
     "accumulate",
     "across",
+    "alternate",
     "cast",
     "clip",
     "compile",

@@ -5,6 +5,7 @@ losses expands to `Wrap`. Nodes are frozen values, and the set is closed: `Node`
 """
 
 from stepc._core.nodes import (
+    AlternateNode,
     DifferentiateNode,
     FollowNode,
     GuardNode,
@@ -17,12 +18,14 @@ from stepc._core.nodes import (
     RepeatNode,
     RescaleNode,
     ScaleNode,
+    Turn,
     UnderVmap,
     UpdateNode,
     Wrap,
 )
 
 __all__ = [
+    "AlternateNode",
     "DifferentiateNode",
     "FollowNode",
     "GuardNode",
@@ -35,6 +38,7 @@ __all__ = [
     "PerturbNode",
     "RescaleNode",
     "ScaleNode",
+    "Turn",
     "UnderVmap",
     "UpdateNode",
     "Wrap",

@@ -72,7 +72,14 @@ LOSSES = {
 }
 HEADS = {"across": sc.across(over_pairs)}
 GRADS = {"grad": sc.grad(PROBES["over_rows"])}
-SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **HEADS, **GRADS}
+TURNS = {
+    "alternate": sc.alternate(
+        w=sc.update(optax.sgd(0.5)) @ sc.grad(PROBES["over_rows"], wrt="w"),
+        b=sc.update(optax.sgd(0.25, momentum=0.5)) @ sc.grad(PROBES["over_rows"], wrt="b"),
+        every={"b": 2},
+    )
+}
+SAMPLES = {**EXACT, **ROUNDED, **UPDATES, **STEPS, **LOSSES, **HEADS, **GRADS, **TURNS}
 
 
 def fits(name: str, source: sc.Transform) -> bool:

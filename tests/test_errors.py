@@ -90,6 +90,23 @@ def repeated(batch: Any) -> None:
     step(step.init(probe_params()), batch)
 
 
+turn = sc.update(tx) @ sc.grad(loss)
+
+
+def turns_of_microbatches(batch: Any) -> None:
+    one, two = (sc.update(tx) @ sc.accumulate(k) @ dp @ sc.grad(loss) for k in (K, 3))
+    step = sc.compile(sc.alternate(d=one, g=two), mesh=mesh_of(data=N))
+    step(step.init(probe_params()), batch)
+
+
+def turns_with_other_rules() -> None:
+    def stateful(params: Any, rows: Any, model_state: Any) -> Any:
+        return loss(params, rows), model_state
+
+    one, two = (sc.update(tx) @ sc.grad(stateful, model_state={"**": rule}) for rule in ("rows", "constant"))
+    sc.compile(sc.alternate(d=one, g=two)).init(probe_params(), model_state={"h": np.zeros((4, 2), np.float32)})
+
+
 def rollout(batch: Any) -> None:
     pipeline = sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.accumulate(K) @ dp @ sc.grad(loss)
     step = sc.compile(pipeline, mesh=mesh_of(data=N))
@@ -370,6 +387,19 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "ema_one": (sc.FieldValueError, lambda: sc.ema(1.0)),
     "skip_nonfinite_limit": (sc.FieldValueError, lambda: sc.skip_nonfinite(limit=0)),
     "epochs_minibatches": (sc.FieldValueError, lambda: sc.epochs(4, minibatches=0)),
+    "alternate_every": (sc.FieldValueError, lambda: sc.alternate(d=turn, g=turn, every={"gg": 5})),
+    "alternate_every_fraction": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=turn, every={"g": 0.5})),
+    "alternate_every_number": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=turn, every=5)),
+    "alternate_nothing": (sc.FieldValueError, lambda: sc.alternate()),
+    "alternate_loss": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=loss)),
+    "alternate_gradient": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=sc.grad(loss))),
+    "alternate_partial": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=sc.update(tx) @ sc.clip(1.0))),
+    "alternate_skip_inside": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=sc.skip_nonfinite() @ turn)),
+    "alternate_twice": (sc.FieldTypeError, lambda: sc.alternate(d=turn, g=sc.alternate(a=turn, b=turn))),
+    "alternate_memory": (
+        sc.FieldTypeError,
+        lambda: sc.alternate(d=turn, g=sc.update(tx) @ sc.accumulate(memory="1GiB") @ sc.grad(loss)),
+    ),
     "repeat_fraction": (sc.FieldTypeError, lambda: sc.repeat(0.5)),
     "loss_scale_initial": (sc.FieldValueError, lambda: sc.loss_scale(initial=-1.0)),
     "loss_scale_claim": (sc.FieldTypeError, lambda: sc.loss_scale("dynamic")),
@@ -495,6 +525,27 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: sc.compile(sc.repeat(8) @ sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.grad(loss)),
     ),
+    "alternate_sharding": (
+        sc.ShardingError,
+        lambda: sc.compile(
+            sc.alternate(
+                d=sc.update(tx) @ dp @ sc.grad(loss),
+                e=sc.update(tx) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(loss),
+                g=turn,
+            ),
+            mesh=mesh_of(data=N),
+        ),
+    ),
+    "alternate_reads": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.alternate(d=sc.ema(0.9) @ turn, g=sc.update(tx) @ sc.grad(loss, reads="ema"))),
+    ),
+    "alternate_pattern": (
+        sc.ConfigError,
+        lambda: sc.compile(sc.alternate(d=turn, g=sc.update(tx) @ sc.grad(loss, wrt="g/**"))).init(probe_params()),
+    ),
+    "alternate_model_state": (sc.ConfigError, turns_with_other_rules),
+    "alternate_then": (sc.PipelineTypeError, lambda: sc.alternate(d=turn, g=turn) @ sc.grad(loss)),
     "epochs_model_state_by_rows": (sc.ConfigError, epochs_of_hidden_states),
     "skip_twice": (
         sc.ConfigError,
@@ -716,6 +767,7 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ConfigError,
         lambda: trained_with(sc.cast(jnp.bfloat16) @ loss, params=jax.tree.map(jnp.bfloat16, probe_params())),
     ),
+    "alternate_rows": (sc.BatchError, lambda: turns_of_microbatches(probe_batch(100))),
     "epochs_rows": (sc.BatchError, lambda: rollout(probe_batch(100))),
     "repeat_rows": (sc.BatchError, lambda: repeated(probe_batch(8))),
     "pad_too_many": (sc.BatchError, lambda: sc.pad_batch(probe_batch(8), 4)),

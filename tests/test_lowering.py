@@ -1,7 +1,5 @@
 """Rung 3: the lowered program equals the core program, and the long way round: the compiled step, its reference."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +28,7 @@ from stepc._compiler.normalize import normalize
 from stepc._core.laws import LAWS
 from stepc.testing import assert_equal_trees, assert_equivalent
 from stepc.testing.evaluate import evaluate
-from stepc.testing.strategies import batches, meshes, pipelines
+from stepc.testing.strategies import batches, meshes, pipelines, source_of
 from stepc.testing.transforms import compared_leaves, evaluation_state
 
 SGD = sc.update(optax.sgd(0.5))
@@ -55,7 +53,7 @@ def assert_lowered_means_the_core(pipeline: sc.Pipeline, mesh: jax.sharding.Mesh
 def fresh(step: sc.Step, batch: dict[str, np.ndarray], *, seed: int = 0) -> sc.State:
     """A fresh state of the probes, for such a batch."""
     num_rows = batch["y"].shape[-1]
-    source: Any = step.pipeline.transforms[-1]
+    source = source_of(step.pipeline)
     model_state = probe_model_state(source, num_rows)
     return step.init(probe_params(source), seed=seed, model_state=model_state)
 

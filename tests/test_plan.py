@@ -46,6 +46,14 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
     "epochs": (
         sc.epochs(4, minibatches=2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}
     ),
+    "turns": (
+        sc.skip_nonfinite() @ sc.ema(0.5) @ sc.alternate(
+            w=sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4) @ DATA @ sc.grad(loss, wrt="w"),
+            b=sc.update(tx) @ DATA @ sc.accumulate(2) @ sc.grad(loss, wrt="b"),
+            every={"b": 5},
+        ),
+        {"data": 8},
+    ),
     "repeated": (sc.repeat(2) @ sc.update(tx) @ sc.accumulate(4) @ DATA @ sc.grad(loss), {"data": 8}),
     "zero2": (
         sc.update(tx) @ sc.clip(1.0) @ sc.accumulate(4)
@@ -90,7 +98,8 @@ def lowered(name: str) -> sc.Lowered:
     if step.rows_axis:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
     params = wide_params() if name.startswith("zero") else probe_params()
-    return step.lower(step.init(params, model_state=probe_model_state(pipeline.transforms[-1], 64)), batch)
+    model_state = None if name == "turns" else probe_model_state(pipeline.transforms[-1], 64)
+    return step.lower(step.init(params, model_state=model_state), batch)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -473,7 +473,7 @@ def check_soundness(program: Program) -> str | None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.accumulate(2) @ sc.grad(reached(loss)))
     state = jax.eval_shape(lambda: PARAMS)
     try:
-        structure = step.normal_form.schedule(step.init(state), WHOLE)[1]
+        (structure,) = step.normal_form.schedule(step.init(state), WHOLE)[1]
     except (TypeError, ValueError):  # the end does not fit, or a count depends on the parameters
         return None
     if structure.row_use is None or structure.row_use.kind not in ("alone", "constant"):

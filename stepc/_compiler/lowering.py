@@ -32,6 +32,7 @@ from stepc._compiler.metrics import (
     Diagnostics,
     MetricAccumulator,
     MetricAccumulators,
+    TurnDiagnostics,
     accumulate_metric,
     add_metrics,
     final_metrics,
@@ -61,6 +62,7 @@ from stepc._compiler.schedule import (
     RepeatSteps,
     ScanMicrobatches,
     Schedule,
+    TakeTurns,
     Unscale,
     Value,
     Vmap,
@@ -70,6 +72,7 @@ from stepc._compiler.schedule import (
     reduces,
 )
 from stepc._compiler.validation import check_fixed_point, check_gradient, check_metric_names
+from stepc._core.nodes import slot_name
 from stepc._language.encoded import Encoded, is_floating
 from stepc._language.kinds import Batch, BatchRows, Grads, Metrics, Params
 from stepc._language.model_state import (
@@ -89,8 +92,11 @@ from stepc._language.state import (
     EVERY_LEAF,
     SkipCounts,
     State,
+    after_turn,
+    blank_metric,
     is_trained,
     leaves_by_path,
+    state_of_turn,
     trained_leaves,
     values_read,
     with_frozen,
@@ -118,7 +124,7 @@ class StepOutputs(NamedTuple):
 
     state: State
     metrics: Metrics
-    diagnostics: Diagnostics
+    diagnostics: Diagnostics | TurnDiagnostics
 
 
 @jax.tree_util.register_dataclass
@@ -226,12 +232,15 @@ class MeasuredGradient(NamedTuple):
     keys: tuple[tuple[Any, ...], ...]  # Any: a typed key; or none
 
 
-def lower_schedule(schedule: Schedule, region: ManualRegion) -> Callable[[State, Batch], StepOutputs]:
-    """One dispatch as a pure function."""
+def lower_schedule(schedule: Schedule, regions: tuple[ManualRegion, ...]) -> Callable[[State, Batch], StepOutputs]:
+    """One dispatch as a pure function, with the region of each of its turns."""
     match schedule:
         case (RepeatSteps(body=body) as repeat,):
-            return partial(_steps, repeat, lower_schedule(body, region), region)
+            return partial(_steps, repeat, lower_schedule(body, regions), regions[0])
+        case (TakeTurns() as turns,):
+            return partial(_take_turns, turns, regions)
         case _:
+            (region,) = regions
             return partial(_step, schedule, region)
 
 
@@ -245,11 +254,11 @@ def _steps(
     node = repeat.node
 
     # What is frozen is no carry: a loop may copy what it carries.
-    def one_step(carry: State, rows: Batch) -> tuple[State, tuple[Metrics, Diagnostics]]:
+    def one_step(carry: State, rows: Batch) -> tuple[State, tuple[Metrics, Any]]:  # Any: diagnostics
         outputs = step(replace(carry, params=state.with_trained(carry.params).params), rows)
         return _trained_alone(outputs.state), (outputs.metrics, outputs.diagnostics)
 
-    def one_epoch(carry: State, epoch: jax.Array) -> tuple[State, tuple[Metrics, Diagnostics]]:
+    def one_epoch(carry: State, epoch: jax.Array) -> tuple[State, tuple[Metrics, Any]]:  # Any: as above
         key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), draw_tag("epochs"))
         order = jax.random.permutation(jax.random.fold_in(key, epoch), num_rows(batch))
         return jax.lax.scan(
@@ -267,6 +276,87 @@ def _steps(
             outputs = jax.tree.map(lambda leaf: leaf.reshape(node.size, *leaf.shape[2:]), outputs)
     metrics, diagnostics = outputs
     return StepOutputs(replace(last, params=state.with_trained(last.params).params), metrics, diagnostics)
+
+
+def _take_turns(instruction: TakeTurns, regions: tuple[ManualRegion, ...], state: State, batch: Batch) -> StepOutputs:
+    """Each turn sees what the one before left. The guard chooses between the outcome of all and the state before."""
+    now, metrics, diagnostics, always = state, Metrics(), dict[str, Diagnostics](), dict[str, Any]()
+    number, is_finite, loss = state.step + 1, jnp.bool_(True), jnp.float32(0)
+    for (turn, body), region in zip(instruction.turns, regions, strict=True):
+        before = state_of_turn(now, turn, jax.random.fold_in(state.rng, draw_tag(turn.name)))
+        step = partial(_turn, body, region, instruction.guard is not None)
+        if turn.every == 1:
+            after, found, seen = step(_trained_alone(before), before, batch)
+            loss = loss + found["loss"]
+        else:
+            is_made = number % turn.every == 0
+            after, found, seen = _make_turn_if(is_made, step, before, batch)
+            loss = loss + jnp.where(is_made, found["loss"], 0)
+        now = after_turn(now, turn, replace(after, params=before.with_trained(after.params).params))
+        metrics |= {f"{turn.name}/{name}": value for name, value in found.items()}
+        diagnostics[turn.name], is_finite = seen, is_finite & seen.finite
+        # Of what a turn keeps, what advances with a step that is skipped: a scale of the loss.
+        rescale = next(one.rescale for one in body if isinstance(one, Optimize))
+        if rescale is not None:
+            name = slot_name(turn.name, rescale[0])
+            always[name] = now.slots[name]
+
+    slots = dict(now.slots)
+    for name, node in instruction.follows:
+        with regions[0].scope(node.written):
+            slots[name] = node.advance(slots[name], now.trained, number, *node.arguments)
+    new = replace(now, step=number, slots=slots)
+    metrics = {"loss": loss, **metrics}
+    if instruction.guard is not None:
+        name, _ = instruction.guard
+        kept = _either_state(is_finite, _trained_alone(new), _trained_alone(state))
+        new = replace(kept, params=state.with_trained(kept.params).params)
+        metrics["skipped"] = skipped = 1 - is_finite.astype(jnp.int32)
+        counts: SkipCounts = state.slots[name]
+        total = SkipCounts(counts.total + skipped, (counts.consecutive + skipped) * skipped)
+        new = replace(new, slots={**new.slots, **always, name: total})
+    return StepOutputs(new, metrics, TurnDiagnostics(is_finite, diagnostics))
+
+
+def _turn(
+    body: Schedule, region: ManualRegion, is_guarded: bool, trained: State, whole: State, batch: Batch
+) -> tuple[State, Metrics, Diagnostics]:
+    """One turn on what it trains of a state; what is frozen is no result, since a branch may copy what it returns."""
+    outputs = _step(body, region, replace(trained, params=whole.with_trained(trained.params).params), batch)
+    seen = outputs.diagnostics
+    if not isinstance(seen, Diagnostics):
+        raise ValueError("a turn has no turns")
+    if is_guarded:  # an overflow that a scale of the loss adapts to is skipped all the same
+        is_finite = jnp.isfinite(outputs.metrics["loss"]) & jnp.isfinite(sum_arrays(list(seen.squares)))
+        seen = replace(seen, finite=is_finite)
+    return _trained_alone(replace(outputs.state, step=trained.step)), outputs.metrics, seen
+
+
+def _make_turn_if(
+    is_made: jax.Array,
+    step: Callable[[State, State, Batch], tuple[State, Metrics, Diagnostics]],
+    state: State,
+    batch: Batch,
+) -> tuple[State, Metrics, Diagnostics]:
+    """The turn, or what it was given, with metrics that say nothing."""
+
+    def stay(trained: State, whole: State, batch: Batch) -> tuple[State, Metrics, Diagnostics]:
+        _, metrics, seen = jax.eval_shape(step, trained, whole, batch)
+        is_finite = jnp.ones(seen.finite.shape, bool), jnp.ones(seen.losses.shape, bool)
+        zeros = jnp.zeros(seen.squares.shape, seen.squares.dtype)
+        return trained, jax.tree.map(blank_metric, metrics), Diagnostics(*is_finite, zeros, seen.paths)
+
+    trained = _trained_alone(state)
+    try:
+        return jax.lax.cond(is_made, step, stay, trained, state, batch)
+    except TypeError:  # the branches differ in type: `check_fixed_point` says where
+        check_fixed_point(trained, step(trained, state, batch)[0])
+        raise
+
+
+def _either_state(condition: jax.Array, one: State, other: State) -> State:
+    # A branch, as in `_update_if`: it copies one of the two, and a selection reads both.
+    return jax.lax.cond(condition, lambda one, other: one, lambda one, other: other, one, other)
 
 
 def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) -> StepOutputs:
@@ -484,7 +574,7 @@ def _run_one(
                 return _apply(instruction, total, measured, added, key)
         case Perturb():
             return _perturb(instruction, microbatch, inputs, region)
-        case Optimize() | RepeatSteps() | CountFirst() | AllGather():
+        case Optimize() | TakeTurns() | RepeatSteps() | CountFirst() | AllGather():
             raise ValueError(f"{type(instruction).__name__} does not make a gradient")
         case _:
             assert_never(instruction)

@@ -100,6 +100,25 @@ class Diagnostics:
         return f"not finite in {listed(bad)} ({len(bad)} of {len(self.paths)} leaves)"
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TurnDiagnostics:
+    """The diagnostics of a step that has turns.
+
+    Args:
+      finite: whether those of all turns that were made are.
+      turns: those of each, by name; what is not made is finite.
+    """
+
+    finite: Any  # Any: a bool scalar
+    turns: dict[str, Diagnostics]
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Rows of (label, text) that name the turns that are not finite, and what in them."""
+        bad = {name: one for name, one in self.turns.items() if not np.asarray(one.finite)}
+        return [(label, f"{text}, in the turn {name!r}") for name, one in bad.items() for label, text in one.describe()]
+
+
 def accumulate_metric(metric: Metric) -> tuple[MetricAccumulator, ...]:
     """A metric of one local microbatch."""
     match metric:

@@ -34,13 +34,14 @@ from stepc._compiler.schedule import (
     RepeatSteps,
     ScanMicrobatches,
     Schedule,
+    TakeTurns,
     Unscale,
     Value,
     Vmap,
     all_instructions,
 )
 from stepc._compiler.search import SearchResult
-from stepc._core.nodes import DifferentiateNode, Program, show
+from stepc._core.nodes import Program, Turn, show, trained_patterns
 from stepc._core.sharding import axes_of, spec_text
 from stepc._language.state import is_trained
 from stepc._text import aligned_table, few_rows, indented_section
@@ -188,7 +189,7 @@ class Plan:
     @property
     def frozen(self) -> tuple[LeafSharding, ...]:
         """The parameters that are not trained."""
-        wrt = next(node.wrt for node in self.core if isinstance(node, DifferentiateNode))
+        wrt = trained_patterns(self.core)
         params = [(leaf.path.partition("/"), leaf) for leaf in self.leaves]
         return tuple(leaf for (field, _, path), leaf in params if field == "params" and not is_trained(path, wrt))
 
@@ -233,7 +234,7 @@ class Plan:
         leaves = few_rows(list(map(_leaf, self.leaves)))
         yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(leaves)
         if self.model_state:
-            yield "model state", aligned_table([(leaf.path, leaf.cost) for leaf in self.model_state])
+            yield "model state", aligned_table(map(_model_state, self.model_state))
 
 
 def _sizes(mesh: tuple[tuple[str, int], ...]) -> str:
@@ -248,6 +249,10 @@ def _row(one: PlannedCollective) -> tuple[str, ...]:
 def _leaf(leaf: LeafSharding) -> tuple[str, ...]:
     why = f" ({leaf.bytes_:,} B; {leaf.unsharded})" if leaf.unsharded else ""
     return (leaf.path, leaf.type_text, f"{leaf.text}{why}")
+
+
+def _model_state(leaf: ModelStateLeaf) -> tuple[str, ...]:
+    return (*([leaf.turn] if leaf.turn else []), leaf.path, leaf.cost)
 
 
 def _lines(schedule: Schedule, depth: int = 0, unit: str = "local microbatch") -> Iterator[str]:
@@ -268,6 +273,12 @@ def _lines(schedule: Schedule, depth: int = 0, unit: str = "local microbatch") -
                 yield from _lines(first, depth + 1, unit)
                 yield from ("  " * (depth + 1) + line for line in _head_lines(one))
                 yield from _lines(second, depth + 1, unit)
+            case TakeTurns(turns):
+                for turn, body in turns:
+                    yield "  " * depth + _turn(turn)
+                    yield from _lines(body, depth + 1, unit)
+                if after := _after_turns(one):
+                    yield "  " * depth + after
             case Optimize(evaluate=Evaluate() as evaluate):
                 for per, body in _evaluations(evaluate):
                     yield "  " * (depth + 1) + f"every {per} that the optimizer asks for"
@@ -292,6 +303,20 @@ def _head_lines(one: Across) -> Iterator[str]:
 
 def _sizes_of_rows(one: Across) -> str:
     return " and ".join(f"{size:,} B of {dtype}" for dtype, size in one.head.rows)
+
+
+def _turn(turn: Turn) -> str:
+    often = f", in each step whose number is a multiple of {turn.every}" if turn.every > 1 else ""
+    return f"turn {turn.name}{often}"
+
+
+def _after_turns(turns: TakeTurns) -> str:
+    """What happens with all turns or not at all."""
+    text = ", then ".join(node.written for _, node in turns.follows)
+    if turns.guard is None:
+        return text
+    kept = f"otherwise the state before the first, of which a copy is kept (`{turns.guard[1].written}`)"
+    return f"{text or 'the new state'}, if every turn is finite; {kept}"
 
 
 def _evaluations(evaluate: Evaluate) -> tuple[tuple[str, Schedule], ...]:
@@ -356,6 +381,8 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             elif rescale is not None:
                 text += f", if the gradient is finite; otherwise the state is kept (`{rescale[1].written}`)"
             return text if gather is None else f"{text}; then {_line(gather, (), unit)}"
+        case TakeTurns():
+            return None
         case RepeatSteps(node, _, axes, num_devices):
             if node.minibatches is None:
                 return f"scan {node.size} steps (`{node.written}`)"
@@ -417,6 +444,9 @@ def _loop_lengths(schedule: Schedule, times: int) -> Iterator[int]:
                 yield from _loop_lengths(body, times * size)
             case Vmap(body) | RepeatSteps(_, body) | Perturb(there=body) | Across(second=body):
                 yield from _loop_lengths(body, times)
+            case TakeTurns(turns):
+                for _, body in turns:
+                    yield from _loop_lengths(body, times)
             case _:
                 pass
 
@@ -429,6 +459,11 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
         match one:
             case ScanMicrobatches(size, body):
                 yield from _collectives(body, times * size)
+            case TakeTurns(turns):
+                for turn, body in turns:
+                    often = f" every {turn.every} steps" if turn.every > 1 else ""
+                    for inner in _collectives(body, times):
+                        yield replace(inner, reason=f"{turn.name}{often}: {inner.reason}")
             case RepeatSteps(node, body, axes):
                 if axes:
                     reason = f"`{node.written}` takes the rows of a minibatch from all devices"

@@ -18,6 +18,7 @@ from typing import TypeAlias, assert_never
 from stepc._compiler.rows import RowUse
 from stepc._compiler.sharding import BoundRules
 from stepc._core.nodes import (
+    AlternateNode,
     DifferentiateNode,
     FollowNode,
     GuardNode,
@@ -31,9 +32,11 @@ from stepc._core.nodes import (
     RepeatNode,
     RescaleNode,
     ScaleNode,
+    Turn,
     UnderVmap,
     UpdateNode,
     named,
+    turns_of,
 )
 from stepc._language.encoded import EncodedTree
 from stepc._language.optimizers import evaluates_loss
@@ -47,11 +50,13 @@ class ModelStateLeaf:
       rule: one of `RULES`.
       reduction: how the results of parts are combined, such as "mean in float32"; None if all have the same, or rows of
         their own.
+      turn: in a plan, the turn that has this rule, where there are several.
     """
 
     path: str
     rule: str
     reduction: str | None
+    turn: str = ""
 
     @property
     def cost(self) -> str:
@@ -379,6 +384,21 @@ class Optimize:
 
 
 @dataclass(frozen=True)
+class TakeTurns:
+    """Run the steps of several turns one after another, then everything that happens with the whole or not at all.
+
+    Args:
+      turns: each with its schedule.
+      follows: the slots that follow all trained parameters, by name.
+      guard: the node that skips the whole if any turn is not finite, by name.
+    """
+
+    turns: tuple[tuple[Turn, "Schedule"], ...]
+    follows: tuple[tuple[str, FollowNode], ...] = ()
+    guard: tuple[str, GuardNode] | None = None
+
+
+@dataclass(frozen=True)
 class RepeatSteps:
     """Run complete steps one after another in one dispatch: a `lax.scan`.
 
@@ -395,21 +415,41 @@ class RepeatSteps:
 
 Instruction: TypeAlias = (
     Compute | Encode | Count | Value | CountFirst | Across | ScanMicrobatches | Vmap | AllGather | ReduceScatter
-    | AllReduce | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize | RepeatSteps
+    | AllReduce | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize | TakeTurns
+    | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 
 
-def make_schedule(program: Program, structure: LossStructure, rules: BoundRules) -> Schedule:
-    """The schedule of a program in normal form, sharded as the rules say."""
+def make_schedule(program: Program, structures: tuple[LossStructure, ...], rules: BoundRules) -> Schedule:
+    """The schedule of a program in normal form, sharded as the rules say; a structure for the loss of each turn."""
     match program:
         case (RepeatNode() as node, *rest):
             sizes = dict(rules.sizes)
             axes = () if node.minibatches is None else tuple(axis for axis in rules.rows if sizes[axis] > 1)
-            body = make_schedule(tuple(rest), structure, rules)
+            body = make_schedule(tuple(rest), structures, rules)
             return (RepeatSteps(node, body, axes, prod(sizes[axis] for axis in axes)),)
+        case (*outer, AlternateNode(turns)):
+            bodies = tuple(
+                (turn, make_schedule(turn.program, (structure,), rules))
+                for turn, structure in zip(turns, structures, strict=True)
+            )
+            names = {id(node): name for name, node in named(program).items()}
+            return (TakeTurns(bodies, *_outside(tuple(outer), names)),)
         case _:
+            (structure,) = structures
             return _shard(_replicated_schedule(program, structure), rules)
+
+
+def schedules_of_turns(schedule: Schedule) -> tuple[Schedule, ...]:
+    """The schedule of each turn of a dispatch; that of its step as the only one, if it has no turns."""
+    match schedule:
+        case (RepeatSteps(body=body),):
+            return schedules_of_turns(body)
+        case (TakeTurns(turns),):
+            return tuple(body for _, body in turns)
+        case _:
+            return (schedule,)
 
 
 @dataclass(frozen=True)
@@ -555,7 +595,7 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
         case UpdateNode():
             value = pending.as_value(f"`{node.written}` needs the reduced gradient")
             return value.then(_optimize(node, value.schedule, outer, names))
-        case FollowNode() | GuardNode() | RepeatNode():
+        case FollowNode() | GuardNode() | RepeatNode() | AlternateNode():
             raise ValueError(f"`{node}` stands on the left of the update")
         case _:
             assert_never(node)
@@ -669,11 +709,17 @@ def _without_model_state(body: Schedule) -> Schedule:
 
 
 def _optimize(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:
-    follows = tuple((names[id(one)], one) for one in reversed(outer) if isinstance(one, FollowNode))
-    guard = next(((names[id(one)], one) for one in outer if isinstance(one, GuardNode)), None)
     unscaled = (one.node for one in all_instructions(inner) if isinstance(one, Unscale))
     rescale = next(((names[id(one)], one) for one in unscaled), None)
-    return Optimize(node, None, follows, guard, rescale)
+    return Optimize(node, None, *_outside(outer, names), rescale)
+
+
+def _outside(
+    outer: Program, names: dict[int, str]
+) -> tuple[tuple[tuple[str, FollowNode], ...], tuple[str, GuardNode] | None]:
+    """The slots that follow the parameters, and the node that may skip the step."""
+    follows = tuple((names[id(one)], one) for one in reversed(outer) if isinstance(one, FollowNode))
+    return follows, next(((names[id(one)], one) for one in outer if isinstance(one, GuardNode)), None)
 
 
 def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
@@ -820,14 +866,16 @@ def all_instructions(schedule: Schedule) -> Schedule:
                 bodies += [here, to_value, there]
             case Across(first=first, second=second):
                 bodies += [first, second]
+            case TakeTurns(turns):
+                bodies += [body for _, body in turns]
             case _:
                 pass
     return (*schedule, *(inner for body in bodies for inner in all_instructions(body)))
 
 
 def batch_axes(program: Program) -> tuple[str, ...]:
-    """The mesh axes that rows are split over, the outermost first."""
-    places = [node.place for node in program if isinstance(node, MeanNode)]
+    """The mesh axes that rows are split over, the outermost first; every turn has the same."""
+    places = [node.place for node in turns_of(program)[0].program if isinstance(node, MeanNode)]
     return tuple(axis for place in places if isinstance(place, OverMesh) for axis in place.axes)
 
 
@@ -864,28 +912,35 @@ def accumulator_is_sharded(schedule: Schedule) -> bool:
     )
 
 
-def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int, minibatch_bytes: int) -> tuple[str, ...]:
+def exchange_notes(schedule: Schedule, minibatch_bytes: int) -> tuple[str, ...]:
+    """What the exchange of rows costs.
+
+    Args:
+      minibatch_bytes: the bytes of all rows of one step, sharded over automatic axes alone.
+    """
+    return tuple(
+        f"`{one.node.written}` shuffles rows across devices: each of them sends and receives {minibatch_bytes:,} B of "
+        f"rows a step, one all-to-all for each leaf of the batch"
+        for one in schedule
+        if isinstance(one, RepeatSteps) and one.axes
+    )
+
+
+def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -> tuple[str, ...]:
     """What the sharding costs, where that is not what one would expect.
 
     Args:
       gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
-      minibatch_bytes: the bytes of all rows of one step, sharded over automatic axes alone.
     """
-    exchanges = [one for one in schedule if isinstance(one, RepeatSteps) and one.axes]
-    notes = [
-        f"`{one.node.written}` shuffles rows across devices: each of them sends and receives {minibatch_bytes:,} B of "
-        f"rows a step, one all-to-all for each leaf of the batch"
-        for one in exchanges
-    ]
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)
     size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // rules.num_parts:,} B"
     if layout.automatic:
         times = "once a step" if iterations == 1 else f"once a microbatch, {iterations} times a step"
-        notes.append(
-            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}"
+        return (
+            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}",
         )
-        return tuple(notes)
+    notes: list[str] = []
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(one.reason for one in instructions if isinstance(one, AllReduce) and rules.axis in one.axes)
         notes.append(f"the accumulator is replicated: {why}")
@@ -911,7 +966,7 @@ def _num_iterations(schedule: Schedule) -> int:
         match one:
             case ScanMicrobatches(size, body):
                 numbers.append(size * _num_iterations(body))
-            case Vmap(body) | Perturb(there=body) | Across(second=body) | RepeatSteps(body=body):
+            case Vmap(body) | Perturb(there=body) | Across(second=body):
                 numbers.append(_num_iterations(body))
             case _:
                 pass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
-from stepc._core.nodes import MeanNode, OverMesh, Program
+from stepc._core.nodes import MeanNode, OverMesh, Program, Turn
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
 from stepc._language.state import describe_leaf, is_typed_key, path_matches, pattern_hint
 from stepc.errors import ShardingError, faults_in_one, misspelt_axes
@@ -84,6 +84,20 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     if axis is None or sizes[axis] == 1:
         return BoundRules(replace(merged, zero=0), tuple(sizes.items()), rows)
     return BoundRules(merged, tuple(sizes.items()), rows, axis)
+
+
+def check_turns_agree(turns: tuple[Turn, ...], rules: tuple[BoundRules, ...]) -> None:
+    """Refuse turns that are sharded by different rules: they share one state and one batch. Errors: ShardingError."""
+    if all(one == rules[0] for one in rules):
+        return
+
+    def written(program: Program) -> str:
+        shards = [node.written for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
+        return " @ ".join(shards) or "no `shard`"
+
+    facts = tuple((turn.name, written(turn.program)) for turn in turns)
+    what = "The turns of `alternate` are sharded by different rules, and share one state and one batch."
+    raise ShardingError(what, facts=facts, suggestion="Write the same `shard(...)` in each turn.")
 
 
 def _axis_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[str, ...]) -> list[str]:

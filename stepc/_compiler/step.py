@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
 from stepc._compiler.collectives import ManualRegion
 from stepc._compiler.lowering import StepOutputs, lower_schedule
-from stepc._compiler.metrics import Diagnostics
+from stepc._compiler.metrics import Diagnostics, TurnDiagnostics
 from stepc._compiler.multihost import check_start
 from stepc._compiler.normalize import NormalForm, normalize
 from stepc._compiler.placement import (
@@ -39,7 +39,9 @@ from stepc._compiler.schedule import (
     Schedule,
     accumulator_is_sharded,
     draws,
+    exchange_notes,
     gathers_rows,
+    schedules_of_turns,
     sharding_notes,
 )
 from stepc._compiler.stages import Compiled, Lowered
@@ -59,12 +61,12 @@ from stepc._compiler.validation import (
     check_state,
     type_changes,
 )
+from stepc._core.nodes import Turn
 from stepc._jax import is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
-from stepc._language.optimizers import initial_state
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
-from stepc._language.state import KEYS, State, as_arrays, carried_over, trained_leaves
+from stepc._language.state import KEYS, State, as_arrays, carried_over, state_of_turn, trained_leaves
 from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
@@ -142,14 +144,14 @@ class Step:
         self._batches = BatchPlacement(self.mesh, normal_form)
         self._traces = 0
         self._traced: list[tuple[ArgumentTypes, ArgumentTypes]] = []  # the states and batches that it was traced for
-        self._schedules: dict[BatchSignature, tuple[Schedule, LossStructure]] = {}
+        self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...]]] = {}
         self._has_several_devices = mesh is not None and mesh.size > 1
         # The state that the last call returned, if it is alive.
         self._returned: Callable[[], State | None] = lambda: None
 
         def stepc_step(
             state: State, batch: Batch
-        ) -> tuple[State, Metrics, Diagnostics]:  # the name of the program in HLO
+        ) -> tuple[State, Metrics, Diagnostics | TurnDiagnostics]:  # the name of the program in HLO
             self._traces += 1
             return self._trace(state, batch)
 
@@ -225,7 +227,7 @@ class Step:
           more than 64 bits; FieldTypeError for a seed that is neither an integer nor a typed key.
         On several processes each passes the same: pipeline, parameters, seed and model state are compared first.
         """
-        check_params(params, self.normal_form.loss.wrt)
+        check_params(params, self.normal_form.wrt)
         if like is not None:
             check_like(like, seed, model_state, lambda params, wrt: self._transform_state(params, wrt)["opt_state"])
             model_state = like.model_state
@@ -238,7 +240,7 @@ class Step:
         shapes = jax.eval_shape(
             lambda params, model_state: self._fresh(params, seed, model_state), *shapes_of((params, model_state))
         )
-        placement = placement_of_state(shapes, specs, rules, self.normal_form.loss.model_state or ())
+        placement = placement_of_state(shapes, specs, rules, self.normal_form.model_state_rules)
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -280,7 +282,7 @@ class Step:
                 suggestion="Use `step.function`: it is the same step as a pure function, and donates nothing.",
             )
         if type(state) is not State:
-            check_state(state, self._transform_state, self.normal_form.loss.wrt)
+            check_state(state, self._transform_state, self.normal_form.wrt)
         is_returned = state is self._returned()
         try:
             placed = self._batches.placed(batch)
@@ -338,7 +340,7 @@ class Step:
 
         The state may be shapes, as `init` makes them of shapes. Errors: ConfigError for another step's state.
         """
-        check_state(state, self._transform_state, self.normal_form.loss.wrt)
+        check_state(state, self._transform_state, self.normal_form.wrt)
         return sharding_table(state, self.normal_form.rules, self.mesh)
 
     def _fresh(self, params: Params, seed: Any, model_state: Any) -> State:
@@ -346,21 +348,19 @@ class Step:
             key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else jax.random.clone(seed)
             made = self._transform_state(params)
             fields = (params, made["opt_state"], jnp.zeros((), jnp.int32), key, model_state, made["slots"])
-            return State(*fields, wrt=self.normal_form.loss.wrt)
+            return State(*fields, wrt=self.normal_form.wrt)
 
     def _transform_state(
         self, params: Params, wrt: tuple[str, ...] | None = None
     ) -> dict[str, Any]:  # Any: by transform
         """The part of a fresh state that the transforms make; `wrt` is that of the pipeline, if None."""
-        trained = trained_leaves(params, self.normal_form.loss.wrt if wrt is None else wrt)
-        update = self.normal_form.update
-        opt_state = initial_state(update.optimizer, trained, update.written)
-        return {"opt_state": opt_state, "slots": self.normal_form.slots(trained)}
+        form, wrt = self.normal_form, self.normal_form.wrt if wrt is None else wrt
+        return {"opt_state": form.optimizer_state(params, wrt), "slots": form.slots(params, wrt)}
 
     def _function(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = as_arrays(batch)
         if type(state) is not State:
-            check_state(state, self._transform_state, self.normal_form.loss.wrt)
+            check_state(state, self._transform_state, self.normal_form.wrt)
         if self._autotuner is not None:
             shapes = shapes_of(state)
             placed = (
@@ -372,33 +372,16 @@ class Step:
         new, metrics, _ = self._trace(state, batch)
         return new, metrics
 
-    def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics]:
+    def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics | TurnDiagnostics]:
         """What the program does, while jax traces it."""
         with self._own_mesh():
             check_batch(shapes_of(batch), self.normal_form.core)
-            check_state(state, self._transform_state, self.normal_form.loss.wrt)
-            schedule, structure = self.normal_form.schedule(state, batch)
-            self._schedules[_signature(state, batch)] = schedule, structure
-            rules = self.normal_form.rules
-            specs, dimensions = shard_dimensions(state.params, state.placement, rules)
-            grad_specs, grad_dimensions = shard_dimensions(state.trained, state.placement, rules)
-            region = ManualRegion(
-                mesh=self.mesh,
-                batch_axes=self.normal_form.batch_axes,
-                specs=specs,
-                dimensions=dimensions,
-                grad_specs=grad_specs,
-                grad_dimensions=grad_dimensions,
-                shard_axis=rules.axis if rules.layout.zero else None,
-                has_sharded_params=rules.layout.zero == 3,
-                model_state=structure.model_state,
-                model_state_specs=specs_of_model_state(state, rules),
-                model_state_tree=jax.tree.structure(state.model_state),
-                batch_specs=self._batches.minibatch_specs(batch),
-                has_row_numbers=(draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys),
-                sites=self.normal_form.sites,
-            )
-            new, metrics, diagnostics = lower_schedule(schedule, region)(state, batch)
+            check_state(state, self._transform_state, self.normal_form.wrt)
+            schedule, structures = self.normal_form.schedule(state, batch)
+            self._schedules[_signature(state, batch)] = schedule, structures
+            parts = zip(self.normal_form.turns, schedules_of_turns(schedule), structures, strict=True)
+            regions = tuple(self._region(state, batch, *part) for part in parts)
+            new, metrics, diagnostics = lower_schedule(schedule, regions)(state, batch)
             check_fixed_point(state, new)
             new = jax.tree.map(_also_reads, new, state)
             if self.mesh is None:
@@ -406,21 +389,55 @@ class Step:
             shardings = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
             return (*jax.lax.with_sharding_constraint((new, metrics), shardings), diagnostics)
 
+    def _region(
+        self, state: State, batch: Batch, turn: Turn, schedule: Schedule, structure: LossStructure
+    ) -> ManualRegion:
+        """The mesh, and how the trees of one turn are sharded there."""
+        rules = self.normal_form.rules
+        state = state_of_turn(state, turn, state.rng) if turn.name else state
+        specs, dimensions = shard_dimensions(state.params, state.placement, rules)
+        grad_specs, grad_dimensions = shard_dimensions(state.trained, state.placement, rules)
+        return ManualRegion(
+            mesh=self.mesh,
+            batch_axes=self.normal_form.batch_axes,
+            specs=specs,
+            dimensions=dimensions,
+            grad_specs=grad_specs,
+            grad_dimensions=grad_dimensions,
+            shard_axis=rules.axis if rules.layout.zero else None,
+            has_sharded_params=rules.layout.zero == 3,
+            model_state=structure.model_state,
+            model_state_specs=specs_of_model_state(state, rules),
+            model_state_tree=jax.tree.structure(state.model_state),
+            has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
+            batch_specs=self._batches.minibatch_specs(batch),
+            sites=self.normal_form.sites,
+        )
+
     def _plan(self, state: State, batch: Batch) -> Plan:
         """The plan of a program that is traced already."""
         with self._own_mesh():
             mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
             form, rules = self.normal_form, self.normal_form.rules
-            schedule, structure = self._schedules[_signature(state, batch)]
+            schedule, structures = self._schedules[_signature(state, batch)]
             leaves = sharding_table(state, rules, self.mesh).rows
-            gradient = gradient_shapes(state.trained, state.placement, rules, sharded=False)
-            gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in gradient)
-            notes = sharding_notes(schedule, rules, gradient_bytes, self._batches.minibatch_bytes(batch))
-            sums = gradient_shapes(state.trained, state.placement, rules, sharded=accumulator_is_sharded(schedule))
+            notes = exchange_notes(schedule, self._batches.minibatch_bytes(batch))
+            sums: list[tuple[jax.ShapeDtypeStruct, ...]] = []
+            for turn, part in zip(form.turns, schedules_of_turns(schedule), strict=True):
+                trained = trained_leaves(state.params, turn.loss.wrt)
+                gradient = gradient_shapes(trained, state.placement, rules, sharded=False)
+                gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in gradient)
+                prefix = f"{turn.name}: " if turn.name else ""
+                notes += tuple(f"{prefix}{note}" for note in sharding_notes(part, rules, gradient_bytes))
+                is_sharded = accumulator_is_sharded(part)
+                sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
+            largest = max(sums, key=lambda one: sum(leaf.size for leaf in one))
+            pairs = list(zip(form.turns, structures, strict=True))
+            model_state = (replace(leaf, turn=turn.name) for turn, one in pairs for leaf in one.model_state)
             return Plan(
                 repr(self.pipeline), mesh, form.core, form.laws, schedule, rules.rows, leaves, notes,
-                structure.model_state, tuple(leaf.shape for leaf in sums),
-                losses=() if structure.row_use is None else ((form.loss.written, structure.row_use),),
+                tuple(model_state), tuple(leaf.shape for leaf in largest),
+                losses=tuple((turn.loss.written, one.row_use) for turn, one in pairs if one.row_use is not None),
             )  # fmt: skip
 
     def _own_mesh(self) -> AbstractContextManager[Any]:

@@ -14,16 +14,18 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from stepc._compiler.loss import RESERVED
 from stepc._core.nodes import (
-    DifferentiateNode,
+    AlternateNode,
     InScan,
     MeanNode,
     Node,
     OverMesh,
     Program,
     RepeatNode,
+    Turn,
     UnderVmap,
     num_minibatches,
     rows_axis,
+    turns_of,
 )
 from stepc._jax import buffer_address
 from stepc._language.kinds import Batch, Metrics, Params
@@ -120,6 +122,12 @@ def bind(program: Program, sizes: Mapping[str, int]) -> Program:
 
     Errors: ShardingError with all axes that the mesh lacks or that are used twice; ConfigError if single rows are split
     """
+    match program:
+        case (*outer, AlternateNode(turns) as alternate):
+            bound_turns = tuple(replace(turn, program=bind(turn.program, sizes)) for turn in turns)
+            return (*outer, replace(alternate, turns=bound_turns))
+        case _:
+            pass
     places = [node.place for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
     used = Counter(axis for place in places for axis in (*place.axes, *place.layout.automatic))
     unknown = sorted(used.keys() - sizes)
@@ -233,20 +241,20 @@ def check_model_state(model_state: Any, program: Program, num_devices: int) -> N
       num_devices: that the rows of a batch are sharded over.
     Errors: ConfigError with all faults.
     """
-    node = program[-1]
-    if not isinstance(node, DifferentiateNode):
-        raise ValueError("a complete program ends in a loss")
-    if model_state is None and node.model_state is not None:
-        what = f"`{node.written}` takes model state, but `init` was given none."
+    losses = [turn.loss for turn in turns_of(program)]
+    taking = [node for node in losses if node.model_state is not None]
+    if model_state is None and taking:
+        what = f"`{taking[0].written}` takes model state, but `init` was given none."
         raise ConfigError(what, suggestion="Write `step.init(params, model_state=...)`.")
-    if model_state is not None and node.model_state is None:
-        what = f"`init` was given model state, but `{node.written}` takes none."
+    if model_state is not None and not taking:
+        what = f"`init` was given model state, but {listed(f'`{node.written}`' for node in losses)} takes none."
         raise ConfigError(what, suggestion="Write `grad(loss, model_state=True)`.")
-    leaves, patterns = leaves_by_path(model_state), node.model_state or ()
-    if node.head is not None and (given := [path for path, _ in leaves if is_overwritten(path)]):
+    leaves = leaves_by_path(model_state)
+    headed = next((node for node in taking if node.head is not None), None)
+    if headed is not None and (given := [path for path, _ in leaves if is_overwritten(path)]):
         raise ConfigError(
             f"`model_state/{given[0]}`{f' and {len(given) - 1} more' if given[1:] else ''}: what arrives as the "
-            f"gradient of these leaves is their next value, and the encoder of `{node.written}` gets none before the "
+            f"gradient of these leaves is their next value, and the encoder of `{headed.written}` gets none before the "
             "head has the whole batch.",
             suggestion="Keep fp8 ranges out of a loss of the whole batch, or leave out `across`.",
         )
@@ -258,19 +266,30 @@ def check_model_state(model_state: Any, program: Program, num_devices: int) -> N
     hints: list[str | None] = []
     shuffling = [one.written for one in program if isinstance(one, RepeatNode) and one.minibatches is not None]
     if not faults:
-        for (path, leaf), rule in zip(leaves, rules_by_leaf(patterns, model_state), strict=True):
-            if rule == "rows" and shuffling:
-                shown = f'`model_state/{path}` has the rule "rows"'
-                faults.append(f"{shown}, but `{shuffling[0]}` gives a row another place in every epoch.")
-                continue
-            if fault := _rule_fault(rule, leaf, num_devices):
-                faults.append(f'`model_state/{path}` is {describe_leaf(leaf)}, with the rule "{rule}": {fault}.')
-    for pattern, rule in patterns:
+        by_loss = [rules_by_leaf(node.model_state or (), model_state) for node in taking]
+        for (path, leaf), *rules in zip(leaves, *by_loss, strict=True):
+            faults += _rule_faults(path, leaf, tuple(dict.fromkeys(rules)), num_devices, shuffling)
+    for pattern, rule in dict.fromkeys(pair for node in taking for pair in node.model_state or ()):
         if not any(path_matches(pattern, path) for path, _ in leaves):
             faults.append(f'the rule {pattern!r}: "{rule}" matches no leaf.')
             hints.append(pattern_hint(pattern, [path for path, _ in leaves]))
     if faults:
         raise ConfigError(_all(faults, of="the model state"), suggestion=" ".join(filter(None, hints)) or None)
+
+
+def _rule_faults(
+    path: str, leaf: Any, rules: tuple[str, ...], num_devices: int, shuffling: list[str]
+) -> Iterator[str]:  # Any: an array, or its shape
+    """Why a leaf cannot have its rules; every turn that takes it has one."""
+    if len(rules) > 1 and "rows" in rules:
+        named = " and ".join(f'"{rule}"' for rule in rules)
+        yield f"`model_state/{path}` has the rules {named} in different turns: either each row has its own, or none."
+    for rule in rules:
+        if rule == "rows" and shuffling:
+            shown = f'`model_state/{path}` has the rule "rows"'
+            yield f"{shown}, but `{shuffling[0]}` gives a row another place in every epoch."
+        elif fault := _rule_fault(rule, leaf, num_devices):
+            yield f'`model_state/{path}` is {describe_leaf(leaf)}, with the rule "{rule}": {fault}.'
 
 
 def _is_model_state(leaf: object) -> bool:
@@ -446,7 +465,9 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
         counts = listed(f"`{path}` has {number}" for path, number in rows.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")
     elif not faults:
-        faults = _division_faults(next(iter(rows.values())), program)
+        number = next(iter(rows.values()))
+        by_turn = [fault for turn in turns_of(program) for fault in _division_faults(number, program, turn)]
+        faults = list(dict.fromkeys(by_turn))
     if not shapes_too and any(isinstance(leaf, jax.ShapeDtypeStruct) for _, leaf in leaves):
         faults.append("the batch holds shapes: `lower` takes shapes, a step needs arrays.")
     if faults:
@@ -491,8 +512,8 @@ def _leaf_fault(shown: str, leaf: object) -> str | None:
     return None
 
 
-def _division_faults(rows: int, program: Program) -> list[str]:
-    means = [node for node in program if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
+def _division_faults(rows: int, program: Program, turn: Turn) -> list[str]:
+    means = [node for node in turn.program if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
     divisor = num_minibatches(program) * math.prod(node.size for node in means)
     if rows % divisor == 0:
         return []

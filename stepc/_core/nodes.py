@@ -3,7 +3,7 @@
 A program is a tuple of nodes, outermost first, in the order of the pipeline. Every node but the last maps what its
 right neighbour gives; the last one computes a gradient from rows.
 
-    program  ::=  repeat? (guard | follow)* update? node* differentiate
+    program  ::=  repeat? (guard | follow)* (alternate | update? node* differentiate)
     node     ::=  mean[place] | scale(c) | map(f) | rescale | perturb(f)
     place    ::=  scan k | mesh axes | vmap
 """
@@ -282,9 +282,48 @@ class RepeatNode:
         return self.written
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One of several steps on one state and one batch.
+
+    Args:
+      name: under which the state keeps what is its own.
+      program: a complete program, `follow* update node* differentiate`.
+      every: it is made in each step whose number, from 1 on, is a multiple of this.
+    """
+
+    name: str
+    program: "Program"
+    every: int = 1
+
+    def __str__(self) -> str:
+        often = f" every {self.every}" if self.every > 1 else ""
+        return f"{self.name}{often}: {show(self.program)}"
+
+    @property
+    def loss(self) -> DifferentiateNode:
+        """The node of its loss."""
+        return loss_of(self.program)
+
+
+@dataclass(frozen=True)
+class AlternateNode:
+    """Several steps, one after another, on one state and one batch: each has a loss and an optimizer of its own.
+
+    Every other program has one update, from one gradient; a second optimizer for other parameters, by another loss that
+    sees what the first has changed, is no function of that gradient.
+    """
+
+    turns: tuple[Turn, ...]
+    written: Written = field(default="alternate", compare=False)
+
+    def __str__(self) -> str:
+        return f"alternate({', '.join(map(str, self.turns))})"
+
+
 Node = (
     DifferentiateNode | MeanNode | ScaleNode | MapNode | PerturbNode | RescaleNode | UpdateNode | FollowNode | GuardNode
-    | RepeatNode
+    | RepeatNode | AlternateNode
 )  # fmt: skip
 Program = tuple[Node, ...]
 
@@ -292,6 +331,26 @@ Program = tuple[Node, ...]
 def show(program: Program) -> str:
     """The program as a formula, read as in mathematics: the rightmost node acts first."""
     return " . ".join(str(node) for node in program)
+
+
+def turns_of(program: Program) -> tuple[Turn, ...]:
+    """The turns of a program; if it has none, the program itself as the only one, without a name."""
+    return next((node.turns for node in program if isinstance(node, AlternateNode)), (Turn("", program),))
+
+
+def loss_of(program: Program) -> DifferentiateNode:
+    """The node of the loss of a complete program."""
+    return next(node for node in program if isinstance(node, DifferentiateNode))
+
+
+def trained_patterns(program: Program) -> tuple[str, ...]:
+    """Path patterns of the parameters that any of its turns trains."""
+    return tuple(dict.fromkeys(pattern for turn in turns_of(program) for pattern in turn.loss.wrt))
+
+
+def slot_name(turn: str, name: str) -> str:
+    """Under which name a state keeps what a node of a turn keeps; the turn of a program without turns has no name."""
+    return f"{turn}/{name}" if turn else name
 
 
 def rows_axis(program: Program) -> int:

@@ -30,6 +30,7 @@ from stepc._core.nodes import (
     UnderVmap,
     Wrap,
     named,
+    turns_of,
 )
 from stepc._language.kinds import Kind
 from stepc._language.semantics import Fn
@@ -162,6 +163,10 @@ class Transform(_Composable, ABC):
     def autotune_request(self) -> AutotuneRequest | None:
         """What it leaves to the compiler, which then replaces it; None if it leaves nothing."""
         return None
+
+    def nested(self) -> tuple["Transform", ...]:
+        """The transforms of the pipelines that it is given; messages and compiled text name them too."""
+        return ()
 
     def __repr__(self) -> str:
         return f"{transform_name(type(self))}({', '.join(self._arguments())})"
@@ -427,10 +432,14 @@ def check_reads(transforms: tuple[Transform, ...]) -> None:
     """Refuse a loss that reads what no transform keeps. Errors: ConfigError."""
     # What is left to the compiler has no nodes yet; it only splits rows.
     made = [node for one in transforms if one.autotune_request() is None for node in one.expand()]
-    nodes = [node for node in made if not isinstance(node, Wrap)]
-    kept = {name for name, node in named(tuple(nodes)).items() if not isinstance(node, MapNode)} | {"step"}
-    for node in nodes:
-        if isinstance(node, DifferentiateNode) and (unknown := [name for name in node.reads if name not in kept]):
+    program = tuple(node for node in made if not isinstance(node, Wrap))
+
+    def kept_by(program: Program) -> set[str]:
+        return {name for name, node in named(program).items() if not isinstance(node, MapNode)}
+
+    for turn in turns_of(program):
+        node, kept = turn.loss, kept_by(program) | kept_by(turn.program) | {"step"}
+        if unknown := [name for name in node.reads if name not in kept]:
             hints = [did_you_mean(name, kept) for name in unknown]
             missing = f"Write `ema(decay) @ ...`: it keeps the slot `{unknown[0]}`." if unknown[0] == "ema" else None
             raise ConfigError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from stepc._core.nodes import Turn, slot_name
 from stepc._language.kinds import Batch, Params
 from stepc.errors import ConfigError, FieldTypeError, did_you_mean, listed
 
@@ -65,6 +66,42 @@ class State:
     def with_trained(self, trained: Params) -> "State":
         """The state with these trained parameters; the frozen ones stay."""
         return replace(self, params=with_frozen(trained, self.params, self.wrt))
+
+
+def state_of_turn(state: State, turn: Turn, key: Any) -> State:  # Any: a typed key
+    """What one turn of several sees of the whole state: its own optimizer state, slots and key, and everyone's rest."""
+    everyones = {name: slot for name, slot in state.slots.items() if "/" not in name}
+    return replace(
+        state,
+        opt_state=state.opt_state[turn.name],
+        rng=key,
+        model_state=None if turn.loss.model_state is None else state.model_state,
+        slots={**everyones, **_own_slots(state, turn)},
+        wrt=turn.loss.wrt,
+    )
+
+
+def _own_slots(state: State, turn: Turn) -> dict[str, Any]:  # Any: slots
+    """The slots that only this turn has, by its own names."""
+    pairs = [(name.partition("/"), slot) for name, slot in state.slots.items()]
+    return {own: slot for (owner, _, own), slot in pairs if own and owner == turn.name}
+
+
+def after_turn(state: State, turn: Turn, made: State) -> State:
+    """The whole state with what a turn has made of its part. The step counts when all turns are made."""
+    own = {slot_name(turn.name, name): made.slots[name] for name in _own_slots(state, turn)}
+    return replace(
+        state,
+        params=made.params,
+        opt_state={**state.opt_state, turn.name: made.opt_state},
+        model_state=state.model_state if turn.loss.model_state is None else made.model_state,
+        slots={**state.slots, **own},
+    )
+
+
+def blank_metric(value: Any) -> jax.Array:  # Any: an array, or its shape
+    """What a metric is in a step that does not make its turn."""
+    return jnp.full(value.shape, jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0, value.dtype)
 
 
 def path_of(keys: tuple[Any, ...]) -> str:  # Any: the key types of jax.tree_util

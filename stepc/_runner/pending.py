@@ -16,6 +16,7 @@ from stepc._runner.data import DataItem
 from stepc._runner.events import on_host
 from stepc.errors import BuildError, DeviceError, NonFiniteError, RejectedError, StepError
 
+_SHOWN = ("loss", "grad_norm", "loss_scale")  # the metrics by which a step shows that it is not finite
 GUARDED = "Disallowed "  # how jax begins the error of a transfer guard, which has no class of its own
 
 
@@ -191,7 +192,8 @@ def nonfinite_failure(
       rows_axis: that of the step.
     """
     metrics = on_host(pending.metrics, row)
-    facts = [(name, f"{metrics[name]}") for name in ("loss", "grad_norm", "loss_scale") if name in metrics]
+    shown = [name for one in _SHOWN for name in metrics if name.rpartition("/")[2] == one]  # of turns, `critic/loss`
+    facts = [(name, f"{metrics[name]}") for name in shown]
     facts += _nonfinite_batch_leaves(pending.item.batch, row if rows_axis else None)
     if (diagnostics := pending.diagnostics) is not None:
         if np.ndim(diagnostics.finite):

@@ -18,11 +18,12 @@ from stepc._compiler.rows import RowUse
 from stepc._compiler.step import Step
 from stepc._core.nodes import InScan, MapNode, MeanNode, Node, OverMesh, Wrap, rows_axis
 from stepc._language.kinds import Batch, Kind, Metrics
-from stepc._language.pipeline import Transform, expand_transforms
+from stepc._language.pipeline import Pipeline, Transform, expand_transforms, transforms_of
 from stepc._language.reference import complete_transforms, fold_references
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, whole_batch
 from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
-from stepc.errors import EquivalenceError, faults_in_one, listed
+from stepc._language.transforms.alternate import Alternate
+from stepc.errors import ConfigError, EquivalenceError, faults_in_one, listed
 from stepc.inspect.budget import Budget
 
 _NUM_STEPS = 3
@@ -63,6 +64,7 @@ def assert_equivalent(step: Step, state: State, batch: Batch, *, tolerance: floa
 class _Moved(Transform):
     """A source whose gradient is off by a fraction of its largest magnitude, as a reference alone."""
 
+    takes: ClassVar = None
     gives: ClassVar = Kind.GRADIENT
     source: Transform
     fraction: float
@@ -87,11 +89,19 @@ class _Moved(Transform):
 
 def _with_moved_gradient(step: Step, state: State, batch: Batch, fraction: float) -> tuple[State, Metrics]:
     """The result of the reference with a gradient that is off, in every call of the loss."""
-    *transforms, source = complete_transforms(step.reference.pipeline_for(state, batch))
+    transforms = _moved(complete_transforms(step.reference.pipeline_for(state, batch)), fraction)
     device = jax.devices()[0]
-    fn = fold_references((*transforms, _Moved(source, fraction)), step.reference.axes)
+    fn = fold_references(transforms, step.reference.axes)
     result = fn.apply(*jax.device_put((jax.tree.map(jnp.copy, state), batch), device))
     return result.state, result.metrics
+
+
+def _moved(transforms: tuple[Transform, ...], fraction: float) -> tuple[Transform, ...]:
+    *outer, source = transforms
+    if isinstance(source, Alternate):
+        turns = ((name, Pipeline(_moved(transforms_of(pipeline), fraction))) for name, pipeline in source.turns)
+        return (*outer, replace(source, turns=tuple(turns)))
+    return (*outer, _Moved(source, fraction))
 
 
 def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance: float = 1e-5) -> None:
@@ -118,6 +128,9 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
     reference, device = step.reference, jax.devices()[0]
     transforms = complete_transforms(reference.pipeline_for(state, batch))
     is_stacked = rows_axis(expand_transforms(transforms)) > 0
+    if isinstance(transforms[-1], Alternate):
+        what = "`assert_split_invariant` measures one gradient, and each turn of `alternate` has one."
+        raise ConfigError(what, suggestion="Measure the step of each turn: `sc.compile(turn)`.")
     below_update = tuple(one for one in transforms if one.gives is Kind.GRADIENT)
     splits = [position for position, one in enumerate(below_update) if _is_split(one)]
     if not splits:
@@ -220,10 +233,12 @@ def _difference(
         return f"`{path}` is {describe_leaf(got)}, expected {describe_leaf(expected)}."
     if np.array_equal(got, expected, equal_nan=got.dtype.kind in "fc"):
         return None
-    wide = np.asarray(expected, np.float64)
-    differences = np.abs(np.asarray(got, np.float64) - wide)
+    wide, found, *others = (np.asarray(one, np.float64) for one in (expected, got, *moved))
+    are_equal = np.isnan(wide) & np.isnan(found)  # of the numbers, where both are NaN
+    wide, found, *others = (np.where(are_equal, 0.0, one) for one in (wide, found, *others))
+    differences = np.abs(found - wide)
     largest_difference, magnitude = np.max(differences), np.max(np.abs(wide))
-    allowed = sum((np.abs(np.asarray(other, np.float64) - wide) for other in moved), np.zeros_like(wide))
+    allowed = sum((np.abs(other - wide) for other in others), np.zeros_like(wide))
     if np.all(differences <= tolerance * magnitude + allowed):
         return None
     return f"`{path}` differs by {largest_difference:.3g}; its largest magnitude is {magnitude:.3g}."

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from stepc._core.nodes import (
+    AlternateNode,
     DifferentiateNode,
     FollowNode,
     GuardNode,
@@ -27,9 +28,11 @@ from stepc._core.nodes import (
     RepeatNode,
     RescaleNode,
     ScaleNode,
+    Turn,
     UnderVmap,
     UpdateNode,
     named,
+    slot_name,
 )
 from stepc._language.encoded import Encoded, EncodedTree, is_floating, take_apart
 from stepc._language.model_state import ADVANCE, fold_key, overwrite, overwritten_leaves, rules_by_leaf
@@ -150,6 +153,69 @@ def gradient(program: Program, state: EvaluationState, batch: Tree) -> tuple[Tre
 
 
 def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[EvaluationState, dict[str, Any]]:
+    match program:
+        case (*outer, AlternateNode(turns)):
+            return _all_turns(tuple(outer), turns, state, batch)
+        case _:
+            return _one_update(program, state, batch)[:2]
+
+
+def _all_turns(
+    outer: Program, turns: tuple[Turn, ...], before: EvaluationState, batch: Tree
+) -> tuple[EvaluationState, dict[str, Any]]:
+    """The turns by their numbers; what is not made is evaluated too, for the names of its metrics, and dropped."""
+    names = {id(node): name for name, node in named(outer).items()}
+    state, metrics, is_finite, losses = before, {}, True, [jnp.float32(0)]
+    number = before.step + 1
+    for turn in turns:
+        own = {name: slot for name, slot in state.slots.items() if name.startswith(f"{turn.name}/")}
+        common = {name: slot for name, slot in state.slots.items() if "/" not in name}
+        slots = {**common, **{name.partition("/")[2]: slot for name, slot in own.items()}}
+        key = jax.random.fold_in(before.rng, draw_tag(turn.name))
+        view = replace(state, opt_state=state.opt_state[turn.name], step=before.step, rng=key, slots=slots)
+        after, found, finite = _one_update(turn.program, view, batch)
+        if number % turn.every:
+            found = {name: value * jnp.nan if value.dtype.kind == "f" else value * 0 for name, value in found.items()}
+        else:
+            is_finite = is_finite and all(finite)
+            losses.append(found["loss"])
+            state = replace(
+                state,
+                params=after.params,
+                opt_state={**state.opt_state, turn.name: after.opt_state},
+                model_state=after.model_state if turn.loss.model_state is not None else state.model_state,
+                slots={**state.slots, **{name: after.slots[name.partition("/")[2]] for name in own}},
+            )
+        metrics |= {f"{turn.name}/{name}": value for name, value in found.items()}
+    metrics = {"loss": sum(losses[1:], losses[0]), **metrics}
+    slots = dict(state.slots)
+    patterns = tuple(pattern for turn in turns for pattern in turn.loss.wrt)
+    for node in outer:
+        if isinstance(node, FollowNode):
+            trained = trained_leaves(state.params, patterns)
+            slots[names[id(node)]] = node.advance(slots[names[id(node)]], trained, number, *node.arguments)
+    after = replace(state, step=number, slots=slots)
+    for node in outer:
+        if isinstance(node, GuardNode):
+            name, count = names[id(node)], 0 if is_finite else 1
+            scales = {
+                slot_name(turn.name, scale): state.slots[slot_name(turn.name, scale)]
+                for turn in turns
+                for scale, one in named(turn.program).items()
+                if isinstance(one, RescaleNode)
+            }
+            after = after if is_finite else replace(before, slots={**before.slots, **scales})
+            total, consecutive = before.slots[name]
+            counts = type(before.slots[name])(total + count, (consecutive + count) * count)
+            after = replace(after, slots={**after.slots, name: counts})
+            metrics["skipped"] = jnp.asarray(count, jnp.int32)
+    return after, metrics
+
+
+def _one_update(
+    program: Program, state: EvaluationState, batch: Tree
+) -> tuple[EvaluationState, dict[str, Any], tuple[bool, bool]]:
+    """A step of one optimizer, and whether its loss and its gradient are finite."""
     names = {id(node): name for name, node in named(program).items()}
     place, update = next((n, node) for n, node in enumerate(program) if isinstance(node, UpdateNode))
     outer, inner, before = program[:place], program[place + 1 :], state
@@ -185,7 +251,7 @@ def _one_step(program: Program, state: EvaluationState, batch: Tree) -> tuple[Ev
         total, consecutive = slots[name]
         slots[name] = type(slots[name])(total + count, (consecutive + count) * count)
         metrics["skipped"] = jnp.asarray(count, jnp.int32)
-    return replace(state, slots=slots), metrics
+    return replace(state, slots=slots), metrics, finite
 
 
 def _loss_at(inner: Program, state: EvaluationState, batch: Tree, trained: Tree) -> Any:  # Any: a scalar
@@ -223,7 +289,7 @@ def _gradient_of_rows(
             params = with_frozen(moved, state.params, _wrt(inner))
             there = _gradient_of_rows(inner, replace(state, params=params), batch, rows, factor)
             return replace(here, terms=there.complete().terms)
-        case UpdateNode() | FollowNode() | GuardNode() | RepeatNode():
+        case UpdateNode() | FollowNode() | GuardNode() | RepeatNode() | AlternateNode():
             raise ValueError(f"`{node}` must be outside the gradient, and appear once")
         case _:
             assert_never(node)

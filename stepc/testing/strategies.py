@@ -1,6 +1,6 @@
 """Hypothesis strategies for well-typed pipelines, meshes and batches. It needs hypothesis, from the extra `test`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import prod
 from typing import Any, assert_never
@@ -12,11 +12,23 @@ import optax
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from stepc._core.nodes import InScan, MeanNode, OverMesh, RepeatNode, UnderVmap, num_minibatches, rows_axis
+from stepc._core.nodes import (
+    InScan,
+    MeanNode,
+    OverMesh,
+    RepeatNode,
+    UnderVmap,
+    Wrap,
+    num_minibatches,
+    rows_axis,
+    turns_of,
+)
+from stepc._language.optimizers import Optimizer
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, expand_transforms
 from stepc._language.sharding import GATHERS, DataParallel, dp
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.across import Across
+from stepc._language.transforms.alternate import Alternate, alternate
 from stepc._language.transforms.cast import cast
 from stepc._language.transforms.clip import clip
 from stepc._language.transforms.ema import ema
@@ -95,7 +107,10 @@ def pipelines(
     has_head = isinstance(source.loss, Pipeline) and any(isinstance(one, Across) for one in source.loss.transforms)
     chosen = draw(_gradient_transforms(axes, exact, transforms, longest, single_rows=not has_head))
     optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5), Evaluating()]
-    pipeline = update(draw(st.sampled_from(optimizers)))
+    if loss is None and not transforms and draw(st.sampled_from([False, False, False, True])):
+        pipeline = draw(_alternations(chosen, source, optimizers))
+    else:
+        pipeline = _chained(update(draw(st.sampled_from(optimizers))), chosen, source)
     outside: list[Transform] = draw(
         st.lists(st.sampled_from([skip_nonfinite(limit=3), ema(0.5)]), max_size=2, unique=True)
     )
@@ -104,9 +119,38 @@ def pipelines(
     several = [None, None, None, repeat(2), *([] if _has_model_state_by_rows(source) else [epochs(2, minibatches=2)])]
     if (transform := draw(st.sampled_from(several))) is not None:
         pipeline = transform @ pipeline
-    for transform in chosen:
+    return pipeline if isinstance(pipeline, Pipeline) else Pipeline((pipeline,))
+
+
+def source_of(pipeline: Pipeline) -> Grad:
+    """The gradient of the probe in a random pipeline, of the first turn if it has several."""
+    match pipeline.transforms[-1]:
+        case Alternate(((_, Pipeline((*_, Grad() as source))), *_)) | (Grad() as source):
+            return source
+        case other:
+            raise ValueError(f"`{other!r}` is no gradient of a probe")
+
+
+@st.composite
+def _alternations(draw: st.DrawFn, chosen: list[Transform], source: Grad, optimizers: Sequence[Optimizer]) -> Transform:
+    """Two turns with the same transforms: one trains the weights of the probes, one the bias."""
+
+    def turn(wrt: str) -> Pipeline:
+        options: Any = {
+            "has_aux": source.has_aux, "rng": source.rng, "model_state": source.model_state, "reads": source.reads,
+        }  # fmt: skip
+        loss: Any = source.loss if isinstance(source.loss, Pipeline) else source.loss.value
+        return _chained(update(draw(st.sampled_from(optimizers))), chosen, grad(loss, wrt=wrt, **options))
+
+    often = draw(st.sampled_from([{}, {}, {"bias": 2}, {"weights": 2}]))
+    return alternate(weights=turn("w"), bias=turn("b"), every=often)
+
+
+def _chained(outermost: Transform, transforms: list[Transform], source: Grad) -> Pipeline:
+    pipeline: Any = outermost
+    for transform in (*transforms, source):
         pipeline = pipeline @ transform
-    return pipeline @ source
+    return pipeline
 
 
 def _has_model_state_by_rows(source: Grad) -> bool:
@@ -181,7 +225,8 @@ def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy
 
 def num_parts(transform: Transform, axes: Mapping[str, int]) -> int:
     """The number of parts that a transform splits its rows into; 1 for `rows()`, whose number the batch gives."""
-    places = (node.place for node in transform.expand() if isinstance(node, MeanNode))
+    nodes = tuple(node for node in transform.expand() if not isinstance(node, Wrap))
+    places = (node.place for node in turns_of(nodes)[0].program if isinstance(node, MeanNode))
     return prod(_num_parts_of(place, axes) for place in places)
 
 

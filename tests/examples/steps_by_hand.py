@@ -27,6 +27,7 @@ from examples.steps import (
     fp16_loss_scale,
     frozen_embeddings,
     frozen_encoder,
+    gan,
     haiku_state,
     lbfgs,
     linen_batch_stats,
@@ -372,6 +373,31 @@ def epochs() -> Iterator[Found]:
         yield {"params": params, **{name: np.stack([one[name] for one in metrics]) for name in metrics[0]}}
 
 
+def critic_and_generator() -> Iterator[Found]:
+    """A step of the critic, and in every second step one of the generator, which sees what the critic has become."""
+    params, batch = gan.init(KEY), gan.batch()
+    losses = {"d": lambda *given: gan.critic_loss(*given)[0], "g": gan.generator_loss}
+    optimizers = {"d": optax.adam(2e-3, b1=0.5), "g": optax.adam(1e-3, b1=0.5)}
+    opt_states, average = {name: optimizers[name].init(params[name]) for name in "dg"}, params
+
+    @partial(jax.jit, static_argnums=0)
+    def step(name: str, params: Tree, opt_state: Tree, keys: jax.Array) -> tuple[Tree, Tree, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda own: losses[name]({**params, name: own}, batch, keys))(params[name])
+        updates, opt_state = optimizers[name].update(grads, opt_state)
+        return {**params, name: optax.apply_updates(params[name], updates)}, opt_state, loss
+
+    number = 0
+    while True:
+        found: Found = {}
+        for name in "dg" if number % 2 else "d":
+            key = jax.random.fold_in(jax.random.fold_in(KEY, zlib.crc32(name.encode()) | 2**31), number)
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(NUM_ROWS))
+            params, opt_states[name], found[f"{name}/loss"] = step(name, params, opt_states[name], keys)
+        average = jax.tree.map(lambda old, new: 0.99 * old + 0.01 * new, average, params)
+        number += 1
+        yield {"params": params, "ema": average, "loss": sum(found.values()), **found}
+
+
 def all_pairs() -> Iterator[Found]:
     """Every image against every text of the batch."""
     params, batch = clip_two_towers.init(KEY), clip_two_towers.batch()
@@ -429,6 +455,7 @@ OF_THE_BATCH: dict[str, Callable[[], Iterator[Found]]] = {
     "dp_sgd": private,
     "vae": annealed,
     "ppo": epochs,
+    "gan": critic_and_generator,
     "clip_two_towers": all_pairs,
     "moe": balanced_experts,
 }

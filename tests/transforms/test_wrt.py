@@ -131,7 +131,7 @@ def test_random_sharded_pipeline_with_a_frozen_base_equals_its_reference(data: s
     axes = {name: size for name, size in mesh.shape.items() if name != "model"}
     wrt = data.draw(st.sampled_from([("out", "b"), ("b",), ("out",)]))
     gradient = sc.grad(WIDE[data.draw(st.sampled_from(list(WIDE)))], wrt=wrt)
-    pipeline = data.draw(pipelines(axes=axes))
+    pipeline = data.draw(pipelines(axes=axes, loss=loss))
     pipeline = sc.Pipeline((*pipeline.transforms[:-1], gradient))
     step = sc.compile(pipeline, mesh=mesh)
     assert_equivalent(
