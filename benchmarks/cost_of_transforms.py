@@ -9,9 +9,10 @@
   frozen      adapters on a frozen base of 8 bits, with `wrt=`, against the same step by hand
   across      a contrastive loss of the whole batch, `across(head) @ encode`, against GradCache by hand, and against the
               whole batch at once
+  sam         `sam(rho)` against two gradients by hand
 
-All but `terms` and the second of `frozen` and of `across` run on one device, before more are simulated. Measured are
-step time, temporary memory, copies in the optimized HLO, and collectives.
+All but `terms` and the second of `frozen`, `across` and `sam` run on one device, before more are simulated. Measured
+are step time, temporary memory, copies in the optimized HLO, and collectives.
 """
 
 import zlib
@@ -45,7 +46,7 @@ import stepc as sc
 from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
-SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS, ACROSS = 1.02, 1.15, 3.0, 1.03, 1.05, 1.05  # targets
+SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS, ACROSS, SAM = 1.02, 1.15, 3.0, 1.03, 1.05, 1.05, 1.03  # targets
 DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
@@ -98,6 +99,18 @@ def per_step(sample: Callable[[], Taken], num_steps: int) -> Callable[[], Taken]
 def num_copies(hlo: str) -> int:
     """How many instructions copy an array."""
     return sum(" copy(" in line for line in hlo.splitlines())
+
+
+def facts_of(program: jax.stages.Compiled) -> dict[str, Any]:
+    """Temporary memory, copies and collectives of a compiled program."""
+    return {
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "copies": num_copies(program.as_text()),
+        "collectives": [
+            {"kind": row.kind, "bytes": row.bytes, "executions": row.executions}
+            for row in sc.inspect.collectives(program)
+        ],
+    }
 
 
 def skip(model: Model, **how: int) -> dict[str, Any]:
@@ -347,17 +360,7 @@ def frozen(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) 
         "by hand": by_hand.lower(hand_state, batch).compile(),
         "wrt": step.lower(state, batch).compile().executable,
     }
-    facts = {
-        name: {
-            "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
-            "copies": num_copies(one.as_text()),
-            "collectives": [
-                {"kind": row.kind, "bytes": row.bytes, "executions": row.executions}
-                for row in sc.inspect.collectives(one)
-            ],
-        }
-        for name, one in programs.items()
-    }
+    facts = {name: facts_of(one) for name, one in programs.items()}
     (state, _), (hand_state, _) = step(state, batch), by_hand(hand_state, batch)
     difference = require_equal(*jax.device_get((state.params["lora"], hand_state[0]["lora"])), name="wrt")
     samples = {
@@ -455,17 +458,7 @@ def across(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) 
         "across": step.lower(states["across"], batch).compile().executable,
         "at once": at_once.lower(states["at once"], batch).compile().executable,
     }
-    facts = {
-        name: {
-            "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
-            "copies": num_copies(one.as_text()),
-            "collectives": [
-                {"kind": row.kind, "bytes": row.bytes, "executions": row.executions}
-                for row in sc.inspect.collectives(one)
-            ],
-        }
-        for name, one in programs.items()
-    }
+    facts = {name: facts_of(one) for name, one in programs.items()}
     hand_state, _ = by_hand(hand_state, batch)
     found = {}
     for name, one in (("across", step), ("at once", at_once)):
@@ -486,6 +479,64 @@ def across(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) 
         "ratio": {name: ratio(taken, name, "by hand") for name in samples},
         "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
         "facts": facts,
+    }
+
+
+def sam(model: Model, *, devices: int, rounds: int, calls: int) -> dict[str, Any]:
+    """Two gradients a step: `sam(0.05) @ accumulate(4)`, and by hand two scans and two sums over the devices."""
+    loss, optimizer, num_parts = model.make_loss(), adamw(), 4
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    replicated, along = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    params, batch = jax.device_put(model.params, replicated), jax.device_put(model.batch, along)
+
+    def gradient(params: Any, rows: Any) -> tuple[jax.Array, Any]:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(-1, num_parts, *leaf.shape[1:]).swapaxes(0, 1), rows)
+
+        def iteration(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, part)), None
+
+        total, _ = jax.lax.scan(iteration, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)), parts)
+        return jax.tree.map(lambda leaf: leaf / (num_parts * devices), jax.lax.psum(total, "data"))
+
+    reduced = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+
+    def hand(state: Any, batch: Any) -> tuple[Any, Any]:
+        params, opt_state = state
+        value, grads = reduced(params, batch)
+        factor = 0.05 / optax.tree.norm(grads)
+        moved = jax.tree.map(lambda leaf, grad: leaf + factor * grad, params, grads)
+        updates, opt_state = optimizer.update(reduced(moved, batch)[1], opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), {"loss": value}
+
+    by_hand = jax.jit(hand, donate_argnums=0)
+    source = sc.sam(0.05) @ sc.accumulate(num_parts) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
+    step = sc.compile(sc.update(optimizer) @ source, mesh=mesh)
+    state = step.init(params)
+    copied = jax.device_put(jax.tree.map(jnp.copy, params), replicated)
+    hand_state = (copied, jax.device_put(optimizer.init(copied), replicated))
+    programs = {
+        "by hand": by_hand.lower(hand_state, batch).compile(),
+        "sam": step.lower(state, batch).compile().executable,
+    }
+    (state, _), (hand_state, _) = step(state, batch), by_hand(hand_state, batch)
+    difference = require_equal(*jax.device_get((state.params, hand_state[0])), name="sam")
+    samples = {
+        "by hand": Repeated(by_hand, hand_state, batch, calls=calls),
+        "sam": Repeated(step, state, batch, calls=calls),
+    }
+    taken = interleaved(samples, rounds=rounds)
+    return {
+        "question": "sam",
+        "model": f"{model.name}, k = {num_parts}, {devices} device{'s' * (devices > 1)}",
+        "base": "by hand",
+        "difference": difference,
+        "seconds": spreads(taken),
+        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
+        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        "facts": {name: facts_of(one) for name, one in programs.items()},
     }
 
 
@@ -516,6 +567,8 @@ def target_of(found: Mapping[str, Any], name: str) -> str:
             return at_most(median, ACROSS)
         case "epochs":
             return at_most(median, EPOCHS)
+        case "sam":
+            return at_most(median, SAM)
         case 'rng="example"':
             return at_most(median, EXAMPLE)
         case "repeat(32)":
@@ -542,9 +595,11 @@ def main() -> None:
         lambda: rows(mlp(widths, rows=num_rows), rounds=rounds, calls=5),
         lambda: frozen(64 if quick else 512, num_rows=256, devices=1, rounds=rounds, calls=5),
         lambda: across(64 if quick else 256, num_rows=64 if quick else 512, devices=1, rounds=rounds, calls=5),
+        lambda: sam(mlp(widths, rows=num_rows), devices=1, rounds=rounds, calls=20),
         lambda: terms(mlp(widths, rows=num_rows), rounds=rounds, calls=20),  # from here on there are eight devices
         lambda: frozen(64 if quick else 512, num_rows=256, devices=8, rounds=rounds, calls=5),
         lambda: across(64 if quick else 256, num_rows=64 if quick else 512, devices=8, rounds=rounds, calls=5),
+        lambda: sam(mlp(widths, rows=num_rows), devices=NUM_DEVICES, rounds=rounds, calls=20),
     ):
         results.append(measured())
         tell(results[-1])

@@ -1,5 +1,6 @@
 """A convolution network of Flax Linen with batch statistics, its collection `batch_stats`, as the model state."""
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -54,5 +55,5 @@ if __name__ == "__main__":
         state, metrics = step(state, batch())
         print(f"step {state.step}: loss {metrics['loss']:.4f}")
     variables = {"params": state.params, "batch_stats": state.model_state}
-    logits: Tree = Network().apply(variables, batch()["image"], train=False)
+    logits: Tree = jax.jit(partial(Network().apply, train=False))(variables, batch()["image"])
     print(f"accuracy with the running averages: {np.mean(np.argmax(logits, axis=1) == batch()['label']):.2f}")
