@@ -926,11 +926,12 @@ def exchange_notes(schedule: Schedule, minibatch_bytes: int) -> tuple[str, ...]:
     )
 
 
-def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -> tuple[str, ...]:
-    """What the sharding costs, where that is not what one would expect.
+def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int, num_values: int) -> tuple[str, ...]:
+    """What the sharding costs, where that is not what one would expect; and a cheaper choice, where there is one.
 
     Args:
       gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
+      num_values: how many numbers that gradient has.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)
@@ -940,7 +941,7 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -
         return (
             f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}",
         )
-    notes: list[str] = []
+    notes = _narrower_reduction(instructions, gradient_bytes, 2 * num_values)
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(one.reason for one in instructions if isinstance(one, AllReduce) and rules.axis in one.axes)
         notes.append(f"the accumulator is replicated: {why}")
@@ -957,6 +958,20 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int) -
         else:
             notes.append(f"gathered parameters are kept for a microbatch, not for the step, {often}")
     return tuple(notes)
+
+
+def _narrower_reduction(instructions: Schedule, wide: int, narrow: int) -> list[str]:
+    """The choice of `reduce_dtype` where a loss that computes in bfloat16 is reduced in a wider dtype."""
+    losses = [one.node for one in instructions if isinstance(one, Compute)]
+    # float16 overflows in a sum over devices, so `dp` refuses it.
+    is_narrow = any(wrap.computes_in == "bfloat16" for node in losses for wrap in node.wraps)
+    is_wide = any(isinstance(one, AllReduce | ReduceScatter) and one.dtype is None for one in instructions)
+    if not (is_narrow and is_wide) or narrow >= wide:
+        return []
+    return [
+        f"the loss computes in bfloat16, and its gradient of {wide:,} B is reduced in float32: "
+        f"`dp(…, reduce_dtype=jnp.bfloat16)` would send {narrow:,} B, rounded on each device"
+    ]
 
 
 def _num_iterations(schedule: Schedule) -> int:

@@ -428,7 +428,8 @@ class Step:
                 gradient = gradient_shapes(trained, state.placement, rules, sharded=False)
                 gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in gradient)
                 prefix = f"{turn.name}: " if turn.name else ""
-                notes += tuple(f"{prefix}{note}" for note in sharding_notes(part, rules, gradient_bytes))
+                num_values = sum(leaf.size for leaf in gradient)
+                notes += tuple(f"{prefix}{note}" for note in sharding_notes(part, rules, gradient_bytes, num_values))
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
             largest = max(sums, key=lambda one: sum(leaf.size for leaf in one))

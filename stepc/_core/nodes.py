@@ -63,12 +63,14 @@ class Wrap:
     A module-level function and a tuple instead of a closure, because equal transforms must expand to equal wraps.
     `check(trained, *arguments)` refuses trained parameters that the transformation cannot take. With a `head` the
     function on its right is no loss but an encoder, and the loss is the head of what that makes of the whole batch.
+    `computes_in` is the dtype, by name, that the loss computes in because of it.
     """
 
     function: Callable[..., Callable[..., Any]]  # Any: a loss takes the user's own trees
     arguments: tuple[object, ...] = ()
     check: Callable[..., None] = lambda *_: None
     head: Callable[..., Any] | None = None  # Any: (params, z) -> what a loss returns
+    computes_in: str | None = None
     written: Written = field(default="wrap", compare=False)
 
 

@@ -55,6 +55,21 @@ def test_cast_computes_in_bfloat16_and_keeps_everything_else_in_float32() -> Non
     assert row.bytes == 4 * (4 * 8 + 8 + 1)  # reduced in float32
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_plan_says_what_a_narrower_reduction_would_send(zero: int) -> None:
+    def note(compute: Any, dtype: Any) -> list[str]:
+        rules = sc.dp("data", zero=zero, reduce_dtype=dtype)
+        step = sc.compile(ADAM @ sc.shard(rules) @ sc.grad(sc.cast(compute) @ network), mesh=mesh_of(data=2))
+        plan = step.lower(step.init(WIDE), {"x": np.ones((16, 4), np.float32)}).plan
+        return [one for one in plan.notes if "reduce_dtype" in one]
+
+    assert note(jnp.bfloat16, None) == [
+        "the loss computes in bfloat16, and its gradient of 160 B is reduced in float32: "
+        "`dp(…, reduce_dtype=jnp.bfloat16)` would send 80 B, rounded on each device"
+    ]
+    assert note(jnp.bfloat16, jnp.bfloat16) == note(jnp.float32, None) == []
+
+
 @pytest.mark.parametrize(("dtype", "kind", "size"), [(None, "float32", 4), (jnp.bfloat16, "bfloat16", 2)])
 def test_accumulator_has_the_given_dtype(dtype: Any, kind: str, size: int) -> None:
     stage = lowered(sc.grad(network), dtype=dtype)

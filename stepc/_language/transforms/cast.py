@@ -41,7 +41,9 @@ class Cast(Transform):
         return Fn(init, cast_loss(inner.apply, self.compute, self.params), inner.axes, inner.names)
 
     def expand(self) -> tuple[Wrap, ...]:
-        return (Wrap(cast_loss, (self.compute, self.params), check_master_parameters, written=repr(self)),)
+        arguments = (self.compute, self.params)
+        name = self.compute.name
+        return (Wrap(cast_loss, arguments, check_master_parameters, computes_in=name, written=repr(self)),)
 
 
 def cast_loss(loss: Callable[..., Any], compute: np.dtype, _: np.dtype | None) -> Callable[..., Any]:
