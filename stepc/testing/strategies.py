@@ -107,7 +107,9 @@ def pipelines(
     has_head = isinstance(source.loss, Pipeline) and any(isinstance(one, Across) for one in source.loss.transforms)
     chosen = draw(_gradient_transforms(axes, exact, transforms, longest, single_rows=not has_head))
     optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5), Evaluating()]
-    if loss is None and not transforms and draw(st.sampled_from([False, False, False, True])):
+    # A head multiplies sums: what it makes of parameters that are no whole numbers any more is rounded.
+    one_step = has_head and exact
+    if loss is None and not transforms and not one_step and draw(st.sampled_from([False, False, False, True])):
         pipeline = draw(_alternations(chosen, source, optimizers))
     else:
         pipeline = _chained(update(draw(st.sampled_from(optimizers))), chosen, source)
@@ -116,7 +118,9 @@ def pipelines(
     )
     for transform in outside:
         pipeline = transform @ pipeline
-    several = [None, None, None, repeat(2), *([] if _has_model_state_by_rows(source) else [epochs(2, minibatches=2)])]
+    by_rows = _has_model_state_by_rows(source)
+    several = [None, None, None, repeat(2), *([] if by_rows else [epochs(2, minibatches=2)])]
+    several = [None] if one_step else several
     if (transform := draw(st.sampled_from(several))) is not None:
         pipeline = transform @ pipeline
     return pipeline if isinstance(pipeline, Pipeline) else Pipeline((pipeline,))
