@@ -6,6 +6,7 @@
   repeat      `repeat(32)` against 32 dispatches of a tiny step
   rows        `rows() @ clip(c)` against `clip(c)`
   epochs      `epochs(4, minibatches=8)` against a scan over the same minibatches by hand
+  alternate   two turns with optimizers of their own against two steps by hand in one jit
   frozen      adapters on a frozen base of 8 bits, with `wrt=`, against the same step by hand
   across      a contrastive loss of the whole batch, `across(head) @ encode`, against GradCache by hand, and against the
               whole batch at once
@@ -46,7 +47,7 @@ import stepc as sc
 from examples.gpt import model as gpt
 
 NUM_DEVICES, REPEATS, DROPOUT = 8, 32, 0.1
-SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS, ACROSS, SAM = 1.02, 1.15, 3.0, 1.03, 1.05, 1.05, 1.03  # targets
+SKIP, EXAMPLE, REPEAT, FROZEN, EPOCHS, ACROSS, SAM, ALTERNATE = 1.02, 1.15, 3.0, 1.03, 1.05, 1.05, 1.03, 1.05  # targets
 DEMO = gpt.Size(layers=4, width=64, heads=4, context=128)  # that of the demo
 
 
@@ -279,6 +280,83 @@ def epochs(model: Model, *, rounds: int, calls: int) -> dict[str, Any]:
         "base": "by hand",
         "difference": found,
         "batch_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(batch)),
+        "seconds": spreads(taken),
+        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
+        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        "facts": {
+            name: {
+                "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
+                "copies": num_copies(one.as_text()),
+                "collectives": [],
+            }
+            for name, one in programs.items()
+        },
+    }
+
+
+def alternate(width: int, *, num_rows: int, rounds: int, calls: int) -> dict[str, Any]:
+    """A critic and a generator of three layers each: as turns, and by hand as two steps in one jit."""
+    random = np.random.default_rng(0)
+
+    def layers(*sizes: int) -> list[np.ndarray]:
+        pairs = zip(sizes, sizes[1:], strict=False)
+        return [(random.normal(size=(wide, narrow)) / wide**0.5).astype(np.float32) for wide, narrow in pairs]
+
+    params = {"d": layers(64, width, width, 1), "g": layers(64, width, width, 64)}
+    batch = {name: jnp.asarray(random.normal(size=(num_rows, 64)), jnp.float32) for name in ("x", "noise")}
+
+    def apply(weights: Any, x: jax.Array) -> jax.Array:
+        for layer in weights[:-1]:
+            x = jnp.tanh(x @ layer)
+        return x @ weights[-1]
+
+    def critic(params: Any, rows: Any) -> jax.Array:
+        fake = apply(params["d"], apply(params["g"], rows["noise"]))
+        return jnp.mean(jax.nn.softplus(-apply(params["d"], rows["x"])) + jax.nn.softplus(fake))
+
+    def generator(params: Any, rows: Any) -> jax.Array:
+        return jnp.mean(jax.nn.softplus(-apply(params["d"], apply(params["g"], rows["noise"]))))
+
+    losses, optimizers = {"d": critic, "g": generator}, {"d": adamw(), "g": optax.sgd(1e-2, momentum=0.9)}
+
+    def hand(state: Any, batch: Any) -> tuple[Any, Any]:
+        params, opt_states = state
+        found = {}
+        for name in "dg":
+
+            def loss_of(own: Any, name: str = name, params: Any = params) -> jax.Array:
+                return losses[name]({**params, name: own}, batch)
+
+            found[name], grads = jax.value_and_grad(loss_of)(params[name])
+            updates, opt_state = optimizers[name].update(grads, opt_states[name], params[name])
+            params = {**params, name: optax.apply_updates(params[name], updates)}
+            opt_states = {**opt_states, name: opt_state}
+        return (params, opt_states), found
+
+    turns = {name: sc.update(optimizers[name]) @ sc.grad(losses[name], wrt=f"{name}/**") for name in "dg"}
+    steps = {
+        "alternate": sc.compile(sc.alternate(**turns)),
+        "skip_nonfinite @ alternate": sc.compile(sc.skip_nonfinite() @ sc.alternate(**turns)),
+    }
+    by_hand = jax.jit(hand, donate_argnums=0)
+    copied = jax.tree.map(jnp.array, params)
+    hand_state = (copied, {name: optimizers[name].init(copied[name]) for name in "dg"})
+    programs = {"by hand": by_hand.lower(hand_state, batch).compile()}
+    hand_state, _ = by_hand(hand_state, batch)
+    samples = {"by hand": Repeated(by_hand, hand_state, batch, calls=calls)}
+    expected, difference = jax.device_get(hand_state[0]), 0.0
+    for name, step in steps.items():
+        state = step.init(params)
+        programs[name] = step.lower(state, batch).compile().executable
+        state, _ = step(state, batch)
+        difference = max(difference, require_equal(jax.device_get(state.params), expected, name=name))
+        samples[name] = Repeated(step, state, batch, calls=calls)
+    taken = interleaved(samples, rounds=rounds)
+    return {
+        "question": "alternate",
+        "model": f"two networks of three layers of width {width}, {num_rows} rows",
+        "base": "by hand",
+        "difference": difference,
         "seconds": spreads(taken),
         "ratio": {name: ratio(taken, name, "by hand") for name in samples},
         "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
@@ -567,6 +645,8 @@ def target_of(found: Mapping[str, Any], name: str) -> str:
             return at_most(median, ACROSS)
         case "epochs":
             return at_most(median, EPOCHS)
+        case "alternate":
+            return at_most(median, ALTERNATE)
         case "sam":
             return at_most(median, SAM)
         case 'rng="example"':
@@ -592,6 +672,7 @@ def main() -> None:
         lambda: dropout(size, num_rows=16, rounds=rounds, calls=1),
         lambda: repeat(mlp((8, 8, 8), rows=8), rounds=rounds, calls=5 if quick else 30),
         lambda: epochs(mlp(widths, rows=8 * num_rows), rounds=rounds, calls=2),
+        lambda: alternate(32 if quick else 512, num_rows=num_rows, rounds=rounds, calls=2),
         lambda: rows(mlp(widths, rows=num_rows), rounds=rounds, calls=5),
         lambda: frozen(64 if quick else 512, num_rows=256, devices=1, rounds=rounds, calls=5),
         lambda: across(64 if quick else 256, num_rows=64 if quick else 512, devices=1, rounds=rounds, calls=5),

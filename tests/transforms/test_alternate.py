@@ -420,3 +420,18 @@ def test_settings_hold_the_numbers_of_every_turn() -> None:
     ((written, numbers),) = sc.compile(sc.alternate(d=turn("d"), g=turn("g", update=MOMENTUM))).settings()
     assert written.startswith("alternate(d=")
     assert {"-0.5", "-0.25"} <= set(numbers.values())
+
+
+def test_hyperparameters_of_each_turn_are_metrics_of_its_own() -> None:
+    rates = {"d": optax.inject_hyperparams(optax.sgd)(0.5), "g": optax.inject_hyperparams(optax.sgd)(0.25)}
+    step = sc.compile(sc.alternate(**{own: turn(own, update=sc.update(rate)) for own, rate in rates.items()}))
+    state = step.init(HALVES)
+    assert_equivalent(step, state, probe_batch(8))
+    _, metrics = step(state, probe_batch(8))
+    assert (metrics["d/learning_rate"], metrics["g/learning_rate"]) == (0.5, 0.25)
+
+
+def test_split_invariance_asks_for_one_gradient() -> None:
+    step = sc.compile(both(sc.accumulate(2)))
+    with pytest.raises(sc.ConfigError, match="each turn of `alternate` has one"):
+        sc.testing.assert_split_invariant(step, step.init(HALVES), probe_batch(8))
