@@ -187,7 +187,7 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
             inner = params["jaxpr"]
             program = ClosedJaxpr(inner, ()) if isinstance(inner, Jaxpr) else inner
             return _checkpoint(program, values, gather, params["policy"], params["prevent_cse"])
-        case "scan" if all(value.dim > 0 for value in _scanned(params, values) if isinstance(value, _Shard)):
+        case "scan":
             return _scan(params, values, gather)
         case _:
             return _apply(equation, [_gathered(value, gather) for value in values], jaxpr)
@@ -228,15 +228,15 @@ def _is_kept(primitive: Any, *_: Any, **params: Any) -> bool:  # Any: a jax.exte
     return primitive.name not in DONE_AGAIN
 
 
-def _scanned(params: Any, values: list[_Value]) -> list[_Value]:
-    return values[params["num_consts"] + params["num_carry"] :]
-
-
 def _scan(params: Any, values: list[_Value], gather: Gather) -> Sequence[jax.Array]:
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts = [_gathered(value, gather) for value in values[:num_consts]]
     start = [_gathered(value, gather) for value in values[num_consts : num_consts + num_carry]]
-    stacks = _scanned(params, values)
+    # A stack that is sharded along the dimension that counts its layers is gathered whole.
+    stacks = [
+        _gathered(value, gather) if isinstance(value, _Shard) and value.dim == 0 else value
+        for value in values[num_consts + num_carry :]
+    ]
 
     def layer(carry: list[jax.Array], slices: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         inputs = [

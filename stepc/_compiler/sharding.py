@@ -158,14 +158,20 @@ def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it
 
     It is one that no other axis shards and that divides evenly. Among several: one that a TPU scatters without a
     relayout (a major one, or one whose shard fills tiles of 32 bytes), then the largest, then the first. Where layers
-    are gathered one at a time, the first dimension of a stack counts the layers and is never sharded.
+    are gathered one at a time, the first dimension may count layers, so it comes last: a scan over layers gathers a
+    stack that is sharded along it whole.
     """
-    num_shards, is_stack = rules.num_parts, _counts_layers(leaf, rules)
+    num_shards, may_be_stack = rules.num_parts, rules.layout.gather == "layer" and leaf.ndim > 1
     rows_of_a_tile = max(32 // leaf.dtype.itemsize, 1)
     ranks = [
-        (dim < leaf.ndim - 2 or (size // num_shards) % rows_of_a_tile == 0, size, -dim)
+        (
+            not (may_be_stack and dim == 0),
+            dim < leaf.ndim - 2 or (size // num_shards) % rows_of_a_tile == 0,
+            size,
+            -dim,
+        )
         for dim, size in enumerate(leaf.shape)
-        if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None) and not (is_stack and dim == 0)
+        if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None)
     ]
     return -max(ranks)[-1] if ranks and num_shards > 1 and not is_typed_key(leaf) else -1
 
@@ -175,22 +181,12 @@ def why_unsharded(leaf: Any, spec: Spec, rules: BoundRules) -> str:  # Any: as a
     if is_typed_key(leaf):
         return "typed keys are never sharded"
     taken = [
-        f"dimension {dim}, which "
-        + (
-            "counts the layers"
-            if dim == 0 and _counts_layers(leaf, rules)
-            else f"is sharded over {', '.join(axes_of(spec[dim : dim + 1]))}"
-        )
+        f"dimension {dim}, which is sharded over {', '.join(axes_of(spec[dim : dim + 1]))}"
         for dim, size in enumerate(leaf.shape)
         if size and size % rules.num_parts == 0
     ]
     parts = f"{rules.axis}={rules.num_parts}"
     return f"{parts} divides only {', and '.join(taken)}" if taken else f"not divisible by {parts}"
-
-
-def _counts_layers(leaf: Any, rules: BoundRules) -> bool:  # Any: as above
-    """Whether the first dimension counts layers, which are gathered one at a time."""
-    return rules.layout.gather == "layer" and leaf.ndim > 1
 
 
 def mirrored_params(paths: Sequence[str], params: Iterable[str]) -> dict[str, str]:
