@@ -77,13 +77,23 @@ def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
     return pipeline
 
 
+def in_turn(outer: str, inner: str, probe: str) -> sc.Pipeline:
+    """Two turns, the second with `inner`, and a transform of whole steps outside of both."""
+    first = sc.update(optax.adam(1e-2)) @ sc.accumulate(2) @ KNOWN[probe]
+    turns = sc.alternate(first=first, second=composed(inner, inner, probe), every={"first": 2})
+    return SAMPLES[outer] @ turns
+
+
 def assert_pair(outer: str, inner: str, probe: str) -> None:
-    pipeline = composed(outer, inner, probe)
+    assert_equal_to_reference(composed(outer, inner, probe), {outer, inner}, probe)
+
+
+def assert_equal_to_reference(pipeline: sc.Pipeline, names: set[str], probe: str) -> None:
     step = sc.compile(pipeline, mesh=mesh_of(data=2))
     batch = probe_batch(32)
     if step.rows_axis:
         batch = jax.tree.map(lambda leaf: np.stack([leaf] * step.steps_per_call), batch)
-    is_narrow = {outer, inner} & {"accumulate_narrow", "cast", "cast_any"}
+    is_narrow = names & {"accumulate_narrow", "cast", "cast_any"}
     # Narrow dtypes hold 8 or 11 bits, and a compiled program rounds in another order. Where a parameter and its update
     # nearly cancel, one rounding is large relative to the rest: 3e-5 of it was seen. A wrong transform is off by more.
     source = KNOWN[probe]
@@ -102,3 +112,23 @@ def test_pair_of_transforms_equals_its_reference(case: tuple[tuple[str, str], st
 @pytest.mark.parametrize(("pair", "probe"), CASES)
 def test_every_pair_of_transforms_equals_its_reference(pair: tuple[str, str], probe: str) -> None:
     assert_pair(*pair, probe)
+
+
+TURN_CASES = [
+    (pair, probe)
+    for pair, probe in product(product(STEPS, (*LOSSES, *EXACT, *ROUNDED)), PROBES)
+    if all(fits(name, KNOWN[probe]) for name in pair)
+]
+
+
+@settings(max_examples=20)
+@given(case=st.sampled_from(TURN_CASES))
+def test_transform_in_a_turn_equals_its_reference(case: tuple[tuple[str, str], str]) -> None:
+    pair, probe = case
+    assert_equal_to_reference(in_turn(*pair, probe), set(pair), probe)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("pair", "probe"), TURN_CASES)
+def test_every_transform_in_a_turn_equals_its_reference(pair: tuple[str, str], probe: str) -> None:
+    assert_equal_to_reference(in_turn(*pair, probe), set(pair), probe)
