@@ -35,7 +35,7 @@ def loss(params: Tree, rows: Tree) -> jax.Array:
 
 def pipeline(k: int = 4) -> sc.Pipeline:
     gradient = sc.accumulate(k) @ sc.shard(sc.dp("data")) @ sc.grad(sc.cast(jnp.float16) @ loss)
-    return sc.skip_nonfinite() @ sc.update(optax.adamw(1e-3)) @ sc.clip(1.0) @ sc.loss_scale(initial=2.0**13) @ gradient
+    return sc.skip_nonfinite() @ sc.update(optax.adamw(3e-4)) @ sc.clip(1.0) @ sc.loss_scale(initial=2.0**13) @ gradient
 
 
 def batch(num_rows: int = 64) -> Tree:

@@ -265,7 +265,7 @@ def means_over_tokens() -> Iterator[Found]:
 def scaled_float16(k: int, devices: int) -> Iterator[Found]:
     """Each part's gradient is rounded to float16; their mean is taken in float32. An overflow halves the scale."""
     params, parts, scale = fp16_loss_scale.init(KEY), parts_of(fp16_loss_scale.batch(), k, devices), 2.0**13
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4))
     opt_state = optimizer.init(params)
 
     def scaled_loss(params: Tree, rows: Tree, scale: float) -> tuple[jax.Array, jax.Array]:

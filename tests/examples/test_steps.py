@@ -99,8 +99,10 @@ def test_example_equals_the_step_by_hand(name: str, k: int, devices: int) -> Non
     run = run_of(name, k, devices)
     assert run.of_largest
     assert {at: one for at, one in run.of_largest.items() if not one <= 1e-6} == {}
-    # Adam divides by the root of a small number, so a leaf that starts from zero differs by more of its own.
-    assert {at: one for at, one in run.of_leaf.items() if not one <= 1e-4} == {}
+    # Adam divides by the root of a small number, so a leaf that starts from zero differs by more of its own. With XLA's
+    # own flags, one program rounds to float16 (1e-3) less often than another.
+    allowed = 1e-3 if name == "fp16_loss_scale" else 1e-4
+    assert {at: one for at, one in run.of_leaf.items() if not one <= allowed} == {}
 
 
 @pytest.mark.parametrize("name", BY_HAND)
