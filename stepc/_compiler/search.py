@@ -167,8 +167,11 @@ def live_bytes(traced: ClosedJaxpr) -> int:
     Source: ours; a linear scan over live ranges.
     """
     results = {var for var in traced.jaxpr.outvars if isinstance(var, Var)}
-    for equation in reversed(traced.jaxpr.eqns):  # what a result is before a constraint shards it is that result
-        if equation.primitive.name == "sharding_constraint" and results & set(equation.outvars):
+    for equation in reversed(traced.jaxpr.eqns):
+        # What a result is before a constraint shards it is that result, and before a selection of what is known.
+        is_same = equation.primitive.name == "sharding_constraint"
+        is_same |= equation.primitive.name == "select_n" and isinstance(equation.invars[0], Literal)
+        if is_same and results & set(equation.outvars):
             results |= {var for var in equation.invars if isinstance(var, Var)}
     return _peak(traced.jaxpr, uncounted=results)
 
