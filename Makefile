@@ -20,7 +20,7 @@ test: $(VENV)/dev.stamp
 # Thousands of random pipelines with XLA's own flags: more than an hour on two cores. Run it by hand, and say so where
 # you report it.
 test-long: $(VENV)/dev.stamp
-	STEPC_XLA_DEFAULTS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long $(PYTEST_OPTIONS)
+	STEPC_XLA_DEFAULTS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long --hypothesis-profile=nightly $(PYTEST_OPTIONS)
 
 coverage: PYTEST_OPTIONS += --cov --cov-report=term
 coverage: test

@@ -51,7 +51,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Strict dtype promotion would be right too, but optax's Adam raises a Python float to the power of an int32 count.
 
 # A compilation takes as long as it takes; what is random is drawn again every run, and printed when it fails.
-settings.register_profile("ci", deadline=None, print_blob=True)
+# A change is judged by the same draws everywhere; new ones are drawn every night, and in the long tests.
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("nightly", deadline=None, print_blob=True)
 settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
