@@ -69,26 +69,23 @@ def compare(
     for name, one in variants.items():
         state = one.step.init(one.params)
         compiled = one.step.lower(state, one.batch).compile()
-        rows = compiled.collectives()
-        facts[name] = {
-            "temporary_bytes": compiled.executable.memory_analysis().temp_size_in_bytes,
-            "copies": num_copies(compiled.hlo()),
-            "collectives": [{"kind": row.kind, "bytes": row.bytes, "executions": row.executions} for row in rows],
-        }
+        facts[name] = facts_of(compiled.executable)
         state, _ = one.step(state, one.batch)
         params[name] = jax.tree.map(jnp.copy, state.params)
         samples[name] = per_step(Repeated(one.step, state, one.batch, calls=calls), one.num_steps)
         if is_same:
             facts[name]["difference"] = require_equal(params[name], params[base], name=name) if name != base else 0.0
+    return {"question": question, "model": model, **timed(samples, base, rounds=rounds), "facts": facts}
+
+
+def timed(samples: Mapping[str, Callable[[], Taken]], base: str, *, rounds: int) -> dict[str, Any]:
+    """The times of all samples in interleaved rounds, and their ratios to that of `base`."""
     taken = interleaved(samples, rounds=rounds)
     return {
-        "question": question,
-        "model": model,
         "base": base,
         "seconds": spreads(taken),
-        "ratio": {name: ratio(taken, name, base) for name in variants},
-        "cpu_ratio": {name: ratio(taken, name, base, CPU_SECONDS) for name in variants},
-        "facts": facts,
+        "ratio": {name: ratio(taken, name, base) for name in samples},
+        "cpu_ratio": {name: ratio(taken, name, base, CPU_SECONDS) for name in samples},
     }
 
 
@@ -273,24 +270,13 @@ def epochs(model: Model, *, rounds: int, calls: int) -> dict[str, Any]:
         "by hand": per_step(Repeated(by_hand, hand_state, batch, calls=calls), 32),
         "epochs": per_step(Repeated(step, state, batch, calls=calls), 32),
     }
-    taken = interleaved(samples, rounds=rounds)
     return {
         "question": "epochs",
         "model": model.name,
-        "base": "by hand",
         "difference": found,
         "batch_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(batch)),
-        "seconds": spreads(taken),
-        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
-        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
-        "facts": {
-            name: {
-                "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
-                "copies": num_copies(one.as_text()),
-                "collectives": [],
-            }
-            for name, one in programs.items()
-        },
+        **timed(samples, "by hand", rounds=rounds),
+        "facts": {name: facts_of(one) for name, one in programs.items()},
     }
 
 
@@ -351,23 +337,12 @@ def alternate(width: int, *, num_rows: int, rounds: int, calls: int) -> dict[str
         state, _ = step(state, batch)
         difference = max(difference, require_equal(jax.device_get(state.params), expected, name=name))
         samples[name] = Repeated(step, state, batch, calls=calls)
-    taken = interleaved(samples, rounds=rounds)
     return {
         "question": "alternate",
         "model": f"two networks of three layers of width {width}, {num_rows} rows",
-        "base": "by hand",
         "difference": difference,
-        "seconds": spreads(taken),
-        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
-        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
-        "facts": {
-            name: {
-                "temporary_bytes": one.memory_analysis().temp_size_in_bytes,
-                "copies": num_copies(one.as_text()),
-                "collectives": [],
-            }
-            for name, one in programs.items()
-        },
+        **timed(samples, "by hand", rounds=rounds),
+        "facts": {name: facts_of(one) for name, one in programs.items()},
     }
 
 
@@ -445,16 +420,12 @@ def frozen(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) 
         "by hand": Repeated(by_hand, hand_state, batch, calls=calls),
         "wrt": Repeated(step, state, batch, calls=calls),
     }
-    taken = interleaved(samples, rounds=rounds)
     return {
         "question": "frozen",
         "model": f"4 layers of width {width} in 8 bits, adapters of rank 8, {devices} devices",
-        "base": "by hand",
         "difference": difference,
         "trained_bytes": down.nbytes + up.nbytes,
-        "seconds": spreads(taken),
-        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
-        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        **timed(samples, "by hand", rounds=rounds),
         "facts": facts,
     }
 
@@ -547,15 +518,11 @@ def across(width: int, *, num_rows: int, devices: int, rounds: int, calls: int) 
         "across": Repeated(step, states["across"], batch, calls=calls),
         "at once": Repeated(at_once, states["at once"], batch, calls=calls),
     }
-    taken = interleaved(samples, rounds=rounds)
     return {
         "question": "across",
         "model": f"two towers of 4 layers of width {width}, {num_rows} rows, k = {num_parts}, {devices} devices",
-        "base": "by hand",
         "difference": found,
-        "seconds": spreads(taken),
-        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
-        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        **timed(samples, "by hand", rounds=rounds),
         "facts": facts,
     }
 
@@ -605,15 +572,11 @@ def sam(model: Model, *, devices: int, rounds: int, calls: int) -> dict[str, Any
         "by hand": Repeated(by_hand, hand_state, batch, calls=calls),
         "sam": Repeated(step, state, batch, calls=calls),
     }
-    taken = interleaved(samples, rounds=rounds)
     return {
         "question": "sam",
         "model": f"{model.name}, k = {num_parts}, {devices} device{'s' * (devices > 1)}",
-        "base": "by hand",
         "difference": difference,
-        "seconds": spreads(taken),
-        "ratio": {name: ratio(taken, name, "by hand") for name in samples},
-        "cpu_ratio": {name: ratio(taken, name, "by hand", CPU_SECONDS) for name in samples},
+        **timed(samples, "by hand", rounds=rounds),
         "facts": {name: facts_of(one) for name, one in programs.items()},
     }
 
