@@ -195,12 +195,11 @@ class Source:
         self.is_reading, self.failed = False, None
         try:
             batch = as_arrays(batch)
-            # Of several, the one with the fewest rows that it can be filled up to.
-            longer = min((one for one in self.specs if is_short(batch, one)), key=BatchSpec.num_rows, default=None)
-            if self.short == "drop" and longer is not None:
+            if self.short == "drop" and self._longer_than(batch) is not None:
                 return LeftOut()
             if self.short == "pad":
                 check_mask(batch)
+                longer = self._longer_than(batch)
                 batch = batch if longer is None else padded(batch, longer)
             spec = self._signature_of(batch)
             item = DataItem(self.place(copied(batch)), after, before=self.before, spec=spec)
@@ -213,6 +212,10 @@ class Source:
     def spec(self) -> BatchSpec | None:
         """The signature of the first batch."""
         return self.specs[0] if self.specs else None
+
+    def _longer_than(self, batch: Batch) -> BatchSpec | None:
+        """The signature that a short batch can be filled up to; of several, the one with the fewest rows."""
+        return min((one for one in self.specs if is_short(batch, one)), key=BatchSpec.num_rows, default=None)
 
     def _signature_of(self, batch: Batch) -> BatchSpec:
         """The one of the signatures that a batch has; a new one if it may have one. Errors: BatchError."""
