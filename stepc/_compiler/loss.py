@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from stepc._compiler.rows import RowUse, encoder_row_use, loss_row_use, row_uses, user_line
@@ -21,7 +20,7 @@ from stepc._jax import dce_jaxpr
 from stepc._language.encoded import Encoded, EncodedTree, take_apart
 from stepc._language.kinds import BatchRows, Params
 from stepc._language.model_state import explicit_rule, is_overwritten, rules_by_leaf
-from stepc._language.state import describe_leaf, is_trained, leaves_by_path, same_tree, trained_leaves
+from stepc._language.state import ARRAY_LIKE, describe_leaf, is_trained, leaves_by_path, same_tree, trained_leaves
 from stepc._language.terms import (
     AbstractTerms,
     Last,
@@ -38,7 +37,6 @@ from stepc._language.terms import (
 )
 from stepc.errors import LossError, ShardingError, faults_in_one, listed
 
-_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int)
 # The metrics that a step reports itself.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Key implementations whose draws for one key do not depend on how many keys are vmapped over.
@@ -198,7 +196,7 @@ def trace_loss_structure(
     node.check(trained_leaves(params, node.wrt))
     if node.rng == "example":
         _check_keys(key, node)
-    keys = None if node.rng is None else keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
+    keys = keys_of(node, key, jax.ShapeDtypeStruct((num_rows(rows),), jnp.int32))
     if node.model_state is not None:
         model_state = _rows_of_model_state(node, model_state, whole, num_rows(rows))
         _check_sizes(node, (params, model_state, rows, keys), reads, whole)
@@ -373,7 +371,9 @@ def _check_axes(traced: ClosedJaxpr, node: DifferentiateNode, manual_axes: tuple
 
 
 def keys_of(node: DifferentiateNode, key: Any, numbers: Any) -> Any:  # Any: typed keys, or their shapes
-    """The keys that the loss is given for rows with these positions in the batch."""
+    """The keys that the loss is given for rows with these positions in the batch; None if it takes none."""
+    if node.rng is None:
+        return None
     if isinstance(numbers, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda key, numbers: keys_of(node, key, numbers), key, numbers)
     if node.rng == "example":
@@ -479,7 +479,7 @@ def _check_value(value: Any, node: DifferentiateNode) -> None:
         facts = (("expected", "a floating-point total, a sum over the rows, and a count"), ("got", described(value)))
         if not _is_scalar(value.count):
             raise LossError(f"{what}.", facts=facts, suggestion="Write `.sum()` over the rows.")
-    if not isinstance(total, (jax.Array, np.ndarray, np.generic, float, int)):
+    if not isinstance(total, ARRAY_LIKE):
         remedy = None
         match value:
             case (_, dict(metrics)) if not node.has_aux and all(map(_is_scalar, jax.tree.leaves(metrics))):
@@ -504,7 +504,7 @@ def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
         faults += [
             f"`{name}` is {described(number)}; a metric is an array, or sc.Mean, Sum, Max, Min, Last of one."
             for number in numbers
-            if not isinstance(number, _NUMBERS)
+            if not isinstance(number, ARRAY_LIKE)
         ]
         faults += [
             f"`{name}` divides {described(term.total)} by {described(term.count)}; a count is a scalar or like it."
@@ -779,7 +779,7 @@ def described(value: Any) -> str:
 
 
 def _is_scalar(number: Any) -> bool:
-    return isinstance(number, _NUMBERS) and jnp.shape(number) == ()
+    return isinstance(number, ARRAY_LIKE) and jnp.shape(number) == ()
 
 
 def depends_on(

@@ -255,7 +255,7 @@ def _steps(
 
     # What is frozen is no carry: a loop may copy what it carries.
     def one_step(carry: State, rows: Batch) -> tuple[State, tuple[Metrics, Any]]:  # Any: diagnostics
-        outputs = step(replace(carry, params=state.with_trained(carry.params).params), rows)
+        outputs = step(_with_frozen_of(state, carry), rows)
         return _trained_alone(outputs.state), (outputs.metrics, outputs.diagnostics)
 
     def one_epoch(carry: State, epoch: jax.Array) -> tuple[State, tuple[Metrics, Any]]:  # Any: as above
@@ -275,7 +275,7 @@ def _steps(
             last, outputs = jax.lax.scan(one_epoch, _trained_alone(state), epochs)
             outputs = jax.tree.map(lambda leaf: leaf.reshape(node.size, *leaf.shape[2:]), outputs)
     metrics, diagnostics = outputs
-    return StepOutputs(replace(last, params=state.with_trained(last.params).params), metrics, diagnostics)
+    return StepOutputs(_with_frozen_of(state, last), metrics, diagnostics)
 
 
 def _take_turns(instruction: TakeTurns, regions: tuple[ManualRegion, ...], state: State, batch: Batch) -> StepOutputs:
@@ -292,7 +292,7 @@ def _take_turns(instruction: TakeTurns, regions: tuple[ManualRegion, ...], state
             is_made = number % turn.every == 0
             after, found, seen = _make_turn_if(is_made, step, before, batch)
             loss = loss + jnp.where(is_made, found["loss"], 0)
-        now = after_turn(now, turn, replace(after, params=before.with_trained(after.params).params))
+        now = after_turn(now, turn, _with_frozen_of(before, after))
         metrics |= {f"{turn.name}/{name}": value for name, value in found.items()}
         diagnostics[turn.name], is_finite = seen, is_finite & seen.finite
         # Of what a turn keeps, what advances with a step that is skipped: a scale of the loss.
@@ -309,12 +309,9 @@ def _take_turns(instruction: TakeTurns, regions: tuple[ManualRegion, ...], state
     metrics = {"loss": loss, **metrics}
     if instruction.guard is not None:
         name, _ = instruction.guard
-        kept = _either_state(is_finite, _trained_alone(new), _trained_alone(state))
-        new = replace(kept, params=state.with_trained(kept.params).params)
-        metrics["skipped"] = skipped = 1 - is_finite.astype(jnp.int32)
-        counts: SkipCounts = state.slots[name]
-        total = SkipCounts(counts.total + skipped, (counts.consecutive + skipped) * skipped)
-        new = replace(new, slots={**new.slots, **always, name: total})
+        new = _with_frozen_of(state, _either_state(is_finite, _trained_alone(new), _trained_alone(state)))
+        counts, metrics["skipped"] = _count_skip(state.slots[name], is_finite)
+        new = replace(new, slots={**new.slots, **always, name: counts})
     return StepOutputs(new, metrics, TurnDiagnostics(is_finite, diagnostics))
 
 
@@ -322,7 +319,7 @@ def _turn(
     body: Schedule, region: ManualRegion, is_guarded: bool, trained: State, whole: State, batch: Batch
 ) -> tuple[State, Metrics, Diagnostics]:
     """One turn on what it trains of a state; what is frozen is no result, since a branch may copy what it returns."""
-    outputs = _step(body, region, replace(trained, params=whole.with_trained(trained.params).params), batch)
+    outputs = _step(body, region, _with_frozen_of(whole, trained), batch)
     seen = outputs.diagnostics
     if not isinstance(seen, Diagnostics):
         raise ValueError("a turn has no turns")
@@ -403,7 +400,7 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
         new = _update_if(gradient_is_finite, update, gradient, metrics["loss"], given)
     else:
         new = update(gradient, metrics["loss"], given)
-    new = replace(new, params=state.with_trained(new.params).params)
+    new = _with_frozen_of(state, new)
 
     # The outputs: the slots that advance with every step, made or skipped; the metrics; the diagnostics.
     slots = dict(new.slots)
@@ -416,10 +413,7 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
             scale_adapts = jax.tree.leaves(slots[name])[0] < metrics[name]
     if optimize.guard is not None:
         name, _ = optimize.guard
-        skipped = 1 - is_finite.astype(jnp.int32)
-        before: SkipCounts = state.slots[name]
-        slots[name] = SkipCounts(before.total + skipped, (before.consecutive + skipped) * skipped)
-        metrics["skipped"] = skipped
+        slots[name], metrics["skipped"] = _count_skip(state.slots[name], is_finite)
     # An overflow that the scale of the loss adapts to is no reason to stop. At its smallest it adapts no more, and
     # every further step would be skipped too.
     is_fine = loss_is_finite & (gradient_is_finite | scale_adapts)
@@ -433,9 +427,20 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     )
 
 
+def _count_skip(before: SkipCounts, is_finite: jax.Array) -> tuple[SkipCounts, jax.Array]:
+    """The counts after a step that is skipped unless it is finite, and how many that are: 1 or 0."""
+    skipped = 1 - is_finite.astype(jnp.int32)
+    return SkipCounts(before.total + skipped, (before.consecutive + skipped) * skipped), skipped
+
+
 def _trained_alone(state: State) -> State:
     """The state without its frozen parameters."""
     return replace(state, params=state.trained)
+
+
+def _with_frozen_of(whole: State, trained: State) -> State:
+    """The inverse: such a state with the frozen parameters of another."""
+    return replace(trained, params=whole.with_trained(trained.params).params)
 
 
 def _scale_of(state: State, name: str) -> jax.Array:
@@ -587,7 +592,7 @@ def _compute(
         return _pull_back(instruction, microbatch, inputs, region)
     node = instruction.node
     loss = gathering_loss(instruction, checked_loss(node, inputs.reads), inputs.params, region)
-    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
     def scaled_loss(
@@ -616,9 +621,8 @@ def _compute(
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
     metrics = {"loss": Sums(outcome.terms), **(outcome.metrics if instruction.reports else {})}
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
-    after = jax.tree.leaves(overwrite(outcome.model_state, overwritten))
-    triples = zip(region.model_state, jax.tree.leaves(given), after, strict=True)
-    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    after = overwrite(outcome.model_state, overwritten)
+    results = _model_state_results(given, after, region)
     # A constant of the gradient, also where an optimizer differentiates it once more.
     return GradientSum(accumulators, grads, jax.lax.stop_gradient(results), finite, instruction.count)
 
@@ -626,13 +630,12 @@ def _compute(
 def _encode(instruction: Encode, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
     """What the encoder makes of the rows, as a sum that holds no gradient."""
     node = instruction.node
-    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    keys = keys_of(node, inputs.key, microbatch.numbers)
     given = _given_model_state(microbatch, inputs, region)
     with region.scope(node.written):
         encoder = checked_encoder(node, inputs.reads)
         _, arrays, after = encoder(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
-    triples = zip(region.model_state, given, jax.tree.leaves(after), strict=True)
-    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    results = _model_state_results(given, after, region)
     return GradientSum({}, arrays.sums, results, jnp.ones(1, bool), encoded=arrays.rows)
 
 
@@ -700,7 +703,7 @@ def _pull_back(
 ) -> GradientSum:
     """The gradient of the whole batch that flows through these rows, with their share of that of the head itself."""
     node = instruction.node
-    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
     def encode(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> tuple[list[Any], Any]:  # Any: arrays
@@ -721,8 +724,7 @@ def _pull_back(
     with region.scope(node.written):
         _, pull, (after, finite) = jax.vjp(outputs, inputs.trained, has_aux=True)
         (grads,) = pull([*microbatch.cotangents, *inputs.cotangents, *shares])
-    triples = zip(region.model_state, jax.tree.leaves(given), jax.tree.leaves(after), strict=True)
-    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    results = _model_state_results(given, after, region)
     # A constant of the gradient, also where an optimizer differentiates it once more.
     return GradientSum({}, _as_sum(grads), jax.lax.stop_gradient(results), finite[None], instruction.count)
 
@@ -730,13 +732,12 @@ def _pull_back(
 def _value(instruction: Value, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
     """The loss, as the metric of a sum that holds no gradient."""
     node = instruction.node
-    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    keys = keys_of(node, inputs.key, microbatch.numbers)
     given = _given_model_state(microbatch, inputs, region)
     with region.scope(node.written):
         loss = checked_loss(node, inputs.reads)
         outcome = loss(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
-    triples = zip(region.model_state, given, jax.tree.leaves(outcome.model_state), strict=True)
-    results = tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
+    results = _model_state_results(given, outcome.model_state, region)
     metrics = {"loss": accumulate_metric(Sums(outcome.terms))}
     return GradientSum(metrics, (), results, jnp.ones(1, bool), instruction.count)
 
@@ -747,6 +748,13 @@ def _given_model_state(
     """The leaves of the model state as one call of the loss takes them: rows of its own, keys folded with its place."""
     leaves = zip(region.model_state, _either(inputs.model_state, microbatch.model_state), strict=True)
     return [fold_key(leaf, microbatch.numbers[0]) if one.rule == "key" else leaf for one, leaf in leaves]
+
+
+def _model_state_results(given: Any, after: Any, region: ManualRegion) -> tuple[Any, ...]:
+    # Any: trees, or leaves, of the model state; arrays
+    """What one call of the loss returned of the model state, wide enough to be added up."""
+    triples = zip(region.model_state, jax.tree.leaves(given), jax.tree.leaves(after), strict=True)
+    return tuple(wide_result(leaf.rule, old, jnp.asarray(new)) for leaf, old, new in triples)
 
 
 def _only(
@@ -771,7 +779,7 @@ def _sum_of_ratios(terms: tuple[Mean, ...], inputs: StepInputs) -> jax.Array:
 def _count(instruction: Count, microbatch: LocalMicrobatch, inputs: StepInputs, region: ManualRegion) -> GradientSum:
     """The counts, as the metrics of a sum that holds no gradient."""
     node = instruction.node
-    keys = None if node.rng is None else keys_of(node, inputs.key, microbatch.numbers)
+    keys = keys_of(node, inputs.key, microbatch.numbers)
     model_state = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
     counts = counts_of(node, inputs.params, model_state, microbatch.rows, keys, inputs.reads)
     metrics = {str(index): (MetricAccumulator(count, None, "sum"),) for index, count in enumerate(counts)}

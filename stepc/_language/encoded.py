@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepc._language.state import describe_leaf, path_of
+from stepc._language.state import ARRAY_LIKE, describe_leaf, path_of
 from stepc._language.terms import Last, Max, Mean, Min, Sum, accumulation_dtype
 from stepc.errors import LossError, faults_in_one, listed
 
@@ -131,7 +131,7 @@ def _fault(shown: str, leaf: Any, num_rows: int) -> str | None:  # Any: whatever
 
 
 def _is_number(value: Any) -> bool:  # Any: whatever an encoder returns
-    if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+    if not isinstance(value, ARRAY_LIKE):
         return False
     dtype = jnp.result_type(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))

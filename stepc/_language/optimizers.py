@@ -14,11 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from stepc._language.kinds import Grads, Params
-from stepc._language.state import describe_leaf, leaves_by_path
+from stepc._language.state import ARRAY_LIKE, describe_leaf, leaves_by_path
 from stepc.errors import ConfigError, FieldTypeError, faults_in_one
 
 # Functions of the parameters that a step has to offer to the `update` of an optimizer: the loss of the whole batch.
@@ -154,30 +153,22 @@ def injected_hyperparameters(opt_state: Any) -> dict[str, jax.Array]:  # Any: th
 
     A name that several of a chain or a partition inject stands after the place of each: `head/learning_rate`.
     """
+    places = optax.tree_utils.tree_get_all_with_path(opt_state, "hyperparams")
     found = [
-        ("/".join(map(str, place)), name, value)
-        for place, state in _injected_states(opt_state, ())
-        for name, value in state.hyperparams.items()
-        if isinstance(value, jax.Array | np.ndarray | np.generic | float | int)
+        (_place_of(path), name, value)
+        for path, hyperparameters in places
+        if isinstance(hyperparameters, Mapping)  # and no parameter of this name
+        for name, value in hyperparameters.items()
+        if isinstance(value, ARRAY_LIKE)
     ]
     times = Counter(name for _, name, _ in found)
     return {name if times[name] == 1 else f"{place}/{name}": jnp.asarray(value) for place, name, value in found}
 
 
-def _injected_states(tree: Any, place: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    # Any, twice: states of optax. The place has the keys of dicts and, without any, the position in a chain.
-    if hasattr(tree, "hyperparams") and hasattr(tree, "inner_state"):
-        yield place, tree
-        yield from _injected_states(tree.inner_state, place)
-    elif isinstance(tree, Mapping):
-        for key, inner in tree.items():
-            yield from _injected_states(inner, (*place, key))
-    elif isinstance(tree, tuple) and not hasattr(tree, "_fields"):
-        for position, inner in enumerate(tree):
-            yield from _injected_states(inner, (*place, position))
-    elif isinstance(tree, tuple):
-        for inner in tree:
-            yield from _injected_states(inner, place)
+def _place_of(path: tuple[Any, ...]) -> str:  # Any: the key types of jax.tree_util and optax
+    """Where an optimizer stands: the labels of partitions, and the positions in chains."""
+    keys = (getattr(key, "key", getattr(key, "idx", None)) for key in path)
+    return "/".join(str(key) for key in keys if key is not None)
 
 
 def _called(optimizer: Optimizer, function: Callable[[], Any], written: str) -> Any:  # Any: trees of the optimizer

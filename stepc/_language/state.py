@@ -269,6 +269,10 @@ def _from_dlpack(leaf: DLPack) -> Any:  # Any: an array of numpy or jax
     return np.asarray(array) if {device.platform for device in array.devices()} == {"cpu"} else array
 
 
+# What a loss, an encoder or a measurement may return as a number.
+ARRAY_LIKE = (jax.Array, np.ndarray, np.generic, float, int)
+
+
 def is_numeric(dtype: Any) -> bool:  # Any: a dtype of numpy
     """Whether a program computes with a dtype: numbers and bools, but no long doubles, objects, texts or records."""
     is_number = jnp.issubdtype(dtype, np.number) and dtype not in (np.longdouble, np.clongdouble)

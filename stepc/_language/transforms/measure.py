@@ -4,17 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
-import numpy as np
-
 from stepc._core.nodes import MapNode
 from stepc._language.kinds import Grads, Kind, Metrics, Params
 from stepc._language.pipeline import QuotedArgument, Transform, function_name, quoted_argument
 from stepc._language.semantics import Fn, Gradient, Microbatch
-from stepc._language.state import State
+from stepc._language.state import ARRAY_LIKE, State
 from stepc.errors import ConfigError, FieldTypeError
 
-ARRAYS = (jax.Array, np.ndarray, np.generic, float, int)
 Measurement = Callable[[Grads, Params], Mapping[str, Any]]  # Any: arrays
 
 
@@ -59,7 +55,7 @@ def metrics_of(grads: Grads, params: Params, fn: Measurement, written: str) -> t
     if not isinstance(returned, Mapping) or not all(isinstance(name, str) for name in returned):
         facts = (("expected", "a dict of arrays by name"), ("got", type(returned).__name__))
         raise ConfigError(f"The function of `{written}` does not return metrics.", facts=facts)
-    if wrong := [(name, type(value).__name__) for name, value in returned.items() if not isinstance(value, ARRAYS)]:
+    if wrong := [(name, type(value).__name__) for name, value in returned.items() if not isinstance(value, ARRAY_LIKE)]:
         facts = tuple((f"metric {name!r}", f"expected an array, got {kind}") for name, kind in wrong)
         raise ConfigError(f"The function of `{written}` does not return metrics.", facts=facts)
     return None, dict(returned)
