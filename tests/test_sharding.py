@@ -437,7 +437,7 @@ def test_leaf_that_zero_cannot_shard_says_which_dimension_is_taken_and_by_what()
     rules = sc.tp({"tensor": P(None, "model")}, default=P())
     layout = sc.shard(sc.dp("data", zero=3, gather="layer"), rules)
     step = sc.compile(sc.update(optax.sgd(0.5)) @ layout @ sc.grad(loss), mesh=mesh_of(data=4, model=2))
-    shapes = {"tensor": (3, 64), "odd": (3, 5), "head": (16, 63), "stack": (16, 64)}
+    shapes = {"tensor": (3, 64), "odd": (3, 5), "head": (16, 63), "stack": (64, 64)}
     state = step.init({name: jnp.ones(shape) for name, shape in shapes.items()})
     plan = step.lower(state, {"x": jnp.ones((8, 2))}).plan
     assert {leaf.path: leaf.unsharded for leaf in plan.leaves if leaf.unsharded} == {

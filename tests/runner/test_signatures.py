@@ -90,6 +90,20 @@ def test_short_batch_is_one_of_fewer_rows_than_an_earlier_one_of_its_length(shor
     assert_equal_trees(jax.device_get(run.state.params), by_a_loop(kept), tolerance=1e-6, of="a run and a loop")
 
 
+def test_short_batch_is_filled_up_to_the_fewest_rows_there_are() -> None:
+    step, state = step_and_state()
+    batches = [batch_of(8, rows=8), batch_of(8, rows=16), batch_of(8, rows=6), batch_of(8, rows=12)]
+    run = sc.run(step, state, sc.Data(batches, short_batches="pad", signatures="many"))
+    assert (run.steps, step.traces) == (4, 2)
+    logged: list[int] = []
+    placed = sc.Data(
+        batches, short_batches="pad", signatures="many", place=lambda one: logged.append(len(one["mask"])) or one
+    )
+    step, state = step_and_state()
+    sc.run(step, state, placed)
+    assert logged == [8, 16, 8, 16]
+
+
 def test_a_resumed_run_may_begin_with_another_length(tmp_path: Path) -> None:
     batches = [batch_of(length) for length in LENGTHS]
     step, state = step_and_state()
