@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
+import jax
 import numpy as np
 
 from stepc._language.kinds import HostMetrics
-from stepc._language.state import leaves_by_path, path_matches
+from stepc._language.state import leaves_by_path
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.data import DataFingerprint
 from stepc._runner.events import EventLog, is_due
@@ -96,13 +97,25 @@ class Checkpoints:
         faults.refuse()
 
 
+@overload
+def restore(
+    directory: str | Path, *, like: None = None, only: str | Sequence[str] = "**", step: int | str | None = None
+) -> dict[str, Any]: ...  # Any: arrays, and dicts of them
+
+
+@overload
+def restore(
+    directory: str | Path, *, like: T, only: str | Sequence[str] = "**", step: int | str | None = None
+) -> T: ...
+
+
 def restore(
     directory: str | Path,
     *,
-    like: T,
+    like: Any = None,  # Any: a tree of arrays or their shapes
     only: str | Sequence[str] = "**",
-    step: int | None = None,
-) -> T:
+    step: int | str | None = None,
+) -> Any:  # Any: a tree like `like`, or dicts
     """Read a checkpoint without a run.
 
     Meaning: `like`, with each leaf that `only` names as it was saved after `step`.
@@ -110,14 +123,19 @@ def restore(
 
     Args:
       directory: that of the `Checkpoints`.
-      like: a state, or the shapes of one (`jax.eval_shape(step.init, params)`). Each leaf is placed as the one there.
-      only: a pattern of paths, or several: `*` stands for anything within a key, `**` across keys. Only these are read.
-      step: None for the newest checkpoint that is intact.
+      like: a state; or its parameters alone, such as `model.init` makes; or the shapes of either, by `jax.eval_shape`.
+        Each leaf is placed as the one there: on the devices of its sharding, whatever mesh it was saved from. None
+        gives dicts by the keys of the state, `restored["params"]`, on the default device.
+      only: a pattern of paths in the checkpoint, or several: `*` stands for anything within a key, `**` across keys.
+        Only these are read.
+      step: None for the newest checkpoint that is intact; "best" for the one that is best by the `best` of the run's
+        `Checkpoints`.
     Errors: CheckpointError if there is none, or the one that is asked for cannot be read; ResumeError if it does not
-      fit `like`, with every leaf that differs; ConfigError for a pattern that matches no leaf of `like`.
-    It takes no lock, and changes nothing: a run may go on in the directory.
+      fit `like`, with every leaf that differs; ConfigError for a pattern that matches no leaf.
+    It takes no lock, and changes nothing: a run may go on in the directory. Without `like`, lists and tuples come back
+    as dicts with the keys "0", "1", …
     Example:
-      >>> params = restore("runs/first", like=state, only="params/**").params  # doctest: +SKIP
+      >>> params = restore("runs/first", like=params, only="params/**")  # doctest: +SKIP
 
     Source: ours.
     """
@@ -126,13 +144,22 @@ def restore(
         _check_directory(directory, faults)
     patterns = (only,) if isinstance(only, str) else only
     if faults.instance("only", patterns, Sequence, "a pattern, or a list of patterns"):
-        paths = [path for path, _ in leaves_by_path(like)]
         for pattern in patterns:
-            if not isinstance(pattern, str):
-                faults.wrong_type("only", "a pattern, or a list of patterns", pattern)
-            elif not any(path_matches(pattern, path) for path in paths):
-                faults.wrong_value("only", "a pattern that matches a leaf of `like`", pattern)
-    faults.count("step", step, least=0, optional=True)
+            faults.instance("only", pattern, str, "a pattern, or a list of patterns")
+    for path, leaf in leaves_by_path(like):
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            faults.wrong_type(f"like {path}".rstrip(), "an array, or its shape", leaf)
+    expected = 'a non-negative integer, "best" or None'
+    match step:
+        case None | "best":
+            pass
+        case int() if not isinstance(step, bool):
+            if step < 0:
+                faults.wrong_value("step", expected, step)
+        case str():
+            faults.wrong_value("step", expected, step)
+        case _:
+            faults.wrong_type("step", expected, step)
     faults.refuse()
     return checkpoint_store().restored(Path(directory).expanduser(), like, tuple(patterns), step)
 
@@ -286,6 +313,7 @@ class CheckpointKeeper:
         meta = {"step": number, "position": position, "batch": dict(batch), "last": last}
         meta |= {
             "settings": self.settings,
+            "best": self.wanted.best,
             "metrics": {name: np.asarray(value).tolist() for name, value in metrics.items()},
         }
         if self._guarded(number, lambda: self.store.save(number, state, meta)):

@@ -6,17 +6,21 @@ but it waits for the other processes in barriers that do not know of a failed sa
 """
 
 import json
+import math
 import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -30,6 +34,8 @@ from stepc._language.state import (
     leaf_crc32,
     leaves_by_path,
     path_matches,
+    path_of,
+    pattern_hint,
     with_key_type,
 )
 from stepc._runner.checkpoint import RestoredCheckpoint
@@ -37,7 +43,7 @@ from stepc._runner.checkpoint_lock import DirectoryLock
 from stepc._runner.data import DataFingerprint, decode_position, encode_position
 from stepc._runner.multihost import GroupCommit
 from stepc._runner.pending import copy_state
-from stepc.errors import CheckpointError, ResumeError, first_line
+from stepc.errors import CheckpointError, ConfigError, ResumeError, first_line, listed
 
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -115,6 +121,7 @@ class CheckpointStore:
                 "last": last and {"before": before, "crc32": last.crc32},
                 "processes": jax.process_count(),
                 "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
+                "keys": _keys_with_slashes(state),
                 "leaves": [[*row, _saved_crc32(leaf)] for row, leaf in zip(_described(state), leaves, strict=True)],
             }
             text = json.dumps(body)
@@ -166,9 +173,9 @@ class CheckpointStore:
         faults: list[tuple[str, str]] = []
         for step in self.steps():
             try:
-                meta = _checked_meta(self.directory, step)
+                meta = checked_meta(self.directory, step)
                 _check_fits(meta, target)
-                state = _read_leaves(self._writer, self.directory, step, target, meta)
+                state = read_leaves(self._writer, self.directory, step, target, meta)
             except ResumeError:
                 raise
             except Exception as error:  # damage shows as ValueError, KeyError, AttributeError, a bare Exception, …
@@ -252,14 +259,10 @@ class CheckpointStore:
 
     def _check_committed(self) -> None:
         """Raise for a checkpoint in which a leaf is missing; it is set aside. Errors: OSError."""
-        path = self.directory / str(self._begun)
-        if not path.is_dir():
+        if not (self.directory / str(self._begun)).is_dir():
             raise FileNotFoundError("it was written, and is not there")
-        base = {"driver": "file", "path": f"{path}/state/"}
-        stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
-        found = {key.decode().partition("/")[0] for key in stored}
         leaves = self._body(self._begun)["leaves"]
-        missing = [leaf[0] for leaf, name in zip(leaves, _names(leaves), strict=True) if name not in found]
+        missing = missing_leaves(self.directory, self._begun, leaves)
         if missing:
             self._set_aside(self._begun, self._begun)
             raise OSError(f"it was written, and {len(missing)} of {len(leaves)} leaves are not in it: {missing[0]}")
@@ -323,33 +326,126 @@ def steps_in(directory: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
 
-def restored(directory: Path, like: Any, patterns: Sequence[str], step: int | None) -> Any:  # Any, twice: see `restore`
+def restored(
+    directory: Path, like: Any, patterns: Sequence[str], step: int | str | None
+) -> Any:  # Any, twice: see `restore`
     """What `restore` gives, of checked arguments."""
     directory = directory.absolute()
     _check_path(directory)
     steps = steps_in(directory) if directory.is_dir() else []
-    wanted = steps if step is None else [step]
+    match step:
+        case int():
+            wanted = [step]
+        case "best" if steps:
+            wanted = [_best_step(directory, steps)]
+        case _:
+            wanted = steps
     if not wanted or wanted[0] not in steps:
-        what = f"There is no checkpoint{'' if step is None else f' of step {step}'} in {directory}."
-        raise CheckpointError(what, step=step, facts=[("steps", ", ".join(map(str, steps)) or "none")])
-    is_read = [any(path_matches(one, path) for one in patterns) for path, _ in leaves_by_path(like)]
-    leaves, structure = jax.tree.flatten(like)
-    chosen = structure.unflatten([leaf if read else None for leaf, read in zip(leaves, is_read, strict=True)])
+        raise _no_checkpoint(directory, step, steps)
     faults: list[tuple[str, str]] = []
     with closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler("state"))) as reader:
         for one in wanted:
             try:
-                meta = _checked_meta(directory, one)
-                _check_fits(meta, chosen, are_all=False)
-                found = iter(jax.tree.leaves(_read_leaves(reader, directory, one, chosen, meta)))
-                return structure.unflatten(
-                    [next(found) if read else leaf for leaf, read in zip(leaves, is_read, strict=True)]
-                )
-            except ResumeError:
+                return _chosen_leaves(reader, directory, one, like, patterns)
+            except (ConfigError, ResumeError):
                 raise
             except Exception as error:  # damage shows as ValueError, KeyError, AttributeError, a bare Exception, …
                 faults.append((str(one), first_line(error)[:300]))
-    raise CheckpointError(f"No checkpoint in {directory} can be read.", step=step, facts=faults)
+    number = step if isinstance(step, int) else None
+    raise CheckpointError(f"No checkpoint in {directory} can be read.", step=number, facts=faults)
+
+
+def _chosen_leaves(
+    reader: ocp.Checkpointer, directory: Path, step: int, like: Any, patterns: Sequence[str]
+) -> Any:  # Any, twice: see `restore`
+    """The leaves of one checkpoint that the patterns name. Errors: ConfigError for a pattern that names none."""
+    meta = checked_meta(directory, step)
+    saved = shapes_in(meta)
+    wanted = saved if like is None else _by_saved_path(like, saved)
+    faults = [one for one in patterns if not any(path_matches(one, path) for path in wanted)]
+    if faults:
+        among = "the checkpoint" if like is None else "`like`"
+        expected = f"expected a pattern that matches a leaf of {among}, got"
+        raise ConfigError(
+            "Invalid arguments to `restore`.",
+            facts=[("only", f"{expected} {one!r}") for one in faults],
+            suggestion=pattern_hint(faults[0], list(wanted)),
+        )
+    chosen = {path: leaf for path, leaf in wanted.items() if any(path_matches(one, path) for one in patterns)}
+    _check_fits(meta, chosen, are_all=False, has="`like`")
+    found = read_leaves(reader, directory, step, chosen, meta)
+    if like is None:
+        return _nested(found, meta.get("keys", {}))
+    return jax.tree.unflatten(jax.tree.structure(like), [found.get(path, leaf) for path, leaf in wanted.items()])
+
+
+def _by_saved_path(like: Any, saved: Mapping[str, object]) -> dict[str, Any]:  # Any, twice: see `restore`
+    """The leaves of `like` by their paths in the checkpoint: their own, or those below `params` if none has its own."""
+    own = dict(leaves_by_path(like))
+    below = {f"params/{path}" if path else "params": leaf for path, leaf in own.items()}
+    return below if own.keys().isdisjoint(saved) and not below.keys().isdisjoint(saved) else own
+
+
+def shapes_in(meta: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:  # Any: a JSON value
+    """Shape and dtype of each leaf of a checkpoint, by path."""
+
+    def dtype_of(name: str, impl: str) -> Any:  # Any: a dtype, of numpy or of keys
+        return jax.eval_shape(partial(jax.random.key, 0, impl=impl.strip())).dtype if impl else jnp.dtype(name)
+
+    return {path: jax.ShapeDtypeStruct(shape, dtype_of(dtype, impl)) for path, shape, dtype, impl, _ in meta["leaves"]}
+
+
+def _nested(leaves: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:  # Any: arrays, and dicts
+    """A dict for each level of the paths. Keys that hold a slash themselves are as `keys` says."""
+    nested: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *above, last = keys.get(path) or path.split("/")
+        level = nested
+        for key in above:
+            level = level.setdefault(key, {})
+        level[last] = leaf
+    return nested
+
+
+def _keys_with_slashes(state: Any) -> dict[str, list[str]]:  # Any: a state
+    """The keys of each leaf of which one holds a slash, as those of Haiku do; by path."""
+    each = [[path_of((key,)) for key in keys] for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return {"/".join(keys): keys for keys in each if any("/" in key for key in keys)}
+
+
+def _no_checkpoint(directory: Path, step: int | str | None, steps: Sequence[int]) -> CheckpointError:
+    """The error for a checkpoint that is not there, with what is."""
+    number = step if isinstance(step, int) else None
+    what = f"There is no checkpoint{'' if number is None else f' of step {number}'} in {directory}."
+    remedy = None
+    if directory.parent.is_dir() and directory.name in map(str, steps_in(directory.parent)):
+        remedy = f"This is one checkpoint of a run: `sc.restore({str(directory.parent)!r}, step={directory.name})`."
+    elif not steps and directory.is_dir():
+        runs = [str(path) for path in sorted(directory.iterdir()) if path.is_dir() and steps_in(path)]
+        remedy = f"There are checkpoints in {listed(runs)}." if runs else None
+    return CheckpointError(
+        what, step=number, facts=[("steps", ", ".join(map(str, steps)) or "none")], suggestion=remedy
+    )
+
+
+def _best_step(directory: Path, steps: Sequence[int]) -> int:
+    """The step with the best value, by the metric that the newest checkpoint names. Errors: CheckpointError."""
+    metas = {step: meta for step in steps if (meta := meta_or_none(directory, step)) is not None}
+    best = next((meta.get("best") for meta in metas.values()), None)
+    if best is None:
+        names = dict.fromkeys(name for meta in metas.values() for name in meta.get("metrics", {}))
+        raise CheckpointError(
+            f"The run that saved in {directory} did not say which checkpoint is the best.",
+            facts=[("steps", ", ".join(map(str, steps))), ("metrics", ", ".join(names) or "none")],
+            suggestion='Give the run `sc.Checkpoints(…, best=("eval/loss", "min"))`, or name a step here.',
+        )
+    name, mode = best
+    values = {step: meta.get("metrics", {}).get(name) for step, meta in metas.items()}
+    finite = {step: value for step, value in values.items() if isinstance(value, float) and math.isfinite(value)}
+    if not finite:
+        facts = [("steps", ", ".join(map(str, steps)))]
+        raise CheckpointError(f"No checkpoint in {directory} has a finite value of {name!r}.", facts=facts)
+    return min(finite, key=lambda step: (finite[step] if mode == "min" else -finite[step], step))
 
 
 def _stored(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
@@ -357,7 +453,7 @@ def _stored(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON val
     return json.loads((directory / str(step) / "meta" / "metadata").read_text())
 
 
-def _checked_meta(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
+def checked_meta(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
     """The metadata of a checkpoint. Errors: CheckpointError if it is damaged, ResumeError if it is of a newer stepc."""
     stored = _stored(directory, step)
     if zlib.crc32(stored["body"].encode()) != stored["crc32"]:
@@ -371,7 +467,23 @@ def _checked_meta(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JS
     return meta
 
 
-def _read_leaves(
+def missing_leaves(directory: Path, step: int, leaves: Sequence[Sequence[Any]]) -> list[str]:  # Any: JSON values
+    """The paths of the leaves in the metadata of a checkpoint that are not stored in it."""
+    base = {"driver": "file", "path": f"{directory / str(step)}/state/"}
+    stored = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    found = {key.decode().partition("/")[0] for key in stored}
+    return [leaf[0] for leaf, name in zip(leaves, _names(leaves), strict=True) if name not in found]
+
+
+def meta_or_none(directory: Path, step: int) -> Mapping[str, Any] | None:  # Any: a JSON value
+    """The metadata of a checkpoint; None if it cannot be read."""
+    try:
+        return checked_meta(directory, step)
+    except (CheckpointError, ResumeError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_leaves(
     reader: ocp.Checkpointer, directory: Path, step: int, target: Any, meta: Mapping[str, Any]
 ) -> Any:  # Any: a state, or some leaves of one, or their shapes
     """The leaves of a checkpoint at the paths of `target`, placed like those. Errors: CheckpointError for a digest."""
@@ -399,7 +511,13 @@ def _read_leaves(
 def _shape_of(like: Any) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
     """What Orbax reads for a leaf: a typed key as its numbers; a shape without a place on the default device."""
     numbers = jax.eval_shape(key_data, like)
-    sharding = key_data(like).sharding if isinstance(like, jax.Array) else like.sharding
+    match like:
+        case jax.Array():
+            sharding = key_data(like).sharding
+        case jax.ShapeDtypeStruct():
+            sharding = like.sharding
+        case _:  # an array of numpy
+            sharding = None
     place = SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=sharding or place)
 
@@ -437,21 +555,33 @@ def _check_saveable(state: Any) -> None:  # Any: a state
         raise CheckpointError("This state cannot be saved: Orbax does not write empty arrays.", facts=faults)
 
 
-def _check_fits(meta: Mapping[str, Any], target: Any, *, are_all: bool = True) -> None:  # Any: a state
+def _check_fits(
+    meta: Mapping[str, Any], target: Any, *, are_all: bool = True, has: str = "the state"
+) -> None:  # Any: a state
     """Raise if a checkpoint is of another state. Errors: ResumeError with every leaf that differs.
 
     Args:
       are_all: whether the target must have every leaf that was saved.
+      has: what the message calls the target.
     """
     saved = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl, _ in meta["leaves"]}
     wanted = {path: f"{dtype}{shape}{impl}" for path, shape, dtype, impl in _described(target)}
     facts = [
-        (path, f"saved {saved.get(path, 'nothing')}, the state has {wanted.get(path, 'nothing')}")
+        (path, f"saved {saved.get(path, 'nothing')}, {has} has {wanted.get(path, 'nothing')}")
         for path in [*wanted, *(path for path in saved if are_all and path not in wanted)]
         if saved.get(path) != wanted.get(path)
     ]
     if facts:
-        raise ResumeError(f"The checkpoint of step {meta['step']} does not fit this state.", facts=facts)
+        fits = has.replace("the state", "this state")
+        if not are_all and any(path not in saved for path in wanted):
+            facts.append(("there is", _contents(saved)))
+        raise ResumeError(f"The checkpoint of step {meta['step']} does not fit {fits}.", facts=facts)
+
+
+def _contents(paths: Iterable[str]) -> str:
+    """What a checkpoint holds: the first key of its paths, with the number of leaves below each."""
+    counts = Counter(path.partition("/")[0] for path in paths)
+    return ", ".join(f"{key} ({num:,} leaves)" if num > 1 else key for key, num in counts.items())
 
 
 def _described(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a state

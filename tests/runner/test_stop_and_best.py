@@ -1,18 +1,13 @@
-"""A run that a hook or an evaluation ends; the checkpoint with the best value; reading one without a run."""
+"""A run that a hook or an evaluation ends; the checkpoint with the best value."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
-from jax.sharding import NamedSharding, PartitionSpec
 
 import stepc as sc
 
@@ -132,78 +127,3 @@ def metrics_in(folder: Path) -> dict[str, float]:
 def test_best_that_is_no_pair_is_refused(best: Any, tmp_path: Path) -> None:
     with pytest.raises(sc.FieldTypeError, match=r'best  expected a pair such as \("eval/loss", "min"\), or None'):
         sc.Checkpoints(tmp_path, every=1, best=best)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    for steps in (3, 5):
-        sc.run(step(), fresh(), FaultPlan().batches(20), steps=steps, checkpoint=sc.Checkpoints(folder, every=100))
-    return folder
-
-
-@pytest.mark.parametrize(("number", "steps"), [(None, 5), (5, 5), (3, 3)])
-@pytest.mark.parametrize("is_shape", [False, True])
-def test_restored_state_is_the_saved_one(saved: Path, number: int | None, steps: int, is_shape: bool) -> None:
-    like = jax.eval_shape(fresh) if is_shape else fresh()
-    state = sc.restore(saved, like=like, step=number)
-    assert digest(state) == digest(by_a_plain_loop(list(range(1, steps + 1))))
-    state, _ = step()(state, batch_of(steps + 1))  # it trains on
-    assert digest(state) == digest(by_a_plain_loop(list(range(1, steps + 2))))
-
-
-def test_only_what_is_named_is_read(saved: Path) -> None:
-    like = fresh()
-    state = sc.restore(saved, like=like, only=["params/**", "step"])
-    expected = by_a_plain_loop([1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(np.asarray(state.params["w"]), np.asarray(expected.params["w"]))
-    assert int(state.step) == 5 and state.rng is like.rng
-    assert state.opt_state[0].mu["w"] is like.opt_state[0].mu["w"]
-    shapes = jax.eval_shape(fresh)
-    assert sc.restore(saved, like=shapes, only="params/**").opt_state == shapes.opt_state
-
-
-def test_leaves_are_placed_as_those_of_like(saved: Path) -> None:
-    sharding = NamedSharding(mesh_of(data=3), PartitionSpec("data"))
-    like: Any = {"params": {"w": jax.ShapeDtypeStruct((3,), np.float32, sharding=sharding)}}
-    found = sc.restore(saved, like=like)["params"]["w"]
-    assert found.sharding == sharding
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(by_a_plain_loop([1, 2, 3, 4, 5]).params["w"]))
-
-
-def test_damaged_checkpoint_is_passed_over_unless_it_is_asked_for(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "5" / "state")
-    assert digest(sc.restore(tmp_path, like=fresh())) == digest(by_a_plain_loop([1, 2, 3]))
-    with pytest.raises(sc.CheckpointError, match="No checkpoint in .* can be read") as raised:
-        sc.restore(tmp_path, like=fresh(), step=5)
-    assert raised.value.step == 5
-
-
-def test_restore_while_a_run_goes_on(tmp_path: Path) -> None:
-    found: list[str] = []
-
-    def hook(number: int, metrics: Any, snapshot: Any) -> None:
-        found.append(digest(sc.restore(tmp_path, like=fresh())))
-
-    keep = sc.Checkpoints(tmp_path, every=2, keep=9)
-    sc.run(step(), fresh(), FaultPlan().batches(2), checkpoint=keep)
-    sc.run(step(), fresh(), FaultPlan().batches(4), checkpoint=keep, hooks=[(3, hook)])
-    assert found == [digest(by_a_plain_loop([1, 2]))]
-
-
-def test_restore_of_nothing_is_an_error(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(sc.CheckpointError, match="There is no checkpoint in .*/none.\n\n  steps  none"):
-        sc.restore(tmp_path / "none", like=fresh())
-    with pytest.raises(sc.CheckpointError, match="There is no checkpoint of step 4 in .*\n\n  steps  5, 3"):
-        sc.restore(saved, like=fresh(), step=4)
-    with pytest.raises(sc.ConfigError, match="only  expected a pattern that matches a leaf of `like`, got 'weights"):
-        sc.restore(saved, like=fresh(), only="weights/**")
-    wrong: Any = {"params": {"w": jnp.zeros(4), "b": jnp.zeros(1)}}
-    with pytest.raises(sc.ResumeError) as raised:
-        sc.restore(saved, like=wrong)
-    assert str(raised.value) == (
-        "The checkpoint of step 5 does not fit this state.\n\n"
-        "  params/b  saved nothing, the state has float32[1]\n"
-        "  params/w  saved float32[3], the state has float32[4]"
-    )
