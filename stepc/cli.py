@@ -1,4 +1,4 @@
-"""The command line: launch several processes, and look at a compiled step. It knows no model and no data."""
+"""The command line: launch several processes, look at a compiled step, look at checkpoints. It knows no model."""
 
 import argparse
 import importlib
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 import stepc as sc
 from stepc._distributed.launch import launch
+from stepc._runner.checkpoint import checkpoint_store
 from stepc._runner.loggers.console import print_to_nobody
 from stepc.errors import did_you_mean
 
@@ -82,6 +83,17 @@ examples:
   stepc diff before.hlo after.hlo             # files with the text of `compiled.hlo()`
 
 exit codes: 0 if nothing changed, 1 if something did, 2 for invalid arguments or an error in your file.""",
+        "checkpoints": """\
+Nothing is changed, and a run may go on in the directory. The list reads the metadata of each checkpoint and looks
+whether its leaves are there; `show` and `compare` read every leaf and check its CRC-32.
+
+examples:
+  stepc checkpoints runs/first                        # step, time, size, metrics, intact or damaged, the best
+  stepc checkpoints runs/first show 200               # every leaf: path, dtype, shape, bytes
+  stepc checkpoints runs/first compare 100 200        # the leaves that differ, and by how much
+  stepc checkpoints runs/first compare 200 runs/second/200
+
+exit codes: 0 on success; 1 if a checkpoint is damaged, or two differ; 2 for invalid arguments.""",
     }
 )
 TARGET_HELP = """the program to look at, FILE.py:NAME or module:NAME. NAME is a tuple (step, state, batch) or
@@ -225,6 +237,10 @@ def _parser() -> argparse.ArgumentParser:
             name, metavar=name.upper(), help="a program as in `stepc explain`, or a file of HLO text (.txt, .hlo)"
         )
     _add_mesh(command)
+    command = _command(commands, "checkpoints", _checkpoints, "list the checkpoints of a run, show one, compare two")
+    command.add_argument("directory", type=Path, metavar="DIR", help="the directory of sc.Checkpoints")
+    command.add_argument("verb", nargs="?", choices=("list", "show", "compare"), default="list", help="default: list")
+    command.add_argument("steps", nargs="*", metavar="STEP", help="one to show, two to compare: a step, or DIR/STEP")
     return parser
 
 
@@ -325,6 +341,36 @@ def _diff(options: Options) -> int:
     difference = sc.inspect.diff(before, after)
     print(difference)
     return FAILED if difference else 0
+
+
+def _checkpoints(options: Options) -> int:
+    checkpoint_store()  # it says how to install Orbax
+    # By name, and not at the top: only this command needs Orbax.
+    view = importlib.import_module("stepc._runner.checkpoint_view")
+    verb, given, directory = options["verb"], options["steps"], options["directory"].expanduser().absolute()
+    takes = {"list": 0, "show": 1, "compare": 2}[verb]
+    if len(given) != takes:
+        facts = (("takes", f"{takes} step{'s' * (takes != 1)}"), ("got", " ".join(given) or "none"))
+        raise sc.ConfigError(f"Invalid arguments to `stepc checkpoints DIR {verb}`.", facts=facts)
+    chosen = [view.stored_checkpoint(*_checkpoint_named(directory, one)) for one in given]
+    match verb:
+        case "show":
+            text, is_good = view.contents_of(*chosen)
+        case "compare":
+            text, is_good = view.comparison_of(*chosen)
+        case _:
+            chosen = view.stored_checkpoints(directory)
+            text, is_good = view.list_of(chosen), all(one.fault is None for one in chosen)
+    print(text)
+    return 0 if is_good else FAILED
+
+
+def _checkpoint_named(directory: Path, written: str) -> tuple[Path, int]:
+    """The directory and the step of `200`, or of `runs/second/200`."""
+    path = Path(written).expanduser().absolute()
+    if not path.name.isdecimal():
+        raise sc.ConfigError("Invalid step.", facts=(("expected", "a step, or DIR/STEP"), ("got", written)))
+    return (directory if written.isdecimal() else path.parent), int(path.name)
 
 
 def _hlo_text(written: str) -> str | None:
