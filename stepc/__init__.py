@@ -14,7 +14,7 @@ from stepc._language.padding import pad_batch
 from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.reference import Reference, reference
 from stepc._language.semantics import Fn, Gradient, Microbatch, StepResult
-from stepc._language.sharding import dp, tp
+from stepc._language.sharding import dp, logical, tp
 from stepc._language.state import State
 from stepc._language.terms import Last, Max, Mean, Min, Sum
 from stepc._language.transforms.accumulate import accumulate
@@ -147,6 +147,7 @@ __all__ = [
     "grad",
     "init_distributed",
     "inspect",
+    "logical",
     "loss_scale",
     "measure",
     "nodes",

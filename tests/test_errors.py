@@ -75,6 +75,10 @@ def fresh_with(source: sc.Transform, model_state: Any) -> None:
     sc.compile(sc.update(tx) @ source).init(probe_params(), model_state=model_state)
 
 
+# `mlp` has no rule below, `out` has a dimension too few, two axes of `deep/w` are the same, one name is of no leaf.
+NAMED = {"deep/w": P("embed", "heads", "embed"), "out": P("embed", "mlp"), "head": P("embed")}
+
+
 def laid_by(transforms: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 16) -> None:
     step = sc.compile(sc.update(tx) @ transforms @ sc.grad(loss), mesh=mesh_of(data=2, replica=2, model=2))
     step(step.init(wide_params()), probe_batch(num_rows))
@@ -443,6 +447,12 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "dp_batch": (sc.FieldTypeError, lambda: sc.dp("data", batch={"tokens": "seq"})),
     "tp_no_rules": (sc.FieldValueError, lambda: sc.tp({})),
     "tp_no_table": (sc.FieldTypeError, lambda: sc.tp([("w", P("model"))])),
+    "tp_two_tables": (sc.FieldValueError, lambda: sc.tp({"w": P("model")}, {"b": P()})),
+    "logical_no_table": (sc.FieldTypeError, lambda: sc.tp(sc.logical([("embed", None), ("mlp", "model")]))),
+    "logical_no_rules": (sc.FieldValueError, lambda: sc.logical({})),
+    "logical_no_name": (sc.FieldTypeError, lambda: sc.logical({0: "model"})),
+    "logical_no_axis": (sc.FieldTypeError, lambda: sc.logical({"mlp": P("model")})),
+    "logical_no_spec": (sc.FieldTypeError, lambda: sc.logical({"mlp": "model"}, names={"w": ("embed", "mlp")})),
     "tp_no_pattern": (sc.FieldTypeError, lambda: sc.tp({0: P("model")})),
     "tp_no_spec": (sc.FieldTypeError, lambda: sc.tp({"w": "model"})),
     "tp_axis": (sc.FieldTypeError, lambda: sc.tp({"w": P(3)})),
@@ -478,6 +488,22 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
                 sc.tp({"deep/v": P("model"), "deep/*": P(None, "model"), "**/w": P(), "b": P("model")}),
             )
         ),
+    ),
+    "rules_by_name_and_axes": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(sc.dp("data"), sc.tp(sc.logical({"embed": "modle", "mlp": "data"}))),
+        ),
+    ),
+    "rules_by_name_twice": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(sc.dp("data"), sc.tp(sc.logical({"mlp": "model"}))) @ sc.shard(sc.tp(sc.logical({"embed": None})))
+        ),
+    ),
+    "rules_by_name_and_parameters": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data"), sc.tp(sc.logical({"embed": "model", "mpl": "model"}, names=NAMED)))),
     ),
     "rules_and_batch": (
         sc.ShardingError,

@@ -17,6 +17,7 @@ LANGUAGE_OF_PASSES = (
     "_language.encoded",
     "_language.kinds",
     "_language.model_state",
+    "_language.names",
     "_language.optimizers",
     "_language.semantics",
     "_language.state",

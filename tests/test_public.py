@@ -22,8 +22,8 @@ DataError DeviceError EquivalenceError Eval FieldTypeError FieldValueError Fn Gr
 LossError Lowered Max Mean Microbatch Min NonFiniteError PeerError Picture Pipeline PipelineTypeError Preempted
 Profile Raise Reference RejectedError ResumeError Retry Rollback Run ShardingError Skip State Step StepError
 StepResult StepcError Stop Sum TensorBoard Transform Watchdog accumulate across alternate cast clip compile dp ema
-epochs errors grad init_distributed inspect loss_scale measure nodes noise pad_batch reference remat repeat report
-restore rows run sam scale shard skip_nonfinite testing topology tp update
+epochs errors grad init_distributed inspect logical loss_scale measure nodes noise pad_batch reference remat repeat
+report restore rows run sam scale shard skip_nonfinite testing topology tp update
 """.split()
 
 
@@ -64,7 +64,7 @@ TRANSFORMS = [name for name in TRANSFORMS if getattr(sc, name).__module__.starts
 PARTS = ("Meaning:", "Why:", "Args:", "Shapes:", "Units:", "Type:", "Errors:", "Example:", "Source:")
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMS, "dp", "tp"])
+@pytest.mark.parametrize("name", [*TRANSFORMS, "dp", "logical", "tp"])
 def test_transform_is_documented_after_the_template(name: str) -> None:
     text = inspect.getdoc(getattr(sc, name)) or ""
     parts = tuple(part for part in PARTS if part != "Args:" or inspect.signature(getattr(sc, name)).parameters)

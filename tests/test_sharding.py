@@ -19,7 +19,7 @@ import stepc as sc
 from stepc._language.state import leaves_by_path
 from stepc.testing import assert_equivalent
 from stepc.testing.probes import WIDE, wide, wide_params
-from stepc.testing.strategies import batches, meshes, pipelines
+from stepc.testing.strategies import batches, meshes, pipelines, tensor_rules
 
 LEVELS: dict[str, dict[str, Any]] = {
     "zero0": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}, "zero3": {"zero": 3},
@@ -235,18 +235,18 @@ def test_random_rounded_sharded_pipeline_equals_its_reference(data: st.DataObjec
     climb(data, exact=False, tolerance=1e-3)
 
 
-SPECS = [P(), P("model"), P(None, None, "model"), P(None, None, None)]
+SHAPES = {path: leaf.shape for path, leaf in leaves_by_path(wide_params())}
 
 
 def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
-    named = data.draw(st.sampled_from([("data",), ("data", "model"), ("replica", "data"), ("data", "seq")]))
-    mesh = data.draw(meshes(axes=named))
-    axes = {name: size for name, size in mesh.shape.items() if name not in ("model", "seq")}
+    choices = [("data",), ("data", "model"), ("replica", "data"), ("data", "model", "expert"), ("data", "seq")]
+    mesh = data.draw(meshes(axes=data.draw(st.sampled_from(choices))))
+    axes = {name: size for name, size in mesh.shape.items() if name in ("data", "replica")}
+    model_axes = {name: size for name, size in mesh.shape.items() if name in ("model", "expert")}
     probe = WIDE[data.draw(st.sampled_from(list(WIDE)))]
     transforms: tuple[sc.Transform, ...] = ()
-    if "model" in mesh.shape:
-        rules = {"deep/*": data.draw(st.sampled_from(SPECS)), "o*": data.draw(st.sampled_from([P(), P("model")]))}
-        transforms = (sc.shard(sc.tp(rules, default=P())),)
+    if model_axes:
+        transforms = (sc.shard(data.draw(tensor_rules(SHAPES, axes=model_axes))),)
     pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, transforms=transforms))
     if pipeline.transforms.count(transforms[0] if transforms else None) > 1:
         return  # the second table of rules never applies, which is refused

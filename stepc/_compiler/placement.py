@@ -27,7 +27,7 @@ from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
 from stepc._language.kinds import Batch, Params
 from stepc._language.model_state import rules_by_leaf
-from stepc._language.state import Placement, State, as_arrays, is_typed_key, key_data, leaves_by_path, path_of
+from stepc._language.state import Place, Placement, State, as_arrays, is_typed_key, key_data, leaves_by_path, path_of
 
 
 def with_automatic_axes(mesh: Mesh) -> Mesh:
@@ -35,14 +35,18 @@ def with_automatic_axes(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def model_axis_specs(params: Params, mesh: Mesh | None, rules: BoundRules) -> dict[str, Spec]:
+def model_axis_specs(
+    params: Params, names: Mapping[str, Spec], mesh: Mesh | None, rules: BoundRules
+) -> dict[str, Spec]:
     """How parameters are sharded over axes other than those of the rows: by the rules, or as the caller's arrays are.
 
+    Args:
+      names: of the dimensions of parameters, by path.
     Errors: ShardingError where rules and parameters do not fit.
     """
     leaves = leaves_by_path(params)
     if rules.has_rules:
-        return specs_of_params(rules, leaves)
+        return specs_of_params(rules, leaves, names)
     found = ((path, tuple(_without(rules.rows, _spec_on(leaf, mesh)))) for path, leaf in leaves)
     return {path: spec for path, spec in found if spec}
 
@@ -62,10 +66,15 @@ def _without(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
 
 
 def placement_of_state(
-    shapes: State, specs: Mapping[str, Spec], rules: BoundRules, model_state: tuple[tuple[str, str], ...]
+    shapes: State,
+    specs: Mapping[str, Spec],
+    names: Mapping[str, Spec],
+    rules: BoundRules,
+    model_state: tuple[tuple[str, str], ...],
 ) -> Placement:
     """Extend the specs of parameters to a state: what mirrors a parameter is sharded as it is.
 
+    The names of the dimensions of parameters stay with them.
     Leaves of the model state whose rule, by `model_state`, is "rows" are sharded as the rows of a batch are.
 
     `zero` shards the optimizer state and the slots besides, and at level 3 the parameters.
@@ -85,8 +94,27 @@ def placement_of_state(
     )
     for (path, _), rule in of_model_state:
         if rule == "rows":
-            found["/".join(filter(None, ("model_state", path)))] = rows
-    return tuple(sorted((path, PartitionSpec(*spec)) for path, spec in found.items() if spec))
+            found[_in("model_state", path)] = rows
+    named = {_in("params", path): one for path, one in names.items()}
+    places = {
+        path: Place(PartitionSpec(*(found.get(path) or ())), named.get(path, ())) for path in sorted({*found, *named})
+    }
+    return tuple((path, place) for path, place in places.items() if place != Place())
+
+
+def _in(field: str, path: str) -> str:
+    """The path in a state of what has this path in one of its fields."""
+    return "/".join(filter(None, (field, path)))
+
+
+def specs_in(placement: Placement) -> dict[str, PartitionSpec]:
+    """The spec of each leaf that is placed, by path."""
+    return {path: place.spec for path, place in placement}
+
+
+def names_in(placement: Placement) -> dict[str, Spec]:
+    """The names of the dimensions of parameters, by path."""
+    return {path.partition("/")[2]: place.names for path, place in placement if place.names}
 
 
 def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> ShardingTable:
@@ -94,7 +122,7 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
     params = dict(leaves_by_path(state.params))
     leaves = leaves_by_path(state)
     names = mirrored_params([path for path, _ in leaves], params)
-    specs = dict(state.placement)
+    specs = specs_in(state.placement)
 
     def row(path: str, leaf: Any) -> LeafSharding:  # Any: an array, or its shape
         spec = specs.get(path, PartitionSpec())
@@ -124,9 +152,9 @@ def _num_bytes(leaf: Any) -> int:  # Any: an array, or its shape
 
 def specs_by_path(tree: Any, placement: Placement, *, prefix: str = "") -> Any:  # Any, twice: trees of one structure
     """A tree of PartitionSpec; what the placement does not name is replicated."""
-    specs = dict(placement)
+    specs = specs_in(placement)
     return jax.tree_util.tree_map_with_path(
-        lambda keys, _: specs.get("/".join(part for part in (prefix, path_of(keys)) if part), PartitionSpec()), tree
+        lambda keys, _: specs.get(_in(prefix, path_of(keys)), PartitionSpec()), tree
     )
 
 
@@ -186,10 +214,10 @@ def place_on_devices(tree: Any, shardings: Any | None) -> Any:  # Any: trees of 
 
 def shard_dimensions(params: Params, placement: Placement, rules: BoundRules) -> tuple[Any, Any]:  # Any: trees
     """Two trees like the parameters: specs over automatic axes, and the dimension that `zero` shards, or -1."""
-    table = dict(placement)
+    table = specs_in(placement)
 
     def spec(path: str) -> PartitionSpec:
-        return _without(rules.rows, table.get("/".join(part for part in ("params", path) if part), PartitionSpec()))
+        return _without(rules.rows, table.get(_in("params", path), PartitionSpec()))
 
     tree = jax.tree.structure(params)
     specs = [spec(path) for path, _ in leaves_by_path(params)]

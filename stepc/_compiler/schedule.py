@@ -9,7 +9,7 @@ Sharding does not change the rule. It rewrites the finished schedule: an all-red
 parameters are gathered where they are used. The sum is the same; who holds which shard of it is not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
@@ -38,8 +38,10 @@ from stepc._core.nodes import (
     named,
     turns_of,
 )
+from stepc._core.sharding import Spec, axes_of
 from stepc._language.encoded import EncodedTree
 from stepc._language.optimizers import evaluates_loss
+from stepc.errors import listed
 
 
 @dataclass(frozen=True)
@@ -958,6 +960,20 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int, n
         else:
             notes.append(f"gathered parameters are kept for a microbatch, not for the step, {often}")
     return tuple(notes)
+
+
+def notes_of_names(ignored: Mapping[str, Spec]) -> tuple[str, ...]:
+    """The names that a model library gives the dimensions of parameters, by path, where no rule reads them."""
+    if not ignored:
+        return ()
+    names = list(dict.fromkeys(name for one in ignored.values() for name in axes_of(one)))
+    what = "1 parameter" if len(ignored) == 1 else f"{len(ignored)} parameters"
+    quoted = [f'"{name}"' for name in names]
+    rules = ", ".join([*(f"{name}: …" for name in quoted[:3]), *(["…"] if quoted[3:] else [])])
+    return (
+        f"the model names the dimensions of {what} ({listed(quoted)}), and no rule reads the names: "
+        f"`tp(logical({{{rules}}}))` does, with a mesh axis or None for each",
+    )
 
 
 def _narrower_reduction(instructions: Schedule, wide: int, narrow: int) -> list[str]:

@@ -10,9 +10,9 @@ from math import prod
 from typing import Any, TypeAlias
 
 from stepc._core.nodes import MeanNode, OverMesh, Program, Turn
-from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, normalized_spec, spec_text
+from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, entry_text, normalized_spec, spec_text
 from stepc._language.state import describe_leaf, is_typed_key, path_matches, pattern_hint
-from stepc.errors import ShardingError, faults_in_one, misspelt_axes
+from stepc.errors import ShardingError, did_you_mean, faults_in_one, misspelt_axes
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
 
@@ -41,7 +41,8 @@ class BoundRules:
     @property
     def has_rules(self) -> bool:
         """Whether rules place the parameters; the sharding of the caller's arrays is then ignored."""
-        return bool(self.layout.params) or self.layout.default is not None
+        layout = self.layout
+        return bool(layout.params) or layout.logical is not None or layout.default is not None
 
 
 def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]) -> BoundRules:
@@ -52,15 +53,20 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     places = [node.place for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
     layouts = [place.layout for place in places]
     sharded = [place for place in places if place.layout.zero]
+    by_name = [layout for layout in layouts if layout.logical is not None]
     dtypes = sorted({layout.reduce_dtype for layout in layouts if layout.reduce_dtype is not None})
     faults = [] if len(sharded) < 2 else ["two transforms set `zero`; only one axis can shard the optimizer state."]
     if len(dtypes) > 1:
         faults.append(f"transforms set different `reduce_dtype`s: {' and '.join(dtypes)}.")
+    if len(by_name) > 1:
+        faults.append("two transforms give `logical` rules; one table names every dimension.")
     merged = ShardingRules(
         zero=sharded[0].layout.zero if sharded else 0,
         gather=sharded[0].layout.gather if sharded else "step",
         reduce_dtype=dtypes[0] if dtypes else None,
         params=tuple(rule for layout in layouts for rule in layout.params),
+        logical=by_name[0].logical if by_name else None,
+        names=by_name[0].names if by_name else (),
         default=next((layout.default for layout in layouts if layout.default is not None), None),
         batch=tuple(rule for layout in layouts for rule in layout.batch),
         automatic=tuple(axis for layout in layouts for axis in layout.automatic),
@@ -73,9 +79,10 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     rows = (*rows, *merged.automatic)
     faults += _axis_faults(merged, sizes, rows)
     if faults:
-        specs = [*(spec for _, spec in (*merged.params, *merged.batch)), merged.default or ()]
+        of_params = [spec for _, spec in _rules_of_params(merged)]
+        specs = [*of_params, *(spec for _, spec in merged.batch)]
         unknown = sorted({axis for spec in specs for axis in axes_of(spec)} - set(sizes))
-        taken = {axis for _, spec in (*merged.params, ("", merged.default or ())) for axis in axes_of(spec)} & {*rows}
+        taken = {axis for spec in of_params for axis in axes_of(spec)} & {*rows}
         free = " or ".join(repr(axis) for axis in sizes if axis not in rows)
         hints = [misspelt_axes(unknown, sizes)]
         hints += [f"Parameters are sharded over an axis that shards no rows, such as {free}."] if taken and free else []
@@ -101,8 +108,7 @@ def check_turns_agree(turns: tuple[Turn, ...], rules: tuple[BoundRules, ...]) ->
 
 
 def _axis_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[str, ...]) -> list[str]:
-    default: Rules = () if layout.default is None else (("the default", layout.default),)
-    of_params = [(_rule(pattern, spec), spec) for pattern, spec in (*layout.params, *default)]
+    of_params = _rules_of_params(layout)
     of_batch = [(_rule(pattern, spec, of="batch "), spec) for pattern, spec in layout.batch]
     faults: list[str] = []
     for rule, spec in (*of_params, *of_batch):
@@ -118,28 +124,81 @@ def _axis_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[st
     return faults
 
 
-def specs_of_params(rules: BoundRules, params: Shapes) -> dict[str, Spec]:
+def _rules_of_params(layout: ShardingRules) -> list[tuple[str, Spec]]:
+    """Every rule that places parameters, as a message names it, with the axes that it names as a spec."""
+    default: Rules = () if layout.default is None else (("the default", layout.default),)
+    by_name = [(_logical_rule(name, entry), (entry,)) for name, entry in layout.logical or ()]
+    return [*((_rule(pattern, spec), spec) for pattern, spec in (*layout.params, *default)), *by_name]
+
+
+def names_of_params(
+    rules: BoundRules, params: Iterable[str], given: Mapping[str, Spec]
+) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """The names of the dimensions of parameters by path: those that a rule reads, and those that none does.
+
+    Args:
+      given: the names that parameters carry themselves.
+    """
+    layout = rules.layout
+    found = {path: next((names for one, names in layout.names if path_matches(one, path)), None) for path in params}
+    names = {path: given.get(path, ()) if of_rule is None else of_rule for path, of_rule in found.items()}
+    names = {path: one for path, one in names.items() if any(one) or found[path] is not None}
+    by_pattern = {path for path in names if any(path_matches(pattern, path) for pattern, _ in layout.params)}
+    free = {path: one for path, one in names.items() if path not in by_pattern}
+    return ({}, free) if layout.logical is None else (free, {})
+
+
+def specs_of_params(rules: BoundRules, params: Shapes, given: Mapping[str, Spec]) -> dict[str, Spec]:
     """The spec that the rules give each parameter along the axes that do not shard rows; replicated ones are left out.
 
-    Errors: ShardingError with every rule that matches no parameter, every parameter that matches no rule, and every
-      spec that does not fit its parameter.
+    Args:
+      given: the names of the dimensions of parameters that carry some, by path.
+    Errors: ShardingError with every rule that matches no parameter, every parameter that matches no rule, every name
+      without a rule, and every spec that does not fit its parameter.
     """
     found: dict[str, Spec] = {}
     applied: set[str] = set()
     faults: list[str] = []
     hints: list[str | None] = []
+    read, _ = names_of_params(rules, [path for path, _ in params], given)
+    logical = dict(rules.layout.logical or ())
+    for name in _names_in(read.values()):
+        if name not in logical:
+            paths = [path for path, names in read.items() if name in axes_of(names)]
+            what = f"`{paths[0]}` {spec_text(read[paths[0]])}" + (f" and {len(paths) - 1} more" if paths[1:] else "")
+            faults.append(f"the name {name!r}, of {what}, has no rule.")
+            hints.append(
+                did_you_mean(name, logical) or f'`logical({{..., "{name}": None}})` shards no dimension of that name.'
+            )
+    if unused := [name for name in logical if name not in _names_in(read.values())]:
+        faults += [f"{_logical_rule(name, logical[name])} names no dimension of a parameter." for name in unused]
+        hints.append("Leave out rules for names that no parameter has.")
     for path, leaf in params:
         rule = next((rule for rule in rules.layout.params if path_matches(rule[0], path)), None)
         if rule is not None:
             applied.add(rule[0])
-        spec = rules.layout.default if rule is None else rule[1]
+            by, spec = _rule(*rule), rule[1]
+        elif path in read:
+            spec = tuple(tuple(axes_of(logical.get(name) for name in axes_of((names,)))) for names in read[path])
+            spec = normalized_spec(spec)
+            by = f"{spec_text(spec)}, of its names {spec_text(read[path])},"
+            faults += [
+                f"`{path}` ({describe_leaf(leaf)}): {by} names the axis {axis!r} twice."
+                for axis, often in Counter(axes_of(spec)).items()
+                if often > 1
+            ]
+        else:
+            by, spec = f"the default, {spec_text(rules.layout.default or ())},", rules.layout.default
         if spec is None:
             faults.append(f"`{path}` ({describe_leaf(leaf)}) matches no rule.")
             hints.append("`tp(..., default=P())` replicates what matches no rule.")
         else:
-            by = f"the default, {spec_text(spec)}," if rule is None else _rule(*rule)
             faults += _fit_faults(path, leaf, spec, rules, by)
             found[path] = normalized_spec(spec)
+    for pattern, names in rules.layout.names:
+        if not any(path_matches(pattern, path) for path, _ in params):
+            faults.append(f"the names of {pattern!r}, {spec_text(names)}, match no parameter.")
+            hints.append(pattern_hint(pattern, [path for path, _ in params]))
     for pattern, spec in rules.layout.params:
         if pattern in applied:
             continue
@@ -272,6 +331,15 @@ def _product(entry: Entry, sizes: Mapping[str, int]) -> str:
 
 def _rule(pattern: str, spec: Spec, *, of: str = "") -> str:
     return f"the {of}rule {pattern!r}: {spec_text(spec)}"
+
+
+def _logical_rule(name: str, entry: Entry) -> str:
+    return f"the logical rule {name!r}: {entry_text(entry)}"
+
+
+def _names_in(all_names: Iterable[Spec]) -> list[str]:
+    """Every name of a dimension, once."""
+    return list(dict.fromkeys(name for names in all_names for name in axes_of(names)))
 
 
 def _error(faults: list[str], sizes: Mapping[str, int], *, of: str, hints: Iterable[str | None]) -> ShardingError:

@@ -22,6 +22,7 @@ from stepc._compiler.placement import (
     BatchPlacement,
     gradient_shapes,
     model_axis_specs,
+    names_in,
     place_on_devices,
     placement_of_state,
     shapes_of,
@@ -29,6 +30,7 @@ from stepc._compiler.placement import (
     shard_dimensions,
     sharding_table,
     shardings_of,
+    specs_in,
     specs_of_model_state,
     with_automatic_axes,
     without_weak_types,
@@ -41,9 +43,11 @@ from stepc._compiler.schedule import (
     draws,
     exchange_notes,
     gathers_rows,
+    notes_of_names,
     schedules_of_turns,
     sharding_notes,
 )
+from stepc._compiler.sharding import names_of_params
 from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.validation import (
     ArgumentTypes,
@@ -64,9 +68,10 @@ from stepc._compiler.validation import (
 from stepc._core.nodes import Turn
 from stepc._jax import is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
+from stepc._language.names import names_by_path, unboxed
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
-from stepc._language.state import KEYS, State, as_arrays, carried_over, state_of_turn, trained_leaves
+from stepc._language.state import KEYS, State, as_arrays, carried_over, leaves_by_path, state_of_turn, trained_leaves
 from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
@@ -227,20 +232,21 @@ class Step:
           more than 64 bits; FieldTypeError for a seed that is neither an integer nor a typed key.
         On several processes each passes the same: pipeline, parameters, seed and model state are compared first.
         """
+        names, params, model_state = names_by_path(params), unboxed(params), unboxed(model_state)
         check_params(params, self.normal_form.wrt)
         if like is not None:
             check_like(like, seed, model_state, lambda params, wrt: self._transform_state(params, wrt)["opt_state"])
-            model_state = like.model_state
+            model_state, names = like.model_state, {**names_in(like.placement), **names}
         seed = 0 if seed is None else seed
         check_seed(seed)
         rules = self.normal_form.rules
         sizes = dict(rules.sizes)
         check_model_state(model_state, self.normal_form.core, prod(sizes[axis] for axis in rules.rows))
-        specs = model_axis_specs(params, self.mesh, rules)
+        specs = model_axis_specs(params, names, self.mesh, rules)
         shapes = jax.eval_shape(
             lambda params, model_state: self._fresh(params, seed, model_state), *shapes_of((params, model_state))
         )
-        placement = placement_of_state(shapes, specs, rules, self.normal_form.model_state_rules)
+        placement = placement_of_state(shapes, specs, names, rules, self.normal_form.model_state_rules)
         shapes = replace(shapes, placement=placement)
         shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -432,6 +438,7 @@ class Step:
                 notes += tuple(f"{prefix}{note}" for note in sharding_notes(part, rules, gradient_bytes, num_values))
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
+            notes += self._note_of_names(state)
             largest = max(sums, key=lambda one: sum(leaf.size for leaf in one))
             pairs = list(zip(form.turns, structures, strict=True))
             model_state = (replace(leaf, turn=turn.name) for turn, one in pairs for leaf in one.model_state)
@@ -440,6 +447,15 @@ class Step:
                 tuple(model_state), tuple(leaf.shape for leaf in largest),
                 losses=tuple((turn.loss.written, one.row_use) for turn, one in pairs if one.row_use is not None),
             )  # fmt: skip
+
+    def _note_of_names(self, state: State) -> tuple[str, ...]:
+        """What the model library says of the dimensions of parameters, where nothing reads it."""
+        rules, paths = self.normal_form.rules, [path for path, _ in leaves_by_path(state.params)]
+        _, ignored = names_of_params(rules, paths, names_in(state.placement))
+        is_placed = not rules.has_rules and any(specs_in(state.placement).get(f"params/{path}") for path in paths)
+        if self.mesh is None or is_placed:  # arrays that the caller has sharded keep that sharding
+            return ()
+        return notes_of_names(ignored)
 
     def _own_mesh(self) -> AbstractContextManager[Any]:
         """Trace under the step's own mesh, whatever mesh the caller has set: no ambient state changes a step."""

@@ -20,7 +20,9 @@ class ShardingRules:
       gather: "step", "microbatch" or "layer": how often sharded parameters are gathered.
       reduce_dtype: in which gradients are added up over devices, by name; None for the dtype they are accumulated in.
       params: for a path pattern, how parameters are sharded along other axes; the first pattern that matches applies.
-      default: the spec of a parameter that no pattern matches; None if every parameter must match one.
+      logical: for the name of a dimension, the mesh axes that shard it; None if names are not read.
+      names: for a path pattern, the names of the dimensions of parameters that carry none themselves.
+      default: the spec of a parameter that neither places; None if every parameter must be placed.
       batch: for a path pattern, how a leaf of the batch is sharded along all axes.
       automatic: axes that shard the rows without a mean over them: XLA partitions the loss.
     """
@@ -29,6 +31,8 @@ class ShardingRules:
     gather: str = "step"
     reduce_dtype: str | None = None
     params: Rules = ()
+    logical: tuple[tuple[str, Entry], ...] | None = None
+    names: Rules = ()
     default: Spec | None = None
     batch: Rules = ()
     automatic: tuple[str, ...] = ()
@@ -57,10 +61,11 @@ def sharded_spec(spec: Spec, dimension: int, axis: str | None) -> Spec:
 
 def spec_text(spec: Spec) -> str:
     """The spec as source code."""
-    return f"P({', '.join(_entry_text(entry) for entry in spec)})"
+    return f"P({', '.join(map(entry_text, spec))})"
 
 
-def _entry_text(entry: Entry) -> str:
+def entry_text(entry: Entry) -> str:
+    """One entry as source code."""
     if isinstance(entry, tuple):
-        return f"({', '.join(map(_entry_text, entry))}{',' if len(entry) == 1 else ''})"
+        return f"({', '.join(map(entry_text, entry))}{',' if len(entry) == 1 else ''})"
     return "None" if entry is None else f'"{entry}"'

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stepc._language.kinds import Batch, Kind, Params
+from stepc._language.names import unboxed
 from stepc._language.pipeline import Pipeline, Transform, check_reads, transform_name, transforms_of
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State, as_arrays, carried_over, check_goes_on
@@ -34,6 +35,7 @@ class Reference:
         self, params: Params, *, seed: Any = None, model_state: Any = None, like: State | None = None
     ) -> State:  # Any: a seed, as in `Step.init`; the model's own tree
         """A fresh state; with `like`, one that goes on from that state. Errors: as in `Step.init`."""
+        params, model_state = unboxed(params), unboxed(model_state)
         if like is not None:
             check_goes_on(like, seed, model_state)
             model_state = like.model_state

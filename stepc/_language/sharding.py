@@ -7,8 +7,9 @@ from typing import Any, Final
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from stepc._core.sharding import Rules, Spec, spec_text
+from stepc._core.sharding import Entry, Rules, Spec, entry_text, spec_text
 from stepc._language.fields import axis_name, floating_dtype, one_of
+from stepc._language.state import leaves_by_path
 from stepc.errors import FieldTypeError, FieldValueError
 
 GATHERS: Final = ("step", "microbatch", "layer")
@@ -35,15 +36,31 @@ class DataParallel:
 
 
 @dataclass(frozen=True)
+class LogicalRules:
+    """Mesh axes for the names that a model library gives the dimensions of parameters."""
+
+    rules: tuple[tuple[str, Entry], ...]
+    names: Rules = ()
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f'"{name}": {entry_text(entry)}' for name, entry in self.rules)
+        names = f", names={_rules_text(self.names)}" if self.names else ""
+        return f"logical({{{rules}}}{names})"
+
+
+@dataclass(frozen=True)
 class TensorParallel:
-    """Parameters sharded along mesh axes, by path pattern."""
+    """Parameters sharded along mesh axes, by path pattern and by the names of their dimensions."""
 
     rules: Rules
+    logical: LogicalRules | None = None
     default: Spec | None = None
 
     def __repr__(self) -> str:
-        default = "" if self.default is None else f", default={spec_text(self.default)}"
-        return f"tp({_rules_text(self.rules)}{default})"
+        given = [] if self.logical is not None and not self.rules else [_rules_text(self.rules)]
+        given += [] if self.logical is None else [repr(self.logical)]
+        given += [] if self.default is None else [f"default={spec_text(self.default)}"]
+        return f"tp({', '.join(given)})"
 
 
 def dp(
@@ -101,8 +118,8 @@ def dp(
     return DataParallel(axes, zero, gather, dtype, () if batch is None else _rules("dp", "batch", batch))
 
 
-def tp(rules: Mapping[str, PartitionSpec], *, default: PartitionSpec | None = None) -> TensorParallel:
-    """Tensor parallelism: parameters are sharded along mesh axes, by path pattern.
+def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpec | None = None) -> TensorParallel:
+    """Tensor parallelism: parameters are sharded along mesh axes, by path pattern or by the names of their dimensions.
 
     Meaning: the identity. What mirrors the parameters (moments, moving averages) is sharded as they are, and XLA
       partitions the loss along these axes.
@@ -110,23 +127,78 @@ def tp(rules: Mapping[str, PartitionSpec], *, default: PartitionSpec | None = No
 
     Args:
       rules: for a pattern, a `jax.sharding.PartitionSpec`. A path is its keys joined by `/`; `*` matches anything
-        within a key, `**` across keys. The first pattern that matches applies.
-      default: the spec of a parameter that no pattern matches, `P()` for replicated; None if each must match one.
+        within a key, `**` across keys. The first pattern that matches applies. Or `logical(...)`, which reads the names
+        that a model library gives dimensions. Or both: a pattern decides before a name does.
+      default: the spec of a parameter that no rule places, `P()` for replicated; None if each must be placed.
     Errors: FieldTypeError, FieldValueError for a bad field; ShardingError at `compile` or `init`, before anything is
       compiled, with all faults: a rule that matches nothing, a parameter that no rule matches, an axis that the mesh
-      lacks, that is used twice or that shards the rows, too few dimensions, a dimension that does not divide.
+      lacks, that is used twice or that shards the rows, too few dimensions, a dimension that does not divide, a name
+      that has no rule.
     Example:
       >>> tp({"**/qkv": P(None, "model")}, default=P())
       tp({"**/qkv": P(None, "model")}, default=P())
+      >>> tp(logical({"embed": None, "mlp": "model"}), default=P())
+      tp(logical({"embed": None, "mlp": "model"}), default=P())
 
     Source: Shoeybi et al., "Megatron-LM", 2019, arxiv.org/abs/1909.08053; patterns are ours.
     """
-    checked = _rules("tp", "rules", rules)
-    if not checked and default is None:
+    tables = [one for one in rules if not isinstance(one, LogicalRules)]
+    by_name = [one for one in rules if isinstance(one, LogicalRules)]
+    if len(tables) > 1 or len(by_name) > 1:
+        facts = (("expected", "one dict and one logical(...)"), ("got", ", ".join(map(repr, rules))))
+        raise FieldValueError("`tp` takes one table of each kind.", facts=facts, suggestion="Join the tables.")
+    checked = _rules("tp", "rules", tables[0]) if tables else ()
+    if not checked and not by_name and default is None:
         raise FieldValueError(
             "`tp` needs a rule or a default.", facts=(("such as", '{"**/kernel": P(None, "model")}'),)
         )
-    return TensorParallel(checked, None if default is None else _spec("tp", "default", default))
+    default_spec = None if default is None else _spec("tp", "default", default)
+    return TensorParallel(checked, by_name[0] if by_name else None, default_spec)
+
+
+def logical(
+    rules: Mapping[str, str | tuple[str, ...] | None],
+    *,
+    names: Any = None,  # Any: a tree of PartitionSpecs
+) -> LogicalRules:
+    """Read the names that a model library gives the dimensions of parameters: for each name, mesh axes.
+
+    Meaning: a dimension is sharded along the axes of its name; it changes no number.
+    Why: the model says once what its dimensions are, and each mesh needs one short table.
+
+    Args:
+      rules: for the name of a dimension, the mesh axis that shards it, several, or None for none. Parameters carry
+        names where Flax gives them: `nn.with_partitioning` and `nn.with_logical_partitioning` of Linen,
+        `nnx.with_partitioning` and `out_sharding` of NNX. A name that is a mesh axis already needs a rule too:
+        `{"model": "model"}`.
+      names: the names of parameters that carry none: a tree of PartitionSpecs, such as
+        `nn.get_partition_spec(variables)["params"]`, or a dict of them by path pattern.
+    Errors: FieldTypeError, FieldValueError for a bad field; ShardingError at `compile` or `init`, with all faults: a
+      name without a rule, a rule whose name no parameter has, and what `tp` refuses.
+    `init` takes Linen's boxes off: state and loss have the arrays themselves, as after `nn.unbox`. What a library says
+    of meshes itself (`nn.logical_axis_rules`, `sharding_rules`) is not read.
+    Example:
+      >>> tp(logical({"embed": None, "mlp": "model"}))
+      tp(logical({"embed": None, "mlp": "model"}))
+
+    Source: Flax, https://flax.readthedocs.io, "Scale up Flax modules on multiple devices".
+    """
+    what = "`logical`: rules must be a dict from the names of dimensions to mesh axes."
+    if not isinstance(rules, Mapping):
+        is_pairs = isinstance(rules, tuple | list) and all(isinstance(one, tuple) and len(one) == 2 for one in rules)
+        suggestion = f"Write `logical({dict(rules)!r})`." if is_pairs else None
+        raise FieldTypeError(what, facts=(("got", repr(rules)),), suggestion=suggestion)
+    if not rules:
+        raise FieldValueError("`logical` needs a rule.", facts=(("such as", '{"embed": None, "mlp": "model"}'),))
+    for name, entry in rules.items():
+        if not isinstance(name, str):
+            raise FieldTypeError(what, facts=(("got", repr(rules)),))
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            if axis is not None:
+                axis_name("logical", f"rules[{name!r}]", axis)
+    specs = [] if names is None else leaves_by_path(names)
+    given = tuple((path, _spec("logical", f"names[{path!r}]", spec)) for path, spec in specs)
+    return LogicalRules(tuple(rules.items()), given)
 
 
 def _rules(transform: str, field: str, rules: object) -> Rules:

@@ -13,11 +13,26 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from stepc._core.nodes import Turn, slot_name
+from stepc._core.sharding import Spec
 from stepc._language.kinds import Batch, Params
 from stepc.errors import ConfigError, FieldTypeError, did_you_mean, listed
 
-# The leaves that are not replicated: (path, spec), sorted by path.
-Placement: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
+
+@dataclass(frozen=True)
+class Place:
+    """Where a leaf of a state is.
+
+    Args:
+      spec: its dimensions along the axes of the mesh.
+      names: those that the model library gave its dimensions, as a spec.
+    """
+
+    spec: PartitionSpec = PartitionSpec()
+    names: Spec = ()
+
+
+# The leaves that are not simply replicated, sorted by path.
+Placement: TypeAlias = tuple[tuple[str, Place], ...]
 
 # The `wrt` of a gradient with respect to every parameter.
 EVERY_LEAF = ("**",)

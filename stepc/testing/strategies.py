@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from stepc._core.nodes import (
     InScan,
@@ -25,7 +25,7 @@ from stepc._core.nodes import (
 )
 from stepc._language.optimizers import Optimizer
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, expand_transforms
-from stepc._language.sharding import GATHERS, DataParallel, dp
+from stepc._language.sharding import GATHERS, DataParallel, TensorParallel, dp, logical, tp
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.across import Across
 from stepc._language.transforms.alternate import Alternate, alternate
@@ -247,3 +247,33 @@ def _num_parts_of(place: InScan | OverMesh | UnderVmap, axes: Mapping[str, int])
             return 1
         case _:
             assert_never(place)
+
+
+@st.composite
+def tensor_rules(draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], *, axes: Mapping[str, int]) -> TensorParallel:
+    """Rules that shard parameters along some of these axes, by path pattern, by the names of dimensions, or both.
+
+    Args:
+      shapes: of each parameter, by path.
+      axes: the size of each mesh axis that shards no rows.
+    """
+    patterns: dict[str, PartitionSpec] = {}
+    names: dict[str, PartitionSpec] = {}
+    table: dict[str, str | tuple[str, ...] | None] = {}
+    for number, (path, shape) in enumerate(shapes.items()):
+        free, entries = list(axes), list[str | tuple[str, ...] | None]()
+        for size in shape:
+            taken = draw(st.sampled_from([(), *((axis,) for axis in free), tuple(free)]))
+            if size % prod(axes[axis] for axis in taken):
+                taken = ()
+            free = [axis for axis in free if axis not in taken]
+            entries.append(taken if len(taken) > 1 else taken[0] if taken else None)
+        if draw(st.booleans()):
+            patterns[path] = PartitionSpec(*entries)
+            continue
+        # The name of a dimension stands for one entry only.
+        named = [f"{number}_{dim}" for dim in range(len(shape))]
+        names[path] = PartitionSpec(*named)
+        table.update(zip(named, entries, strict=True))
+    rules = [*([patterns] if patterns else []), *([logical(table, names=names)] if table else [])]
+    return tp(*rules, default=PartitionSpec())

@@ -71,8 +71,10 @@ class Shard(Transform):
                     rules = replace(
                         rules, zero=zero, gather=gather, reduce_dtype=reduce_dtype, batch=batch, automatic=automatic
                     )
-                case TensorParallel(params, default):
+                case TensorParallel(params, logical, default):
                     rules = replace(rules, params=params, default=default)
+                    if logical is not None:
+                        rules = replace(rules, logical=logical.rules, names=logical.names)
                 case _:
                     assert_never(rule)
         return (MeanNode(OverMesh(self._mean_axes, layout=rules), written=repr(self)),)
