@@ -36,7 +36,7 @@ from stepc._language.transforms.scale import scale
 from stepc._language.transforms.shard import shard
 from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
-from stepc._runner.callbacks import Eval, Profile, Stop
+from stepc._runner.callbacks import EarlyStopping, Eval, Profile, Stop
 from stepc._runner.checkpoint import Checkpoints, restore
 from stepc._runner.loggers.console import Console
 from stepc._runner.loggers.files import CSV, JSONL
@@ -92,6 +92,7 @@ __all__ = [
     "Data",
     "DataError",
     "DeviceError",
+    "EarlyStopping",
     "EquivalenceError",
     "Eval",
     "FieldTypeError",

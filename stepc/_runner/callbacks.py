@@ -1,7 +1,9 @@
 """What a user wants done between steps: evaluation, hooks, a profile. It must not know how a step is made."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,6 +16,7 @@ from stepc._language.kinds import Batch, HostMetrics
 from stepc._language.state import as_arrays
 from stepc._language.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Sum, Sums, combine_metrics
 from stepc._runner.arguments import ArgumentFaults
+from stepc._runner.best import MODES, BestValue
 from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
 from stepc._runner.events import EventLog, is_due
 from stepc._runner.multihost import Peers, SingleProcess
@@ -22,6 +25,7 @@ from stepc._runner.watchdog import StallWatcher
 from stepc.errors import ConfigError, StepError
 
 HAS_NONE, CAN_FILL, HAS_BATCH = 0, 1, 2  # what a process has of the next batch of an evaluation
+EVALUATED = "eval/"  # before the name of a metric of an evaluation
 UNKNOWN = -1  # the leaves of a batch have other numbers of rows
 
 
@@ -51,6 +55,47 @@ class Stop:
         faults.refuse()
 
 
+@dataclass(frozen=True)
+class EarlyStopping:
+    """End the run when a metric of the evaluation no longer gets better: `sc.Eval(…, stop=sc.EarlyStopping(…))`.
+
+    Meaning: after `patience` evaluations in a row that are not better than the best by more than `min_delta`, no
+      further step is made; what was made is logged and saved, `run.ended` is "stopped" and `run.why` says so.
+    Why: a model that no longer improves on data that is not trained on begins to learn its training data by heart.
+
+    Args:
+      metric: its name as it is logged, such as "eval/loss".
+      mode: "min" if less is better, "max" if more is.
+      patience: how many evaluations; a positive integer.
+      min_delta: by how much a value must be better to count; not negative.
+    Errors: FieldTypeError or ConfigError with all faults; a StepError of phase "eval" for a metric that there is not.
+    A value that is not finite is not better. With checkpoints the count goes on in a run that resumes, and a run that
+    was stopped stays so until `patience` is raised. The state of the run is the last one: for the best, give
+    `sc.Checkpoints(…, best=("eval/loss", "min"))` and read it by `sc.restore(…, step="best")`.
+    Example:
+      >>> EarlyStopping("eval/loss", "min", patience=3)
+      EarlyStopping(metric='eval/loss', mode='min', patience=3, min_delta=0.0)
+    """
+
+    metric: str
+    mode: str
+    _: KW_ONLY
+    patience: int
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        faults = ArgumentFaults("EarlyStopping")
+        faults.instance("metric", self.metric, str, 'a name as it is logged, such as "eval/loss"')
+        faults.choice("mode", self.mode, MODES)
+        faults.count("patience", self.patience)
+        faults.number("min_delta", self.min_delta, "a number that is not negative", lambda by: 0 <= by < math.inf)
+        faults.refuse()
+
+    def best_value(self) -> BestValue:
+        """What it watches."""
+        return BestValue(self.metric, self.mode, "`EarlyStopping`", self.patience, self.min_delta)
+
+
 @runtime_checkable
 class Hook(Protocol):
     """A function that `run` calls every so many steps. It may return a `Stop`."""
@@ -73,18 +118,20 @@ class Eval:
       every: in steps, a positive integer.
       evaluate: a function that returns a dict of metrics; or a step, whose new state is dropped.
       data: batches, iterated over anew each time: a list or a loader, not an iterator. The last may be short.
+      stop: `sc.EarlyStopping(…)` ends the run when a metric no longer gets better.
     Errors: FieldTypeError or ConfigError with all faults. What `evaluate` raises becomes a StepError of phase "eval",
       and so does data that gives no batch.
     A step reports numbers that are divided already: weighed by rows they give the mean over rows, not over tokens. For
     that let `evaluate` return the `sc.Mean` of the loss. A short batch of a step is padded if it has a leaf "mask".
     Example:
       >>> Eval(100, evaluate=len, data=[{"x": 1}])
-      Eval(every=100, evaluate=<built-in function len>, data=[{'x': 1}])
+      Eval(every=100, evaluate=<built-in function len>, data=[{'x': 1}], stop=None)
     """
 
     every: int
     evaluate: Callable[[Any, Batch], Any]  # Any: a state; metrics, or a state and metrics
     data: Iterable[Batch]
+    stop: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         faults = ArgumentFaults("Eval")
@@ -94,6 +141,7 @@ class Eval:
             faults.wrong_value("data", "data that can be iterated over again, such as a list", self.data)
         elif isinstance(self.data, Sized) and len(self.data) == 0:
             faults.wrong_value("data", "at least one batch", self.data)
+        faults.instance("stop", self.stop, (EarlyStopping, type(None)), "sc.EarlyStopping(metric, mode, …) or None")
         faults.refuse()
 
 
@@ -136,6 +184,7 @@ class Callbacks:
       evaluated: the metrics of the last evaluation.
       evaluated_at: the step after which it was made.
       stopped: why a hook or an evaluation ends the run; None if none does.
+      best_values: the metrics by which `EarlyStopping` and `Checkpoints` decide.
     """
 
     eval: Eval | None = None
@@ -147,6 +196,7 @@ class Callbacks:
     evaluated: HostMetrics = field(default_factory=dict)
     evaluated_at: int = 0
     stopped: str | None = None
+    best_values: Sequence[BestValue] = ()
     _is_profiling: bool = False
 
     def is_due(self, step: int, steps_per_call: int) -> bool:
@@ -175,6 +225,8 @@ class Callbacks:
                     stops.append(stop)
                 case found:
                     self.evaluated, self.evaluated_at = found, step
+                    _guarded("eval", step, lambda: self._note_best(step, found, events))
+                    stops += [Stop(why) for one in self.best_values if (why := one.why_stop) is not None]
                     events.log(found, step)
         for every, hook in self.hooks:
             if is_due(every, step, steps_per_call):
@@ -190,6 +242,21 @@ class Callbacks:
         self.done = step
         self.stopped = self.peers.verdict("; ".join(stop.why for stop in stops) or None)
 
+    def _note_best(self, step: int, metrics: HostMetrics, events: EventLog) -> None:
+        """Note what is the best so far, and say so before the metrics are logged."""
+        for one in self.best_values:
+            if one.note(step, metrics):
+                _say_best(one, step, events)
+
+    def resume(self, step: int, records: Sequence[Mapping[str, Any]], events: EventLog) -> None:  # Any: JSON values
+        """Go on after a step, from what its checkpoint has kept of the evaluations."""
+        self.done = step
+        for one in self.best_values:
+            one.resume(records)
+            if one.best is not None:
+                _say_best(one, step, events)
+        self.stopped = "; ".join(why for one in self.best_values if (why := one.why_stop) is not None) or None
+
     def evaluated_after(self, step: int) -> HostMetrics:
         """The metrics of the evaluation after a step, if there was one."""
         return self.evaluated if self.evaluated_at == step else {}
@@ -197,6 +264,8 @@ class Callbacks:
     def go_back(self, step: int) -> None:
         """Let what was done after `step` be done again."""
         self.done = min(self.done, step)
+        for one in self.best_values:
+            one.go_back(step)
 
     def close(self) -> None:
         """Stop the profiler if it is on."""
@@ -229,6 +298,11 @@ class Callbacks:
         else:
             jax.profiler.start_trace(str(self.profile.directory))
             self._is_profiling = True
+
+
+def _say_best(one: BestValue, step: int, events: EventLog) -> None:
+    if one.best is not None:
+        events.event("best", step, level=logging.INFO, metric=one.metric, value=one.best[1], at=one.best[0])
 
 
 @dataclass
@@ -283,7 +357,7 @@ def eval_metrics(
         progress()
     if not sizes:
         raise ConfigError("Its data gave no batch.")
-    return {f"eval/{name}": _number(metric) for name, metric in sums.items()}
+    return {f"{EVALUATED}{name}": _number(metric) for name, metric in sums.items()}
 
 
 def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int, ...], int]]:

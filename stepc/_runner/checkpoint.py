@@ -21,6 +21,7 @@ import numpy as np
 from stepc._language.kinds import HostMetrics
 from stepc._language.state import leaves_by_path
 from stepc._runner.arguments import ArgumentFaults
+from stepc._runner.best import deciding_value, is_better
 from stepc._runner.data import DataFingerprint
 from stepc._runner.events import EventLog, is_due
 from stepc._runner.policies import FailureCounts
@@ -95,6 +96,11 @@ class Checkpoints:
             case _:
                 faults.wrong_type("best", 'a pair such as ("eval/loss", "min"), or None', self.best)
         faults.refuse()
+
+    @property
+    def decides(self) -> str:
+        """What decides by a metric, for messages."""
+        return f"`Checkpoints(best={self.best!r})`"
 
 
 @overload
@@ -194,6 +200,7 @@ class RestoredCheckpoint:
     batch: Mapping[str, str]
     last: DataFingerprint | None
     settings: Settings | None = None  # None in the checkpoints of stepc 0.1
+    best_values: Sequence[Mapping[str, Any]] = ()  # Any: JSON values; see `BestValue.record`
 
 
 def pipeline_changes(before: Settings, now: Settings) -> tuple[str, str] | None:
@@ -259,7 +266,7 @@ class CheckpointKeeper:
         if found is not None:
             self.saved = found.number
             if self.wanted.best is not None:
-                for number, metrics in self.store.metrics().items():
+                for number, metrics in sorted(self.store.metrics().items()):  # the first of equal values is kept
                     self._note_value(number, metrics)
         return found
 
@@ -272,12 +279,8 @@ class CheckpointKeeper:
         if self.wanted.best is None:
             return False
         name, mode = self.wanted.best
-        value = metrics.get(name, math.nan)
-        if np.ndim(value):
-            raise ConfigError(f"`Checkpoints(best=({name!r}, {mode!r}))`: the metric is an array, which has no order.")
-        if not math.isfinite(value) or self.best is None:
-            return math.isfinite(value)
-        return value < self.best[1] if mode == "min" else value > self.best[1]
+        value = deciding_value(metrics, name, self.wanted.decides) if name in metrics else math.nan
+        return is_better(value, None if self.best is None else self.best[1], mode)
 
     def _note_value(self, number: int, metrics: HostMetrics) -> None:
         if self.wanted.best is not None and self.is_best(metrics):
@@ -300,6 +303,7 @@ class CheckpointKeeper:
         batch: Mapping[str, str],
         last: DataFingerprint | None,
         metrics: HostMetrics,
+        best_values: Sequence[Mapping[str, Any]] = (),  # Any: JSON values
     ) -> None:
         """Begin to save a state whose steps have all finished, once the save before it is committed."""
         if number == self._in_flight:
@@ -314,6 +318,7 @@ class CheckpointKeeper:
         meta |= {
             "settings": self.settings,
             "best": self.wanted.best,
+            "best_values": best_values,
             "metrics": {name: np.asarray(value).tolist() for name, value in metrics.items()},
         }
         if self._guarded(number, lambda: self.store.save(number, state, meta)):
@@ -346,11 +351,19 @@ class CheckpointKeeper:
             if self._guarded(number, self.store.wait):
                 self.saved = number
                 self._note_value(number, self._metrics)
-                best = {} if self.best is None or self.best[0] != number else {"best": self.best[1]}
+                facts: dict[str, object] = {}
+                if self.best is not None and self.best[0] == number:
+                    facts["best"] = self.best[1]
                 try:
-                    self._guarded(number, lambda: self.store.delete_old(but=() if self.best is None else self.best[:1]))
+                    self._guarded(number, lambda: facts.update(self._delete_old()))
                 finally:
-                    self.events.event("checkpoint", number, level=logging.INFO, **best)
+                    self.events.event("checkpoint", number, level=logging.INFO, **facts)
+
+    def _delete_old(self) -> dict[str, object]:
+        """Delete what need not be kept; say what was, and what is left, if anything was."""
+        deleted = self.store.delete_old(but=() if self.best is None else self.best[:1])
+        each = {"deleted": deleted, "kept": sorted(self.store.steps())}
+        return {name: ", ".join(map(str, steps)) for name, steps in each.items()} if deleted else {}
 
     def _guarded(self, number: int, act: Callable[[], None]) -> bool:
         """Whether it succeeded; raises if the policy for saves does not allow it to fail."""

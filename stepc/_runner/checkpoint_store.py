@@ -147,11 +147,12 @@ class CheckpointStore:
         """The metrics of each checkpoint that a run has written; none for those of stepc 0.1."""
         return {step: self._body(step).get("metrics", {}) for step in self.steps() if self._is_ours(step)}
 
-    def delete_old(self, *, but: Sequence[int] = ()) -> None:
+    def delete_old(self, *, but: Sequence[int] = ()) -> list[int]:
         """Delete the oldest checkpoints, all but `keep` and those that are named; only those that a run has written.
 
-        Errors: CheckpointError.
+        Returns the steps of what was deleted. Errors: CheckpointError.
         """
+        deleted: list[int] = []
         with self._all_or_none(self._begun, "is saved, but older checkpoints could not be deleted"):
             ours = [step for step in self.steps() if self._is_ours(step)] if self._is_first else []
             for old in [step for step in ours[self.keep :] if step not in but]:
@@ -159,6 +160,8 @@ class CheckpointStore:
                 with suppress(FileNotFoundError):  # someone else has deleted it
                     (self.directory / str(old)).rename(doomed)  # first, so that one that is half deleted has no number
                     shutil.rmtree(doomed)
+                    deleted.append(old)
+        return sorted(deleted)
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, newest first."""
@@ -197,7 +200,8 @@ class CheckpointStore:
                 last = DataFingerprint(before, meta["last"]["crc32"])
             position = decode_position(meta["position"], is_same=same)
             settings = meta.get("settings")  # stepc 0.1 did not write them
-            return RestoredCheckpoint(state, meta["step"], position, meta["batch"] if same else {}, last, settings)
+            batch, best_values = meta["batch"] if same else {}, meta.get("best_values", ())
+            return RestoredCheckpoint(state, meta["step"], position, batch, last, settings, best_values)
         if faults:
             raise ResumeError(
                 f"None of the checkpoints in {self.directory} can be read.",

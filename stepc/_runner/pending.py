@@ -14,7 +14,7 @@ from stepc._language.kinds import Batch, HostMetrics, Metrics
 from stepc._language.state import leaves_by_path
 from stepc._runner.data import DataItem
 from stepc._runner.events import on_host
-from stepc.errors import BuildError, DeviceError, NonFiniteError, RejectedError, StepError
+from stepc.errors import BuildError, DeviceError, NonFiniteError, RejectedError, StepError, did_you_mean
 
 _SHOWN = ("loss", "grad_norm", "loss_scale")  # the metrics by which a step shows that it is not finite
 GUARDED = "Disallowed "  # how jax begins the error of a transfer guard, which has no class of its own
@@ -250,12 +250,14 @@ def check_metrics(
     step: int,
     num_steps: int,
     taken: Callable[[Iterable[str]], Iterable[tuple[str, str]]],
+    best: str | None = None,
     state_ok: bool = False,
 ) -> None:
     """Refuse metrics that are not a dict of arrays with a scalar loss, or that a logger could not tell from its own.
 
     Args:
       taken: the names among these that a logger uses itself, each with the reason.
+      best: the one by which `Checkpoints` decide; None if they do not, or by an evaluation.
       state_ok: whether the state is alive, since the step has not run yet.
     Errors: BuildError.
     """
@@ -276,8 +278,12 @@ def check_metrics(
     what = f"Step {step} must return a state and a dict of metrics, with a scalar loss."
     if not faults and isinstance(metrics, dict) and (faults := list(taken(metrics))):
         what = f"Step {step} returns a metric under a name that a logger uses itself."
+    remedy = None
+    if not faults and isinstance(metrics, dict) and best is not None and best not in metrics:
+        what = f"Step {step} returns no metric {best!r}, by which `Checkpoints(best=…)` decides."
+        faults, remedy = [("metrics", ", ".join(metrics))], did_you_mean(best, metrics)
     if faults:
-        raise BuildError(what, phase="build", step=step, state_ok=state_ok, facts=faults)
+        raise BuildError(what, phase="build", step=step, state_ok=state_ok, facts=faults, suggestion=remedy)
 
 
 def changed_names(before: Iterable[str], after: Iterable[str]) -> str:

@@ -27,11 +27,13 @@ class RecompilationMonitor:
 
     Args:
       max_recompiles: how often the step may be compiled again after its first call; None for any.
+      best: the metric of a step by which `Checkpoints` decide; None if there is none.
     """
 
     step: AnyStep
     events: EventLog
     max_recompiles: int | None
+    best: str | None = None
     _built: list[BatchSpec | None] = field(default_factory=list, init=False)
     _first_traces: int | None = field(default=None, init=False)
     _reported: int = field(default=0, init=False)
@@ -58,6 +60,7 @@ class RecompilationMonitor:
                     step=number + 1,
                     num_steps=step.steps_per_call,
                     taken=self.events.taken_names,
+                    best=self.best,
                     state_ok=True,
                 )
                 if self.events.loggers and not self._built:

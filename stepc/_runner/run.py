@@ -20,7 +20,8 @@ from stepc._language.kinds import Batch
 from stepc._language.pipeline import Pipeline, Transform
 from stepc._language.state import State, describe_tied_leaves, leaves_by_path
 from stepc._runner.arguments import ArgumentFaults
-from stepc._runner.callbacks import Callbacks, Eval, Hook, Profile
+from stepc._runner.best import BestValue
+from stepc._runner.callbacks import EVALUATED, Callbacks, EarlyStopping, Eval, Hook, Profile
 from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints, checkpoint_store, pipeline_changes
 from stepc._runner.data import DataReader, Positioned, Source, check_data, go_to
 from stepc._runner.events import EventLog, Logger
@@ -212,7 +213,7 @@ def run(
             is_over=signals.is_over,
             reading=signals.reading,
         )
-        callbacks = Callbacks(eval, hooks, profile, watcher, peers)
+        callbacks = Callbacks(eval, hooks, profile, watcher, peers, best_values=_best_values(eval, checkpoint))
         for one in (reader, callbacks):
             at_the_end.callback(one.close)
         trainer = Trainer(
@@ -226,7 +227,7 @@ def run(
             checkpoints=checkpoint and _keeper(checkpoint, ours, state, counts, events, peers, at_the_end),
             watcher=watcher,
             peers=peers,
-            monitor=RecompilationMonitor(ours, events, watchdog.max_recompiles),
+            monitor=RecompilationMonitor(ours, events, watchdog.max_recompiles, _best_of_steps(checkpoint)),
             reject_if=reject_if,
             steps=steps,
             max_in_flight=buffers.in_flight,
@@ -275,12 +276,20 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:  # Any: it is checke
     elif faults.instance("loggers", loggers, Sequence, "a list of loggers"):
         for index, logger in enumerate(loggers):
             _check_logger(f"loggers[{index}]", logger, faults)
+    match arguments["checkpoint"], arguments["eval"]:
+        case Checkpoints(best=(name, _)) as checkpoint, None if name.startswith(EVALUATED):
+            faults.wrong_value("eval", f"an evaluation, by which {checkpoint.decides} decides", None)
+        case _:
+            pass
     faults.count("log_every", arguments["log_every"])
     if faults.instance("hooks", hooks, Sequence, "a list of pairs (every, hook)"):
         for index, hook in enumerate(hooks):
             match hook:
                 case (every, function) if callable(function):
                     faults.count(f"hooks[{index}]", every)
+                case EarlyStopping() | (_, EarlyStopping()):
+                    remedy = "Write `eval=sc.Eval(every, evaluate, data, stop=sc.EarlyStopping(…))`."
+                    faults.mistaken(f"hooks[{index}]", "a pair (every, hook)", repr(hook), remedy)
                 case _:
                     faults.wrong_type(f"hooks[{index}]", "a pair (every, hook)", hook)
     faults.callable_("reject_if", arguments["reject_if"], "a function of metrics, or None", optional=True)
@@ -400,7 +409,9 @@ def _comparable(
         "warn_seconds": repr(watchdog.warn_seconds),
         "signals": ", ".join(map(_name_of, watchdog.signals)),
         "on_error": repr(policies),
-        "eval": "None" if evaluation is None else f"Eval({evaluation.every}, {_name_of_function(evaluation.evaluate)})",
+        "eval": "None"
+        if evaluation is None
+        else f"Eval({evaluation.every}, {_name_of_function(evaluation.evaluate)}, stop={evaluation.stop})",
         "hooks": f"every {[every for every, _ in hooks]}",
         "reject_if": _name_of_function(arguments["reject_if"]),
         # A profile waits for the steps in flight, and `reject_if` is voted when they are waited for.
@@ -441,6 +452,24 @@ def _check_replay(policies: Mapping[str, Policy], checkpoint: Checkpoints | None
     ]
     if facts:
         raise ConfigError(INVALID, facts=facts, suggestion=f'{remedy}, or say Rollback(data="skip").')
+
+
+def _best_values(evaluation: Eval | None, checkpoint: Checkpoints | None) -> list[BestValue]:
+    """The metrics of the evaluation of which the best is looked for."""
+    early = None if evaluation is None else evaluation.stop
+    found = [] if early is None else [early.best_value()]
+    if evaluation is not None and checkpoint is not None and checkpoint.best is not None:
+        name, mode = checkpoint.best
+        if name.startswith(EVALUATED):
+            also = BestValue(name, mode, checkpoint.decides)
+            found += [] if any(one.is_of(also) for one in found) else [also]
+    return found
+
+
+def _best_of_steps(checkpoint: Checkpoints | None) -> str | None:
+    """The metric of a step by which the checkpoints decide; None if there is none."""
+    name, _ = (checkpoint and checkpoint.best) or (None, "")
+    return None if name is None or name.startswith(EVALUATED) else name
 
 
 def _needs_snapshots(policies: Mapping[str, Policy]) -> bool:
@@ -524,7 +553,7 @@ def _resume(trainer: Trainer) -> None:
         if is_checked and found.last is not None and isinstance(source.batches, Positioned):
             tell = partial(trainer.events.event, "data_not_checked", found.number)
             check_data(source, found.last, after=found.position, step=found.number, tell=lambda why: tell(why=why))
-        trainer.callbacks.done = found.number
+        trainer.callbacks.resume(found.number, found.best_values, trainer.events)
     # A log without a checkpoint is that of a run that had none either: it began at 0, and so does this one.
     trainer.events.resume(trainer.number)
     if found is not None:

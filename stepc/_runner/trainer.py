@@ -78,7 +78,9 @@ class Run(Generic[StateTree]):
       steps: the number of the last finished step, counting those of earlier runs on the same checkpoints.
       ended: "steps", all that were asked for; "data", which ended, before that if `steps` was given; "stopped", by a
         `Stop`; "interrupted" or "preempted".
-      why: the reason of the `Stop`, if one ended it.
+      why: the reason of the `Stop` or the `EarlyStopping`, if one ended it.
+      best: for each metric by which `EarlyStopping` or `Checkpoints` decide, the step and the value of its best
+        evaluation.
       metrics: the metrics of the last finished step: floats, and arrays of numpy where they are no scalars.
       failures: how many failures of each kind there were, counting those that a policy recovered from.
       skipped: how many steps and reads of the data were left out.
@@ -91,6 +93,7 @@ class Run(Generic[StateTree]):
     steps: int = 0
     ended: str = ""
     why: str = ""
+    best: dict[str, tuple[int, float]] = field(default_factory=dict)
     metrics: dict[str, float | np.ndarray] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
@@ -197,7 +200,13 @@ class Trainer:
                 phase = "build" if is_alive and not is_device else "dispatch"
                 raise step_failure(error, phase, first, state_ok=is_alive) from error
             if not isinstance(metrics, dict) or metrics.keys() != self.metric_names:
-                check_metrics(metrics, step=first, num_steps=self.steps_per_call, taken=self.events.taken_names)
+                check_metrics(
+                    metrics,
+                    step=first,
+                    num_steps=self.steps_per_call,
+                    taken=self.events.taken_names,
+                    best=self.monitor.best,
+                )
                 if self.metric_names is None:
                     self.monitor.check_first(self.run.state, state)
                 else:
@@ -308,6 +317,7 @@ class Trainer:
                     {} if spec is None else spec.rows(),
                     None if self.peers.are_many else data_fingerprint(self.last_item),
                     {**self.events.metrics_of(self.number), **self.callbacks.evaluated_after(self.number)},
+                    [one.record() for one in self.callbacks.best_values],
                 )
 
     def recover(self, failure: StepError, found: Read) -> None:
@@ -388,6 +398,8 @@ class Trainer:
         self.events.trim(number)
         self.events.event("rollback", failed_at, to=number, data=policy.data)
         self.callbacks.go_back(number)
+        if restored is not None:
+            self.callbacks.resume(number, restored.best_values, self.events)
         self.counts.forget_skips_after(number)
         self._restart_from(state, number, position)
 
@@ -489,6 +501,7 @@ def fill_in_run(trainer: Trainer) -> None:
     """Write what was counted into the run."""
     run, counts = trainer.run, trainer.counts
     run.why = trainer.callbacks.stopped or ""
+    run.best = {one.metric: one.best for one in trainer.callbacks.best_values if one.best is not None}
     run.failures = dict(counts.failures)
     run.skipped, run.rollbacks = counts.num_skipped, counts.rollbacks
     run.logger_failures = dict(trainer.events.failures)

@@ -1,13 +1,15 @@
-"""A run that a hook or an evaluation ends; the checkpoint with the best value."""
+"""A run that a hook, an evaluation or early stopping ends; the checkpoint with the best value."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from faults.plan import FaultPlan, Remembering, batch_of, by_a_plain_loop, digest, fresh, step
+from rich.console import Console as Terminal
 
 import stepc as sc
 
@@ -127,3 +129,148 @@ def metrics_in(folder: Path) -> dict[str, float]:
 def test_best_that_is_no_pair_is_refused(best: Any, tmp_path: Path) -> None:
     with pytest.raises(sc.FieldTypeError, match=r'best  expected a pair such as \("eval/loss", "min"\), or None'):
         sc.Checkpoints(tmp_path, every=1, best=best)
+
+
+def test_what_is_deleted_and_kept_is_said(tmp_path: Path) -> None:
+    logger = Remembering()
+    sc.run(
+        step(), fresh(), FaultPlan().batches(8), loggers=[logger],
+        eval=sc.Eval(2, judged([3.0, 1.0, 2.0, 2.0]), [batch_of(1)]),
+        checkpoint=sc.Checkpoints(tmp_path, every=2, keep=1, best=("eval/loss", "min")),
+    )  # fmt: skip
+    assert [(at, facts) for name, facts, at in logger.events if name == "checkpoint"] == [
+        (2, {"best": "3.0"}),
+        (4, {"best": "1.0", "deleted": "2", "kept": "4"}),
+        (6, {}),
+        (8, {"deleted": "6", "kept": "4, 8"}),
+    ]
+
+
+def early(values: Sequence[float], patience: int, mode: str = "min", **about: Any) -> sc.Eval:
+    return sc.Eval(
+        2, judged(values), [batch_of(1)], stop=sc.EarlyStopping("eval/loss", mode, patience=patience, **about)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "patience", "min_delta", "steps", "best"),
+    [
+        ([3.0, 2.0, 2.0, 2.5], "min", 2, 0.0, 8, (4, 2.0)),
+        ([3.0, 2.0, 2.5, 1.0, 1.5, 1.5], "min", 2, 0.0, 12, (8, 1.0)),
+        ([3.0, 4.0, 2.0, 1.0, 4.0], "max", 3, 0.0, 10, (4, 4.0)),
+        ([3.0, 2.9, 2.8], "min", 2, 0.5, 6, (2, 3.0)),
+        ([NAN, 3.0, NAN, NAN], "min", 2, 0.0, 8, (4, 3.0)),
+    ],
+)
+def test_early_stopping_counts_evaluations_that_are_no_better(
+    values: list[float], mode: str, patience: int, min_delta: float, steps: int, best: tuple[int, float]
+) -> None:
+    evaluation = early(values, patience, mode, min_delta=min_delta)
+    run = sc.run(step(), fresh(), FaultPlan().batches(30), eval=evaluation)
+    assert (run.ended, run.steps, run.best) == ("stopped", steps, {"eval/loss": best})
+    assert run.why == f"eval/loss is no better for {patience} evaluations: best {best[1]:g} at step {best[0]}"
+
+
+def test_early_stopping_without_a_finite_evaluation_ends_too() -> None:
+    run = sc.run(step(), fresh(), FaultPlan().batches(30), eval=early([NAN, NAN], 2))
+    assert (run.steps, run.best) == (4, {})
+    assert run.why == "eval/loss is no better for 2 evaluations: no evaluation was finite"
+
+
+def test_early_stopping_goes_on_counting_in_a_run_that_resumes(tmp_path: Path) -> None:
+    keep = sc.Checkpoints(tmp_path, every=100)
+
+    def trained(values: Sequence[float], patience: int, steps: int | None = None) -> sc.Run[Any]:
+        return sc.run(
+            step(), fresh(), FaultPlan().batches(30), steps=steps, checkpoint=keep, eval=early(values, patience)
+        )
+
+    assert trained([1.0, 2.0], 3, steps=4).ended == "steps"
+    run = trained([2.0, 1.5], 3)
+    assert (run.ended, run.steps, run.best) == ("stopped", 8, {"eval/loss": (2, 1.0)})
+    again = trained([], 3)  # the same command makes no further step
+    assert (again.ended, again.steps, again.why) == ("stopped", 8, run.why)
+    more = trained([0.5, 2.0, 2.0, 2.0, 2.0], 4)  # with more patience it goes on
+    assert (more.ended, more.steps, more.best) == ("stopped", 18, {"eval/loss": (10, 0.5)})
+
+
+def test_early_stopping_forgets_what_is_evaluated_again() -> None:
+    """A step that is not finite goes back to the snapshot of step 2: what was evaluated after step 4 comes again."""
+    values = [3.0, 4.0, 4.0, 1.0]
+    run = sc.run(
+        step(), fresh(), FaultPlan({5: "flip"}).batches(8), on_error="retry", buffers=sc.Buffers(snapshot_every=2),
+        eval=early([*values, 2.0], 3),
+    )  # fmt: skip
+    assert (run.ended, run.best) == ("data", {"eval/loss": (8, 1.0)})
+
+
+def test_console_shows_the_evaluation_and_the_best() -> None:
+    text = StringIO()
+    console = sc.Console(terminal=Terminal(file=text, width=200))
+    sc.run(step(), fresh(), FaultPlan().batches(6), loggers=[console], eval=early([2.0, 1.0, 3.0], 2))
+    lines = [line for line in text.getvalue().splitlines() if "eval/loss" in line]
+    assert lines == [
+        "step 2  eval/loss 2.0000 (best)",
+        "step 4  eval/loss 1.0000 (best)",
+        "step 6  eval/loss 3.0000 (best 1.0000 at step 4)",
+    ]
+
+
+def run_with(**about: Any) -> sc.Run[Any]:
+    return sc.run(step(), fresh(), FaultPlan().batches(9), **about)
+
+
+def stopping(*words: Any, **about: Any) -> sc.Eval:
+    return sc.Eval(2, judged([1.0, 2.0]), [batch_of(1)], stop=sc.EarlyStopping(*words, **about))
+
+
+MISTAKES: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
+    "fields": (
+        sc.ConfigError,
+        lambda folder: sc.EarlyStopping("loss", "least", patience=0, min_delta=-1),
+        "Invalid arguments to `EarlyStopping`.\n\n"
+        '  mode       expected "min" or "max", got \'least\'\n'
+        "  patience   expected a positive integer, got 0\n"
+        "  min_delta  expected a number that is not negative, got -1",
+    ),
+    "stop of another kind": (
+        sc.FieldTypeError,
+        lambda folder: sc.Eval(2, judged([]), [batch_of(1)], stop=3),  # type: ignore[arg-type]
+        "Invalid arguments to `Eval`.\n\n  stop  expected sc.EarlyStopping(metric, mode, …) or None, got 3",
+    ),
+    "as a hook": (
+        sc.FieldTypeError,
+        lambda folder: run_with(hooks=[sc.EarlyStopping("eval/loss", "min", patience=2)]),
+        "Invalid arguments to `run`.\n\n  hooks[0]  expected a pair (every, hook), "
+        "got EarlyStopping(metric='eval/loss', mode='min', patience=2, min_delta=0.0)\n\n"
+        "  Write `eval=sc.Eval(every, evaluate, data, stop=sc.EarlyStopping(…))`.",
+    ),
+    "metric that the evaluation has not": (
+        sc.StepError,
+        lambda folder: run_with(eval=stopping("loss", "min", patience=2)),
+        "The eval at step 2 failed: ConfigError: There is no metric 'loss', by which `EarlyStopping` decides.\n\n"
+        "  given  'eval/loss'\n\n  Did you mean 'eval/loss'?\n\n"
+        "  step   2\n  phase  eval\n  state  alive, unchanged by the failed step",
+    ),
+    "best of an evaluation that there is not": (
+        sc.ConfigError,
+        lambda folder: run_with(checkpoint=sc.Checkpoints(folder, every=3, best=("eval/loss", "min"))),
+        "Invalid arguments to `run`.\n\n"
+        "  eval  expected an evaluation, by which `Checkpoints(best=('eval/loss', 'min'))` decides, got None",
+    ),
+    "best of a metric that no step has": (
+        sc.BuildError,
+        lambda folder: run_with(checkpoint=sc.Checkpoints(folder, every=3, best=("lss", "min"))),
+        "Step 1 returns no metric 'lss', by which `Checkpoints(best=…)` decides.\n\n"
+        "  step     1\n  phase    build\n  state    alive, unchanged by the failed step\n  metrics  grad_norm, loss\n\n"
+        "  Did you mean 'loss'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_refused_in_these_words(name: str, tmp_path: Path) -> None:
+    kind, mistake, text = MISTAKES[name]
+    with pytest.raises(kind) as raised:
+        mistake(tmp_path)
+    assert str(raised.value) == text

@@ -22,7 +22,7 @@ QUIET = ("start", "plan", "end", "checkpoint", "snapshots")  # events of every r
 
 
 class Console(AbstractLogger):
-    """Show the progress of a run: step, loss, speed and time left.
+    """Show the progress of a run: step, loss, speed and time left; each evaluation, with the best so far.
 
     Meaning: time is measured from the first logged step, which is logged once it has finished, so that neither the
       speed nor the time left includes compilation.
@@ -60,6 +60,7 @@ class Console(AbstractLogger):
         units = [(tokens_per_step, "tokens"), (examples_per_step, "examples"), (1, "steps")]
         amount, self._unit = next((amount, unit) for amount, unit in units if amount is not None)
         self._pace = _Pace(amount, clock)
+        self._best: dict[str, tuple[float, int]] = {}
         self._printed_at: float | None = None
         self._clock = clock
         self._bar = progress.Progress(
@@ -75,7 +76,8 @@ class Console(AbstractLogger):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Show the metrics of one step."""
         if "loss" not in metrics:  # those of an evaluation
-            self.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            shown = (f"{name} {value:.4f}{self._best_of(name, step)}" for name, value in metrics.items())
+            self.say(f"step {step}  {'  '.join(shown)}")
             return
         self._pace.reached(step)
         loss = f"{metrics['loss']:.4f}"
@@ -89,8 +91,17 @@ class Console(AbstractLogger):
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
         """Show an event, unless every run has it."""
-        if name not in QUIET:
+        if name == "best":  # shown beside the metric, which is logged next
+            self._best[facts["metric"]] = (float(facts["value"]), int(facts["at"]))
+        elif name not in QUIET:
             self.say(f"step {step}: {name}  " + "  ".join(f"{key}: {value}" for key, value in facts.items()))
+
+    def _best_of(self, name: str, step: int) -> str:
+        """What is known of the best value of a metric, beside the one of this step."""
+        if name not in self._best:
+            return ""
+        value, at = self._best[name]
+        return " (best)" if at == step else f" (best {value:.4f} at step {at})"
 
     def say(self, line: str) -> None:
         """Print a line, above the progress bar if there is one."""
