@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
 
-.PHONY: demo test test-long coverage lint format regold docs-outputs benchmarks dist clean
+.PHONY: demo docs test test-long coverage lint format regold docs-outputs benchmarks dist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.gpt --out runs/demo
@@ -38,6 +38,10 @@ format: $(VENV)/dev.stamp
 regold: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --regold -q -m "not long" tests/test_errors.py tests/test_plan.py
 
+# The site, in docs/_build/html/index.html. Tests build it too, and look for dead links.
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d docs/_build/doctrees . docs/_build/html
+
 # Rewrite the printed outputs in README.md, docs/ and notebooks/, then review the diff.
 docs-outputs: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --regold -q tests/test_docs.py -k "page or notebook"
@@ -56,7 +60,7 @@ dist: $(VENV)/dev.stamp
 	! $(BIN)/python -m zipfile -l dist/*.whl | grep -Ev "^(File Name|stepc/|stepc-)"
 
 clean:
-	rm -rf $(VENV) runs dist
+	rm -rf $(VENV) runs dist docs/_build docs/reference
 
 # A virtual environment of our own: the system's Python may be managed by the system.
 $(BIN)/python:

@@ -137,8 +137,8 @@ def alternate(*, every: Mapping[str, int] | None = None, **turns: Transform | Pi
     optimizer does not move. An overflow that `loss_scale` skips in a turn skips that turn alone, and the step counts.
     Example:
       >>> d, g = (update(optax.sgd(0.1)) @ grad(loss, wrt=wrt) for wrt in ("d/**", "g/**"))
-      >>> alternate(d=d, g=g, every={"g": 5}).every
-      (('g', 5),)
+      >>> alternate(d=d, g=g)
+      alternate(d=update(optax.sgd(0.1)) @ grad(loss, wrt="d/**"), g=update(optax.sgd(0.1)) @ grad(loss, wrt="g/**"))
 
     Source: Goodfellow et al., "Generative Adversarial Nets", 2014, arxiv.org/abs/1406.2661, algorithm 1.
     """

@@ -1,0 +1,43 @@
+"""The tables of contents, which the pages themselves do not show, and `index.html`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+# Caption and pages. Every page that exists is in one of them: Sphinx warns of any other.
+CONTENTS = {
+    "Language": [
+        "docs/transforms",
+        "docs/steps",
+        "docs/numerics",
+        "docs/sharding",
+        "docs/autotune",
+        "tests/optimizers/RESULTS",
+    ],
+    "Programs": ["docs/inspecting", "docs/performance", "benchmarks/README", "tests/optimizers/RESULTS"],
+    "Training": ["docs/runner", "docs/faults", "tests/faults/RESULTS", "docs/multihost", "examples/gpt/README"],
+    "Notebooks": ["notebooks/*"],
+    "Reference": ["docs/reference/index", "docs/design", "CHANGELOG", ".github/CONTRIBUTING"],
+}
+
+
+def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
+    if docname != app.config.root_doc:
+        return
+    for caption, pages in CONTENTS.items():
+        options = [":hidden:", f":caption: {caption}", *([":glob:"] if any("*" in page for page in pages) else [])]
+        source[0] += "\n".join(["\n```{toctree}", *options, "", *(f"/{page}" for page in pages), "```\n"])
+
+
+def add_index(app: Sphinx, exception: Exception | None) -> None:
+    """The home page by the name that a server and a reader of files look for."""
+    if exception is None and app.builder.format == "html":
+        shutil.copy(Path(app.outdir, f"{app.config.root_doc}.html"), Path(app.outdir, "index.html"))
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("source-read", add_contents)
+    app.connect("build-finished", add_index)
+    return {"parallel_read_safe": True}
