@@ -246,6 +246,11 @@ def gradient_shapes(
     return tuple(map(local, jax.tree.leaves(params), flat, jax.tree.leaves(dims)))
 
 
+def _is_taken(leaf: object) -> bool:
+    """Whether a program takes a leaf of a batch."""
+    return type(leaf) is np.ndarray or isinstance(leaf, jax.Array)
+
+
 @dataclass(frozen=True)
 class BatchPlacement:
     """How the batches of a step are placed.
@@ -315,7 +320,7 @@ class BatchPlacement:
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices. On several processes it does not check that their rows fit together."""
         batch = as_arrays(batch)
-        if mesh_processes(self.mesh):
+        if self._is_on_processes:
             return global_batch(batch, self._rows, self.decision.core)
         return jax.device_put(batch, None if self.mesh is None else self.shardings(batch))
 
@@ -324,20 +329,19 @@ class BatchPlacement:
 
         On several processes host arrays are this process's rows, and all processes check that their rows fit together.
         """
-        batch = as_arrays(batch)
-        if mesh_processes(self.mesh):
+        given, batch = batch, as_arrays(batch)
+        if self._is_on_processes:
             return self._placed_on_processes(batch)
-        if self.mesh is not None and self._by_leaf:
+        is_by_leaf = self.mesh is not None and self._by_leaf
+        if is_by_leaf or (batch is not given and not all(map(_is_taken, jax.tree.leaves(batch)))):
             check_batch(batch, self.decision.core, shapes_too=False)
+        if is_by_leaf:
             return place_on_devices(batch, self.shardings(batch))
-        sharding = self.sharding
-        for leaf in jax.tree.leaves(batch):
-            if type(leaf) is np.ndarray:
-                continue
-            if not isinstance(leaf, jax.Array):
-                check_batch(batch, self.decision.core, shapes_too=False)
-            elif sharding is not None and leaf.sharding != sharding:
-                return place_on_devices(batch, sharding)
+        if (sharding := self.sharding) is not None:
+            for leaf in jax.tree.leaves(batch):
+                # By identity first: to compare two shardings takes as long as the rest of a call.
+                if isinstance(leaf, jax.Array) and leaf.sharding is not sharding and leaf.sharding != sharding:
+                    return place_on_devices(batch, sharding)
         return batch
 
     def _placed_on_processes(self, batch: Batch) -> Batch:
@@ -349,6 +353,10 @@ class BatchPlacement:
         return global_batch(batch, self._rows, self.decision.core)
 
     @cached_property
+    def _is_on_processes(self) -> bool:
+        return bool(mesh_processes(self.mesh))
+
+    @cached_property
     def _rows(self) -> RowSharding:
         if self.mesh is None:
             raise ValueError("several processes have a mesh")
@@ -356,7 +364,8 @@ class BatchPlacement:
 
     def compare(self, program: Any, state: Any, batch: Batch) -> None:  # Any: a jitted function; a state
         """Let several processes compare their programs, once for each signature of a batch."""
-        check_program(program, self._compared, state, batch, self.mesh)
+        if self._is_on_processes:
+            check_program(program, self._compared, state, batch, self.mesh)
 
     @cached_property
     def _compared(self) -> set[str]:
@@ -364,5 +373,5 @@ class BatchPlacement:
 
     def check(self, batch: Batch) -> None:
         """Say what is wrong with a batch that a call failed on; several processes have checked theirs already."""
-        if not mesh_processes(self.mesh):
+        if not self._is_on_processes:
             check_batch(as_arrays(batch), self.decision.core, shapes_too=False)

@@ -173,8 +173,9 @@ class Step:
     @property
     def traces(self) -> int:
         """How often the program was traced; any number of calls with one batch shape is one trace."""
-        tuned = [] if self._autotuner is None else self._autotuner.tuned.values()
-        return self._traces + sum(answer.step.traces for answer in tuned)
+        if self._autotuner is None:
+            return self._traces
+        return self._traces + sum(answer.step.traces for answer in self._autotuner.tuned.values())
 
     @property
     def function(self) -> Callable[[State, Batch], tuple[State, Metrics]]:

@@ -254,9 +254,10 @@ def as_arrays(batch: Batch) -> Batch:
     mask, and one that exports nothing, stay as they are: the check of a batch names them.
     """
     leaves, tree = jax.tree.flatten(batch)
-    if all(leaf.dtype.isnative if type(leaf) is np.ndarray else isinstance(leaf, jax.Array) for leaf in leaves):
-        return batch
-    return tree.unflatten(map(_as_array, leaves))
+    for leaf in leaves:
+        if not (leaf.dtype.isnative if type(leaf) is np.ndarray else isinstance(leaf, jax.Array)):
+            return tree.unflatten(map(_as_array, leaves))
+    return batch
 
 
 def _as_array(leaf: Any) -> Any:  # Any, twice: a leaf of a user's tree

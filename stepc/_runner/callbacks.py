@@ -199,14 +199,18 @@ class Callbacks:
     best_values: Sequence[BestValue] = ()
     _is_profiling: bool = False
 
+    def __post_init__(self) -> None:
+        self._everies = [every for every, _ in self.hooks] + ([] if self.eval is None else [self.eval.every])
+
     def is_due(self, step: int, steps_per_call: int) -> bool:
         """Whether anything is due after `step`."""
+        if self.profile is None and not self._everies:
+            return False
         return self._profile_is_due(step) or self._calls_are_due(step, steps_per_call)
 
     def _calls_are_due(self, step: int, steps_per_call: int) -> bool:
         """Whether an evaluation or a hook is, on all processes."""
-        everies = [every for every, _ in self.hooks] + ([] if self.eval is None else [self.eval.every])
-        return step > self.done and any(is_due(every, step, steps_per_call) for every in everies)
+        return step > self.done and any(is_due(every, step, steps_per_call) for every in self._everies)
 
     def act(self, step: int, steps_per_call: int, state: Any, events: EventLog) -> None:  # Any: a state
         """Do what is due after `step`.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import count
 from typing import Any, NamedTuple, Protocol, TypeAlias, assert_never, runtime_checkable
 
@@ -121,6 +120,7 @@ class BatchSpec:
 
     Args:
       leaf_types: class, shape and dtype of each leaf: the comparison that is cheap enough for every step.
+      host_dtypes: for each leaf on the host the dtype that jax computes in, None for one on a device.
       is_narrowed: whether jax converts a host leaf to a narrower dtype, in which its numbers may not fit.
     """
 
@@ -128,7 +128,26 @@ class BatchSpec:
     leaves: tuple[tuple[str, tuple[int, ...], str], ...]
     paths: tuple[str, ...]
     leaf_types: tuple[tuple[type, tuple[int, ...], Any], ...] = ()  # Any: a dtype
+    host_dtypes: tuple[Any, ...] = ()  # Any: a dtype, or None
     is_narrowed: bool = False
+
+    def has_types(self, leaves: list[Any], structure: Any) -> bool:  # Any: leaves of a user's tree; as above
+        """Whether these are the leaves of a batch whose arrays are of the same classes too."""
+        if structure != self.structure:
+            return False
+        for leaf, (kind, shape, dtype) in zip(leaves, self.leaf_types, strict=True):
+            if type(leaf) is not kind or leaf.shape != shape or leaf.dtype != dtype:
+                return False
+        return True
+
+    def copied(self, leaves: list[Any]) -> list[Any]:  # Any, twice: arrays
+        """The leaves of a batch, those on the host in memory of our own and in the dtypes that jax computes in.
+
+        On CPU, jax may read a numpy buffer long after it was passed, even to `jnp.array`: a loader that reuses its
+        buffer would change a batch in flight.
+        """
+        pairs = zip(leaves, self.host_dtypes, strict=True)
+        return [leaf if dtype is None else np.array(leaf, dtype) for leaf, dtype in pairs]
 
     def num_rows(self) -> int:
         """The rows of the first leaf that has any."""
@@ -151,6 +170,7 @@ class Source:
       short: "raise", "drop" or "pad" for a batch that has an earlier one's signature but fewer rows.
       has_many: whether batches may differ in shape.
       specs: the signatures so far, each once.
+      last: that of the last batch.
       is_reading: whether a read has begun and not ended; after a signal the iterator stands anywhere within it.
     """
 
@@ -159,6 +179,7 @@ class Source:
     short: str = "raise"
     has_many: bool = False
     specs: list[BatchSpec] = field(default_factory=list)
+    last: BatchSpec | None = None
     num_reads: int = 0
     num_given: int = 0
     batches: Iterator[Batch] = field(init=False)
@@ -173,7 +194,7 @@ class Source:
         # Looked up once: to ask whether an iterator has the methods takes as long as a small step.
         match self.batches:
             case Positioned() as positioned:
-                self.position = lambda: deepcopy(positioned.get_state())  # it may be an object that changes
+                self.position = lambda: copy_of_position(positioned.get_state())  # it may be an object that changes
             case _:
                 self.position = lambda: None
 
@@ -194,15 +215,22 @@ class Source:
             return self._failure(error)
         self.is_reading, self.failed = False, None
         try:
-            batch = as_arrays(batch)
-            if self.short == "drop" and self._longer_than(batch) is not None:
-                return LeftOut()
-            if self.short == "pad":
-                check_mask(batch)
-                longer = self._longer_than(batch)
-                batch = batch if longer is None else padded(batch, longer)
-            spec = self._signature_of(batch)
-            item = DataItem(self.place(copied(batch)), after, before=self.before, spec=spec)
+            leaves, structure = jax.tree.flatten(batch)
+            spec = self.last
+            if spec is None or not spec.has_types(leaves, structure):
+                batch = as_arrays(batch)
+                if self.short == "drop" and self._longer_than(batch) is not None:
+                    return LeftOut()
+                if self.short == "pad":
+                    check_mask(batch)
+                    longer = self._longer_than(batch)
+                    batch = batch if longer is None else padded(batch, longer)
+                spec = self.last = self._signature_of(batch)
+                leaves, structure = jax.tree.flatten(batch)
+            elif spec.is_narrowed:
+                check_range(leaves, spec)
+            batch = self.place(structure.unflatten(spec.copied(leaves)))
+            item = DataItem(batch, after, before=self.before, spec=spec)
         except Exception as error:  # BatchError, or whatever the user's `place` raises
             return self._failure(error)
         self.num_given += 1
@@ -236,7 +264,7 @@ class Source:
         """Set the position of the data, if it has one."""
         match self.batches:
             case Positioned() if position is not None:
-                self.batches.set_state(deepcopy(position))  # it may become one that changes
+                self.batches.set_state(copy_of_position(position))  # it may become one that changes
                 self.failed, self.is_reading = None, False
             case _:
                 pass
@@ -441,11 +469,28 @@ def checked(
     Errors: BatchError with every fault: path, expected, got.
     """
     leaves, structure = jax.tree.flatten(batch)
-    if first is None or structure != first.structure or not _have_types(leaves, first.leaf_types):
+    if first is None or not first.has_types(leaves, structure):
         first = _compared(batch, first, saved, any_shape=any_shape)
     if first.is_narrowed:
-        _raise_for("This batch holds integers that do not fit in the dtype that jax gives them.", _too_large(batch))
+        check_range(leaves, first)
     return first
+
+
+def check_range(leaves: list[Any], spec: BatchSpec) -> None:  # Any: arrays
+    """Refuse integers on the host that do not fit in the dtype that jax gives them. Errors: BatchError with each leaf.
+
+    Args:
+      spec: the signature of the batch.
+    """
+    faults: list[tuple[str, str]] = []
+    for path, leaf, dtype in zip(spec.paths, leaves, spec.host_dtypes, strict=True):
+        if dtype is None or leaf.dtype.kind not in "iu" or leaf.dtype == dtype:
+            continue
+        limits, low, high = np.iinfo(dtype), leaf.min(), leaf.max()
+        if low < limits.min or high > limits.max:
+            expected = f"{limits.dtype}, from {limits.min} to {limits.max}"
+            faults.append((path, f"expected {expected}, got {leaf.dtype}, from {low} to {high}"))
+    _raise_for("This batch holds integers that do not fit in the dtype that jax gives them.", faults)
 
 
 def has_signature(batch: Batch, spec: BatchSpec) -> bool:
@@ -497,25 +542,6 @@ def padded(batch: Batch, first: BatchSpec) -> Batch:
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf) if isinstance(like, jax.Array) else leaf, filled, batch)
 
 
-def copied(batch: Batch) -> Batch:
-    """The batch with its host arrays in memory of our own, in the dtypes that jax computes in.
-
-    On CPU, jax may read a numpy buffer long after it was passed, even to `jnp.array`: a loader that reuses its buffer
-    would change a batch in flight.
-    """
-    leaves, structure = jax.tree.flatten(batch)
-    return structure.unflatten(
-        [np.array(leaf, _canonical(leaf.dtype)) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
-    )
-
-
-def _have_types(leaves: list[Any], types: tuple[tuple[type, tuple[int, ...], Any], ...]) -> bool:  # Any: as above
-    for leaf, (kind, shape, dtype) in zip(leaves, types, strict=True):
-        if type(leaf) is not kind or leaf.shape != shape or leaf.dtype != dtype:
-            return False
-    return True
-
-
 def _compared(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | None, *, any_shape: bool) -> BatchSpec:
     """The slow part of `checked`: for the first batch, and for one whose arrays are of another class."""
     leaves, structure = jax.tree.flatten(batch)
@@ -534,10 +560,14 @@ def _compared(batch: Batch, first: BatchSpec | None, saved: dict[str, str] | Non
     faults = _changes(kept(spec.rows()), kept(saved or spec.rows()))
     what = "The signature of this batch is not that of the batches before the checkpoint."
     _raise_for(what, faults, "If that is meant: Checkpoints(…, check_data=False).")
+    host_dtypes = tuple(_canonical(leaf.dtype) if isinstance(leaf, np.ndarray) else None for leaf in leaves)
     return replace(
         spec,
         leaf_types=tuple((type(leaf), leaf.shape, leaf.dtype) for leaf in leaves),
-        is_narrowed=any(type(leaf) is np.ndarray and leaf.dtype != _canonical(leaf.dtype) for leaf in leaves),
+        host_dtypes=host_dtypes,
+        is_narrowed=any(
+            dtype is not None and leaf.dtype != dtype for leaf, dtype in zip(leaves, host_dtypes, strict=True)
+        ),
     )
 
 
@@ -575,18 +605,6 @@ def _changes(now: dict[str, str], before: dict[str, str]) -> list[tuple[str, str
     ]
 
 
-def _too_large(batch: Batch) -> list[tuple[str, str]]:
-    found = []
-    for path, leaf in leaves_by_path(batch):
-        if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "iu" or leaf.dtype == _canonical(leaf.dtype):
-            continue
-        limits, low, high = np.iinfo(_canonical(leaf.dtype)), leaf.min(), leaf.max()
-        if low < limits.min or high > limits.max:
-            expected = f"{limits.dtype}, from {limits.min} to {limits.max}"
-            found.append((path, f"expected {expected}, got {leaf.dtype}, from {low} to {high}"))
-    return found
-
-
 def _without_place(rows: Mapping[str, str]) -> dict[str, str]:
     return {path: text.removeprefix("host ").removeprefix("device ") for path, text in rows.items()}
 
@@ -600,13 +618,19 @@ def _raise_for(what: str, faults: list[tuple[str, str]], remedy: str | None = No
         raise BatchError(what, facts=faults, suggestion=remedy)
 
 
-def _canonical(dtype: Any) -> Any:  # Any: a dtype of numpy
-    return _canonical_where(dtype, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@cache  # jax takes as long for it as numpy takes to copy a small array
-def _canonical_where(dtype: Any, is_x64: bool) -> Any:  # Any: as above
+def _canonical(dtype: Any) -> Any:  # Any, twice: a dtype of numpy
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+# Of these, a dict is copied in a tenth of the time of `deepcopy`, which takes as long as a small step.
+_IMMUTABLE = frozenset((type(None), bool, int, float, str, bytes))
+
+
+def copy_of_position(position: Any) -> Any:  # Any, twice: see Positioned
+    """A position that nobody else changes."""
+    if type(position) is dict and _IMMUTABLE.issuperset(map(type, position.values())):
+        return position.copy()
+    return position if type(position) in _IMMUTABLE else deepcopy(position)
 
 
 def go_to(source: Source, position: Any, *, step: int) -> None:  # Any: see Positioned

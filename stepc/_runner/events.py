@@ -75,6 +75,10 @@ class EventLog:
     _logged: int = 0
     _last: tuple[int, Metrics, int] | None = None
 
+    def __post_init__(self) -> None:
+        # Asked once: to look for the attribute of a protocol takes as long as a small step.
+        self._shows_arrays = [isinstance(one, ArrayLogger) and one.shows_arrays for one in self.loggers]
+
     def taken_names(self, names: Iterable[str]) -> list[tuple[str, str]]:
         """The metrics whose name a logger uses itself, with a sentence for each."""
         rows: list[tuple[str, str]] = []
@@ -120,12 +124,9 @@ class EventLog:
         """Give these metrics to every logger: arrays to those that show them. An event says once who does not."""
         scalars = {name: value for name, value in metrics.items() if not isinstance(value, np.ndarray)}
         for number, logger in enumerate(self.loggers):
-            match logger:
-                case ArrayLogger(shows_arrays=True):
-                    shown: Any = metrics  # Any: its `log` takes arrays, as it says
-                case _:
-                    shown = scalars
-                    self._note_not_shown(number, {name: metrics[name] for name in metrics if name not in scalars}, step)
+            shown: Any = metrics if self._shows_arrays[number] else scalars  # Any: its `log` takes arrays, or none
+            if len(shown) < len(metrics):
+                self._note_not_shown(number, {name: metrics[name] for name in metrics if name not in scalars}, step)
             if shown or not metrics:
                 self._guarded(number, logger, step, lambda logger=logger, shown=shown: logger.log(dict(shown), step))
 

@@ -34,14 +34,14 @@ class RecompilationMonitor:
     events: EventLog
     max_recompiles: int | None
     best: str | None = None
-    _built: list[BatchSpec | None] = field(default_factory=list, init=False)
+    _built: dict[int, BatchSpec | None] = field(default_factory=dict, init=False)  # by identity
     _first_traces: int | None = field(default=None, init=False)
     _reported: int = field(default=0, init=False)
     _new: str = field(default="", init=False)  # the signature that the last program was compiled for
 
     def is_built_for(self, spec: BatchSpec | None) -> bool:
         """Whether there is a program for batches of this signature."""
-        return any(spec is one for one in self._built)
+        return id(spec) in self._built
 
     def prepare(self, number: int, state: Any, item: DataItem) -> None:  # Any: a state
         """Called before the first call for each signature: compile, and refuse a program that does not fit on a device.
@@ -74,7 +74,7 @@ class RecompilationMonitor:
                     raise MemoryError(what)
         if self._built and item.spec is not None:
             self._new = f"a batch of {', '.join(f'{path} {leaf}' for path, leaf in item.spec.rows().items())}"
-        self._built.append(item.spec)
+        self._built[id(item.spec)] = item.spec
 
     def check_first(self, before: Any, after: Any) -> None:  # Any: states
         """After the first call: log the buffers that were not donated, refuse a state of another type.
@@ -97,17 +97,15 @@ class RecompilationMonitor:
 
         Errors: BuildError beyond `max_recompiles`. The step is made, and the state is the one after it.
         """
-        match self.step:
-            case PlainStep():
-                return
-            case step:
-                traces = step.traces
+        if isinstance(self.step, PlainStep):
+            return
+        traces = self.step.traces
         if self._first_traces is None:
             self._first_traces = traces
         recompiles = traces - self._first_traces
         if recompiles == self._reported:
             return
-        self._reported, why, self._new = recompiles, self._new or step.retrace_reason, ""
+        self._reported, why, self._new = recompiles, self._new or self.step.retrace_reason, ""
         self.events.event("recompiled", number, times=recompiles, why=why)
         if self.max_recompiles is not None and recompiles > self.max_recompiles:
             what = f"Step {number} was compiled again: {recompiles} times in this run, {self.max_recompiles} allowed."

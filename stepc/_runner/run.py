@@ -110,7 +110,7 @@ class Buffers:
     Args:
       in_flight: how many steps may be dispatched and not finished; each holds its batch. 0 waits for each step.
       snapshot_every: in steps; how often the state is copied for a policy that goes on after a failure, and how many
-        batches it holds. Without such a policy nothing is copied.
+        batches it holds besides those in flight. No step waits for the copy. Without such a policy nothing is copied.
       donate_state: train on the caller's state, which is then deleted, instead of a copy.
     Errors: FieldTypeError or ConfigError with all faults.
     Example:

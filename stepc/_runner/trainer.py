@@ -128,6 +128,7 @@ class Trainer:
     in_flight: deque[PendingStep] = field(default_factory=deque)
     dispatching: DataItem | None = None  # a batch whose step is called, and is not in flight yet
     snapshot: Snapshot | None = None
+    next_snapshot: Snapshot | None = None  # one of a step that is not known to be good yet
     metric_names: Any = None  # Any: the keys of the metrics of the last call
 
     def __post_init__(self) -> None:
@@ -178,9 +179,12 @@ class Trainer:
         """Call the step on a batch. What the call raises is this step's own, once the older steps are waited for."""
         first = self.number + 1
         self.watcher.beat(self.number)
-        log_stalls(self.watcher, self.events)
+        if self.watcher.stalls:
+            log_stalls(self.watcher, self.events)
         if self.snapshot is not None:
             self.snapshot.items.append(item)
+            if self.next_snapshot is not None:
+                self.next_snapshot.items.append(item)
         if item.is_hole:
             self.wait(0)
             self.position = item.after  # what is left out is not read again
@@ -242,6 +246,8 @@ class Trainer:
         pending = self.in_flight.popleft()
         self.position, self.last_item = pending.item.after, pending.item
         self.run.steps = pending.first + self.steps_per_call - 1
+        if self.next_snapshot is not None and self.next_snapshot.step == self.run.steps:
+            self.snapshot, self.next_snapshot = self.next_snapshot, None
         self.watcher.progress()
 
     def judge(self, pending: PendingStep, status: StepStatus | None, row: int) -> None:
@@ -264,7 +270,7 @@ class Trainer:
             check_verdict(self.reject_if, pending.metrics, row=row, step=step, agreed=self.peers.verdict)
 
     def between_steps(self) -> None:
-        """Do what is due after this step, with nothing in flight."""
+        """Do what is due after this step, with nothing in flight; but for a snapshot nothing is waited for."""
         self.peers.at("between steps", self.number)
         is_save = False
         if self.checkpoints is not None:
@@ -273,14 +279,16 @@ class Trainer:
                     self.checkpoints.poll()
             is_save = self.checkpoints.is_due(self.number, steps_per_call=self.steps_per_call)
         is_compare = is_due(self.compare_replicas_every, self.number, self.steps_per_call)
-        is_snapshot = self.snapshot is not None and self.number - self.snapshot.step >= (self.snapshot_every or 1)
-        if is_save or is_snapshot or is_compare or self.callbacks.is_due(self.number, self.steps_per_call):
+        is_boundary = is_save or is_compare or self.callbacks.is_due(self.number, self.steps_per_call)
+        if is_boundary:
             self.wait(0)
-            if is_compare:
-                self.peers.compare(self.run.state, self.number)
-                self.watcher.progress()
-            if is_snapshot:
+        if is_compare:
+            self.peers.compare(self.run.state, self.number)
+            self.watcher.progress()
+        if self.snapshot is not None and self.next_snapshot is None:
+            if self.number - self.snapshot.step >= (self.snapshot_every or 1):
                 self.take_snapshot()
+        if is_boundary:
             # Before the save: a run that resumes from it does not repeat them, so a process that dies between the two
             # would lose them.
             self.callbacks.act(self.number, self.steps_per_call, self.run.state, self.events)
@@ -367,12 +375,22 @@ class Trainer:
         return why
 
     def take_snapshot(self) -> None:
-        """Copy the finished state to come back to, if a policy needs that."""
-        if self.snapshot_every is not None:
-            is_first = self.snapshot is None
-            self.snapshot = Snapshot(copy_state(self.run.state), self.number, self.position, self.steps_per_call)
-            if is_first:
-                self.events.event("snapshots", self.number, level=logging.INFO, cost=self.snapshot.cost())
+        """Copy the last state to come back to, if a policy needs that. It counts once its step is known to be good."""
+        if self.snapshot_every is None:
+            return
+        try:
+            state = copy_state(self.run.state)
+        except Exception:
+            self.wait(0)  # a step in flight that has failed says so itself
+            raise
+        position = self.in_flight[-1].item.after if self.in_flight else self.position
+        made = Snapshot(state, self.number, position, self.steps_per_call)
+        if self.in_flight:
+            self.next_snapshot = made
+            return
+        if self.snapshot is None:
+            self.events.event("snapshots", self.number, level=logging.INFO, cost=made.cost())
+        self.snapshot = made
 
     def rewind(self, *, leave_out: int | None) -> None:
         """Go back to the snapshot and give the batches since again, but for that of the step `leave_out`."""
@@ -417,7 +435,7 @@ class Trainer:
         self.dispatching = None
         self.run.state, self.number, self.position, self.last_item = copy_state(state), number, position, None
         self.run.steps = number
-        self.snapshot = Snapshot(state, number, position, self.steps_per_call)
+        self.snapshot, self.next_snapshot = Snapshot(state, number, position, self.steps_per_call), None
 
 
 def end_reason(trainer: Trainer) -> str:

@@ -40,12 +40,14 @@ class JSONL(AbstractLogger):
     def log(self, metrics: HostMetrics, step: int) -> None:
         """Write the metrics of one step, arrays as lists."""
         _refuse_taken(self.reserved, metrics, of="JSONL")
-        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        nonfinite = {name: str(value) for name, value in values.items() if not np.isfinite(value).all()}
-        line = {"step": step, **{name: _finite(value) for name, value in values.items()}}
-        if nonfinite:
+        values = {
+            name: value if isinstance(value, float) else np.asarray(value).tolist() for name, value in metrics.items()
+        }
+        finite = {name: _finite(value) for name, value in values.items()}
+        line = {"step": step, **finite}
+        if nonfinite := {name: str(value) for name, value in values.items() if value != finite[name]}:
             line["nonfinite"] = nonfinite
-        self._file.append(json.dumps(line, allow_nan=False) + "\n")
+        self._file.append(_encode(line) + "\n")
 
     def event(self, name: str, facts: Mapping[str, str], step: int) -> None:
         """Write an event."""
@@ -108,6 +110,9 @@ def _refuse_taken(reserved: tuple[str, ...], metrics: Mapping[str, Any], *, of: 
     if taken := [name for name in reserved if name in metrics]:
         names = " and ".join(map(repr, taken))
         raise ConfigError(f"{of} uses {names} itself: rename the metric.")
+
+
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def _finite(value: Any) -> Any:  # Any: a number, or lists of them
