@@ -228,6 +228,21 @@ def test_at_most_two_steps_are_in_flight() -> None:
     assert sc.run(watching, state, data(9), loggers=[finished], log_every=1).steps == 9
 
 
+@pytest.mark.parametrize("every", [3, 4])
+def test_snapshot_waits_for_no_step(every: int) -> None:
+    in_flight: list[int] = []
+    finished = RecordingLogger()
+    step, state = step_and_state()
+
+    def watching(state: sc.State, batch: Any) -> tuple[sc.State, dict[str, Any]]:
+        in_flight.append(len(in_flight) - len(finished.logged))
+        return step(state, batch)
+
+    buffers = sc.Buffers(in_flight=2, snapshot_every=every)
+    sc.run(watching, state, data(9), loggers=[finished], log_every=1, on_error="skip", buffers=buffers)
+    assert in_flight == [0, 1, 2, 2, 2, 2, 2, 2, 2]
+
+
 def test_run_of_one_batch_instead_of_batches_is_refused() -> None:
     """A dict is an iterable, of its keys."""
     step = sc.compile(sc.update(optax.sgd(0.25)) @ sc.grad(PROBES["over_rows"]))

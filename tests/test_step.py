@@ -676,6 +676,26 @@ def test_batch_of_another_byte_order_dtype_or_library_is_the_same_batch(kind: st
     assert filled["x"].astype(np.float32).tolist() == [*SMALL["x"].tolist(), *SMALL["x"][:1].tolist() * 2]
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_batch_that_is_on_the_mesh_already_is_no_new_program(devices: int, kind: jax.sharding.AxisType) -> None:
+    """On one device each spec means the same; on a mesh of explicit axes an array has another type, and is moved."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
+    step = sc.compile(sc.update(optax.sgd(0.5)) @ DATA @ sc.grad(distance), mesh=mesh)
+    batch = {"x": np.float32(SMALL["x"])}
+
+    def params_after(batch: Any) -> Any:
+        return step(step.init({"w": np.zeros(3, np.float32)}), batch)[0].params
+
+    expected = params_after(step.put(batch))
+    placed = [jax.device_put(batch, NamedSharding(mesh, spec)) for spec in (PartitionSpec("data"), PartitionSpec())]
+    with counted_compilations() as compilations:
+        for one in placed:
+            assert_equal_trees(params_after(one), expected, tolerance=0.0, of="a batch that the user has placed")
+    assert step.traces == 1
+    assert not [one for one in compilations if "stepc_step" in one]
+
+
 def test_batch_of_another_byte_order_or_library_is_no_new_program() -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(distance))
     for kind in (np.asarray, KINDS["big_endian"], Exported, Tensor):

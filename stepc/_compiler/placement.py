@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from stepc._compiler.multihost import RowSharding, check_program, checked_global_batch, global_batch, mesh_processes
 from stepc._compiler.normalize import NormalForm, shape_of
@@ -251,6 +251,13 @@ def _is_taken(leaf: object) -> bool:
     return type(leaf) is np.ndarray or isinstance(leaf, jax.Array)
 
 
+@lru_cache
+def _is_placed(found: Sharding, wanted: NamedSharding, ndim: int) -> bool:
+    """Whether an array is where it is wanted, on the same mesh: over an axis of one device any spec puts it there."""
+    is_on_mesh = isinstance(found, NamedSharding) and found.mesh == wanted.mesh
+    return is_on_mesh and found.is_equivalent_to(wanted, ndim)
+
+
 @dataclass(frozen=True)
 class BatchPlacement:
     """How the batches of a step are placed.
@@ -339,8 +346,7 @@ class BatchPlacement:
             return place_on_devices(batch, self.shardings(batch))
         if (sharding := self.sharding) is not None:
             for leaf in jax.tree.leaves(batch):
-                # By identity first: to compare two shardings takes as long as the rest of a call.
-                if isinstance(leaf, jax.Array) and leaf.sharding is not sharding and leaf.sharding != sharding:
+                if isinstance(leaf, jax.Array) and not _is_placed(leaf.sharding, sharding, leaf.ndim):
                     return place_on_devices(batch, sharding)
         return batch
 

@@ -285,9 +285,9 @@ class Trainer:
         if is_compare:
             self.peers.compare(self.run.state, self.number)
             self.watcher.progress()
-        if self.snapshot is not None and self.next_snapshot is None:
-            if self.number - self.snapshot.step >= (self.snapshot_every or 1):
-                self.take_snapshot()
+        newest = self.next_snapshot or self.snapshot
+        if newest is not None and self.number - newest.step >= (self.snapshot_every or 1):
+            self.take_snapshot()
         if is_boundary:
             # Before the save: a run that resumes from it does not repeat them, so a process that dies between the two
             # would lose them.
@@ -378,6 +378,8 @@ class Trainer:
         """Copy the last state to come back to, if a policy needs that. It counts once its step is known to be good."""
         if self.snapshot_every is None:
             return
+        if self.next_snapshot is not None:
+            self.wait(0)  # no more than two copies, if more steps are in flight than there are from one to the next
         try:
             state = copy_state(self.run.state)
         except Exception:

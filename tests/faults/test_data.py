@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -206,11 +207,15 @@ def test_padding_needs_a_mask_and_rows_on_the_first_axis() -> None:
 
 
 @fault("28", "an int64 that int32 cannot hold, in a later batch", "DataError with the range; smaller ones are taken")
-def test_integer_that_jax_would_truncate_is_refused() -> None:
+def test_integer_that_jax_would_truncate_is_refused(tmp_path: Path) -> None:
     fits = {**batch_of(1), "n": np.arange(4)}
     with pytest.raises(sc.DataError, match="from 0 to 1099511627776"):
         run_on([fits, {**fits, "n": np.array([0, 1, 2, 2**40])}])
     assert run_on([fits]).steps == 1
+    numbers = np.memmap(tmp_path / "numbers", np.int64, "w+", shape=(4,))
+    numbers[:] = [0, 1, 2, 2**40]
+    with pytest.raises(sc.DataError, match="from 0 to 1099511627776"):
+        run_on([{**fits, "n": numbers}])
 
 
 @fault("30", "a loader that reuses its buffer", "bitwise as with new arrays, windows 0, 2 and 8")
