@@ -69,6 +69,7 @@ LOSSES = {
     "cast_any": sc.cast(jnp.float16, params=None),
     "remat": sc.remat(),
     "remat_dots": sc.remat("dots_saveable"),
+    "remat_offload": sc.remat("offload_dot_with_no_batch_dims"),
 }
 HEADS = {"across": sc.across(over_pairs)}
 GRADS = {"grad": sc.grad(PROBES["over_rows"])}

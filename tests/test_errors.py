@@ -23,6 +23,7 @@ import pytest
 from catalogue import PROBES, probe_batch, probe_model_state, probe_params
 from conftest import GOLDEN, golden_texts, mesh_of
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -38,6 +39,13 @@ adamw = optax.adamw(3e-4)
 tx = optax.sgd(0.1)
 dp = sc.shard(sc.dp("data"))
 K, N = 4, 8
+UNPINNED = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host")
+
+
+def attending(params: Any, rows: Any) -> jax.Array:
+    return loss(params, {**rows, "y": checkpoint_name(rows["y"], "attn")})
+
+
 SHAPES = {"w": jax.ShapeDtypeStruct((3,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)}
 
 
@@ -386,6 +394,19 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
     "accumulate_dtype_float16": (sc.FieldValueError, lambda: sc.accumulate(4, dtype=jnp.float16)),
     "cast_nothing": (sc.FieldTypeError, lambda: sc.cast("narrow")),
     "remat_policy": (sc.FieldValueError, lambda: sc.remat("dot_saveable")),
+    "remat_no_names": (sc.FieldValueError, lambda: sc.remat("save_and_offload_only_these_names")),
+    "remat_names_untaken": (sc.FieldValueError, lambda: sc.remat("save_only_these_names", offload=("mlp",))),
+    "remat_names_without_policy": (sc.FieldValueError, lambda: sc.remat(save=("mlp",))),
+    "remat_one_name": (sc.FieldTypeError, lambda: sc.remat("save_only_these_names", save="mlp")),
+    "remat_name_of_nothing": (
+        sc.LossError,
+        lambda: trained_with(sc.remat("save_and_offload_only_these_names", offload=("mlp", "atn")) @ attending),
+    ),
+    "dp_offload": (sc.FieldValueError, lambda: sc.dp("data", offload="params")),
+    "memory_of_the_host": (
+        sc.ConfigError,
+        lambda: step_on().init({**probe_params(), "w": jax.device_put(np.ones(3, np.float32), UNPINNED)}),
+    ),
     "remat_function": (sc.FieldTypeError, lambda: sc.remat(jax.checkpoint_policies.dots_saveable)),
     "noise_zero": (sc.FieldValueError, lambda: sc.noise(0.0)),
     "ema_one": (sc.FieldValueError, lambda: sc.ema(1.0)),

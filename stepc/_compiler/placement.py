@@ -27,7 +27,17 @@ from stepc._compiler.validation import check_batch
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
 from stepc._language.kinds import Batch, Params
 from stepc._language.model_state import rules_by_leaf
-from stepc._language.state import Place, Placement, State, as_arrays, is_typed_key, key_data, leaves_by_path, path_of
+from stepc._language.state import (
+    Place,
+    Placement,
+    State,
+    as_arrays,
+    is_typed_key,
+    key_data,
+    leaves_by_path,
+    memory_of,
+    path_of,
+)
 
 
 def with_automatic_axes(mesh: Mesh) -> Mesh:
@@ -140,7 +150,9 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
                 level = 3 if field == "params" else 1
                 if rules.layout.zero >= level and rules.axis not in axes_of(spec):
                     unsharded = why_unsharded(leaf, tuple(spec), rules)
-        return LeafSharding(path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded)
+        return LeafSharding(
+            path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded, memory=memory_of(leaf)
+        )
 
     return ShardingTable(tuple(row(path, leaf) for path, leaf in leaves), mesh)
 

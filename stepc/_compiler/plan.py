@@ -3,7 +3,7 @@
 Texts are compared with golden files, and read by people.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -65,6 +65,7 @@ class LeafSharding:
       total_bytes: of the whole array.
       mirrors: the parameter whose sharding it has, or why it mirrors none.
       unsharded: why `zero` does not shard it, though it shards others.
+      memory: the kind of memory it is in, if that is not the device's own.
     """
 
     path: str
@@ -75,6 +76,7 @@ class LeafSharding:
     total_bytes: int
     mirrors: str = ""
     unsharded: str = ""
+    memory: str = ""
 
     @property
     def type_text(self) -> str:
@@ -83,8 +85,9 @@ class LeafSharding:
 
     @property
     def text(self) -> str:
-        """The spec as it is written in source, or "replicated"."""
-        return spec_text(tuple(self.spec)) if any(self.spec) else "replicated"
+        """The spec as it is written in source, or "replicated"; and the memory, if it is not the device's own."""
+        spec = spec_text(tuple(self.spec)) if any(self.spec) else "replicated"
+        return f"{spec} in {self.memory}" if self.memory else spec
 
     @property
     def note(self) -> str:
@@ -101,8 +104,8 @@ class ShardingTable:
 
     @property
     def bytes_(self) -> int:
-        """The bytes of the state on one device."""
-        return sum(row.bytes_ for row in self.rows)
+        """The bytes of the state in the memory of one device."""
+        return sum(row.bytes_ for row in self.rows if not row.memory)
 
     def __repr__(self) -> str:
         return str(self)
@@ -116,7 +119,7 @@ class ShardingTable:
 
     def _lines(self, colours: Mapping[str, str]) -> Iterator[str]:
         mesh = "a single device" if self.mesh is None else _sizes(tuple(self.mesh.shape.items()))
-        yield f"state on {mesh}: {len(self.rows)} leaves, {self.bytes_:,} bytes per device"
+        yield f"state on {mesh}: {len(self.rows)} leaves, {self.bytes_:,} bytes per device{_and_host(self.rows)}"
         width = max((len(f"{row.bytes_:,} B") for row in self.rows), default=0)
         columns = few_rows(
             [(row.path, row.type_text, row.text, f"{row.bytes_:,} B".rjust(width), row.note) for row in self.rows]
@@ -229,12 +232,28 @@ class Plan:
             yield "frozen", [f"{what}: no gradient, no reduction, no optimizer state; handed through in place"]
         if self.notes:
             yield "sharding", list(self.notes)
-        total, local = sum(leaf.total_bytes for leaf in self.leaves), sum(leaf.bytes_ for leaf in self.leaves)
-        size = f"{total:,} bytes" + (f" ({local:,} per device)" if local != total else "")
+        total, local = sum(leaf.total_bytes for leaf in self.leaves), ShardingTable(self.leaves, None).bytes_
+        host = _and_host(self.leaves)
+        size = f"{total:,} bytes" + (f" ({local:,} per device{host})" if local != total else "")
         leaves = few_rows(list(map(_leaf, self.leaves)))
         yield f"state: {len(self.leaves)} leaves, {size}, all donated", aligned_table(leaves)
         if self.model_state:
             yield "model state", aligned_table(map(_model_state, self.model_state))
+
+
+def notes_of_offload(leaves: Sequence[LeafSharding]) -> tuple[str, ...]:
+    """What a state in the memory of the host costs."""
+    sizes = [leaf.bytes_ for leaf in leaves if leaf.memory]
+    if not sizes:
+        return ()
+    what = f"{len(sizes)} {'leaf' if len(sizes) == 1 else 'leaves'} of the state, {sum(sizes):,} B per device"
+    return (f"{what}, in the memory of the host: a call moves what it uses to the device, and what it changes back",)
+
+
+def _and_host(leaves: Sequence[LeafSharding]) -> str:
+    """The bytes of the state that one device keeps in the memory of the host, if any."""
+    in_host = sum(leaf.bytes_ for leaf in leaves if leaf.memory)
+    return f", {in_host:,} in {next(leaf.memory for leaf in leaves if leaf.memory)}" if in_host else ""
 
 
 def _sizes(mesh: tuple[tuple[str, int], ...]) -> str:

@@ -63,6 +63,7 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     merged = ShardingRules(
         zero=sharded[0].layout.zero if sharded else 0,
         gather=sharded[0].layout.gather if sharded else "step",
+        offload=next((layout.offload for layout in layouts if layout.offload), ""),
         reduce_dtype=dtypes[0] if dtypes else None,
         params=tuple(rule for layout in layouts for rule in layout.params),
         logical=by_name[0].logical if by_name else None,

@@ -169,7 +169,8 @@ def memory_breakdown(needs: Memory, plan: Plan, executable: jax.stages.Compiled)
     """
     sizes: Counter[str] = Counter()
     for leaf, sharding in zip(plan.leaves, _input_shardings(executable, 0), strict=True):
-        if sharding is not None and (elements := prod(leaf.shape)):
+        is_on_host = bool(leaf.memory and needs.host)  # on a CPU the two are one
+        if sharding is not None and not is_on_host and (elements := prod(leaf.shape)):
             name = _NAMES.get(leaf.path.partition("/")[0], _REST_OF_STATE)
             sizes[name] += leaf.total_bytes * prod(sharding.shard_shape(leaf.shape)) // elements
     batch = zip(jax.tree.leaves(executable.args_info[0][1]), _input_shardings(executable, 1), strict=True)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
 from stepc._compiler.collectives import ManualRegion
 from stepc._compiler.lowering import StepOutputs, lower_schedule
+from stepc._compiler.memory import in_host_memory, is_on_host, to_device, to_memory, to_memory_of, with_memory
 from stepc._compiler.metrics import Diagnostics, TurnDiagnostics
 from stepc._compiler.multihost import check_start
 from stepc._compiler.normalize import NormalForm, normalize
@@ -35,7 +36,7 @@ from stepc._compiler.placement import (
     with_automatic_axes,
     without_weak_types,
 )
-from stepc._compiler.plan import Plan, ShardingTable
+from stepc._compiler.plan import Plan, ShardingTable, notes_of_offload
 from stepc._compiler.schedule import (
     LossStructure,
     Schedule,
@@ -71,7 +72,16 @@ from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.names import names_by_path, unboxed
 from stepc._language.pipeline import Pipeline, Transform, settings_of
 from stepc._language.reference import complete_transforms, reference, skip_limit_of
-from stepc._language.state import KEYS, State, as_arrays, carried_over, leaves_by_path, state_of_turn, trained_leaves
+from stepc._language.state import (
+    KEYS,
+    State,
+    as_arrays,
+    carried_over,
+    copied_to,
+    leaves_by_path,
+    state_of_turn,
+    trained_leaves,
+)
 from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
@@ -249,7 +259,8 @@ class Step:
         )
         placement = placement_of_state(shapes, specs, names, rules, self.normal_form.model_state_rules)
         shapes = replace(shapes, placement=placement)
-        shardings = None if self.mesh is None else shardings_of(shapes, placement, self.mesh)
+        host = in_host_memory(shapes, params, model_state, rules)
+        shardings = None if self.mesh is None else with_memory(shardings_of(shapes, placement, self.mesh), host)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             return shapes_with(shapes, shardings)
         check_start(repr(self), self.mesh, params, seed, model_state)
@@ -260,13 +271,17 @@ class Step:
         # One small program makes the state. Its results are new buffers, also of leaves that are tied, or kept by the
         # optimizer; and no leaf that is to be sharded is ever replicated.
         def fresh(params: Params, model_state: Any) -> State:
-            state = self._fresh(without_weak_types(params), seed, without_weak_types(model_state))
-            return replace(state, placement=placement)
+            given = (without_weak_types(to_device(params)), seed, without_weak_types(to_device(model_state)))
+            state = replace(self._fresh(*given), placement=placement)
+            # Without a mesh nothing says where a result is to be.
+            return state if shardings is not None else to_memory(state, host)
 
         state = jax.jit(fresh, out_shardings=shardings)(*placed)
         if like is not None:
             state = jax.tree.map(
-                lambda made, one: made if one is made else jnp.copy(jax.device_put(one, made.sharding)),
+                lambda made, one: (
+                    made if one is made else jax.device_put(jnp.copy(jax.device_put(one, made.sharding)), made.sharding)
+                ),
                 state,
                 carried_over(state, like),
             )
@@ -383,6 +398,8 @@ class Step:
         """What the program does, while jax traces it."""
         with self._own_mesh():
             check_batch(shapes_of(batch), self.normal_form.core)
+            # The optimizer moves its own state, after the loss.
+            given, state = state, replace(to_device(replace(state, opt_state=())), opt_state=state.opt_state)
             check_state(state, self._transform_state, self.normal_form.wrt)
             schedule, structures = self.normal_form.schedule(state, batch)
             self._schedules[_signature(state, batch)] = schedule, structures
@@ -391,10 +408,13 @@ class Step:
             new, metrics, diagnostics = lower_schedule(schedule, regions)(state, batch)
             check_fixed_point(state, new)
             new = jax.tree.map(_also_reads, new, state)
-            if self.mesh is None:
-                return new, metrics, diagnostics
-            shardings = (shardings_of(new, state.placement, self.mesh), shardings_of(metrics, (), self.mesh))
-            return (*jax.lax.with_sharding_constraint((new, metrics), shardings), diagnostics)
+            if self.mesh is not None:
+                host = frozenset(path for path, leaf in leaves_by_path(new) if is_on_host(leaf))
+                of_state = with_memory(shardings_of(new, state.placement, self.mesh), host)
+                shardings = (of_state, shardings_of(metrics, (), self.mesh))
+                placed, metrics = jax.lax.with_sharding_constraint((new, metrics), shardings)
+                new = jax.tree.map(lambda one, new, old: old if new is old else one, placed, new, state)
+            return to_memory_of(new, state, given), metrics, diagnostics
 
     def _region(
         self, state: State, batch: Batch, turn: Turn, schedule: Schedule, structure: LossStructure
@@ -439,7 +459,7 @@ class Step:
                 notes += tuple(f"{prefix}{note}" for note in sharding_notes(part, rules, gradient_bytes, num_values))
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
-            notes += self._note_of_names(state)
+            notes += (*self._note_of_names(state), *notes_of_offload(leaves))
             largest = max(sums, key=lambda one: sum(leaf.size for leaf in one))
             pairs = list(zip(form.turns, structures, strict=True))
             model_state = (replace(leaf, turn=turn.name) for turn, one in pairs for leaf in one.model_state)
@@ -530,7 +550,7 @@ class StepReference:
         batch = as_arrays(batch)
         semantics, device = reference(self.pipeline_for(state, batch), axes=self.axes), jax.devices()[0]
         # A copy: what the reference passes through unchanged, such as the key, must outlive a donated state.
-        copied = jax.device_put(jax.tree.map(jnp.copy, state), device)
+        copied = copied_to(state, device)
         return semantics(copied, jax.device_put(batch, device))
 
 
@@ -540,7 +560,7 @@ def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays
     jax drops an argument that nothing reads. A leaf that is only written, such as what a line search keeps of itself,
     would then reuse no buffer.
     """
-    return new if new is old else jax.lax.select(True, new, old)
+    return new if new is old or is_on_host(old) else jax.lax.select(True, new, old)
 
 
 def _shown(changes: list[str]) -> str:

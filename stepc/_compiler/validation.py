@@ -217,6 +217,14 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
         _LOG.warning("tied parameters are copied, and trained apart: %s", ties)
 
 
+def check_memory(kinds: Mapping[str, str], usable: str) -> None:
+    """Refuse arrays in a memory that no program takes; `kinds` is that of each leaf, by path. Errors: ConfigError."""
+    if faults := [f"`{path}` is in the memory {kind!r}." for path, kind in kinds.items() if kind != usable]:
+        suggestion = f"`jax.device_put(..., sharding.with_memory_kind({usable!r}))` moves an array there."
+        facts = (("a program takes", f"'device' and {usable!r}"),)
+        raise ConfigError(_all(faults, of="the arrays"), facts=facts, suggestion=suggestion)
+
+
 def check_seed(seed: object) -> None:
     """Refuse a seed that is neither an integer of 64 bits nor one typed key. Errors: FieldTypeError; ConfigError."""
     expected = ("expected", "an integer of 64 bits, or one typed key")

@@ -18,6 +18,7 @@ class ShardingRules:
       zero: what is sharded along the innermost axis of the mean: 0, nothing; 1, the optimizer state; 2, the accumulator
         too; 3, the parameters too.
       gather: "step", "microbatch" or "layer": how often sharded parameters are gathered.
+      offload: "optimizer", if the optimizer state is kept in the memory of the host; "" for nothing.
       reduce_dtype: in which gradients are added up over devices, by name; None for the dtype they are accumulated in.
       params: for a path pattern, how parameters are sharded along other axes; the first pattern that matches applies.
       logical: for the name of a dimension, the mesh axes that shard it; None if names are not read.
@@ -29,6 +30,7 @@ class ShardingRules:
 
     zero: int = 0
     gather: str = "step"
+    offload: str = ""
     reduce_dtype: str | None = None
     params: Rules = ()
     logical: tuple[tuple[str, Entry], ...] | None = None

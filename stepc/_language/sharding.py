@@ -13,6 +13,7 @@ from stepc._language.state import leaves_by_path
 from stepc.errors import FieldTypeError, FieldValueError
 
 GATHERS: Final = ("step", "microbatch", "layer")
+OFFLOADS: Final = (None, "optimizer")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class DataParallel:
     axes: tuple[str, ...]
     zero: int = 0
     gather: str = "step"
+    offload: str | None = None
     reduce_dtype: np.dtype | None = None
     batch: Rules = ()
 
@@ -30,6 +32,7 @@ class DataParallel:
         given = [named if len(self.axes) == 1 else f"({named})"]
         given += [f"zero={self.zero}"] if self.zero else []
         given += [f'gather="{self.gather}"'] if self.gather != "step" else []
+        given += [f'offload="{self.offload}"'] if self.offload is not None else []
         given += [f"reduce_dtype=jnp.{self.reduce_dtype.name}"] if self.reduce_dtype is not None else []
         given += [f"batch={_rules_text(self.batch)}"] if self.batch else []
         return f"dp({', '.join(given)})"
@@ -68,6 +71,7 @@ def dp(
     *,
     zero: int = 0,
     gather: str = "step",
+    offload: str | None = None,
     reduce_dtype: Any = None,  # Any: whatever jnp.dtype takes
     batch: Mapping[str, PartitionSpec] | None = None,
 ) -> DataParallel:
@@ -88,6 +92,9 @@ def dp(
       gather: with `zero=3`, when the parameters are gathered. "step": once a step. "microbatch": once a microbatch,
         with a sharded accumulator, which takes less memory and more traffic. "layer": one layer at a time where the
         loss is a `lax.scan` over stacked layers, and again for the gradient: the least memory and the most traffic.
+      offload: "optimizer" keeps the optimizer state in pinned memory of the host, scalars apart. A call moves it to the
+        device for the update and back, once in each direction: at the price of that traffic, the state of the optimizer
+        takes no memory of the device but for the update. None keeps it on the device.
       reduce_dtype: a floating-point dtype in which gradients are added up over devices; None for the dtype of the sum,
         float32 or wider. `jnp.bfloat16` halves the traffic, and rounds each device's sum to 8 bits; float16 is refused,
         since sums overflow it.
@@ -114,8 +121,9 @@ def dp(
     one_of("gather mode", gather, GATHERS)
     if gather != "step" and zero < 3:
         raise FieldValueError(f"`dp(gather={gather!r})` needs zero=3.", facts=(("got", f"zero={zero}"),))
+    one_of("offload", offload, OFFLOADS)
     dtype = floating_dtype("dp", "reduce_dtype", reduce_dtype, sums=True)
-    return DataParallel(axes, zero, gather, dtype, () if batch is None else _rules("dp", "batch", batch))
+    return DataParallel(axes, zero, gather, offload, dtype, () if batch is None else _rules("dp", "batch", batch))
 
 
 def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpec | None = None) -> TensorParallel:

@@ -20,6 +20,7 @@ class MemoryPart:
 class Memory:
     """Bytes on one device. `aliased` is the part of `outputs` that reuses the buffers of donated `arguments`.
 
+    `host` is what it holds in the memory of the host besides; on a CPU that counts as the device's.
     `parts` says what arguments and temporaries are for, where that is known.
     """
 
@@ -29,6 +30,7 @@ class Memory:
     temporaries: int
     code: int
     parts: tuple[MemoryPart, ...] = ()
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -47,6 +49,7 @@ class Memory:
         lines: list[tuple[str, int]] = []
         for name, bytes_ in rows.items():
             lines += [(name, bytes_), *((f"  {part.name}", part.bytes) for part in self.parts if part.of == name)]
+        lines += [("host", self.host)] if self.host else []
         width = max(12, *(len(name) for name, _ in lines))
         return "\n".join(f"{name:<{width}}{readable_bytes(bytes_):>10}" for name, bytes_ in lines)
 
@@ -61,7 +64,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
       compiled: what `jax.jit(f).lower(...).compile()` returns.
     Units:  bytes on one device.
     Errors: ValueError if the backend has no memory analysis.
-    Host memory is not included. `total` is an upper bound if not all temporaries are alive at once.
+    `total` does not include the memory of the host. It is an upper bound if not all temporaries are alive at once.
     Source: ours.
     """
     stats = compiled.memory_analysis()
@@ -73,4 +76,8 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
+        host=stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes,
     )

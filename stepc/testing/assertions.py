@@ -21,7 +21,7 @@ from stepc._language.kinds import Batch, Kind, Metrics
 from stepc._language.pipeline import Pipeline, Transform, expand_transforms, transforms_of
 from stepc._language.reference import complete_transforms, fold_references
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, whole_batch
-from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
+from stepc._language.state import State, copied_to, describe_leaf, key_data, leaves_by_path
 from stepc._language.transforms.alternate import Alternate
 from stepc.errors import ConfigError, EquivalenceError, faults_in_one, listed
 from stepc.inspect.budget import Budget
@@ -92,7 +92,7 @@ def _with_moved_gradient(step: Step, state: State, batch: Batch, fraction: float
     transforms = _moved(complete_transforms(step.reference.pipeline_for(state, batch)), fraction)
     device = jax.devices()[0]
     fn = fold_references(transforms, step.reference.axes)
-    result = fn.apply(*jax.device_put((jax.tree.map(jnp.copy, state), batch), device))
+    result = fn.apply(copied_to(state, device), jax.device_put(batch, device))
     return result.state, result.metrics
 
 
@@ -136,7 +136,7 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
     if not splits:
         return
     rows = whole_batch(jax.device_put(jax.tree.map(lambda leaf: leaf[0] if is_stacked else leaf, batch), device))
-    copied = jax.device_put(jax.tree.map(jnp.copy, state), device)
+    copied = copied_to(state, device)
     unsplit = tuple(one for one in below_update if not _is_split(one))
     got, expected = (fold_references(stages, reference.axes).apply(copied, rows) for stages in (below_update, unsplit))
     expected_grads = dict(leaves_by_path(expected.value))

@@ -10,8 +10,10 @@ import optax
 import pytest
 from catalogue import probe_batch, probe_params
 from conftest import mesh_of
+from jax.ad_checkpoint import checkpoint_name
 
 import stepc as sc
+from stepc.testing import assert_equivalent
 from stepc.testing.probes import over_rows
 
 ADAM = sc.update(optax.adam(1e-3))
@@ -113,6 +115,32 @@ def test_remat_computes_again_what_its_policy_does_not_keep() -> None:
     assert dots(sc.grad(sc.remat() @ network)) > plain
     assert dots(sc.grad(sc.remat("dots_saveable") @ network)) == plain
     assert dots(sc.grad(sc.remat("everything_saveable") @ network)) == plain
+
+
+def named_network(params: Any, rows: Any) -> jax.Array:
+    hidden = checkpoint_name(jnp.tanh(rows["x"] @ params["in"]), "hidden")
+    return jnp.mean(jnp.square(checkpoint_name(hidden @ params["out"], "out")))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        sc.remat("save_only_these_names", save=("hidden",)),
+        sc.remat("save_and_offload_only_these_names", offload=("hidden",)),
+        sc.remat("save_and_offload_only_these_names", save=("out",), offload=("hidden",)),
+        sc.remat("offload_dot_with_no_batch_dims"),
+    ],
+    ids=repr,
+)
+def test_remat_keeps_names_on_the_device_or_in_the_memory_of_the_host(transform: sc.Transform) -> None:
+    source, batch = sc.grad(transform @ named_network), {"x": np.ones((16, 4), np.float32)}
+    for mesh in (mesh_of(data=2), mesh_of(data=2, model=2)):
+        step = sc.compile(ADAM @ sc.accumulate(2) @ DATA @ source, mesh=mesh)
+        state = step.init(WIDE)
+        assert_equivalent(step, state, batch, tolerance=1e-6)  # sums over devices in another order
+        text = str(step.lower(state, batch).jaxpr())
+        assert ("MemorySpace.Host" in text or "pinned_host" in text) == ("offload" in repr(transform))
+    assert eval(repr(transform), {"remat": sc.remat}) == transform
 
 
 def test_remat_keeps_static_counts_static() -> None:
