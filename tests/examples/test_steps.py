@@ -93,7 +93,7 @@ def numbers(leaf: Any) -> np.ndarray:
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-@pytest.mark.parametrize(("k", "devices"), SPLITS)
+@pytest.mark.parametrize(("k", "devices"), [*SPLITS, pytest.param(1, 8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_example_equals_the_step_by_hand(name: str, k: int, devices: int) -> None:
     run = run_of(name, k, devices)

@@ -31,13 +31,13 @@ def rows_of_steps(state: sc.State, num_rows: int, n: int, m: int) -> list[np.nda
     return [rows for order in orders for rows in np.split(order, m)]
 
 
-@pytest.mark.parametrize(("devices", "k"), [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("devices", "k"), [(1, 1), (1, 8), (2, 3), (2, 4), (4, 2), (8, 1), (8, 3)])
 def test_epochs_are_single_steps_on_the_rows_of_each(devices: int, k: int) -> None:
     inner = sc.skip_nonfinite() @ sc.ema(0.5) @ SGD @ sc.accumulate(k) @ DATA @ sc.grad(drawing, rng="example")
     single, together = (
         sc.compile(one, mesh=mesh_of(data=devices)) for one in (inner, sc.epochs(2, minibatches=3) @ inner)
     )
-    batch = probe_batch(48)
+    batch = probe_batch(72)
     batch["y"][5] = np.nan
     state, start, seen = single.init(probe_params(), seed=7), together.init(probe_params(), seed=7), []
     for rows in rows_of_steps(start, 48, 2, 3):
@@ -52,12 +52,12 @@ def test_epochs_are_single_steps_on_the_rows_of_each(devices: int, k: int) -> No
     assert together.steps_per_call == 6
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("zero", "k"), [(0, 2), (1, 2), (2, 2), (3, 2), (1, 1), (0, 3), (3, 3), (2, 8)])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_epochs_equal_their_reference(devices: int, zero: int) -> None:
-    inner = SGD @ sc.clip(1.0) @ sc.accumulate(2) @ sc.shard(sc.dp("data", zero=zero))
+def test_epochs_equal_their_reference(devices: int, zero: int, k: int) -> None:
+    inner = SGD @ sc.clip(1.0) @ sc.accumulate(k) @ sc.shard(sc.dp("data", zero=zero))
     step = sc.compile(sc.epochs(3, minibatches=2) @ inner @ sc.grad(drawing, rng="example"), mesh=mesh_of(data=devices))
-    assert_equivalent(step, step.init(probe_params(), seed=devices), probe_batch(64))
+    assert_equivalent(step, step.init(probe_params(), seed=devices), probe_batch(2 * 8 * k))
 
 
 @pytest.mark.parametrize("source", SOURCES)
