@@ -213,6 +213,16 @@ def test_model_axis_carries_only_what_the_model_needs() -> None:
     assert {in_loop for _, in_loop in plain} == {True}, "the sum over the hidden layer, once a microbatch"
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_compiler_of_tpus_cannot_move_a_reduce_scatter_out_of_the_loop(level: str) -> None:
+    step = sc.compile(
+        SGD @ sc.accumulate(4) @ sc.shard(sc.dp("data", **LEVELS[level])) @ sc.grad(mlp), mesh=mesh_of(data=8)
+    )
+    text = step.lower(step.init(mlp_params()), mlp_batch(256)).stablehlo()
+    scatters_in_loop = LEVELS[level].get("zero") == 2 or "gather" in LEVELS[level]
+    assert text.count("optimization_barrier") == (3 if scatters_in_loop else 0)  # one for each leaf
+
+
 def test_transform_in_the_loop_that_needs_the_complete_gradient_gets_it() -> None:
     pipeline = SGD @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=2)) @ sc.grad(mlp)
     step = sc.compile(pipeline, mesh=mesh_of(data=8))

@@ -818,6 +818,8 @@ def _scan(
         index, total, handed_on = carry
         arguments = jax.tree.leaves((part(index), replace(inputs, model_state=_either(handed_on, inputs.model_state))))
         one: GradientSum = result.unflatten(evaluate(*arguments))
+        if gradient_is_sharded(instruction.body):
+            one = replace(one, grads=_sharded_in_loop(one.grads, region))
         handed_on = _either(_only(one.model_state, region, "sequential"), handed_on)
         by_row = (one.finite, by_rows(one.model_state), one.encoded)
         return (index + 1, _add(total, one, instruction, region), handed_on), by_row
@@ -838,6 +840,13 @@ def _scan(
     rows, encoded = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), (rows, encoded))
     model_state = _either(_either(total.model_state, handed_on), rows)
     return _times(replace(total, model_state=model_state, finite=finite.reshape(-1), encoded=encoded), size)
+
+
+def _sharded_in_loop(grads: Grads, region: ManualRegion) -> Grads:
+    """Shards, to be added up as shards: XLA moves a reduce-scatter out of a loop on TPUs, and adds up whole leaves."""
+    return jax.tree.map(
+        lambda leaf, dim: leaf if dim < 0 else jax.lax.optimization_barrier(leaf), grads, region.grad_dimensions
+    )
 
 
 def _add(total: GradientSum, one: GradientSum, scan: ScanMicrobatches, region: ManualRegion) -> GradientSum:

@@ -1,6 +1,7 @@
 """Compiling for pods that this machine does not have. A test whose compiler is not installed is skipped."""
 
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ def loss(params: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
     return jnp.mean((jnp.tanh(rows["x"] @ params["in"]) @ params["out"] - rows["y"]) ** 2)
 
 
-def compiled(mesh: jax.sharding.Mesh, k: int) -> sc.Compiled:
-    pipeline = sc.update(optax.adamw(1e-3)) @ sc.clip(1.0) @ sc.accumulate(k) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
-    step = sc.compile(pipeline, mesh=mesh)
+def compiled(mesh: jax.sharding.Mesh, k: int, **rules: Any) -> sc.Compiled:
+    shard = sc.shard(sc.dp("data", **rules))
+    step = sc.compile(sc.update(optax.adamw(1e-3)) @ sc.clip(1.0) @ sc.accumulate(k) @ shard @ sc.grad(loss), mesh=mesh)
     state = step.init({"in": S((256, 512), jnp.float32), "out": S((512, 128), jnp.float32)})
     batch = {"x": S((512, 256), jnp.float32), "y": S((512, 128), jnp.float32)}
     return step.lower(state, batch).compile()
@@ -49,6 +50,15 @@ def test_step_for_a_pod_reduces_each_element_once_whatever_k(name: str) -> None:
         bytes_.add(program.collectives().executed_bytes)
         assert {axis for row in program.collectives() for axis in row.axes} == {"data"}
     assert len(bytes_) == 1
+
+
+@pytest.mark.parametrize("name", PODS)
+@pytest.mark.parametrize(("rules", "times"), [({"zero": 1}, 1), ({"zero": 2}, 4), ({"zero": 3, "gather": "layer"}, 4)])
+def test_accumulator_stays_sharded_on_a_pod(name: str, rules: dict[str, Any], times: int) -> None:
+    # A leaf whose shards are no whole tiles of a TPU is all-reduced there and cut.
+    rows = compiled(sc.topology(name), 4, **rules).collectives()
+    sums = [row for row in rows if row.kind in ("reduce-scatter", "all-reduce") and row.bytes > 1000]  # no scalars
+    assert {row.executions for row in sums} == {times}
 
 
 @pytest.mark.parametrize("name", PODS)

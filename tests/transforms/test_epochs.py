@@ -40,7 +40,7 @@ def test_epochs_are_single_steps_on_the_rows_of_each(devices: int, k: int) -> No
     batch = probe_batch(72)
     batch["y"][5] = np.nan
     state, start, seen = single.init(probe_params(), seed=7), together.init(probe_params(), seed=7), []
-    for rows in rows_of_steps(start, 48, 2, 3):
+    for rows in rows_of_steps(start, 72, 2, 3):
         state, metrics = single(state, jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch))
         seen.append(metrics)
     got, metrics = together(start, batch)
