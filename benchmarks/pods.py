@@ -6,21 +6,28 @@ and rematerialized), data x model = 64 x 4, k = 8, one row per microbatch and de
   tpu:v5p:16x16x16   4,096 chips, replica x data x model = 16 x 64 x 4: sharded along data, replicated along replica
   gpu:h100:32x8      256 GPUs
 by stepc with each level of `zero`, and as a GSPMD scan by hand: `jax.jit` with a sharded batch and a `lax.scan` over
-strided microbatches. No time is measured: these are the compiler's programs and memory plans. A topology whose compiler
-is not installed is skipped, with the reason.
+strided microbatches.
 
-Bytes are those of whole operands on one device over the data axes, times their executions in a step, without scalars.
+A decoder like Llama 3 of 8 and of 70 billion parameters (`llama.py`; context 4,096), with k = 1 and 4, on 256 chips
+and 512: by stepc with `zero=3`, and by hand, fully sharded over data and model. By hand it is reduced in bfloat16, in
+which it computes, so stepc is given `reduce_dtype=jnp.bfloat16`.
+
+No time is measured: these are the compiler's programs and memory plans. A topology whose compiler is not installed is
+skipped, with the reason. Bytes are those of whole operands on one device over the data axes, times their executions in
+a step, without scalars.
 """
 
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import llama
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measuring import arguments, begin, finish, show
@@ -40,11 +47,24 @@ RULES = {
     "layers/up": PartitionSpec(None, None, "model"),
     "layers/down": PartitionSpec(None, "model"),
 }
+# Of each size of Llama: the pods, their mesh, and how many microbatches a step has.
+LLAMA_PODS = {
+    "8B": {
+        "gpu:h100:32x8": ({"data": 64, "model": 4}, (1, 4)), "tpu:v5e:16x16": ({"data": 64, "model": 4}, (1, 4)),
+        "tpu:v5p:8x8x4": ({"data": 64, "model": 4}, (1, 4)),
+    },
+    "70B": {
+        "gpu:h100:64x8": ({"data": 128, "model": 4}, (4,)), "tpu:v5p:8x8x8": ({"data": 128, "model": 4}, (4,)),
+    },
+}  # fmt: skip
+LLAMA_LEVELS: dict[str, dict[str, Any]] = {"layer": {"gather": "layer"}, "step": {"gather": "step"}}
 LEVELS: dict[str, dict[str, Any]] = {
     "zero=0": {}, "zero=1": {"zero": 1}, "zero=2": {"zero": 2}, "zero=3": {"zero": 3},
     "zero=3, layer": {"zero": 3, "gather": "layer"},
     "zero=1, bfloat16": {"zero": 1, "reduce_dtype": jnp.bfloat16},
 }  # fmt: skip
+
+Variants: TypeAlias = dict[str, Callable[[], jax.stages.Compiled]]
 
 
 def shapes() -> dict[str, Any]:
@@ -107,6 +127,21 @@ def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
     transforms = sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(K) @ sc.shard(sc.dp(rows_of(mesh), **level), rules)
     step = sc.compile(transforms @ sc.grad(loss), mesh=mesh)
     return step.lower(step.init(shapes()), tokens(mesh)).compile().executable
+
+
+def our_llama(size: str, mesh: Mesh, k: int, **level: Any) -> jax.stages.Compiled:
+    """With stepc."""
+    model = llama.LLAMAS[size]
+    data = sc.dp("data", zero=3, reduce_dtype=jnp.bfloat16, **level)
+    gradient = sc.accumulate(k) @ sc.shard(data, sc.tp(llama.RULES, default=PartitionSpec())) @ sc.grad(model.loss())
+    step = sc.compile(sc.update(adamw()) @ sc.clip(1.0) @ gradient, mesh=mesh)
+    return step.lower(step.init(model.shapes()), llama.tokens(model, mesh, k)).compile().executable
+
+
+def llama_by_hand(size: str, mesh: Mesh, k: int) -> jax.stages.Compiled:
+    """Fully sharded, by constraints."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
+    return llama.by_hand(llama.LLAMAS[size], optimizer, mesh, k)
 
 
 def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
@@ -172,28 +207,61 @@ def shown(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     return (name, *kinds, *memory, f"{found['compile_seconds']:.0f}")
 
 
+def mesh_of_pod(pod: str, axes: dict[str, int]) -> Mesh | None:
+    """Its devices along these axes; None, with the reason on stderr, if its compiler is not installed."""
+    try:
+        return sc.topology(pod, **axes)
+    except sc.ConfigError as error:
+        print(f"{pod} is left out: {str(error).splitlines()[0]}\n", file=sys.stderr)
+        return None
+
+
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--pod", action="append", choices=list(PODS), help="only these; all of them by default")
+    llama_pods = {pod for pods in LLAMA_PODS.values() for pod in pods}
+    parser.add_argument(
+        "--pod", action="append", choices=sorted({*PODS, *llama_pods}), help="only these; all by default"
+    )
+    parser.add_argument(
+        "--model", action="append", choices=["GPT-2", *LLAMA_PODS], help="only these; all of them by default"
+    )
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     setting, results = begin((__doc__ or "").splitlines()[0]), {}
     head = ("", "all-reduce", "reduce-scatter", "all-gather", "model axis", "arguments", "temporaries", "compile s")
-    for pod in options.pod or PODS:
-        try:
-            mesh = sc.topology(pod, **PODS[pod])
-        except sc.ConfigError as error:
-            print(f"{pod} is left out: {str(error).splitlines()[0]}\n", file=sys.stderr)
-            continue
-        made = {name: (lambda level=level, mesh=mesh: ours(mesh, **level)) for name, level in LEVELS.items()}
-        variants = {"GSPMD scan": lambda mesh=mesh: gspmd_scan(mesh), **made}
-        names = list(variants) if not options.quick else ["zero=0", "zero=1"]
-        results[pod] = {name: measured(variants[name], mesh) for name in names}
-        show(
-            f"{pod}: MB on one device, over the axes of the rows by kind",
-            [head, *(shown(*row) for row in results[pod].items())],
-        )
+
+    def measure(name: str, pod: str, axes: dict[str, int], made: Callable[[Mesh], Variants]) -> None:
+        if options.pod and pod not in options.pod:
+            return
+        mesh = mesh_of_pod(pod, axes)
+        if mesh is None:
+            return
+        found = {variant: measured(make, mesh) for variant, make in made(mesh).items()}
+        results[name] = found
+        title = f"{name}: MB on one device, over the axes of the rows by kind"
+        show(title, [head, *(shown(*row) for row in found.items())])
+
+    models = options.model or ["GPT-2", *LLAMA_PODS]
+    for pod, axes in PODS.items() if "GPT-2" in models else ():
+        measure(f"GPT-2-small, {pod}", pod, axes, partial(gpt2_variants, quick=options.quick))
+    for size in [one for one in models if one in LLAMA_PODS and not options.quick]:
+        for pod, (axes, parts) in LLAMA_PODS[size].items():
+            for k in parts:
+                measure(f"Llama {size}, {pod}, k = {k}", pod, axes, partial(llama_variants, size, k=k))
     finish("pods", setting, results, quick=options.quick, save=options.save)
+
+
+def gpt2_variants(mesh: Mesh, *, quick: bool) -> Variants:
+    """Each level of `zero`, and by hand."""
+    made = {name: partial(ours, mesh, **level) for name, level in LEVELS.items()}
+    variants = {"GSPMD scan": partial(gspmd_scan, mesh), **made}
+    return {name: variants[name] for name in ("zero=0", "zero=1")} if quick else variants
+
+
+def llama_variants(size: str, mesh: Mesh, *, k: int) -> Variants:
+    """By hand, and how stepc gathers parameters."""
+    made = {name: partial(our_llama, size, mesh, k, **level) for name, level in LLAMA_LEVELS.items()}
+    return {"by hand": partial(llama_by_hand, size, mesh, k), **made}
 
 
 if __name__ == "__main__":
