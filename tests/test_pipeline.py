@@ -136,8 +136,10 @@ class Doubled(Signed):
 
 
 def test_transform_whose_expansion_differs_is_caught() -> None:
-    with pytest.raises(sc.EquivalenceError, match="reference of .*expansion"):
+    with pytest.raises(sc.EquivalenceError, match="reference of .*expansion") as caught:
         check_transform(Doubled(0.5), tolerance=0.0)
+    # The user's line is a call of `check_transform`: its argument is not that of the `update` which was made there.
+    assert "update(optimizer) @ doubled(0.5) @ grad(over_rows)" in str(caught.value)
 
 
 class Linear(Signed):

@@ -278,7 +278,7 @@ def site_of_caller() -> SourceSite:
 
 def quoted_argument(value: object, *, position: int, keyword: str, otherwise: str) -> QuotedArgument:
     """`value`, printed as the argument was written in the call outside stepc that is being executed."""
-    code = _source_of_call(_frame_of_caller())
+    code = "" if _is_called_by_us() else _source_of_call(_frame_of_caller())
     call = _parsed_call(code)
     if call is None:
         return QuotedArgument(value, otherwise)
@@ -354,6 +354,16 @@ def _is_ours(frame: FrameType) -> bool:
     package = module.partition(".")[0]
     # The annotation checkers of our tests put their own frames between the user and us.
     return package in ("stepc", "beartype", "jaxtyping") or frame.f_code.co_filename.startswith("<@beartype")
+
+
+def _is_called_by_us() -> bool:
+    """Whether a part of stepc outside the language made the transform: the user's line is then another call."""
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    modules: list[str] = []
+    while frame.f_back is not None and _is_ours(frame):
+        modules.append(str(frame.f_globals.get("__name__", "")))
+        frame = frame.f_back
+    return any(name.startswith("stepc.") and not name.startswith("stepc._language.") for name in modules)
 
 
 def _source_of_call(frame: FrameType) -> str:
