@@ -26,6 +26,7 @@ from catalogue import PROBES, over_pairs
 from nbclient import NotebookClient
 
 import stepc as sc
+from stepc._core.laws import LAWS
 from stepc.testing.probes import encoding
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +178,12 @@ def test_page_runs_and_prints_what_it_shows(path: Path, tmp_path: Path, request:
 def test_links_of_a_page_lead_somewhere(path: Path) -> None:
     for link in LINK.findall(path.read_text()):
         assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_page_of_laws_has_each_law_as_the_code_has_it() -> None:
+    rows = [f"| `{law.name}` | `{law.formula}` | {law.condition} | {law.reason} |" for law in LAWS]
+    page = (ROOT / "docs" / "laws.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| `")] == rows
 
 
 def test_readme_is_short() -> None:

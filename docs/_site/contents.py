@@ -8,14 +8,8 @@ from sphinx.application import Sphinx
 
 # Caption and pages. Every page that exists is in one of them: Sphinx warns of any other.
 CONTENTS = {
-    "Language": [
-        "docs/transforms",
-        "docs/steps",
-        "docs/numerics",
-        "docs/sharding",
-        "docs/autotune",
-        "tests/optimizers/RESULTS",
-    ],
+    "Start": ["docs/install", "docs/quickstart", "docs/migration", "docs/faq"],
+    "Language": ["docs/transforms", "docs/steps", "docs/numerics", "docs/sharding", "docs/laws", "docs/autotune"],
     "Programs": ["docs/inspecting", "docs/performance", "benchmarks/README", "tests/optimizers/RESULTS"],
     "Training": ["docs/runner", "docs/faults", "tests/faults/RESULTS", "docs/multihost", "examples/gpt/README"],
     "Notebooks": ["notebooks/*"],
