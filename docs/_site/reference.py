@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from docstrings import escaped
 from sphinx.application import Sphinx
 
 import stepc as sc
@@ -82,25 +83,34 @@ def pages_of_the_reference() -> dict[str, str]:
         page, title = next(page for package, page in PAGES.items() if value.__module__.startswith(package))
         names[page].append(name)
         titles[page] = title
-    pages = {name: module_page(getattr(sc, name)) for name in modules if name != "errors"}
-    for page, title in titles.items():
+    modules.remove("errors")  # its classes are names of stepc
+    order = [page for page in dict.fromkeys(page for page, _ in PAGES.values()) if page in titles]
+    pages = {}
+    for page in order:
         if page in PAGE_EACH:
             pages |= {name: transform_page(name, getattr(sc, name)) for name in names[page]}
         else:
             entries = "\n".join(entry(f"stepc.{name}", getattr(sc, name)) for name in names[page])
-            pages[page] = f"{heading(title)}\n{entries}"
-    pages["index"] = index_page({titles[page]: names[page] for page in PAGE_EACH}, list(pages))
+            pages[page] = f"{heading(titles[page])}\n{entries}"
+    pages |= {name: module_page(getattr(sc, name)) for name in modules}
+    listed = [(titles[page], names[page]) for page in order]
+    pages["index"] = index_page([*listed, ("Modules", modules)], list(pages))
     return pages
 
 
-def index_page(own: dict[str, list[str]], pages: list[str]) -> str:
-    single = {name for names in own.values() for name in names}
-    listed = {**own, "Everything else": [page for page in pages if page not in single]}
-    tables = [
-        "\n".join([f".. toctree::\n   :caption: {title}\n   :maxdepth: 1\n", *(f"   {name}" for name in names), ""])
-        for title, names in listed.items()
-    ]
-    return f"{heading('Reference')}\nEvery public name, from its docstring.\n\n" + "\n".join(tables)
+def index_page(listed: list[tuple[str, list[str]]], pages: list[str]) -> str:
+    """Every name with the first line of its docstring."""
+    tables = []
+    for title, names in listed:
+        rows = [f"   * - :py:obj:`{name} <stepc.{name}>`\n     - {summary(getattr(sc, name))}" for name in names]
+        tables += [heading(title, "-"), ".. list-table::\n   :widths: 20 80\n", *rows, ""]
+    contents = "\n".join([".. toctree::\n   :hidden:\n", *(f"   {page}" for page in pages)])
+    return f"{heading('Reference')}\nEvery public name, from its docstring.\n\n{contents}\n\n" + "\n".join(tables)
+
+
+def summary(value: Any) -> str:
+    first, _, _ = (inspect.getdoc(value) or "").partition("\n\n")
+    return escaped(" ".join(first.split()))
 
 
 def transform_page(name: str, function: Any) -> str:
@@ -166,7 +176,13 @@ def block(language: str, text: str) -> str:
     return f".. code-block:: {language}\n\n{textwrap.indent(textwrap.dedent(text).strip(), '   ')}\n"
 
 
+def without_signature(app: Sphinx, what: str, *_: object) -> tuple[str, str] | None:
+    """Nobody but stepc makes its errors, so how that is done is not told."""
+    return ("", "") if what == "exception" else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", 8)
     app.connect("builder-inited", write_reference)
+    app.connect("autodoc-process-signature", without_signature)
     return {"parallel_read_safe": True}
