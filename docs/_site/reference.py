@@ -80,9 +80,12 @@ def pages_of_the_reference() -> dict[str, str]:
         if isinstance(value, ModuleType):
             modules.append(name)
             continue
-        page, title = next(page for package, page in PAGES.items() if value.__module__.startswith(package))
-        names[page].append(name)
+        found = [page for package, page in PAGES.items() if value.__module__.startswith(package)]
+        if not found:
+            raise LookupError(f"`{name}` of {value.__module__} is on no page of the reference: add one to `PAGES`.")
+        page, title = found[0]
         titles[page] = title
+        names[page].append(name)
     modules.remove("errors")  # its classes are names of stepc
     order = [page for page in dict.fromkeys(page for page, _ in PAGES.values()) if page in titles]
     pages = {}
