@@ -402,6 +402,8 @@ FIELDS: dict[str, tuple[type, Callable[[], object]]] = {
         sc.LossError,
         lambda: trained_with(sc.remat("save_and_offload_only_these_names", offload=("mlp", "atn")) @ attending),
     ),
+    "dp_zero_axes": (sc.FieldValueError, lambda: sc.dp(("replica", "data"), zero=3, zero_axes=("data", "replica"))),
+    "dp_zero_axes_without_zero": (sc.FieldValueError, lambda: sc.dp(("replica", "data"), zero_axes="data")),
     "dp_offload": (sc.FieldValueError, lambda: sc.dp("data", offload="params")),
     "memory_of_the_host": (
         sc.ConfigError,

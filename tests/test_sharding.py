@@ -195,6 +195,40 @@ def test_hybrid_sharding_reduces_shards_over_the_inner_axis_first() -> None:
     )
 
 
+BOTH = {"zero_axes": ("replica", "data")}
+
+
+@pytest.mark.parametrize("level", [name for name in LEVELS if name != "zero0"])
+def test_state_is_sharded_along_several_axes_where_they_are_named(level: str) -> None:
+    transform = sc.shard(sc.dp(("replica", "data"), **LEVELS[level], **BOTH))
+    step = sc.compile(SGD @ sc.accumulate(2) @ transform @ sc.grad(WIDE["in_order"]), mesh=mesh_of(replica=2, data=4))
+    state = step.init(wide_params())
+    assert_equivalent(step, state, probe_batch(16), tolerance=0.0)
+    spec = P(None, None, ("replica", "data")) if "layer" in level else P(("replica", "data"))
+    assert state.opt_state[0].trace["deep"]["w"].sharding.spec == spec
+    assert (state.params["deep"]["w"].sharding.spec == spec) == (LEVELS[level]["zero"] == 3)
+    # The same shards and the same traffic as along one axis of that size.
+    made = compiled(transform, mesh_of(replica=2, data=4))
+    assert (
+        traffic(made, "data")
+        == traffic(made, "replica")
+        == traffic(compiled(sc.shard(sc.dp("data", **LEVELS[level])), mesh_of(data=8)))
+    )
+    assert (
+        made.memory().arguments
+        == compiled(sc.shard(sc.dp("data", **LEVELS[level])), mesh_of(data=8)).memory().arguments
+    )
+
+
+def test_axes_of_the_state_are_the_last_ones_of_three() -> None:
+    data = sc.dp(("pod", "replica", "data"), zero=3, **BOTH)
+    step = compiled(sc.shard(data), mesh_of(pod=2, replica=2, data=2))
+    assert traffic(step, "data") == {("all-gather", False): SIZE, ("reduce-scatter", False): SIZE}
+    assert traffic(step, "pod") == {("all-reduce", False): SIZE // 4}
+    assert repr(data) == 'dp(("pod", "replica", "data"), zero=3, zero_axes=("replica", "data"))'
+    assert sc.dp(("replica", "data"), zero=1, zero_axes="data") == sc.dp(("replica", "data"), zero=1)
+
+
 def test_model_axis_carries_only_what_the_model_needs() -> None:
     rules = sc.tp({"in/kernel": P(None, "model"), "in/bias": P("model"), "out/kernel": P("model")})
     mesh = mesh_of(data=4, model=2)

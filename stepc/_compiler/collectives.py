@@ -56,10 +56,10 @@ class ManualRegion:
       mesh: a mesh of Auto axes, or None for a single device.
       batch_axes: the axes that rows are split over, the outermost first: they are manual.
       specs: a tree like the parameters, of their PartitionSpec along the automatic axes.
-      dimensions: a tree like the parameters, of the dimension that is sharded over `shard_axis`, or -1.
+      dimensions: a tree like the parameters, of the dimension that is sharded over `shard_axes`, or -1.
       grad_specs, grad_dimensions: the same for the gradient, which has the trained parameters alone.
-      shard_axis: the axis that gradients and optimizer state are sharded over; None if they are replicated.
-      has_sharded_params: whether the parameters are sharded over `shard_axis` too.
+      shard_axes: the axes that gradients and optimizer state are sharded over; none if they are replicated.
+      has_sharded_params: whether the parameters are sharded over `shard_axes` too.
       model_state: the leaves of the model state.
       model_state_tree: its structure.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
@@ -74,7 +74,7 @@ class ManualRegion:
     dimensions: Any  # Any: a tree like the parameters
     grad_specs: Any  # Any: a tree like the gradient
     grad_dimensions: Any  # Any: a tree like the gradient
-    shard_axis: str | None
+    shard_axes: tuple[str, ...]
     has_sharded_params: bool
     model_state: tuple[ModelStateLeaf, ...]
     model_state_specs: tuple[tuple[int, PartitionSpec], ...]
@@ -110,18 +110,18 @@ class ManualRegion:
 
     def manual_specs(self, dimensions: Any, *, sharded: bool) -> Any:  # Any: trees of one structure
         """The specs of a tree along the manual axes."""
-        axis = self.shard_axis if sharded else None
-        return jax.tree.map(lambda dim: PartitionSpec(*sharded_spec((), dim, axis)), dimensions)
+        axes = self.shard_axes if sharded else ()
+        return jax.tree.map(lambda dim: PartitionSpec(*sharded_spec((), dim, axes)), dimensions)
 
     def constrain(self, tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the gradient
         """The tree with a sharding constraint over all axes."""
-        if self.mesh is None or (not self.automatic_axes and self.shard_axis is None):
+        if self.mesh is None or (not self.automatic_axes and not self.shard_axes):
             return tree
-        axis = self.shard_axis if sharded else None
+        axes = self.shard_axes if sharded else ()
 
         def constrained(keys: Any, leaf: jax.Array, dim: int, spec: PartitionSpec) -> jax.Array:  # Any: as in path_of
             with self.leaves_scope([path_of(keys)]):
-                return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*sharded_spec(tuple(spec), dim, axis)))
+                return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*sharded_spec(tuple(spec), dim, axes)))
 
         return jax.tree_util.tree_map_with_path(constrained, tree, self.grad_dimensions, self.grad_specs)
 
@@ -196,17 +196,17 @@ def all_reduce(
     dimensions = jax.tree.leaves(region.grad_dimensions) if jax.tree.leaves(grads) else []
 
     def reduce(sums: tuple[MetricAccumulators, Grads]) -> tuple[MetricAccumulators, Grads]:
-        """One collective for everything that is reduced over all axes, one for what is scattered over one of them."""
+        """One collective for everything that is reduced over all axes, one for what is scattered over some of them."""
         metrics, grads = sums
         leaves, tree = jax.tree.flatten(grads)
         narrow = leaves if instruction.dtype is None else [leaf.astype(instruction.dtype) for leaf in leaves]
-        is_scattered = [instruction.scattered is not None and dim >= 0 for dim in dimensions]
+        is_scattered = [bool(instruction.scattered) and dim >= 0 for dim in dimensions]
         pairs = list(zip(narrow, is_scattered, strict=True))
         replicated_paths = [path for path, scattered in zip(paths, is_scattered, strict=True) if not scattered]
         with region.leaves_scope(replicated_paths) if replicated_paths else nullcontext():
             metrics, replicated = jax.lax.psum((metrics, [leaf for leaf, scattered in pairs if not scattered]), axes)
         shards = [leaf for leaf, scattered in pairs if scattered]
-        other_axes = tuple(axis for axis in axes if axis != instruction.scattered)
+        other_axes = tuple(axis for axis in axes if axis not in instruction.scattered)
         shards = jax.lax.psum(shards, other_axes) if other_axes and shards else shards
         reduced = (iter(replicated), iter(shards))
         totals = [next(reduced[scattered]) for scattered in is_scattered]
@@ -246,7 +246,7 @@ def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegio
             return leaf
         narrow = leaf if instruction.dtype is None else leaf.astype(instruction.dtype)
         with region.leaves_scope([path_of(keys)]):
-            total = jax.lax.psum_scatter(narrow, instruction.axis, scatter_dimension=dim, tiled=True)
+            total = jax.lax.psum_scatter(narrow, instruction.axes, scatter_dimension=dim, tiled=True)
         return total.astype(leaf.dtype)
 
     with region.scope(instruction.written):
@@ -264,7 +264,7 @@ def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> 
         if dim < 0:
             return leaf
         with region.leaves_scope([path_of(keys)]):
-            return jax.lax.all_gather(leaf, instruction.axis, axis=dim, tiled=True)
+            return jax.lax.all_gather(leaf, instruction.axes, axis=dim, tiled=True)
 
     with region.scope(instruction.written):
         return region.fully_manual(
@@ -319,19 +319,19 @@ def _parted(joined: jax.Array, like: list[jax.Array], *, axis: int) -> list[jax.
 
 def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
     """The loss as a function of sharded parameters, if it gathers them itself: one layer at a time in a scan."""
-    axis = instruction.layered
-    if axis is None:
+    axes = instruction.layered
+    if not axes:
         return loss
 
     def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype, path: str) -> jax.Array:
         def gather_shard(shard: jax.Array) -> jax.Array:
             with region.scope(instruction.written), region.leaves_scope([path]):
-                return jax.lax.all_gather(shard.astype(dtype), axis, axis=dim, tiled=True)
+                return jax.lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
 
         def scatter_grad(grad: jax.Array) -> jax.Array:
             wider = grad.astype(instruction.dtype or accumulation_dtype(leaf.dtype))
             with region.scope(instruction.written), region.leaves_scope([path]):
-                total = jax.lax.psum_scatter(wider, axis, scatter_dimension=dim, tiled=True)
+                total = jax.lax.psum_scatter(wider, axes, scatter_dimension=dim, tiled=True)
             return total.astype(leaf.dtype)
 
         @jax.custom_vjp
@@ -344,7 +344,7 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
         return gathered(leaf)
 
     def gathered_shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
-        times = region.num_devices((axis,))
+        times = region.num_devices(axes)
         sizes = tuple(size * times if number == dim else size for number, size in enumerate(leaf.shape))
         return jax.ShapeDtypeStruct(sizes, leaf.dtype)
 

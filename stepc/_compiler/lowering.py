@@ -1027,7 +1027,7 @@ def _update(
     """The second run of the final maps, then the optimizer."""
 
     def constrain(tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the parameters
-        return tree if region.shard_axis is None else region.constrain(tree, sharded=sharded)
+        return tree if not region.shard_axes else region.constrain(tree, sharded=sharded)
 
     params = constrain(state.params, sharded=True)
     value = _divide(final_maps.division, gradient.total)

@@ -96,7 +96,7 @@ def placement_of_state(
         like, spec = params[name], specs.get(name, ())
         field = path.partition("/")[0]
         if rules.layout.zero == 3 or (rules.layout.zero and field not in ("params", "model_state")):
-            spec = sharded_spec(spec, shard_dimension(like, spec, rules), rules.axis)
+            spec = sharded_spec(spec, shard_dimension(like, spec, rules), rules.shard_axes)
         found[path] = mirrored_spec(leaves[path].shape, like.shape, spec)
     rows = normalized_spec((rules.rows,))
     of_model_state = zip(
@@ -148,7 +148,7 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
             else:
                 mirrors = "" if field == "params" else f"like params/{name}"
                 level = 3 if field == "params" else 1
-                if rules.layout.zero >= level and rules.axis not in axes_of(spec):
+                if rules.layout.zero >= level and not {*rules.shard_axes} & {*axes_of(spec)}:
                     unsharded = why_unsharded(leaf, tuple(spec), rules)
         return LeafSharding(
             path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded, memory=memory_of(leaf)
@@ -248,7 +248,7 @@ def gradient_shapes(
     sizes = dict(rules.sizes)
 
     def local(leaf: Any, spec: PartitionSpec, dim: int) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
-        entries = sharded_spec(tuple(spec), dim, rules.axis if sharded else None)
+        entries = sharded_spec(tuple(spec), dim, rules.shard_axes if sharded else ())
         shards = [prod(sizes[axis] for axis in axes_of((entry,))) for entry in entries]
         shards += [1] * (leaf.ndim - len(shards))
         shape = tuple(size // number for size, number in zip(leaf.shape, shards, strict=True))

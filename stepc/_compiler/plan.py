@@ -347,7 +347,11 @@ def _evaluations(evaluate: Evaluate) -> tuple[tuple[str, Schedule], ...]:
 def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
     match one:
         case Compute(node, pulls_back=True, layered=layered):
-            how = f"; gathers parameters and scatters their gradient over {layered}, {_BY_LAYER}" if layered else ""
+            how = (
+                f"; gathers parameters and scatters their gradient over {', '.join(layered)}, {_BY_LAYER}"
+                if layered
+                else ""
+            )
             return f"{node.written}: encodes one {unit} again, and pulls back the cotangents of its rows{how}"
         case Encode(node):
             return f"{node.written}: encodes one {unit}, without a gradient"
@@ -356,7 +360,11 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
         case Compute(node, counts_first, rescaled, layered=layered):
             how = ", each term divided by its count" if counts_first else ""
             how += ", times the loss scale" if rescaled else ""
-            how += f"; gathers parameters and scatters their gradient over {layered}, {_BY_LAYER}" if layered else ""
+            how += (
+                f"; gathers parameters and scatters their gradient over {', '.join(layered)}, {_BY_LAYER}"
+                if layered
+                else ""
+            )
             return f"{node.written}: value and gradient of one {unit}{how}"
         case Value(node):
             return f"{node.written}: value of one {unit}"
@@ -371,15 +379,15 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
         case Vmap():
             return "vmap over the rows and sum"
         case AllReduce(axes, num_devices, reason, apart, scattered, dtype):
-            shards = [axis for axis in axes if axis != scattered]
-            what = "" if scattered is None else " of metrics and replicated leaves"
-            also = f", and of shards over {', '.join(shards)}" if scattered is not None and shards else ""
+            shards = [axis for axis in axes if axis not in scattered]
+            what = "" if not scattered else " of metrics and replicated leaves"
+            also = f", and of shards over {', '.join(shards)}" if scattered and shards else ""
             also += f", then {' and '.join(apart)} of metrics" if apart else ""
             return f"all-reduce{what} over {', '.join(axes)} ({num_devices} devices){_in(dtype)}{also}: {reason}"
-        case ReduceScatter(axis, num_devices, reason, dtype):
-            return f"reduce-scatter over {axis} ({num_devices} devices){_in(dtype)}: {reason}"
-        case AllGather(axis, num_devices, reason):
-            return f"all-gather of parameters over {axis} ({num_devices} devices): {reason}"
+        case ReduceScatter(axes, num_devices, reason, dtype):
+            return f"reduce-scatter over {', '.join(axes)} ({num_devices} devices){_in(dtype)}: {reason}"
+        case AllGather(axes, num_devices, reason):
+            return f"all-gather of parameters over {', '.join(axes)} ({num_devices} devices): {reason}"
         case ReduceModelState(axes, num_devices, reason):
             kinds = ", ".join(one.kinds)
             return f"all-reduce of the model state over {', '.join(axes)} ({num_devices} devices), {kinds}: {reason}"
@@ -493,7 +501,7 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                 for per, body in _evaluations(evaluate):
                     yield from (replace(inner, per=per) for inner in _collectives(body, 1))
                 if one.gather is not None:
-                    yield planned("all-gather", (one.gather.axis,), one.gather.reason)
+                    yield planned("all-gather", one.gather.axes, one.gather.reason)
             case CountFirst(body) | Vmap(body):
                 yield from _collectives(body, times)
             case Perturb(here=here, to_value=to_value, there=there):
@@ -508,13 +516,13 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
                     yield planned("all-reduce", axes, f"sums in z, {dtype}: the head needs those of the whole batch")
                 yield from _collectives(() if gather is None else (gather,), times)
                 yield from _collectives(second, times)
-            case Compute(layered=str() as axis):
-                yield planned("all-gather", (axis,), f"parameters, {_BY_LAYER}")
-                yield planned("reduce-scatter", (axis,), f"their gradient, {_BY_LAYER}")
-            case ReduceScatter(axis, _, reason):
-                yield planned("reduce-scatter", (axis,), reason)
-            case AllGather(axis, _, reason) | Optimize(gather=AllGather(axis, _, reason)):
-                yield planned("all-gather", (axis,), reason)
+            case Compute(layered=(_, *_) as axes):
+                yield planned("all-gather", axes, f"parameters, {_BY_LAYER}")
+                yield planned("reduce-scatter", axes, f"their gradient, {_BY_LAYER}")
+            case ReduceScatter(axes, _, reason):
+                yield planned("reduce-scatter", axes, reason)
+            case AllGather(axes, _, reason) | Optimize(gather=AllGather(axes, _, reason)):
+                yield planned("all-gather", axes, reason)
             case AllReduce(axes, _, reason, apart):
                 yield planned("all-reduce", axes, reason)
                 for kind in apart:

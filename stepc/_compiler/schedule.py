@@ -128,7 +128,7 @@ class Compute:
       rescaled: whether the loss is multiplied by a scale before the gradient is taken.
       count: what one call of the loss counts; 1 unless the loss is a `Mean` with a static count, or one part of a loss
         of the whole batch: then all calls together count 1.
-      layered: the mesh axis that parameters are sharded over, if the loss gathers them one layer at a time.
+      layered: the mesh axes that parameters are sharded over, if the loss gathers them one layer at a time.
       dtype: in which their gradient is then reduced; None for its own, or float32 if that is wider.
       written: the transforms that ask the loss to gather, as written.
       reports: whether the metrics of the loss are kept.
@@ -140,7 +140,7 @@ class Compute:
     counts_first: bool = False
     rescaled: bool = False
     count: float | Fraction = 1.0
-    layered: str | None = None
+    layered: tuple[str, ...] = ()
     dtype: str | None = None
     written: str = ""
     reports: bool = True
@@ -229,7 +229,7 @@ class AllReduce:
 
     Args:
       separate_metrics: the kinds of metrics that take a collective each.
-      scattered: the axis over which a `ReduceScatter` has summed the sharded leaves of the gradient already.
+      scattered: the axes over which a `ReduceScatter` has summed the sharded leaves of the gradient already.
       dtype: in which the gradient is reduced; None for its own.
       written: the transforms that ask for it, as written; so in the collectives below.
     """
@@ -238,19 +238,19 @@ class AllReduce:
     num_devices: int
     reason: str
     separate_metrics: tuple[str, ...] = ()
-    scattered: str | None = None
+    scattered: tuple[str, ...] = ()
     dtype: str | None = None
     written: str = ""
 
 
 @dataclass(frozen=True)
 class ReduceScatter:
-    """Reduce the sharded leaves of the gradient over one axis: each device receives its own shard of the sum.
+    """Reduce the sharded leaves of the gradient over some axes: each device receives its own shard of the sum.
 
     Replicated leaves and metrics are left to the `AllReduce` after it.
     """
 
-    axis: str
+    axes: tuple[str, ...]
     num_devices: int
     reason: str
     dtype: str | None = None
@@ -259,9 +259,9 @@ class ReduceScatter:
 
 @dataclass(frozen=True)
 class AllGather:
-    """Gather the parameters that are sharded over an axis."""
+    """Gather the parameters that are sharded over some axes."""
 
-    axis: str
+    axes: tuple[str, ...]
     num_devices: int
     reason: str
     written: str = ""
@@ -728,12 +728,13 @@ def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
     """The same schedule with gradient, optimizer state and parameters sharded as the rules say."""
     layout = rules.layout
     schedule = tuple(_reduce_in(one, layout.reduce_dtype) for one in schedule)
-    if rules.axis is None or not layout.zero:
+    if not rules.shard_axes or not layout.zero:
         return schedule
-    reductions = (one for one in all_instructions(schedule) if isinstance(one, AllReduce) and rules.axis in one.axes)
-    gather = AllGather(rules.axis, rules.num_parts, "the loss needs gathered parameters", next(reductions).written)
+    axes = rules.shard_axes
+    reductions = (one for one in all_instructions(schedule) if isinstance(one, AllReduce) and {*axes} <= {*one.axes})
+    gather = AllGather(axes, rules.num_parts, "the loss needs gathered parameters", next(reductions).written)
     schedule = tuple(_shard_evaluation(one, gather, rules) for one in schedule)
-    schedule = _reduce_scattered(schedule, rules, rules.axis)
+    schedule = _reduce_scattered(schedule, rules)
     if layout.zero < 3:
         gather = replace(gather, reason="each device updates its own shard of the parameters")
         return tuple(replace(one, gather=gather) if isinstance(one, Optimize) else one for one in schedule)
@@ -773,14 +774,14 @@ def _reduce_in(one: Instruction, dtype: str | None) -> Instruction:
             return one
 
 
-def _reduce_scattered(schedule: Schedule, rules: BoundRules, axis: str) -> Schedule:
-    """The last all-reduce as a reduce-scatter over `axis`, unless the gradient is reduced inside a loop."""
+def _reduce_scattered(schedule: Schedule, rules: BoundRules) -> Schedule:
+    """The last all-reduce as a reduce-scatter to the shards, unless the gradient is reduced inside a loop."""
     position = max((index for index, one in enumerate(schedule) if isinstance(one, AllReduce)), default=-1)
     reduction = schedule[position] if position >= 0 else None
-    if not isinstance(reduction, AllReduce) or axis not in reduction.axes:
+    if not isinstance(reduction, AllReduce) or not {*rules.shard_axes} <= {*reduction.axes}:
         return schedule
-    scatter = ReduceScatter(axis, rules.num_parts, reduction.reason, reduction.dtype, reduction.written)
-    before, after = schedule[:position], (replace(reduction, scattered=axis), *schedule[position + 1 :])
+    scatter = ReduceScatter(rules.shard_axes, rules.num_parts, reduction.reason, reduction.dtype, reduction.written)
+    before, after = schedule[:position], (replace(reduction, scattered=rules.shard_axes), *schedule[position + 1 :])
     if rules.layout.zero == 2 or rules.layout.gather != "step":
         return (*_scatter_in_loop(before, scatter), *after)
     return (*before, scatter, *after)
@@ -817,7 +818,7 @@ def _gather_by_layer(schedule: Schedule, gather: AllGather, dtype: str | None) -
             case ReduceScatter():
                 continue
             case Compute():
-                instructions.append(replace(one, layered=gather.axis, dtype=dtype, written=gather.written))
+                instructions.append(replace(one, layered=gather.axes, dtype=dtype, written=gather.written))
             case ScanMicrobatches(_, body):
                 instructions.append(replace(one, body=_gather_by_layer(body, gather, dtype)))
             case CountFirst(body):
@@ -945,13 +946,15 @@ def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int, n
         )
     notes = _narrower_reduction(instructions, gradient_bytes, 2 * num_values)
     if layout.zero and not gradient_is_sharded(schedule):
-        why = next(one.reason for one in instructions if isinstance(one, AllReduce) and rules.axis in one.axes)
+        why = next(
+            one.reason for one in instructions if isinstance(one, AllReduce) and {*rules.shard_axes} & {*one.axes}
+        )
         notes.append(f"the accumulator is replicated: {why}")
     elif iterations > 1 and (layout.zero == 2 or layout.gather != "step"):
         notes.append(
             f"the accumulator takes {part} instead of {size}, for {iterations} reduce-scatters of {size} instead of 1"
         )
-    if layout.gather != "step" and rules.axis is not None:
+    if layout.gather != "step" and rules.shard_axes:
         often = f"for {iterations} all-gathers instead of 1"
         if any(isinstance(one, Compute) and one.layered for one in instructions):
             notes.append(

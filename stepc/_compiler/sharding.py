@@ -25,18 +25,19 @@ class BoundRules:
       layout: the rules of all its transforms.
       sizes: (name, size) of each mesh axis.
       rows: the mesh axes that the rows of a batch are sharded over, outermost first, automatic ones included.
-      axis: the mesh axis that `zero` shards over; None if it shards nothing.
+      shard_axes: the mesh axes that `zero` shards over, the outermost first; none if it shards nothing.
     """
 
     layout: ShardingRules = ShardingRules()
     sizes: tuple[tuple[str, int], ...] = ()
     rows: tuple[str, ...] = ()
-    axis: str | None = None
+    shard_axes: tuple[str, ...] = ()
 
     @property
     def num_parts(self) -> int:
-        """The number of shards along `axis`."""
-        return 1 if self.axis is None else dict(self.sizes)[self.axis]
+        """The number of shards along `shard_axes`."""
+        sizes = dict(self.sizes)
+        return prod(sizes[axis] for axis in self.shard_axes)
 
     @property
     def has_rules(self) -> bool:
@@ -62,6 +63,7 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
         faults.append("two transforms give `logical` rules; one table names every dimension.")
     merged = ShardingRules(
         zero=sharded[0].layout.zero if sharded else 0,
+        zero_axes=sharded[0].layout.zero_axes if sharded else (),
         gather=sharded[0].layout.gather if sharded else "step",
         offload=next((layout.offload for layout in layouts if layout.offload), ""),
         reduce_dtype=dtypes[0] if dtypes else None,
@@ -88,10 +90,11 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
         hints = [misspelt_axes(unknown, sizes)]
         hints += [f"Parameters are sharded over an axis that shards no rows, such as {free}."] if taken and free else []
         raise _error(faults, sizes, of="the sharding rules", hints=hints)
-    axis = sharded[0].axes[-1] if sharded else None
-    if axis is None or sizes[axis] == 1:
+    named = (sharded[0].layout.zero_axes or sharded[0].axes[-1:]) if sharded else ()
+    shard_axes = tuple(axis for axis in named if sizes[axis] > 1)
+    if not shard_axes:
         return BoundRules(replace(merged, zero=0), tuple(sizes.items()), rows)
-    return BoundRules(merged, tuple(sizes.items()), rows, axis)
+    return BoundRules(merged, tuple(sizes.items()), rows, shard_axes)
 
 
 def check_turns_agree(turns: tuple[Turn, ...], rules: tuple[BoundRules, ...]) -> None:
@@ -245,7 +248,7 @@ def why_unsharded(leaf: Any, spec: Spec, rules: BoundRules) -> str:  # Any: as a
         for dim, size in enumerate(leaf.shape)
         if size and size % rules.num_parts == 0
     ]
-    parts = f"{rules.axis}={rules.num_parts}"
+    parts = f"{' × '.join(rules.shard_axes)}={rules.num_parts}"
     return f"{parts} divides only {', and '.join(taken)}" if taken else f"not divisible by {parts}"
 
 

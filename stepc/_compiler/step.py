@@ -431,7 +431,7 @@ class Step:
             dimensions=dimensions,
             grad_specs=grad_specs,
             grad_dimensions=grad_dimensions,
-            shard_axis=rules.axis if rules.layout.zero else None,
+            shard_axes=rules.shard_axes if rules.layout.zero else (),
             has_sharded_params=rules.layout.zero == 3,
             model_state=structure.model_state,
             model_state_specs=specs_of_model_state(state, rules),

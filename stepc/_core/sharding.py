@@ -15,8 +15,9 @@ class ShardingRules:
     """How parameters, optimizer state, accumulator and batch are sharded.
 
     Args:
-      zero: what is sharded along the innermost axis of the mean: 0, nothing; 1, the optimizer state; 2, the accumulator
+      zero: what is sharded along axes of the mean: 0, nothing; 1, the optimizer state; 2, the accumulator
         too; 3, the parameters too.
+      zero_axes: which of them, the outermost first; the innermost alone, if none are named.
       gather: "step", "microbatch" or "layer": how often sharded parameters are gathered.
       offload: "optimizer", if the optimizer state is kept in the memory of the host; "" for nothing.
       reduce_dtype: in which gradients are added up over devices, by name; None for the dtype they are accumulated in.
@@ -29,6 +30,7 @@ class ShardingRules:
     """
 
     zero: int = 0
+    zero_axes: tuple[str, ...] = ()
     gather: str = "step"
     offload: str = ""
     reduce_dtype: str | None = None
@@ -53,12 +55,12 @@ def normalized_spec(spec: Iterable[Entry]) -> Spec:
     return tuple(entries)
 
 
-def sharded_spec(spec: Spec, dimension: int, axis: str | None) -> Spec:
-    """The spec with `dimension` sharded along `axis`; unchanged without an axis, or for a negative dimension."""
-    if axis is None or dimension < 0:
+def sharded_spec(spec: Spec, dimension: int, axes: tuple[str, ...]) -> Spec:
+    """The spec with `dimension` sharded along `axes`; unchanged without any, or for a negative dimension."""
+    if not axes or dimension < 0:
         return spec
     full = (*spec, *([None] * (dimension + 1 - len(spec))))
-    return (*full[:dimension], axis, *full[dimension + 1 :])
+    return (*full[:dimension], axes[0] if len(axes) == 1 else axes, *full[dimension + 1 :])
 
 
 def spec_text(spec: Spec) -> str:

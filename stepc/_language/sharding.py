@@ -18,19 +18,20 @@ OFFLOADS: Final = (None, "optimizer")
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Rows sharded along mesh axes; with `zero`, the state sharded along the innermost of them."""
+    """Rows sharded along mesh axes; with `zero`, the state sharded along the innermost of them, or along several."""
 
     axes: tuple[str, ...]
     zero: int = 0
+    zero_axes: tuple[str, ...] = ()
     gather: str = "step"
     offload: str | None = None
     reduce_dtype: np.dtype | None = None
     batch: Rules = ()
 
     def __repr__(self) -> str:
-        named = ", ".join(f'"{axis}"' for axis in self.axes)
-        given = [named if len(self.axes) == 1 else f"({named})"]
+        given = [_axes_text(self.axes)]
         given += [f"zero={self.zero}"] if self.zero else []
+        given += [f"zero_axes={_axes_text(self.zero_axes)}"] if self.zero_axes else []
         given += [f'gather="{self.gather}"'] if self.gather != "step" else []
         given += [f'offload="{self.offload}"'] if self.offload is not None else []
         given += [f"reduce_dtype=jnp.{self.reduce_dtype.name}"] if self.reduce_dtype is not None else []
@@ -70,6 +71,7 @@ def dp(
     axis: str | tuple[str, ...],
     *,
     zero: int = 0,
+    zero_axes: str | tuple[str, ...] | None = None,
     gather: str = "step",
     offload: str | None = None,
     reduce_dtype: Any = None,  # Any: whatever jnp.dtype takes
@@ -86,9 +88,12 @@ def dp(
       axis: the name of a mesh axis, or several, the outermost first. The batch size must be a multiple of their size.
         With `zero`, the state is sharded along the last axis and replicated along the others (hybrid sharding): the
         gradient is reduce-scattered along the last axis first, and only a shard of it is reduced along the others.
+        `zero_axes` changes that.
       zero: 0, everything is replicated; 1, the optimizer state is sharded: one reduce-scatter of the gradient and one
         all-gather of the parameters a step; 2, the accumulator too: a reduce-scatter a microbatch; 3, the parameters
         too: an all-gather before the loss.
+      zero_axes: along which of the axes `zero` shards, the last ones in their order; None for the last alone. All of
+        them take the least memory; more devices exchange shards then, over slower links where the outer axes have such.
       gather: with `zero=3`, when the parameters are gathered. "step": once a step. "microbatch": once a microbatch,
         with a sharded accumulator, which takes less memory and more traffic. "layer": one layer at a time where the
         loss is a `lax.scan` over stacked layers, and again for the gradient: the least memory and the most traffic.
@@ -121,9 +126,22 @@ def dp(
     one_of("gather mode", gather, GATHERS)
     if gather != "step" and zero < 3:
         raise FieldValueError(f"`dp(gather={gather!r})` needs zero=3.", facts=(("got", f"zero={zero}"),))
+    along = () if zero_axes is None else zero_axes if isinstance(zero_axes, tuple) else (zero_axes,)
+    along = tuple(axis_name("dp", "zero_axes", one) for one in along)
+    if zero_axes is not None and (not along or axes[-len(along) :] != along or not zero):
+        facts = (("axes", _axes_text(axes)), ("zero", str(zero)), ("got", repr(zero_axes)))
+        text = _axes_text(axes)
+        raise FieldValueError(
+            "`dp`: zero_axes must be the last of its axes, in their order, and goes with `zero`.",
+            facts=facts,
+            suggestion=f"`dp({text}, zero={zero or 1}, zero_axes={text})` shards along all of them.",
+        )
+    along = () if along == axes[-1:] else along
     one_of("offload", offload, OFFLOADS)
     dtype = floating_dtype("dp", "reduce_dtype", reduce_dtype, sums=True)
-    return DataParallel(axes, zero, gather, offload, dtype, () if batch is None else _rules("dp", "batch", batch))
+    return DataParallel(
+        axes, zero, along, gather, offload, dtype, () if batch is None else _rules("dp", "batch", batch)
+    )
 
 
 def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpec | None = None) -> TensorParallel:
@@ -229,6 +247,11 @@ def _spec(transform: str, field: str, spec: object) -> Spec:
             if axis is not None:
                 axis_name(transform, field, axis)
     return tuple(spec)
+
+
+def _axes_text(axes: tuple[str, ...]) -> str:
+    named = ", ".join(f'"{axis}"' for axis in axes)
+    return named if len(axes) == 1 else f"({named})"
 
 
 def _rules_text(rules: Rules) -> str:

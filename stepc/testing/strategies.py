@@ -186,6 +186,7 @@ def _gradient_transforms(
         options: list[st.SearchStrategy[Any]] = [
             st.sampled_from(sizes).map(accumulate),
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
+            *([_hybrid(fitting)] if len(fitting) > 1 and not is_sharded and not single else []),
             *([_shards(fitting, levels=[0, 0, 1, 2, 3] if not is_sharded else [0])] if fitting else []),
             *([] if scaled else [st.just(loss_scale(initial=8.0))]),
             *([st.just(rows())] if single_rows and count <= MAX_MICROBATCHES // 4 else []),
@@ -211,6 +212,16 @@ def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
         return shard(dp(axis, zero=zero, gather=gather if zero == 3 else "step"))
 
     return st.builds(made, st.sampled_from(axes), st.sampled_from(levels), st.sampled_from(GATHERS))
+
+
+def _hybrid(axes: list[str]) -> st.SearchStrategy[Shard]:
+    """`shard(dp((axis, axis), ...))` with the state sharded along both, or along the last."""
+
+    def made(both: tuple[str, ...], zero: int, gather: str, along: int) -> Shard:
+        return shard(dp(both, zero=zero, zero_axes=both[along:], gather=gather if zero == 3 else "step"))
+
+    both = st.permutations(axes).map(lambda names: tuple(names[:2]))
+    return st.builds(made, both, st.sampled_from([1, 2, 3]), st.sampled_from(GATHERS), st.sampled_from([0, 1]))
 
 
 def batches(pipeline: Pipeline, *, axes: Mapping[str, int]) -> st.SearchStrategy[dict[str, Any]]:

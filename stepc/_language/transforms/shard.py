@@ -65,12 +65,12 @@ class Shard(Transform):
         rules = ShardingRules()
         for rule in self.rules:
             match rule:
-                case DataParallel(axes, zero, gather, offload, dtype, batch):
+                case DataParallel(axes, zero, zero_axes, gather, offload, dtype, batch):
                     reduce_dtype = None if dtype is None else dtype.name
                     automatic = axes if self.mode == "auto" else ()
                     rules = replace(
-                        rules, zero=zero, gather=gather, offload=offload or "", reduce_dtype=reduce_dtype, batch=batch,
-                        automatic=automatic,
+                        rules, zero=zero, zero_axes=zero_axes, gather=gather, offload=offload or "",
+                        reduce_dtype=reduce_dtype, batch=batch, automatic=automatic,
                     )  # fmt: skip
                 case TensorParallel(params, logical, default):
                     rules = replace(rules, params=params, default=default)
