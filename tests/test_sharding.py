@@ -523,6 +523,26 @@ def test_stack_that_is_sharded_along_its_layers_is_gathered_whole() -> None:
     assert gathers[0] == (8 * 5 * 4, False) and all(one == (64 * 64 * 4, True) for one in gathers[1:])
 
 
+@pytest.mark.parametrize("name", ["plain", "remat_of_a_layer", "remat_of_all", "bfloat16"])
+def test_plan_warns_of_a_stack_that_is_sharded_along_its_layers(name: str) -> None:
+    """Depth 6 over two devices: XLA gathers the whole stack over `model`, which a rule for another dimension avoids."""
+    found = {}
+    for rule in (P("model"), P(None, None, "model")):
+        layout = sc.shard(sc.dp("data"), sc.tp({"layers/up": rule}, default=P()))
+        step = sc.compile(SGD @ sc.accumulate(2) @ layout @ sc.grad(LOSSES[name]), mesh=mesh_of(data=4, model=2))
+        state = step.init(deep_params())
+        lowered = step.lower(state, mlp_batch(64))
+        rows = [row for row in lowered.compile().collectives() if row.kind == "all-gather" and "model" in row.axes]
+        gathers = [row for row in rows for shape in row.payload if shape.dims == (DEPTH, 64, 128)]
+        found[rule] = [note for note in lowered.plan.notes if "scans over layers" in note], bool(gathers)
+    size = 4 * DEPTH * 64 * 128
+    note = (
+        f"the loss scans over layers of `layers/up`, along the dimension that model shards: XLA gathers {size:,} B "
+        "over model for the forward scan, and again for the backward; shard another dimension"
+    )
+    assert found == {P("model"): ([note], True), P(None, None, "model"): ([], False)}
+
+
 def test_axis_of_the_rows_in_a_rule_names_the_axes_that_are_free() -> None:
     pipeline = (
         sc.update(optax.sgd(0.5)) @ sc.shard(sc.dp("data"), sc.tp({"up": P("data")})) @ sc.grad(PROBES["over_rows"])

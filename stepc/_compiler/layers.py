@@ -8,7 +8,7 @@ Gathered parameters are not kept for the gradient; they are gathered again. What
 stays that way: shards go into its own `jax.checkpoint`, because a second one around it would override what it keeps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -106,6 +106,42 @@ def gather_by_layer(
         return tree.unflatten([next(results) if other is None else other for other in others])
 
     return on_shards
+
+
+def stacked_inputs(jaxpr: Jaxpr) -> set[int]:
+    """The positions of the inputs of a program that a scan takes one slice of at a time: stacks of layers."""
+    origins: dict[Any, int] = {var: position for position, var in enumerate(jaxpr.invars)}  # Any: a variable
+    found: set[int] = set()
+    for equation in jaxpr.eqns:
+        inputs = [None if isinstance(var, Literal) else origins.get(var) for var in equation.invars]
+        if all(position is None for position in inputs):
+            continue
+        num_whole = len(inputs)  # the inputs that the operation takes whole
+        match equation.primitive.name:
+            case "convert_element_type" if inputs[0] is not None:
+                origins[equation.outvars[0]] = inputs[0]
+            case "scan":
+                num_whole = equation.params["num_consts"] + equation.params["num_carry"]
+                found |= {position for position in inputs[num_whole:] if position is not None}
+            case _:
+                pass
+        for inner in _programs_in(equation):
+            if len(inner.invars) == len(inputs):
+                within = [inputs[place] for place in stacked_inputs(inner) if place < num_whole]
+                found |= {position for position in within if position is not None}
+    return found
+
+
+def _programs_in(equation: Any) -> Iterator[Jaxpr]:  # Any: an equation
+    """The programs that an operation runs."""
+    for value in equation.params.values():
+        match value:
+            case Jaxpr():
+                yield value
+            case ClosedJaxpr():
+                yield value.jaxpr
+            case _:
+                pass
 
 
 def _run(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[jax.Array]:

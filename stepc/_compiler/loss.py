@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+from stepc._compiler.layers import stacked_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
@@ -205,6 +206,8 @@ def trace_loss_structure(
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)
+    paths, stacked = [path for path, _ in leaves_by_path(params)], stacked_inputs(traced.jaxpr)
+    structure = replace(structure, stacks=tuple(path for place, path in enumerate(paths) if place in stacked))
     if node.model_state is not None:
         leaves = _model_state_leaves(node, traced, (params, model_state, rows, keys), whole)
         structure = replace(structure, model_state=leaves)

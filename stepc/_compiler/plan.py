@@ -241,6 +241,25 @@ class Plan:
             yield "model state", aligned_table(map(_model_state, self.model_state))
 
 
+def notes_of_stacks(stacks: Sequence[str], leaves: Sequence[LeafSharding], mesh: Mesh | None) -> tuple[str, ...]:
+    """The stacks of layers that `tp` shards along their layers, so that XLA gathers them for the scan over layers.
+
+    Args:
+      stacks: the paths of the parameters that the loss scans over.
+    """
+    by_path = {leaf.path: leaf for leaf in leaves}
+    found = [leaf for path in stacks if (leaf := by_path[f"params/{path}"]).spec and leaf.spec[0] is not None]
+    if mesh is None or not found:
+        return ()
+    whole = [leaf.bytes_ * prod(mesh.shape[axis] for axis in axes_of(leaf.spec[:1])) for leaf in found]
+    over = ", ".join(dict.fromkeys(axis for leaf in found for axis in axes_of(leaf.spec[:1])))
+    named = listed(f"`{leaf.path.partition('/')[2]}`" for leaf in found)
+    return (
+        f"the loss scans over layers of {named}, along the dimension that {over} shards: XLA gathers {sum(whole):,} B "
+        f"over {over} for the forward scan, and again for the backward; shard another dimension",
+    )
+
+
 def notes_of_offload(leaves: Sequence[LeafSharding]) -> tuple[str, ...]:
     """What a state in the memory of the host costs."""
     sizes = [leaf.bytes_ for leaf in leaves if leaf.memory]

@@ -99,6 +99,7 @@ class LossStructure:
       model_state: the leaves of the model state.
       row_use: what it does with the rows that it is given; None where the batch is not split.
       head: of a loss of the whole batch, what its head is given.
+      stacks: the paths of the parameters that a scan takes one slice of at a time.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
@@ -107,6 +108,7 @@ class LossStructure:
     model_state: tuple[ModelStateLeaf, ...] = ()
     row_use: RowUse | None = None
     head: HeadStructure | None = None
+    stacks: tuple[str, ...] = ()
 
     @property
     def has_keys(self) -> bool:

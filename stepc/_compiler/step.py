@@ -36,7 +36,7 @@ from stepc._compiler.placement import (
     with_automatic_axes,
     without_weak_types,
 )
-from stepc._compiler.plan import Plan, ShardingTable, notes_of_offload
+from stepc._compiler.plan import Plan, ShardingTable, notes_of_offload, notes_of_stacks
 from stepc._compiler.schedule import (
     LossStructure,
     Schedule,
@@ -460,6 +460,8 @@ class Step:
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
             notes += (*self._note_of_names(state), *notes_of_offload(leaves))
+            stacks = dict.fromkeys(path for one in structures for path in one.stacks)
+            notes += notes_of_stacks(list(stacks), leaves, self.mesh)
             largest = max(sums, key=lambda one: sum(leaf.size for leaf in one))
             pairs = list(zip(form.turns, structures, strict=True))
             model_state = (replace(leaf, turn=turn.name) for turn, one in pairs for leaf in one.model_state)
