@@ -38,6 +38,7 @@ from stepc._language.transforms.skip_nonfinite import skip_nonfinite
 from stepc._language.transforms.update import update
 from stepc._runner.callbacks import EarlyStopping, Eval, Profile, Stop
 from stepc._runner.checkpoint import Checkpoints, restore
+from stepc._runner.evaluation import evaluate
 from stepc._runner.loggers.console import Console
 from stepc._runner.loggers.files import CSV, JSONL
 from stepc._runner.loggers.picture import Picture
@@ -145,6 +146,7 @@ __all__ = [
     "ema",
     "epochs",
     "errors",
+    "evaluate",
     "grad",
     "init_distributed",
     "inspect",

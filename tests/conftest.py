@@ -32,6 +32,7 @@ DOORS = (
     "stepc._language.transforms",
     "stepc._runner.callbacks",
     "stepc._runner.checkpoint",
+    "stepc._runner.evaluation",
     "stepc._runner.policies",
     "stepc._runner.run",
     "stepc._runner.watchdog",

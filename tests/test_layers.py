@@ -61,8 +61,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "_distributed", "_forks", "_jax", "_language.kinds", "_language.padding", "_language.state", "_text", "_units",
         "errors", "inspect",
     ),
-    # An evaluation adds up the terms that a loss returns.
-    "_runner.callbacks": ("_language.kinds", "_language.state", "_language.terms", "_runner", "errors"),
+    # An evaluation adds up the terms that a loss returns; what it is called by does not.
+    "_runner.callbacks": ("_language.kinds", "_language.state", "_runner", "errors"),
+    "_runner.evaluation": ("_language.kinds", "_language.state", "_language.terms", "_runner", "errors"),
     # A compilation is no stall.
     "_runner.watchdog": ("_jax", "_runner"),
     # A pipeline in place of a step is recognised, and the remedy named.

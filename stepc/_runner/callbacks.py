@@ -14,10 +14,10 @@ import numpy as np
 
 from stepc._language.kinds import Batch, HostMetrics
 from stepc._language.state import as_arrays
-from stepc._language.terms import AbstractTerms, Last, Max, Mean, Metric, Min, Sum, Sums, combine_metrics
 from stepc._runner.arguments import ArgumentFaults
 from stepc._runner.best import MODES, BestValue
 from stepc._runner.data import MASK, BatchSpec, checked, is_short, padded
+from stepc._runner.evaluation import MetricSums
 from stepc._runner.events import EventLog, is_due
 from stepc._runner.multihost import Peers, SingleProcess
 from stepc._runner.pending import CompiledStep, copy_state, deleted_leaves
@@ -339,29 +339,20 @@ def eval_metrics(
     Errors: ConfigError if there is no batch, if the processes have other numbers of them, or if `evaluate` does not
       return metrics that can be added up.
     """
-    sums: dict[str, Metric] = {}
-    sizes: set[tuple[int, ...]] = set()
+    step = evaluation.evaluate if isinstance(evaluation.evaluate, CompiledStep) else None
+    sums = MetricSums(num_steps=None if step is None else step.steps_per_call)
     mine = copy_state(state)
     for batch, rows, num_rows in _batches(evaluation, peers):
         if deleted_leaves(mine):  # a step donates the state that it gets
             mine = copy_state(state)
-        sizes.add(rows)
         result = evaluation.evaluate(mine, batch)
         if (stop := peers.verdict(result.why if isinstance(result, Stop) else None)) is not None:
             return Stop(stop)
-        for name, value in _named(result, state).items():
-            if not isinstance(value, Metric) and len(sizes) > 1 and any(len(set(one)) != 1 for one in sizes):
-                got = ", ".join(map(str, rows)) or "none"
-                raise ConfigError(
-                    f"The rows by which `{name}` is weighed are not known: the leaves of the batch have {got} rows. "
-                    "Return `sc.Mean(total, count)`."
-                )
-            one = _on_host(value, num_rows, evaluation.evaluate)
-            sums[name] = one if name not in sums else _added(sums[name], one)
+        sums.add(_named(result, state), rows, num_rows)
         progress()
-    if not sizes:
+    if not sums.num_batches:
         raise ConfigError("Its data gave no batch.")
-    return {f"{EVALUATED}{name}": _number(metric) for name, metric in sums.items()}
+    return {f"{EVALUATED}{name}": value for name, value in sums.values().items()}
 
 
 def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int, ...], int]]:
@@ -417,45 +408,6 @@ def _named(result: Any, state: Any) -> Mapping[str, Any]:  # Any: what `evaluate
             raise ConfigError(
                 f"`evaluate` must return a dict of metrics, or as a step does a state and metrics, got {got}."
             )
-
-
-def _on_host(value: Any, rows: int, evaluate: object) -> Metric:  # Any: a metric, an array, or a number for each row
-    match value:
-        case AbstractTerms():
-            return Sums(tuple(Mean(_float64(term.total), _float64(term.count)) for term in value.terms))
-        case Sum(number) | Max(number) | Min(number) | Last(number):
-            return type(value)(_float64(number))
-        case _:
-            array = _float64(value)
-            is_step = isinstance(evaluate, CompiledStep)  # its metrics have no rows, but maybe several steps
-            if array.ndim and (evaluate.steps_per_call > 1 if is_step else array.shape == (rows,)):
-                array = array.mean(axis=0)
-            return Sums((Mean(array * rows, rows),))
-
-
-def _float64(value: Any) -> Any:  # Any: a number or an array; an array of numpy
-    return np.asarray(value, np.float64)
-
-
-def _added(first: Metric, second: Metric) -> Metric:
-    match first, second:
-        case Max(), Max():
-            return Max(np.maximum(first.value, second.value))  # jax would round them to float32
-        case Min(), Min():
-            return Min(np.minimum(first.value, second.value))
-        case _:
-            return combine_metrics(first, second)
-
-
-def _number(metric: Metric) -> float | np.ndarray:
-    match metric:
-        case AbstractTerms():
-            counts = [np.asarray(term.count) for term in metric.terms]
-            pairs = zip(metric.terms, counts, strict=True)
-            value = sum(np.where(count == 0, 0.0, term.total / np.where(count == 0, 1, count)) for term, count in pairs)
-        case Sum(value) | Max(value) | Min(value) | Last(value):
-            pass
-    return np.asarray(value) if np.ndim(value) else float(value)
 
 
 def _guarded(phase: str, step: int, act: Callable[[], Any]) -> Any:  # Any: what the user's function returns

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import stepc as sc
 
@@ -155,3 +155,111 @@ def test_evaluation_does_not_share_a_name_with_the_step() -> None:
 
     with pytest.raises(sc.StepError, match="The step has metrics of the same name: 'eval/loss'. Rename one of each."):
         sc.run(own, {"w": jnp.zeros(2)}, UNEVEN[:1], eval=sc.Eval(1, lambda s, b: {"loss": b["x"].mean()}, UNEVEN))
+
+
+# `sc.evaluate`: the same sums without a run.
+
+ROWS = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+WEIGHTS = {"w": np.float32([1.0, -2.0, 0.5, 3.0])}
+
+
+def judged(params: Any, batch: Any) -> dict[str, Any]:
+    y = batch["x"] @ params["w"]
+    return {"mean": y.mean(), "rows": y, "over": sc.Mean(y.sum(), (y > 0).sum()), "max": sc.Max(y.max())}
+
+
+def in_batches(sizes: list[int]) -> list[dict[str, np.ndarray]]:
+    ends = np.cumsum([0, *sizes])
+    return [{"x": ROWS[start:end]} for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [[24], [8, 8, 8], [16, 8], [9, 9, 6], [7, 16, 1]])
+@pytest.mark.parametrize("devices", MESHES)
+def test_evaluate_gives_the_numbers_of_all_rows(sizes: list[int], devices: int | None) -> None:
+    found = sc.evaluate(judged, WEIGHTS, in_batches(sizes), mesh=mesh_of(devices))
+    y = ROWS.astype(np.float64) @ WEIGHTS["w"].astype(np.float64)
+    expected = {"mean": y.mean(), "rows": y.mean(), "over": y.sum() / (y > 0).sum(), "max": y.max()}
+    assert found == pytest.approx(expected, rel=1e-5)  # the products are in float32
+
+
+def test_evaluate_splits_rows_over_the_axes_that_no_parameter_is_sharded_over() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    sharded = jax.device_put(WEIGHTS["w"], NamedSharding(mesh, PartitionSpec("model")))
+    seen: list[Any] = []
+
+    def judge(params: Any, batch: Any) -> Any:
+        jax.debug.inspect_array_sharding(batch["x"], callback=lambda sharding: seen.append(sharding))
+        return {"mean": (batch["x"] @ params["w"]).mean()}
+
+    found = sc.evaluate(judge, {"w": sharded}, in_batches([16, 8]), mesh=mesh)
+    assert found == pytest.approx({"mean": (ROWS @ WEIGHTS["w"]).mean(dtype=np.float64)}, rel=1e-5)
+    assert [sharding.shard_shape(shape) for sharding, shape in zip(seen, [(16, 4), (8, 4)], strict=True)] == [
+        (4, 4), (2, 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda params, batch: batch["x"].mean(), {"loss": 4.5}),
+        (lambda params, batch: sc.Mean(batch["x"].sum(), batch["x"].size), {"loss": 4.5}),
+        (lambda params, batch: (batch["x"].mean(), {"most": sc.Max(batch["x"].max())}), {"loss": 4.5, "most": 21.0}),
+    ],
+)
+def test_evaluate_takes_a_loss(fn: Any, expected: dict[str, float]) -> None:
+    assert sc.evaluate(fn, {}, iter(UNEVEN)) == expected
+
+
+def test_evaluate_compiles_once_for_each_number_of_rows() -> None:
+    traces: list[int] = []
+
+    def judge(params: Any, batch: Any) -> Any:
+        traces.append(batch["x"].shape[0])
+        return {"mean": batch["x"].mean()}
+
+    for _ in range(2):
+        sc.evaluate(judge, WEIGHTS, in_batches([8, 8, 8]))
+    sc.evaluate(judge, WEIGHTS, in_batches([8, 8, 6]))
+    assert traces == [8, 6]
+
+
+def test_what_the_function_of_evaluate_raises_passes_through_with_a_note_for_a_state() -> None:
+    step = step_on(None)
+    with pytest.raises(TypeError) as raised:
+        sc.evaluate(judged, step.init(WEIGHTS), in_batches([24]))
+    assert any("`sc.evaluate(fn, state.params, data)` gives its parameters." in note for note in raised.value.__notes__)
+
+
+EVALUATE_MISTAKES: dict[str, tuple[type[Exception], Any, str]] = {
+    "arguments": (
+        sc.FieldTypeError,
+        lambda: sc.evaluate(3, {"w": 1.0, "act": [abs]}, UNEVEN[0], mesh=8),  # type: ignore[arg-type]
+        "Invalid arguments to `evaluate`.\n\n"
+        "  fn            expected a function of parameters and a batch, got 3\n"
+        "  params act/0  expected an array, got <built-in function abs>\n"
+        "  data          expected an iterable of batches, got one batch: a dict\n"
+        "  mesh          expected a jax.sharding.Mesh or None, got 8\n\n  Put it in a list: `[batch]`.",
+    ),
+    "a step": (
+        sc.FieldTypeError,
+        lambda: sc.evaluate(step_on(None), {}, UNEVEN),
+        "Invalid arguments to `evaluate`.\n\n  fn  expected a function of parameters and a batch, "
+        "got compile(update(optax.sgd(0.0)) @ grad(loss))\n\n"
+        "  In a run, `sc.Eval(every, step, data)` evaluates by a step. Here, give the loss.",
+    ),
+    "no batch": (sc.ConfigError, lambda: sc.evaluate(judged, WEIGHTS, []), "The data of `evaluate` gave no batch."),
+    "rows that are not known": (
+        sc.ConfigError,
+        lambda: sc.evaluate(lambda p, rows: rows["x"].mean(), {}, [{"x": np.ones(2), "y": np.ones(n)} for n in (3, 4)]),
+        "The rows by which `loss` is weighed are not known: the leaves of the batch have 2, 4 rows. "
+        "Return `sc.Mean(total, count)`.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATE_MISTAKES)
+def test_mistake_in_evaluate_is_refused_in_these_words(name: str) -> None:
+    kind, mistake, text = EVALUATE_MISTAKES[name]
+    with pytest.raises(kind) as raised:
+        mistake()
+    assert str(raised.value) == text
