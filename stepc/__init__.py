@@ -45,6 +45,7 @@ from stepc._runner.loggers.picture import Picture
 from stepc._runner.loggers.tensorboard import TensorBoard
 from stepc._runner.policies import Raise, Retry, Rollback, Skip
 from stepc._runner.run import Buffers, Data, run
+from stepc._runner.throughput import Throughput
 from stepc._runner.trainer import Run
 from stepc._runner.watchdog import Watchdog
 from stepc.errors import (
@@ -134,6 +135,7 @@ __all__ = [
     "Stop",
     "Sum",
     "TensorBoard",
+    "Throughput",
     "Transform",
     "Watchdog",
     "accumulate",

@@ -35,6 +35,7 @@ DOORS = (
     "stepc._runner.evaluation",
     "stepc._runner.policies",
     "stepc._runner.run",
+    "stepc._runner.throughput",
     "stepc._runner.watchdog",
     "stepc.inspect.budget",
     "stepc.testing.transforms",

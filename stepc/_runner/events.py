@@ -53,11 +53,38 @@ class ReservingLogger(Protocol):
     reserved: tuple[str, ...]
 
 
+@runtime_checkable
+class PausedLogger(Protocol):
+    """A logger or a meter that measures time, and leaves out that in which nothing is trained."""
+
+    def leave_out(self, seconds: float) -> None: ...
+
+
+@runtime_checkable
+class Meter(Protocol):
+    """What adds metrics of its own to those of each logged step, given among the loggers."""
+
+    reserved: tuple[str, ...]
+
+    def program(
+        self,
+        batch: Any,  # Any: a batch
+        executable: Any,  # Any: a jax.stages.Compiled, or None for a function of the user's own
+        devices: frozenset[Any],  # Any: devices of jax
+        *,
+        steps_per_call: int,
+        rows_axis: int,
+    ) -> None: ...
+
+    def measured(self, step: int) -> Mapping[str, float]: ...
+
+
 @dataclass
 class EventLog:
     """The loggers of one run.
 
     Args:
+      meters: what measures the run for them.
       every: the metrics of the first step, of every `every`-th and of the last are logged.
       is_strict: whether a logger that fails stops the training.
       is_leaving: whether the run ends by an exception; then no logger keeps it from saving by another one.
@@ -67,6 +94,7 @@ class EventLog:
     every: int
     is_strict: bool = False
     is_leaving: bool = False
+    meters: Sequence[Meter] = ()
     failures: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     _slow: set[int] = field(default_factory=set)
@@ -82,7 +110,7 @@ class EventLog:
     def taken_names(self, names: Iterable[str]) -> list[tuple[str, str]]:
         """The metrics whose name a logger uses itself, with a sentence for each."""
         rows: list[tuple[str, str]] = []
-        for logger in self.loggers:
+        for logger in (*self.loggers, *self.meters):
             match logger:
                 case ReservingLogger(reserved=reserved):
                     why = f"{type(logger).__name__} writes something else under this name"
@@ -107,7 +135,17 @@ class EventLog:
             return
         self._logged = self._last[0]
         if self.loggers:
-            self.log(self.last_metrics(), self._logged)
+            measured = {name: value for meter in self.meters for name, value in meter.measured(self._logged).items()}
+            self.log({**self.last_metrics(), **measured}, self._logged)
+
+    def leave_out(self, seconds: float) -> None:
+        """Let what measures time leave out that in which nothing was trained."""
+        for one in (*self.loggers, *self.meters):
+            match one:
+                case PausedLogger():
+                    one.leave_out(seconds)
+                case _:
+                    pass
 
     def metrics_of(self, step: int) -> HostMetrics:
         """The metrics of a step, if it is the last that was logged or could have been; none of one that was drained."""

@@ -50,6 +50,8 @@ class RecompilationMonitor:
         keeps both the trace and the executable. Errors: those of `lower`; MemoryError; BuildError for a metric that a
         logger could not tell from its own.
         """
+        executable = None
+        devices = jax.tree.leaves(state)[0].sharding.device_set
         match self.step:
             case PlainStep():
                 pass
@@ -65,13 +67,22 @@ class RecompilationMonitor:
                 )
                 if self.events.loggers and not self._built:
                     self.events.event("plan", number, level=logging.INFO, plan=str(lowered.plan))
-                needed = memory(lowered.compile().executable).total
+                executable = lowered.compile().executable
+                needed = memory(executable).total
                 device = jax.tree.leaves(state)[0].addressable_shards[0].device
                 available = memory_of(device)
                 if available is not None and needed > available:
                     has = readable_bytes(available)
                     what = f"the program needs {readable_bytes(needed)} on one device; {device} has {has}"
                     raise MemoryError(what)
+        for meter in self.events.meters:
+            meter.program(
+                item.batch,
+                executable,
+                frozenset(devices),
+                steps_per_call=self.step.steps_per_call,
+                rows_axis=self.step.rows_axis,
+            )
         if self._built and item.spec is not None:
             self._new = f"a batch of {', '.join(f'{path} {leaf}' for path, leaf in item.spec.rows().items())}"
         self._built[id(item.spec)] = item.spec

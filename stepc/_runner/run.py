@@ -24,7 +24,7 @@ from stepc._runner.best import BestValue
 from stepc._runner.callbacks import EVALUATED, Callbacks, EarlyStopping, Eval, Hook, Profile
 from stepc._runner.checkpoint import CheckpointKeeper, Checkpoints, checkpoint_store, pipeline_changes
 from stepc._runner.data import DataReader, Positioned, Source, check_data, go_to
-from stepc._runner.events import EventLog, Logger
+from stepc._runner.events import EventLog, Logger, Meter
 from stepc._runner.multihost import Peers, peers_for, replica_digests
 from stepc._runner.pending import (
     AnyStep,
@@ -141,7 +141,7 @@ def run(
     steps: int | None = None,
     on_error: OnError = "raise",
     checkpoint: Checkpoints | None = None,
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Logger | Meter] = (),
     log_every: int = 10,
     eval: Eval | None = None,
     hooks: Sequence[tuple[int, Hook]] = (),
@@ -165,7 +165,8 @@ def run(
         "data", "nonfinite", "device", "save", "log". Without a kind a policy governs the first three, where it can. A
         logger that fails is left alone after three failures in a row, unless "log" is to raise.
       checkpoint: where to save, and to resume from.
-      loggers: they get the metrics of the first step, of every `log_every`-th, and of the last.
+      loggers: they get the metrics of the first step, of every `log_every`-th, and of the last. `sc.Throughput(…)`
+        among them adds steps, examples and tokens per second, and the share of the peak of the device.
       log_every: in steps.
       eval: `sc.Eval(every, evaluate, data)` logs metrics of `evaluate(state, batch)` over all rows, as `eval/<name>`.
       hooks: pairs (every, hook): `hook(step, metrics, snapshot)`, where `snapshot()` makes a copy of the state. A hook
@@ -202,7 +203,9 @@ def run(
         watcher = StallWatcher(watchdog.warn_seconds, peers.stalled, watchdog.exit_seconds)
         at_the_end.enter_context(closing(watcher))
         signals = at_the_end.enter_context(watched_signals(watchdog.signals))
-        events = EventLog(loggers if peers.is_first else (), log_every, is_strict="log" in policies)
+        meters = [one for one in loggers if isinstance(one, Meter)]
+        listeners = [one for one in loggers if not isinstance(one, Meter)] if peers.is_first else []
+        events = EventLog(listeners, log_every, is_strict="log" in policies, meters=meters)
         if ties := describe_tied_leaves(state):
             events.event("tied_leaves", 0, leaves=ties, why="each is copied and trained apart")
         counts = FailureCounts(policies)
@@ -333,6 +336,8 @@ def _check_logger(name: str, logger: object, faults: ArgumentFaults) -> None:
             remedy = f"Make one: `{logger.__name__}(…)`."
             faults.mistaken(name, expected, f"the class {logger.__name__}", remedy)
         case Logger() if _takes_metrics(logger.log):
+            pass
+        case Meter() if not isinstance(logger, type):
             pass
         case str() if remedy := _LOGGERS_BY_NAME.get(logger.lower()):
             faults.mistaken(name, expected, repr(logger), remedy)

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -289,11 +290,13 @@ class Trainer:
         if newest is not None and self.number - newest.step >= (self.snapshot_every or 1):
             self.take_snapshot()
         if is_boundary:
+            began = time.perf_counter()
             # Before the save: a run that resumes from it does not repeat them, so a process that dies between the two
             # would lose them.
             self.callbacks.act(self.number, self.steps_per_call, self.run.state, self.events)
             if is_save or self._is_best():
                 self.save()
+            self.events.leave_out(time.perf_counter() - began)
 
     def _is_best(self) -> bool:
         """Whether the evaluation after this step has the best value so far, by process 0's numbers."""

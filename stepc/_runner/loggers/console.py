@@ -114,7 +114,11 @@ class Console(AbstractLogger):
         try:
             yield
         finally:
-            self._pace.leave_out(self._clock() - before)
+            self.leave_out(self._clock() - before)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count a time in which nothing was trained, such as that of an evaluation."""
+        self._pace.leave_out(seconds)
 
     def close(self) -> None:
         """Leave the bar as it is, and restore the terminal."""
