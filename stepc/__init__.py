@@ -8,6 +8,7 @@ from importlib import metadata as _metadata
 from stepc import errors, inspect, nodes, report, testing
 from stepc._compiler.stages import Compiled, Lowered
 from stepc._compiler.step import Step, compile
+from stepc._compiler.tune import Tuning, tune
 from stepc._distributed.start import init_distributed
 from stepc._language.kinds import Kind
 from stepc._language.padding import pad_batch
@@ -137,6 +138,7 @@ __all__ = [
     "TensorBoard",
     "Throughput",
     "Transform",
+    "Tuning",
     "Watchdog",
     "accumulate",
     "across",
@@ -172,5 +174,6 @@ __all__ = [
     "testing",
     "topology",
     "tp",
+    "tune",
     "update",
 ]

@@ -83,6 +83,17 @@ examples:
   stepc diff before.hlo after.hlo             # files with the text of `compiled.hlo()`
 
 exit codes: 0 if nothing changed, 1 if something did, 2 for invalid arguments or an error in your file.""",
+        "tune": f"""\
+{_BUILD}
+The step needs one accumulate(…), whatever its k. Each k that divides the rows is compiled and, on the devices that
+there are, measured in turns; shapes are filled with zeros. Nothing is chosen: write the number that you want.
+
+examples:
+  stepc tune train.py:build
+  stepc tune train.py:build --mesh data=8 --memory 12GiB --rounds 9 -o k.png
+  stepc tune train.py:build --on tpu:v5e:16x16        # memory and collectives alone
+
+exit codes: 0 on success, 1 if no k fits --memory, 2 for invalid arguments or an error in your file.""",
         "checkpoints": """\
 Nothing is changed, and a run may go on in the directory. The list reads the metadata of each checkpoint and looks
 whether its leaves are there; `show` and `compare` read every leaf and check its CRC-32.
@@ -237,6 +248,15 @@ def _parser() -> argparse.ArgumentParser:
             name, metavar=name.upper(), help="a program as in `stepc explain`, or a file of HLO text (.txt, .hlo)"
         )
     _add_mesh(command)
+    command = _command(commands, "tune", _tune, "measure a step for every number of microbatches")
+    command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    _add_mesh(command)
+    command.add_argument("--memory", metavar="SIZE", help="how much a step may hold on one device, as in 12GiB")
+    command.add_argument(
+        "-k", dest="ks", metavar="K,K,…", help="which k to measure (default: all that divide the rows)"
+    )
+    command.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default: 5)")
+    command.add_argument("--out", "-o", type=Path, metavar="FILE.png", help="write a picture of times and memory too")
     command = _command(commands, "checkpoints", _checkpoints, "list the checkpoints of a run, show one, compare two")
     command.add_argument("directory", type=Path, metavar="DIR", help="the directory of sc.Checkpoints")
     command.add_argument("verb", nargs="?", choices=("list", "show", "compare"), default="list", help="default: list")
@@ -343,6 +363,22 @@ def _diff(options: Options) -> int:
     return FAILED if difference else 0
 
 
+def _tune(options: Options) -> int:
+    axes = None if options["mesh"] is None else read_axes(options["mesh"])
+    program, arguments, _, _ = _loaded(options["target"], EXAMPLE_ARGS, options["on"], axes)
+    if not isinstance(program, sc.Step):
+        raise sc.ConfigError(f"`{options['target']}` is a jitted function; `stepc tune` measures a step of stepc.")
+    written = (options["ks"] or "").replace(" ", "")
+    if written and not all(one.isdigit() for one in written.split(",")):
+        raise sc.ConfigError("Invalid -k.", facts=(("expected", "numbers, as in 1,2,4"), ("got", options["ks"])))
+    ks = [int(one) for one in written.split(",")] if written else None
+    tuning = sc.tune(program, *arguments, memory=options["memory"], ks=ks, rounds=options["rounds"])
+    print(tuning)
+    if options["out"] is not None:
+        print(tuning.picture(options["out"]))
+    return 0 if any(one.fits for one in tuning.rows) else FAILED
+
+
 def _checkpoints(options: Options) -> int:
     checkpoint_store()  # it says how to install Orbax
     # By name, and not at the top: only this command needs Orbax.
@@ -409,15 +445,7 @@ def load_target(
       axes: the size of each mesh axis. None means no mesh on this machine, and one axis `data` on a topology.
     Errors: ConfigError that says what does not exist. What the user's own code raises passes through.
     """
-    mesh = _mesh(on, axes)
-    module, place, name = _module(written)
-    value = _attribute(module, name, place)
-    if isinstance(value, jax.stages.Wrapped):
-        given = _called(_attribute(module, args, place), mesh, args)
-        program, arguments = value, given if isinstance(given, tuple) else (given,)
-    else:
-        program, *arguments = _checked_tuple(_called(value, mesh, written), written)
-    _check_arguments(program, arguments, written)
+    program, arguments, mesh, name = _loaded(written, args, on, axes)
     match program:
         case sc.Step():
             step = program.lower(*arguments).compile()
@@ -425,6 +453,23 @@ def load_target(
         case _:
             compiled = program.lower(*arguments).compile()
             return Target(name, compiled, _checked_mesh(compiled, mesh), None)
+
+
+def _loaded(
+    written: str, args: str, on: str | None, axes: Mapping[str, int] | None
+) -> tuple[Any, tuple[Any, ...], Mesh | None, str]:  # Any: a step or a jitted function, and its arguments
+    """The program that is named, its arguments, the mesh and the name. Errors: see `load_target`."""
+    mesh = _mesh(on, axes)
+    module, place, name = _module(written)
+    value = _attribute(module, name, place)
+    if isinstance(value, jax.stages.Wrapped):
+        given = _called(_attribute(module, args, place), mesh, args)
+        program, arguments = value, given if isinstance(given, tuple) else (given,)
+    else:
+        program, *rest = _checked_tuple(_called(value, mesh, written), written)
+        arguments = tuple(rest)
+    _check_arguments(program, arguments, written)
+    return program, arguments, mesh, name
 
 
 def read_axes(written: str) -> dict[str, int]:

@@ -23,6 +23,7 @@ from jaxtyping import install_import_hook
 DOORS = (
     "stepc._compiler.normalize",
     "stepc._compiler.step",
+    "stepc._compiler.tune",
     "stepc._distributed.start",
     "stepc._language.fields",
     "stepc._language.padding",

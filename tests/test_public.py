@@ -21,9 +21,9 @@ BatchError Budget BudgetError Buffers BuildError CSV CheckpointError Checkpoints
 DataError DeviceError EarlyStopping EquivalenceError Eval FieldTypeError FieldValueError Fn Gradient Interrupted JSONL
 Kind Last LossError Lowered Max Mean Microbatch Min NonFiniteError PeerError Picture Pipeline PipelineTypeError
 Preempted Profile Raise Reference RejectedError ResumeError Retry Rollback Run ShardingError Skip State Step StepError
-StepResult StepcError Stop Sum TensorBoard Throughput Transform Watchdog accumulate across alternate cast clip compile
-dp ema epochs errors evaluate grad init_distributed inspect logical loss_scale measure nodes noise pad_batch reference
-remat repeat report restore rows run sam scale shard skip_nonfinite testing topology tp update
+StepResult StepcError Stop Sum TensorBoard Throughput Transform Tuning Watchdog accumulate across alternate cast clip
+compile dp ema epochs errors evaluate grad init_distributed inspect logical loss_scale measure nodes noise pad_batch
+reference remat repeat report restore rows run sam scale shard skip_nonfinite testing topology tp tune update
 """.split()
 
 

@@ -122,16 +122,15 @@ class Autotuner(Generic[Steps]):
                 lowered[k] = steps[k].lower(state, batch)
             return lowered[k]
 
-        means = [node for node in self._core if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
-        num_rows = jax.tree.leaves(batch)[0].shape[rows_axis(self._core)] // num_minibatches(self._core)
-        rows = num_rows // prod(node.size for node in means)
-        devices = prod(node.size for node in means if isinstance(node.place, OverMesh))
+        devices = prod(
+            node.size for node in self._core if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)
+        )
         batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) // devices
         programs = CandidatePrograms(
-            counts=tuple(k for k in range(1, rows + 1) if rows % k == 0),
+            counts=dividing_counts(self._core, batch),
             arguments=_local_bytes(state) + batch_bytes,
             live=lambda k: live_bytes(lower(k).jaxpr()),
-            compiled=lambda k: _planned_memory(lower(k)),
+            compiled=lambda k: planned_memory(lower(k)),
         )
         tried, chosen = find_smallest_fit(programs, self._request.most_bytes)
         request = repr(transforms_of(self._pipeline)[self._position])
@@ -144,7 +143,15 @@ class Autotuner(Generic[Steps]):
         return TunedStep(steps[chosen], result)
 
 
-def _planned_memory(lowered: Lowered) -> Memory | None:
+def dividing_counts(core: Program, batch: Batch) -> tuple[int, ...]:
+    """Every k that divides the rows that one part of a program has, rising."""
+    means = [node for node in core if isinstance(node, MeanNode) and not isinstance(node.place, UnderVmap)]
+    num_rows = jax.tree.leaves(batch)[0].shape[rows_axis(core)] // num_minibatches(core)
+    rows = num_rows // prod(node.size for node in means)
+    return tuple(k for k in range(1, rows + 1) if rows % k == 0)
+
+
+def planned_memory(lowered: Lowered) -> Memory | None:
     """What the compiler planned; None if it says that the device has no room for it."""
     try:
         return memory(lowered.compile().executable)

@@ -164,6 +164,10 @@ class Transform(_Composable, ABC):
         """What it leaves to the compiler, which then replaces it; None if it leaves nothing."""
         return None
 
+    def with_parts(self, num: int) -> "Transform | None":
+        """The same with another number of parts, one after another; None if it makes no such parts."""
+        return None
+
     def nested(self) -> tuple["Transform", ...]:
         """The transforms of the pipelines that it is given; messages and compiled text name them too."""
         return ()

@@ -39,7 +39,10 @@ class Accumulate(Transform):
     def autotune_request(self) -> AutotuneRequest | None:
         if self.memory is None:
             return None
-        return AutotuneRequest(bytes_of("memory", self.memory), lambda k: Accumulate(k, dtype=self.dtype))
+        return AutotuneRequest(bytes_of("memory", self.memory), self.with_parts)
+
+    def with_parts(self, num: int) -> "Accumulate":
+        return Accumulate(num, dtype=self.dtype)
 
     def reference(self, inner: Fn) -> Fn:
         k = self._known_k()
