@@ -1,4 +1,4 @@
-"""The command line: launch several processes, look at a compiled step, look at checkpoints. It knows no model."""
+"""The command line: a new project, several processes, compiled steps and checkpoints to look at. It knows no model."""
 
 import argparse
 import importlib
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 import stepc as sc
 from stepc._distributed.launch import launch
+from stepc._projects import LIBRARIES, missing_packages, write_project
 from stepc._runner.checkpoint import checkpoint_store
 from stepc._runner.loggers.console import print_to_nobody
 from stepc.errors import did_you_mean
@@ -39,6 +40,15 @@ in your own file train.py:
 # What `stepc COMMAND --help` ends with: examples to copy, and the exit codes.
 EPILOGS = MappingProxyType(
     {
+        "new": """\
+Three files and a test: model.py (the model and its loss), step.py (the pipeline), train.py (data, loggers, evaluation,
+checkpoints), and test_step.py, which holds the step to a budget and to its reference.
+
+examples:
+  stepc new moons                                     # Flax NNX
+  stepc new moons --model equinox
+
+exit codes: 0 on success, 2 for invalid arguments or a directory that is not empty.""",
         "launch": """\
 Each process finds the others through sc.init_distributed(). Its output is prefixed with its number.
 
@@ -107,6 +117,11 @@ examples:
 exit codes: 0 on success; 1 if a checkpoint is damaged, or two differ; 2 for invalid arguments.""",
     }
 )
+# What one does in a new project.
+NEXT = """\
+  python train.py                            # trains, evaluates, saves; the same command resumes
+  pytest                                     # the budget of the step, and its reference
+  stepc explain step.py:build --mesh data=8  # what it computes and sends"""
 TARGET_HELP = """the program to look at, FILE.py:NAME or module:NAME. NAME is a tuple (step, state, batch) or
 (jitted function, *arguments), or a function that returns one and may take mesh=. Arguments may be shapes."""
 # The name under which the arguments of a jitted function are expected in its module.
@@ -225,6 +240,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stepc {importlib.metadata.version('stepc')}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    command = _command(commands, "new", _new, "write a project that trains, with a test that holds its budget")
+    command.add_argument("directory", type=Path, metavar="DIR", help="a directory that is new, or empty")
+    command.add_argument("--model", choices=tuple(LIBRARIES), default="nnx", help="its library (default: nnx)")
     command = _command(commands, "launch", _launch, "run a program in several processes on this machine")
     command.add_argument("-n", type=int, required=True, metavar="PROCESSES", help="number of processes")
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command of each process")
@@ -310,6 +328,17 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 # The commands.
+
+
+def _new(options: Options) -> int:
+    directory = options["directory"].expanduser()
+    written = write_project(directory, options["model"])
+    print(f"{', '.join(path.name for path in written)} in {directory}. Next:\n")
+    print(f"  cd {directory}")
+    if missing := missing_packages(options["model"]):
+        print("  pip install " + " ".join(f"'{name}'" for name in missing))
+    print(NEXT)
+    return 0
 
 
 def _launch(options: Options) -> int:

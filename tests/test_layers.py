@@ -70,7 +70,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # A pipeline in place of a step is recognised, and the remedy named.
     "_runner.run": ("_language.kinds", "_language.pipeline", "_language.state", "_runner", "errors"),
     "testing": ("_compiler", "_core", "_language", "errors", "inspect"),
-    "cli": ("", "_distributed", "_runner", "_units", "errors", "inspect", "report"),
+    # Files of a new project, as texts.
+    "_projects": ("errors",),
+    "cli": ("", "_distributed", "_projects", "_runner", "_units", "errors", "inspect", "report"),
     "__main__": ("cli",),
 }  # fmt: skip
 ONLY_THE_LOWERING_NAMES = {"scan", "shard_map", "psum"}

@@ -194,14 +194,13 @@ def test_early_stopping_goes_on_counting_in_a_run_that_resumes(tmp_path: Path) -
     assert (more.ended, more.steps, more.best) == ("stopped", 18, {"eval/loss": (10, 0.5)})
 
 
-def test_early_stopping_forgets_what_is_evaluated_again() -> None:
-    """A step that is not finite goes back to the snapshot of step 2: what was evaluated after step 4 comes again."""
-    values = [3.0, 4.0, 4.0, 1.0]
+def test_early_stopping_forgets_what_a_rollback_evaluates_again() -> None:
+    plan = FaultPlan({5: "flip"})  # after the evaluations of steps 2 and 4; it goes back to step 0
     run = sc.run(
-        step(), fresh(), FaultPlan({5: "flip"}).batches(8), on_error="retry", buffers=sc.Buffers(snapshot_every=2),
-        eval=early([*values, 2.0], 3),
+        plan, fresh(), plan.batches(8), on_error=sc.Rollback(data="replay"),
+        eval=early([1.0, 2.0, 3.0, 2.5, 2.0, 1.5], 2),
     )  # fmt: skip
-    assert (run.ended, run.best) == ("data", {"eval/loss": (8, 1.0)})
+    assert (run.rollbacks, run.ended, run.best) == (1, "data", {"eval/loss": (8, 1.5)})
 
 
 def test_console_shows_the_evaluation_and_the_best() -> None:
