@@ -59,16 +59,10 @@ def test_budget_of_a_project_is_broken_by_a_dearer_step(tmp_path: Path) -> None:
         run_in(tmp_path / "moons", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "budget")
 
 
-def test_command_line_reads_the_step_of_a_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_reads_the_step_of_a_project(tmp_path: Path) -> None:
     assert main(["new", str(tmp_path), "--model", "linen"]) == 0
-    monkeypatch.chdir(tmp_path)
-    for name in ("model", "step", "train"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    capsys.readouterr()
-    assert main("explain step.py:build --mesh data=8".split()) == 0
-    assert "plan of update(optax.adamw(3e-3)) @ clip(1.0) @ accumulate(2)" in capsys.readouterr().out
+    shown = run_in(tmp_path, "-m", "stepc", "explain", "step.py:build", "--mesh", "data=8")
+    assert "plan of update(optax.adamw(3e-3)) @ clip(1.0) @ accumulate(2)" in shown
 
 
 def test_files_of_a_project_are_formatted(tmp_path: Path) -> None:

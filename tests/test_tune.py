@@ -151,7 +151,7 @@ def test_mistake_is_refused_in_these_words(name: str) -> None:
     assert str(raised.value) == text
 
 
-MINE = """
+TUNED = """
 import jax, jax.numpy as jnp, optax
 import stepc as sc
 
@@ -171,17 +171,18 @@ example_args = (jnp.ones(2),)
 def test_command_prints_the_table_and_writes_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert len(jax.devices()) == 8  # jax runs already, and `--mesh` sets no number of devices
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(MINE)
-    assert main("tune mine.py:build --mesh data=2 --rounds 2 -k 1,4 -o k.png".split()) == 0
+    Path("tuned.py").write_text(TUNED)
+    assert main("tune tuned.py:build --mesh data=2 --rounds 2 -k 1,4 -o k.png".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "accumulate(2), 2 rounds" and lines[-1] == "k.png" and Path("k.png").is_file()
     assert [line.split()[0] for line in lines[1:4]] == ["k", "1", "4"]
-    assert main("tune mine.py:build --mesh data=2 --rounds 1 -k 1 --memory 10B".split()) == 1
+    assert main("tune tuned.py:build --mesh data=2 --rounds 1 -k 1 --memory 10B".split()) == 1
     assert capsys.readouterr().out.endswith("no k fits within 10 B\n")
     for words, text in (
-        ("mine.py:jitted", "`mine.py:jitted` is a jitted function; `stepc tune` measures a step of stepc."),
-        ("mine.py:build --mesh data=2 -k two", "Invalid -k.\n\n  expected  numbers, as in 1,2,4\n  got       two"),
+        ("tuned.py:jitted", "`tuned.py:jitted` is a jitted function; `stepc tune` measures a step of stepc."),
+        ("tuned.py:build --mesh data=2 -k two", "Invalid -k.\n\n  expected  numbers, as in 1,2,4\n  got       two"),
     ):
         assert main(["tune", *words.split()]) == 2
         assert capsys.readouterr().err == f"stepc: ConfigError: {text}\n"
