@@ -1,12 +1,13 @@
 """The tables of contents, which the pages themselves do not show, and `index.html`."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
 
-# Caption and pages. Every page that exists is in one of them: Sphinx warns of any other.
+# Caption and pages. A page that is in none of them is under the last caption.
 CONTENTS = {
     "Start": ["docs/install", "docs/quickstart", "docs/migration", "docs/faq"],
     "Language": ["docs/transforms", "docs/steps", "docs/numerics", "docs/sharding", "docs/laws", "docs/autotune"],
@@ -14,15 +15,20 @@ CONTENTS = {
     "Training": ["docs/runner", "docs/faults", "tests/faults/RESULTS", "docs/multihost", "examples/gpt/README"],
     "Notebooks": ["notebooks/*"],
     "Reference": ["docs/reference/index", "docs/design", "CHANGELOG", ".github/CONTRIBUTING"],
+    "Further": [],
 }
 
 
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname != app.config.root_doc:
         return
-    for caption, pages in CONTENTS.items():
-        options = [":hidden:", f":caption: {caption}", *([":glob:"] if any("*" in page for page in pages) else [])]
-        source[0] += "\n".join(["\n```{toctree}", *options, "", *(f"/{page}" for page in pages), "```\n"])
+    patterns = [page for pages in CONTENTS.values() for page in pages] + [docname, "docs/reference/*"]
+    others = [page for page in sorted(app.env.found_docs) if not any(fnmatch(page, one) for one in patterns)]
+    *_, last = CONTENTS
+    for caption, pages in (CONTENTS | {last: others}).items():
+        if pages:
+            options = [":hidden:", ":glob:", f":caption: {caption}"]
+            source[0] += "\n".join(["\n```{toctree}", *options, "", *(f"/{page}" for page in pages), "```\n"])
 
 
 def add_index(app: Sphinx, exception: Exception | None) -> None:
