@@ -1,16 +1,18 @@
 """The private names of jax that stepc uses, all in this file, each with a fallback or a clear error if jax moves it."""
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from contextvars import copy_context
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
+from functools import cache
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 from jax.core import Tracer
 from jax.extend import backend
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
-from stepc.errors import ConfigError
+from stepc.errors import ConfigError, ShardingError
 
 try:
     from jax.interpreters.partial_eval import dce_jaxpr as dce_jaxpr
@@ -33,6 +35,10 @@ try:
     from jax._src.mesh import thread_resources
 except ImportError:  # fallback: a thread has jax's global settings
     jax_config = thread_resources = None
+try:
+    from jax._src import pjit, shard_map
+except ImportError:  # fallback: a loss that passes its mesh to `shard_map` is refused, with the remedy
+    pjit = shard_map = None
 try:
     from jaxlib._jax import make_gloo_tcp_collectives
 except ImportError:  # error: `bind_cpu_collectives` says that this jax cannot choose an address
@@ -145,6 +151,85 @@ def _settings_of_this_thread() -> Callable[[], AbstractContextManager[object]]:
         return entered
 
     return settings
+
+
+_MESH_OF_STEP: ContextVar[Mesh | None] = ContextVar("mesh_of_step", default=None)
+
+
+@contextmanager
+def as_mesh_of_step(mesh: Mesh) -> Generator[None]:
+    """What a loss means by this mesh, while it is traced or run here: the mesh of the context, whatever its axis types.
+
+    Why: a step is manual over the axes of its rows, and all its other axes are automatic. jax compares the mesh that a
+      loss passes with that of the context, types included, and refuses it. Here it is known to be the same one.
+    """
+    if shard_map is not None and pjit is not None:
+        _look_up_meshes()
+    token = _MESH_OF_STEP.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH_OF_STEP.reset(token)
+
+
+def mesh_of_step() -> Mesh | None:
+    """The mesh of the step that is traced or run here, if it has one."""
+    return _MESH_OF_STEP.get()
+
+
+@cache
+def _look_up_meshes() -> None:
+    """Let jax ask for the mesh of a step where it checks one. Outside of a step it gets its own answer."""
+    for module, name, asking in ((shard_map, "_shmap_checks", _checked), (pjit, "_create_sharding_for_array", _made)):
+        if name in vars(module):  # otherwise the fallback, as above
+            setattr(module, name, asking(vars(module)[name]))
+
+
+def _checked(check: Callable[..., Any]) -> Callable[..., Any]:  # Any, three times: of jax
+    def asks_the_step(mesh: Any, *arguments: Any) -> Any:
+        own = _MESH_OF_STEP.get()
+        return check(mesh if own is None or mesh is None else _of_context(mesh, own, "shard_map"), *arguments)
+
+    return asks_the_step
+
+
+def _made(make: Callable[..., Any]) -> Callable[..., Any]:  # Any, four times: of jax
+    def asks_the_step(mesh: Any, sharding: Any, name: str, asked_by: str) -> Any:
+        own = _MESH_OF_STEP.get()
+        if own is not None and asked_by == "with_sharding_constraint":
+            if isinstance(sharding, NamedSharding) and _of_context(sharding.mesh, own, asked_by) is None:
+                sharding = NamedSharding(own, sharding.spec, memory_kind=sharding.memory_kind)
+            elif isinstance(sharding, PartitionSpec) and not get_abstract_mesh().manual_axes:
+                sharding = NamedSharding(own, sharding)  # eagerly, an array may be on one device
+        return make(mesh, sharding, name, asked_by)
+
+    return asks_the_step
+
+
+def _of_context(mesh: Mesh | AbstractMesh, own: Mesh, asked_by: str) -> Mesh | AbstractMesh | None:
+    """The mesh if jax accepts it; None, which is the mesh of the context, if it is that of the step.
+
+    Errors: ShardingError for any other mesh: a program has one.
+    """
+    if mesh.abstract_mesh == get_abstract_mesh():
+        return mesh
+    is_own = mesh.shape_tuple == own.shape_tuple
+    if is_own and (isinstance(mesh, AbstractMesh) or mesh.devices.tolist() == own.devices.tolist()):
+        return None
+    raise ShardingError(
+        f"The loss passes a mesh to `{asked_by}` that is not the mesh of the step.",
+        facts=(("passed", _described(mesh)), ("of the step", _described(own))),
+        suggestion="Give the loss the mesh that `compile` is given, or none: `jax.shard_map` takes that of the step by "
+        "itself, and `jax.lax.with_sharding_constraint` takes `P(...)`.",
+    )
+
+
+def _described(mesh: Mesh | AbstractMesh) -> str:
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape_tuple)
+    if isinstance(mesh, AbstractMesh):
+        return axes
+    ids = [device.id for device in mesh.devices.flat]
+    return f"{axes}, of the devices {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}"
 
 
 def _moved(name: str, purpose: str) -> ConfigError:

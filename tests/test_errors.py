@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from catalogue import PROBES, probe_batch, probe_model_state, probe_params
 from conftest import GOLDEN, golden_texts, mesh_of
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
@@ -95,6 +96,59 @@ def laid_by(transforms: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 1
 def constraining(params: Any, rows: Any) -> Any:
     y = jax.lax.with_sharding_constraint(rows["y"], P("data"))
     return jnp.mean(params["b"] * y)
+
+
+def mapped(function: Any, **given: Any) -> Any:
+    """A loss that calls this function of its rows in a `shard_map`, with these arguments."""
+
+    def loss(params: Any, rows: Any) -> Any:
+        run = jax.shard_map(function, **{"in_specs": P(), "out_specs": P(), "check_vma": False, **given})
+        return jnp.mean(params["b"] * run(rows["y"]))
+
+    return loss
+
+
+def of_rows(function: Any) -> Any:
+    """A loss that calls this function of its rows."""
+    return lambda params, rows: (
+        jnp.mean(params["b"] * function(rows["y"])) + params["out"].sum() + params["deep"]["w"].sum()
+    )
+
+
+def called_back(y: Any) -> Any:
+    return jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+
+
+def under_a_mesh(y: Any) -> Any:
+    with jax.set_mesh(mesh_of(model=2)):
+        return y
+
+
+@jax.custom_vjp
+def averaged_back(y: Any) -> Any:
+    return y
+
+
+averaged_back.defvjp(lambda y: (y, None), lambda _, cotangent: (jax.lax.pmean(cotangent, "data"),))
+
+EXPLICIT = mesh_of(data=2, replica=2, model=2)
+LOSSES: dict[str, Any] = {
+    "collective_over_the_rows": mapped(lambda y: jax.lax.psum(y, "data")),
+    "shard_map_of_the_rows": mapped(lambda y: y, in_specs=P("data"), out_specs=P("data")),
+    "shard_map_of_rows_that_do_not_divide": mapped(
+        lambda y: y, in_specs=P(("data", "replica", "model")), out_specs=P()
+    ),
+    "shard_map_over_another_mesh": mapped(lambda y: y, mesh=mesh_of(model=8)),
+    "constraint_to_another_mesh": of_rows(
+        lambda y: jax.lax.with_sharding_constraint(y, NamedSharding(mesh_of(model=2), P("model")))
+    ),
+    "derivative_over_the_rows": lambda params, rows: jnp.mean(averaged_back(params["b"]) * rows["y"]),
+    "callback": of_rows(called_back),
+    "explicit_sharding": of_rows(lambda y: jax.sharding.reshard(y, P("model"))),
+    "put_on_explicit_axes": of_rows(lambda y: 2 * jax.device_put(y, NamedSharding(EXPLICIT, P("model")))),
+    "mesh_is_set": of_rows(under_a_mesh),
+    "axes_of_the_rows_made_automatic": of_rows(jax.sharding.auto_axes(lambda y: y, out_sharding=P())),
+}
 
 
 def repeated(batch: Any) -> None:
@@ -537,6 +591,11 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         lambda: laid_by(sc.shard(sc.dp(("data", "replica")), mode="auto"), num_rows=6),
     ),
     "constraint_on_an_axis_of_rows": (sc.ShardingError, lambda: laid_by(sc.shard(sc.dp("data")), loss=constraining)),
+    **{
+        name: (sc.ShardingError, partial(laid_by, sc.shard(sc.dp("data")), loss=one, num_rows=4))
+        for name, one in LOSSES.items()
+    },
+    "mesh_is_not_given": (sc.ShardingError, lambda: trained_with(mapped(lambda y: y))),
     "integer_parameters": (
         sc.ConfigError,
         lambda: step_on().init({"w": np.ones(3, np.int32), "list": ["a", None], "ok": np.ones(3, np.float32)}),

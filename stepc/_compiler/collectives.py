@@ -142,6 +142,12 @@ class ManualRegion:
         )(tree)
 
 
+def on_every_device(function: Callable[..., Any], mesh: Mesh, axes: tuple[str, ...]) -> Callable[..., Any]:
+    """The function in a region that is manual over these axes, with the same arguments on every device."""
+    same = PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same, axis_names=set(axes), check_vma=False)
+
+
 def take_rows(instruction: RepeatSteps, batch: Batch, numbers: jax.Array, region: ManualRegion) -> BatchRows:
     """The rows with these numbers, sharded as those of a batch are.
 

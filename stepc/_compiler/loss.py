@@ -5,23 +5,33 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import compress
+from itertools import chain, compress
 from operator import or_
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.sharding import NamedSharding
 
+from stepc._compiler.collectives import on_every_device
 from stepc._compiler.layers import stacked_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
-from stepc._jax import dce_jaxpr
+from stepc._jax import dce_jaxpr, mesh_of_step
 from stepc._language.encoded import Encoded, EncodedTree, take_apart
 from stepc._language.kinds import BatchRows, Params
 from stepc._language.model_state import explicit_rule, is_overwritten, rules_by_leaf
-from stepc._language.state import ARRAY_LIKE, describe_leaf, is_trained, leaves_by_path, same_tree, trained_leaves
+from stepc._language.state import (
+    ARRAY_LIKE,
+    describe_leaf,
+    is_trained,
+    leaves_by_path,
+    same_tree,
+    trained_leaves,
+    with_frozen,
+)
 from stepc._language.terms import (
     AbstractTerms,
     Last,
@@ -35,13 +45,16 @@ from stepc._language.terms import (
     is_static,
     loss_outcome,
     merge_terms,
+    sum_arrays,
 )
-from stepc.errors import LossError, ShardingError, faults_in_one, listed
+from stepc.errors import LossError, ShardingError, StepcError, faults_in_one, listed
 
 # The metrics that a step reports itself.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 # Key implementations whose draws for one key do not depend on how many keys are vmapped over.
 BATCH_STABLE = ("threefry2x32",)
+# Primitives that jax lowers where all axes are manual, or none; XLA fails where it should partition the others.
+WITHOUT_PARTLY_MANUAL_REGIONS = ("pure_callback", "io_callback", "custom_partitioning")
 # Primitives that call a jaxpr with their own inputs. Of any other, each result is taken to depend on all inputs.
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
@@ -64,6 +77,7 @@ class WholeBatch:
 # Any: as of `Call`, and arrays.
 EncoderCall = Callable[[Params, BatchRows, Any, Any], tuple[EncodedTree, Encoded, Any]]
 HeadCall = Callable[[Params, EncodedTree, Encoded], LossOutcome]
+NamedAxes: TypeAlias = tuple[str, tuple[str, ...], str]  # what names mesh axes, the axes, the user's line
 Reads: TypeAlias = Mapping[str, Any]  # Any: a slot of the state, or the number of the step
 Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
 
@@ -159,12 +173,9 @@ def _returned(
     )
     try:
         return node.function(params, rows, *options, **reads)
-    except NameError as error:
-        if "unbound axis name" not in str(error):
-            _add_note(error, node, rows)
-            raise
-        raise _names_an_axis(error, node) from error
     except Exception as error:  # the user's own, whatever it is: it passes through
+        if (refused := _refused_by_jax(error, node)) is not None:
+            raise refused from error
         _add_note(error, node, rows)
         raise
 
@@ -201,8 +212,25 @@ def trace_loss_structure(
     if node.model_state is not None:
         model_state = _rows_of_model_state(node, model_state, whole, num_rows(rows))
         _check_sizes(node, (params, model_state, rows, keys), reads, whole)
-    structure, traced, outputs = _trace(node, params, model_state, rows, keys, reads, times=whole.calls)
-    _check_axes(traced, node, manual_axes)
+    try:
+        structure, traced, outputs = _trace(node, params, model_state, rows, keys, reads, times=whole.calls)
+    except ValueError as error:  # rows of one device that are split once more do not divide
+        found = re.search(r"to mesh ax[ei]s (.*?) \(of .* does not evenly divide", str(error))
+        axes = re.findall(r"'(\w+)'", found.group(1)) if found else ()
+        if not set(axes) & set(manual_axes):
+            raise
+        raise _names_axes_of_rows([("shard_map", tuple(axes), "")], node, manual_axes) from error
+    named = list(named_axes(traced))
+    has_own_derivative = any(equation.primitive.name == "custom_vjp_call" for equation in _equations(traced.jaxpr))
+    if has_own_derivative and mesh_of_step() is not None:
+        # What a derivative of the user's own does is in no jaxpr of the loss itself.
+        given = (params, model_state, rows, keys, reads)
+        named += [one for one in named_axes(_trace_gradient(node, given, manual_axes, whole.calls)) if one[1]]
+    if any(axis in manual_axes for _, axes, _ in named for axis in axes):
+        raise _names_axes_of_rows(named, node, manual_axes)
+    if manual_axes:
+        _check_regions(traced, node, manual_axes)
+    structure = replace(structure, names_axes=bool(named))
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)
@@ -317,6 +345,27 @@ def _why_separate(metric: Metric) -> str | None:
             return None
 
 
+def _trace_gradient(
+    node: DifferentiateNode, given: tuple[Any, ...], manual_axes: tuple[str, ...], times: int
+) -> ClosedJaxpr:
+    """The jaxpr of the gradient, where the step computes it: in a region that is manual over the axes of the rows."""
+
+    def total(trained: Any, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads) -> Any:
+        params = with_frozen(trained, params, node.wrt)
+        outcome = checked_loss(node, reads, times=times)(params, rows, keys, model_state)
+        return sum_arrays([term.total for term in outcome.terms])
+
+    gradient, mesh = jax.grad(total), mesh_of_step()
+    if mesh is not None and manual_axes:
+        gradient = on_every_device(gradient, mesh, manual_axes)
+    try:
+        return jax.make_jaxpr(gradient)(trained_leaves(given[0], node.wrt), *given)
+    except NameError as error:
+        if (refused := _refused_by_jax(error, node)) is None:
+            raise
+        raise refused from error
+
+
 def _check_counts(needs: list[bool], params: Params, model_state: Any, node: DifferentiateNode) -> None:
     paths = [f"params/{path}".rstrip("/") for path, _ in leaves_by_path(params)]
     paths += [f"model_state/{path}".rstrip("/") for path, _ in leaves_by_path(model_state)]
@@ -359,17 +408,41 @@ def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: Dif
         )
 
 
-def _check_axes(traced: ClosedJaxpr, node: DifferentiateNode, manual_axes: tuple[str, ...]) -> None:
-    named = [(what, axis, line) for what, axes, line in named_axes(traced) for axis in axes if axis in manual_axes]
-    if not named:
-        return
-    faults = [f"`{what}` names the axis {axis!r}{line and f' ({line})'}." for what, axis, line in dict.fromkeys(named)]
-    axes = " and ".join(sorted({repr(axis) for _, axis, _ in named}))
+def _names_axes_of_rows(named: list[NamedAxes], node: DifferentiateNode, manual_axes: tuple[str, ...]) -> ShardingError:
+    taken = [(what, axis, line) for what, axes, line in named for axis in axes if axis in manual_axes]
+    faults = [f"`{what}` names the axis {axis!r}{line and f' ({line})'}." for what, axis, line in dict.fromkeys(taken)]
+    axes = " and ".join(sorted({repr(axis) for _, axis, _ in taken}))
     what = faults_in_one(faults, of=f"the loss of `{node.written}`")
-    raise ShardingError(
+    return ShardingError(
         f"The loss of `{node.written}`: {what}" if len(faults) == 1 else what,
         facts=(("reason", f"rows are split over {axes}, and the loss is called with the rows of one device"),),
         suggestion=f"Leave {axes} out there, or write `shard(dp(...), mode='auto')`, which leaves the axis to XLA.",
+    )
+
+
+def _check_regions(traced: ClosedJaxpr, node: DifferentiateNode, manual_axes: tuple[str, ...]) -> None:
+    """Refuse what jax runs where all axes are manual, or none, and not in between.
+
+    Errors: ShardingError.
+    """
+    mesh = mesh_of_step()
+    automatic = frozenset(mesh.axis_names if mesh else ()) - set(manual_axes)
+    found = [
+        f"`{equation.primitive.name}` runs where all axes of the mesh are manual, or all are automatic"
+        f"{(line := user_line(equation)) and f' ({line})'}."
+        for equation in _equations(traced.jaxpr, outside_of=automatic)
+        if equation.primitive.name in WITHOUT_PARTLY_MANUAL_REGIONS
+    ]
+    if not automatic or not found:
+        return
+    axes = [" and ".join(map(repr, sorted(names))) for names in (manual_axes, automatic)]
+    what = faults_in_one(list(dict.fromkeys(found)), of=f"the loss of `{node.written}`")
+    specs = "in_specs=..., out_specs=..., check_vma=False"
+    raise ShardingError(
+        what if what[0].isdigit() else f"The loss of `{node.written}`: {what}",
+        facts=(("manual", f"{axes[0]}, over which rows are split"), ("automatic", axes[1])),
+        suggestion=f"Either call it in a `jax.shard_map(..., {specs})`, which makes {axes[1]} manual too, or write "
+        "`shard(dp(...), mode='auto')`.",
     )
 
 
@@ -758,14 +831,53 @@ def _check_keys(key: Any, node: DifferentiateNode) -> None:
         )
 
 
-def _names_an_axis(error: NameError, node: DifferentiateNode) -> LossError:
-    found = re.search(r"unbound axis name: (\w+)", str(error))
-    axis = found.group(1) if found else "of the mesh"
-    return LossError(
-        f"The loss of `{node.written}` names the mesh axis {axis!r}.",
-        facts=(("reason", "a loss is a function of the rows it is given, and its reference has no mesh"),),
-        suggestion="Return the mean over those rows; `shard` averages over the axis.",
-    )
+_NO_MESH = (
+    r"context mesh cannot be empty|requires a non-empty mesh in context|match the specs of the input|to Auto axes"
+)
+_EXPLICIT = (
+    r"passed to (\w+) cannot contain axis names that are of type Auto or Manual\. Got PartitionSpec: (.*) with axis"
+)
+
+
+def _refused_by_jax(error: Exception, node: DifferentiateNode) -> StepcError | None:
+    """What jax refuses because a step has a mesh of its own, in the user's words; None for any other error.
+
+    jax has no classes for these errors, only texts. A text that it changes passes through, with a note.
+    """
+    said, loss = str(error), f"The loss of `{node.written}`"
+    match error:
+        case NameError() if found := re.search(r"unbound axis name: (\w+)", said):
+            return LossError(
+                f"{loss} names the mesh axis {found.group(1)!r}.",
+                facts=(("reason", "a loss is a function of the rows it is given, and its reference has no mesh"),),
+                suggestion="Return the mean over those rows; `shard` averages over the axis.",
+            )
+        case ValueError() if found := re.search(_EXPLICIT, said):
+            function, spec = found.group(1), found.group(2).replace(",)", ")")
+            return ShardingError(
+                f"{loss} asks `{function}` for a result that is sharded as {spec}, as code for Explicit axes does.",
+                facts=(("reason", "in a step the axes of the model are Auto, whatever they are in the user's mesh"),),
+                suggestion=f"Either write `jax.lax.with_sharding_constraint(..., {spec})` around it, or wrap that code "
+                "in `jax.sharding.explicit_axes`.",
+            )
+        case ValueError() if "should match the aval mesh" in said:
+            return ShardingError(
+                f"{loss} puts an array on the Explicit axes of a mesh.",
+                facts=(("reason", "in a step the axes of the model are Auto, whatever they are in the user's mesh"),),
+                suggestion="Write `jax.lax.with_sharding_constraint(x, P(...))` in the place of `jax.device_put`, and "
+                "leave out the `in_shardings` and `out_shardings` of a `jax.jit` in it.",
+            )
+        case ValueError() if "`set_mesh` can only be used outside" in said:
+            what = f"{loss} sets a mesh, and already runs under the mesh of the step."
+            return ShardingError(what, suggestion="Leave `jax.set_mesh` out.")
+        case NotImplementedError() if "Going from `Manual` AxisType" in said:
+            what = f"{loss} makes axes Auto or Explicit, and one of them shards the rows."
+            return ShardingError(what, suggestion='Name the others alone: `auto_axes(..., axes=("model",))`.')
+        case ValueError() if mesh_of_step() is None and re.search(_NO_MESH, said):
+            what = f"{loss} names axes of a mesh, and `compile` was given none."
+            return ShardingError(what, suggestion="Write `compile(pipeline, mesh=mesh)`.")
+        case _:
+            return None
 
 
 def _add_note(error: Exception, node: DifferentiateNode, rows: BatchRows) -> None:
@@ -806,28 +918,54 @@ def depends_on(
     return is_needed, lambda inputs: run_needed(*compress(inputs, is_needed))
 
 
-def named_axes(traced: ClosedJaxpr) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Every sharding constraint and `shard_map` of a jaxpr: its name, its axes, and the user's line."""
+def named_axes(traced: ClosedJaxpr) -> Iterator[NamedAxes]:
+    """What names a mesh in a jaxpr: every sharding constraint, every `shard_map`, every collective in one.
+
+    A `shard_map` names the axes of its specs. That it is manual over others, as over all without `axis_names=`, does
+    nothing along them.
+    """
     for equation in _equations(traced.jaxpr):
-        match equation.primitive.name:
+        params, name = equation.params, equation.primitive.name
+        match name:
             case "sharding_constraint":
-                spec = equation.params["sharding"].spec
-                entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-                axes = tuple(axis for entry in entries for axis in entry if isinstance(axis, str))
-                yield "with_sharding_constraint", axes, user_line(equation)
+                yield "with_sharding_constraint", tuple(_axes_of_specs([params["sharding"].spec])), user_line(equation)
             case "shard_map":
-                yield "shard_map", tuple(sorted(equation.params.get("newly_manual_axes", ()))), user_line(equation)
+                specs = (*params["in_specs"], *params["out_specs"])
+                yield name, tuple(sorted(set(_axes_of_specs(specs)))), user_line(equation)
+            case "reshard" | "jit" | "device_put":
+                places = params.get("in_shardings", ()) + params.get("out_shardings", ()) + params.get("devices", ())
+                specs = [one.spec for one in (*places, params.get("dst_sharding")) if isinstance(one, NamedSharding)]
+                if specs:
+                    yield name, tuple(sorted(set(_axes_of_specs(specs)))), user_line(equation)
+            case "pvary" | "pcast" | "pbroadcast":
+                pass  # they move nothing
             case _:
-                pass
+                axes = params.get("axes", params.get("axis_name", ()))
+                by_name = [axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if isinstance(axis, str)]
+                if by_name:
+                    yield name.removesuffix("_invariant"), tuple(by_name), user_line(equation)
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:  # Any: a jax.extend.core.JaxprEqn
+def _axes_of_specs(specs: Iterable[Iterable[Any]]) -> Iterator[str]:  # Any: entries of a PartitionSpec
+    for entry in chain.from_iterable(specs):
+        yield from (axis for axis in (entry if isinstance(entry, tuple) else (entry,)) if isinstance(axis, str))
+
+
+def _equations(jaxpr: Jaxpr, *, outside_of: frozenset[str] | None = None) -> Iterator[Any]:
+    # Any: a jax.extend.core.JaxprEqn
+    """Every equation, also of jaxprs in it; `outside_of` leaves out what is in a `shard_map` over all of these axes."""
     for equation in jaxpr.eqns:
         yield equation
+        left = outside_of
+        if left is not None and equation.primitive.name == "shard_map":
+            left -= equation.params["newly_manual_axes"]
+            if not left:
+                continue
         for part in equation.params.values():
             for inner in part if isinstance(part, tuple | list) else (part,):
                 if isinstance(inner, ClosedJaxpr | Jaxpr):
-                    yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+                    inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                    yield from _equations(inner, outside_of=left)
 
 
 def _without_effects(jaxpr: Jaxpr) -> Jaxpr:

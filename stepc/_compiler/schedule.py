@@ -100,6 +100,7 @@ class LossStructure:
       row_use: what it does with the rows that it is given; None where the batch is not split.
       head: of a loss of the whole batch, what its head is given.
       stacks: the paths of the parameters that a scan takes one slice of at a time.
+      names_axes: whether it names a mesh, or axes of one, in a sharding constraint or a `shard_map`.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
@@ -109,6 +110,7 @@ class LossStructure:
     row_use: RowUse | None = None
     head: HeadStructure | None = None
     stacks: tuple[str, ...] = ()
+    names_axes: bool = False
 
     @property
     def has_keys(self) -> bool:

@@ -2,15 +2,15 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
 from stepc._compiler.collectives import ManualRegion
@@ -67,11 +67,11 @@ from stepc._compiler.validation import (
     type_changes,
 )
 from stepc._core.nodes import Turn
-from stepc._jax import is_transforming
+from stepc._jax import as_mesh_of_step, is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.names import names_by_path, unboxed
-from stepc._language.pipeline import Pipeline, Transform, settings_of
-from stepc._language.reference import complete_transforms, reference, skip_limit_of
+from stepc._language.pipeline import Pipeline, Transform, settings_of, transforms_of
+from stepc._language.reference import complete_transforms, reference, skip_limit_of, with_losses
 from stepc._language.state import (
     KEYS,
     State,
@@ -160,6 +160,7 @@ class Step:
         self._traces = 0
         self._traced: list[tuple[ArgumentTypes, ArgumentTypes]] = []  # the states and batches that it was traced for
         self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...]]] = {}
+        self._names_axes: dict[BatchSignature, bool] = {}  # whether a loss names axes of the mesh
         self._has_several_devices = mesh is not None and mesh.size > 1
         # The state that the last call returned, if it is alive.
         self._returned: Callable[[], State | None] = lambda: None
@@ -218,9 +219,11 @@ class Step:
 
     @property
     def reference(self) -> "StepReference":
-        """The reference of the pipeline: `step.reference(state, batch)` is one step, run eagerly on one device."""
-        axes = {} if self.mesh is None else dict(self.mesh.shape)
-        return StepReference(self.pipeline, axes, self._pipeline_for)
+        """The reference of the pipeline: `step.reference(state, batch)` is one step, run eagerly.
+
+        It runs on one device, or under the step's mesh where a loss names the mesh or an axis of it.
+        """
+        return StepReference(self.pipeline, self.mesh, self._pipeline_for, self._mesh_of_loss)
 
     def init(
         self, params: Params, *, seed: Any = None, model_state: Any = None, like: State | None = None
@@ -480,15 +483,34 @@ class Step:
             return ()
         return notes_of_names(ignored)
 
-    def _own_mesh(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _own_mesh(self) -> Generator[None]:
         """Trace under the step's own mesh, whatever mesh the caller has set: no ambient state changes a step."""
-        return nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with ExitStack() as entered:
+            if self.mesh is not None:
+                entered.enter_context(jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh))
+                entered.enter_context(as_mesh_of_step(self.mesh))
+            yield
+
+    def _mesh_of_loss(self, state: State, batch: Batch) -> Mesh | None:
+        """The mesh, if a loss names it or an axis of it; it is traced for that, where there is an axis to name."""
+        if self.mesh is None or set(self.mesh.axis_names) == set(self.normal_form.batch_axes):
+            return None
+        signature = _signature(state, batch)
+        if signature not in self._names_axes:
+            with self._own_mesh():
+                _, structures = self.normal_form.schedule(*shapes_of((state, batch)))
+            self._names_axes[signature] = any(one.names_axes for one in structures)
+        return self.mesh if self._names_axes[signature] else None
 
     def _pipeline_for(self, state: State, batch: Batch) -> Transform | Pipeline:
         if self._autotuner is not None:
-            return self._autotuner.tune(state, batch).step.pipeline
+            return self._autotuner.tune(state, batch).step._pipeline_for(state, batch)
         check_batch(batch, self.normal_form.core)
-        return self.pipeline
+        if self._mesh_of_loss(state, batch) is None:
+            return self.pipeline
+        # Each primitive in a `shard_map` that runs eagerly is a program of its own, compiled for every call.
+        return with_losses(transforms_of(self.pipeline), jax.jit)
 
     def _note_trace(self, state: State, batch: Batch) -> None:
         """A compilation that nobody asked for is never silent. A donated state still has the types of its leaves."""
@@ -514,19 +536,26 @@ class Step:
 
 @dataclass(frozen=True)
 class StepReference:
-    """The reference of a step's pipeline: plain loops, run eagerly on one device.
+    """The reference of a step's pipeline: plain loops, run eagerly.
 
     It takes and returns the states of the step, and may stand wherever a step stands.
 
     Args:
       pipeline: the step's.
-      axes: the size of each axis of the step's mesh, by name.
+      mesh: the step's.
       pipeline_for: checks a batch, and gives the pipeline with every number that it leaves to the compiler.
+      mesh_of_loss: the mesh, if a loss names it or an axis of it.
     """
 
     pipeline: Transform | Pipeline
-    axes: Mapping[str, int]
+    mesh: Mesh | None
     pipeline_for: Callable[[State, Batch], Transform | Pipeline]
+    mesh_of_loss: Callable[[State, Batch], Mesh | None]
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        """The size of each axis of the step's mesh, by name."""
+        return {} if self.mesh is None else dict(self.mesh.shape)
 
     @property
     def skip_limit(self) -> int | None:
@@ -543,17 +572,31 @@ class StepReference:
         return reference(self.pipeline, axes=self.axes).init(params, seed=seed, model_state=model_state, like=like)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """One step. Nothing is donated: state and batch are copied, from wherever they are, to one device.
+        """One step. Nothing is donated: state and batch are copied, from wherever they are, to where it runs.
 
         Errors: BatchError for a batch that does not divide; ConfigError for a state with a deleted array.
         """
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             check_arrays(state, (), (), compare_buffers=False)
+        semantics = reference(self.pipeline_for(state, as_arrays(batch)), axes=self.axes)
+        with self.surroundings(state, batch) as copies:
+            return semantics(*copies)
+
+    @contextmanager
+    def surroundings(self, state: State, batch: Batch) -> Generator[tuple[State, Batch]]:
+        """Where the reference runs, with a copy of both: on one device, or on every device of a mesh that a loss names.
+
+        A copy, since what the reference passes through unchanged, such as the key, must outlive a donated state.
+        """
         batch = as_arrays(batch)
-        semantics, device = reference(self.pipeline_for(state, batch), axes=self.axes), jax.devices()[0]
-        # A copy: what the reference passes through unchanged, such as the key, must outlive a donated state.
-        copied = copied_to(state, device)
-        return semantics(copied, jax.device_put(batch, device))
+        mesh = self.mesh_of_loss(state, batch)
+        if mesh is None:
+            device = jax.devices()[0]
+            yield copied_to(state, device), jax.device_put(batch, device)
+            return
+        with jax.set_mesh(mesh), as_mesh_of_step(mesh):
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            yield copied_to(state, everywhere), jax.device_put(batch, everywhere)
 
 
 def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays

@@ -3,8 +3,8 @@
 It is slow and obvious on purpose, because it is the specification: whatever the compiler makes must equal it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import jax
@@ -15,6 +15,8 @@ from stepc._language.names import unboxed
 from stepc._language.pipeline import Pipeline, Transform, check_reads, transform_name, transforms_of
 from stepc._language.semantics import Fn
 from stepc._language.state import KEYS, State, as_arrays, carried_over, check_goes_on
+from stepc._language.transforms.alternate import Alternate
+from stepc._language.transforms.grad import Grad
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
 from stepc.errors import ConfigError, FieldTypeError, ShardingError, caret, misspelt_axes
 
@@ -82,6 +84,20 @@ def fold_references(transforms: tuple[Transform, ...], axes: Mapping[str, int]) 
     for transform in reversed(transforms):
         fn = transform.reference(fn)
     return fn
+
+
+def with_losses(transforms: tuple[Transform, ...], wrap: Callable[[Any], Any]) -> Pipeline:  # Any: a user's function
+    """The complete pipeline with `wrap` of every loss in it."""
+    *outer, source = transforms
+    match source:
+        case Alternate(turns=turns):
+            wrapped = ((name, with_losses(transforms_of(pipeline), wrap)) for name, pipeline in turns)
+            source = replace(source, turns=tuple(wrapped))
+        case Grad():
+            source = source.with_loss(wrap)
+        case _:  # a source of the user's own
+            pass
+    return Pipeline((*outer, source))
 
 
 def _nothing_on_the_right(state: State, rows: object) -> NoReturn:

@@ -324,14 +324,14 @@ def memory_of(leaf: Any) -> str:  # Any: a leaf of the caller's
     return "" if kind is None or kind == "device" else kind
 
 
-def copied_to(state: Any, device: Any) -> Any:  # Any: a state, or what was given as one; a device of jax
-    """A copy of a state in the memory of one device."""
+def copied_to(state: Any, place: Any) -> Any:  # Any: a state, or what was given as one; a device or a sharding of jax
+    """A copy of a state in the memory of one device, or of several."""
 
     # jax does not move an array from the memory of the host to that of the same device (0.10.2, on CPU).
     def copied(leaf: Any) -> jax.Array:  # Any: an array
         return jnp.asarray(np.asarray(leaf)) if memory_of(leaf) else jnp.copy(leaf)
 
-    return jax.device_put(jax.tree.map(copied, state), device)
+    return jax.device_put(jax.tree.map(copied, state), place)
 
 
 def leaf_crc32(leaf: Any, crc32: int = 0) -> int:  # Any: an array

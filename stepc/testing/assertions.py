@@ -21,7 +21,7 @@ from stepc._language.kinds import Batch, Kind, Metrics
 from stepc._language.pipeline import Pipeline, Transform, expand_transforms, transforms_of
 from stepc._language.reference import complete_transforms, fold_references
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, whole_batch
-from stepc._language.state import State, copied_to, describe_leaf, key_data, leaves_by_path
+from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
 from stepc._language.transforms.alternate import Alternate
 from stepc.errors import ConfigError, EquivalenceError, faults_in_one, listed
 from stepc.inspect.budget import Budget
@@ -90,9 +90,9 @@ class _Moved(Transform):
 def _with_moved_gradient(step: Step, state: State, batch: Batch, fraction: float) -> tuple[State, Metrics]:
     """The result of the reference with a gradient that is off, in every call of the loss."""
     transforms = _moved(complete_transforms(step.reference.pipeline_for(state, batch)), fraction)
-    device = jax.devices()[0]
     fn = fold_references(transforms, step.reference.axes)
-    result = fn.apply(copied_to(state, device), jax.device_put(batch, device))
+    with step.reference.surroundings(state, batch) as copies:
+        result = fn.apply(*copies)
     return result.state, result.metrics
 
 
@@ -125,7 +125,7 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
 
     Source: ours.
     """
-    reference, device = step.reference, jax.devices()[0]
+    reference = step.reference
     transforms = complete_transforms(reference.pipeline_for(state, batch))
     is_stacked = rows_axis(expand_transforms(transforms)) > 0
     if isinstance(transforms[-1], Alternate):
@@ -135,10 +135,11 @@ def assert_split_invariant(step: Step, state: State, batch: Batch, *, tolerance:
     splits = [position for position, one in enumerate(below_update) if _is_split(one)]
     if not splits:
         return
-    rows = whole_batch(jax.device_put(jax.tree.map(lambda leaf: leaf[0] if is_stacked else leaf, batch), device))
-    copied = copied_to(state, device)
     unsplit = tuple(one for one in below_update if not _is_split(one))
-    got, expected = (fold_references(stages, reference.axes).apply(copied, rows) for stages in (below_update, unsplit))
+    with reference.surroundings(state, batch) as (copied, taken):
+        rows = whole_batch(jax.tree.map(lambda leaf: leaf[0] if is_stacked else leaf, taken))
+        of_both = (fold_references(stages, reference.axes) for stages in (below_update, unsplit))
+        got, expected = (fn.apply(copied, rows).evaluated for fn in of_both)
     expected_grads = dict(leaves_by_path(expected.value))
     largest = max((float(np.max(np.abs(leaf), initial=0.0)) for leaf in expected_grads.values()), default=0.0)
     differ = [

@@ -140,6 +140,16 @@ class Grad(Transform):
         wraps = tuple(wrap for wrap in wraps if wrap.head is None)
         return (DifferentiateNode(value, wraps, *options, head, written=repr(self)),)
 
+    def with_loss(self, wrap: Callable[[Any], Any]) -> "Grad":  # Any: the user's function
+        """The same gradient of `wrap` of the user's function."""
+        match self.loss:
+            case QuotedArgument(value):
+                return replace(self, loss=replace(self.loss, value=wrap(value)))
+            case Pipeline((*wraps, Objective(QuotedArgument(value) as quoted))):
+                return replace(self, loss=Pipeline((*wraps, Objective(replace(quoted, value=wrap(value))))))
+            case Pipeline():
+                raise AssertionError("`_check_complete` lets only losses pass")
+
     @property
     def patterns(self) -> tuple[str, ...]:
         """Which parameters are trained."""
