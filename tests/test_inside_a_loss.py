@@ -416,6 +416,12 @@ CONSTRUCTS = {
         params=EXPERTS,
         rules=sc.tp({"up": P("model"), "down": P("model")}, default=P()),
     ),
+    "experts along the axis of the rows, with all-to-alls": Construct(
+        partial(routed, axis="data", of_rows=("data",)),
+        manual='refused: `mode="auto"`',
+        params=EXPERTS,
+        rules=sc.tp({"up": P("data"), "down": P("data")}, default=P()),
+    ),
     "Flax Linen, with partitioning metadata": Construct(in_linen, params=BOXED, rules=OF_LINEN),
     "Flax NNX, with partitioning metadata": Construct(in_nnx, params=VARIABLES, rules=COLUMNS),
 }
@@ -442,6 +448,54 @@ def test_construct_in_a_loss_equals_its_reference_or_is_refused(name: str, mode:
             step, state, batch = step_of(name, mode)
             (step.reference if is_reference else step)(state, batch)
         assert raised.value.suggestion
+
+
+def expert_step(k: int, loss: Any = None, **given: Any) -> tuple[sc.Step, sc.State]:
+    """Experts along the axis of the rows, under an optimizer with moments, a norm and an average."""
+    one = CONSTRUCTS["experts along the axis of the rows, with all-to-alls"]
+    outer = sc.ema(0.9) @ sc.skip_nonfinite() @ sc.update(optax.adam(1e-2)) @ sc.clip(0.1)
+    source = sc.grad(loss or one.loss, **given)
+    step = sc.compile(
+        outer @ sc.accumulate(k) @ sc.shard(sc.dp("data"), one.rules, mode="auto") @ source, mesh=EXPLICIT
+    )
+    return step, step.init(EXPERTS)
+
+
+def test_gradient_of_experts_along_the_rows_is_not_reduced_over_them() -> None:
+    step, state = expert_step(4)
+    assert_equivalent(step, state, BATCH)
+    lowered = step.lower(state, BATCH)
+    over_rows = [row for row in lowered.compile().collectives() if "data" in row.axes and row.kind != "all-to-all"]
+    router = EXPERTS["router"].nbytes
+    assert {row.kind for row in over_rows} == {"all-reduce"}
+    assert max(row.bytes for row in over_rows) == router < EXPERTS["up"].nbytes // SIZES[0]
+    assert f"sums the gradient of {router} B over data at least once a microbatch" in str(lowered.plan)
+    said = "`down`, `up` are sharded over an axis of the rows, and their gradient is not reduced over it"
+    assert said in str(lowered.plan)
+    sharded = [row for row in step.shardings(state).rows if row.spec == P("data")]
+    assert [row.path for row in sharded if row.path.startswith("params")] == ["params/down", "params/up"]
+    assert len(sharded) == 2 * 4  # the parameters, two moments, the average
+    assert all(row.bytes_ * SIZES[0] == row.total_bytes for row in sharded)
+
+
+def test_experts_along_the_rows_are_saved_and_restored(tmp_path: Path) -> None:
+    step, state = expert_step(2)
+    run = sc.run(step, state, [BATCH] * 2, checkpoint=sc.Checkpoints(tmp_path, every=1))
+    restored = sc.restore(tmp_path, like=run.state)
+    for one, two in zip(jax.tree.leaves(restored.params), jax.tree.leaves(run.state.params), strict=True):
+        assert one.sharding == two.sharding
+        np.testing.assert_array_equal(one, two)
+
+
+def test_experts_along_the_rows_in_a_loss_of_the_whole_batch_equal_the_reference() -> None:
+    def encode(params: Tree, rows: Tree) -> Tree:
+        error = routed(params, rows, axis="data", of_rows=("data",))
+        return {"error": sc.Mean(error * len(rows["x"]), len(rows["x"])), "x": rows["x"] @ params["router"]}
+
+    def head(params: Tree, z: Tree) -> jax.Array:
+        return z["error"].value + jnp.mean(z["x"]) ** 2
+
+    assert_equivalent(*expert_step(2, sc.across(head) @ encode), BATCH)
 
 
 def test_page_has_a_row_for_every_construct(request: pytest.FixtureRequest) -> None:

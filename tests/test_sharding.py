@@ -549,7 +549,9 @@ def test_axis_of_the_rows_in_a_rule_names_the_axes_that_are_free() -> None:
     )
     with pytest.raises(sc.ShardingError) as raised:
         sc.compile(pipeline, mesh=mesh_of(data=4, model=2))
-    assert raised.value.suggestion == "Parameters are sharded over an axis that shards no rows, such as 'model'."
+    automatic = "Experts that are sharded over the axis of the rows need `shard(dp(...), tp(...), mode='auto')`."
+    others = "Parameters are sharded over an axis that shards no rows, such as 'model'."
+    assert raised.value.suggestion == f"{others} {automatic}"
     with pytest.raises(sc.ShardingError) as raised:
         sc.compile(pipeline, mesh=mesh_of(data=8))
-    assert raised.value.suggestion is None
+    assert raised.value.suggestion == automatic

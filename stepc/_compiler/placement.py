@@ -48,7 +48,7 @@ def with_automatic_axes(mesh: Mesh) -> Mesh:
 def model_axis_specs(
     params: Params, names: Mapping[str, Spec], mesh: Mesh | None, rules: BoundRules
 ) -> dict[str, Spec]:
-    """How parameters are sharded over axes other than those of the rows: by the rules, or as the caller's arrays are.
+    """How parameters are sharded over the automatic axes: by the rules, or as the caller's arrays are.
 
     Args:
       names: of the dimensions of parameters, by path.
@@ -57,7 +57,7 @@ def model_axis_specs(
     leaves = leaves_by_path(params)
     if rules.has_rules:
         return specs_of_params(rules, leaves, names)
-    found = ((path, tuple(_without(rules.rows, _spec_on(leaf, mesh)))) for path, leaf in leaves)
+    found = ((path, tuple(_without(rules.manual_rows, _spec_on(leaf, mesh)))) for path, leaf in leaves)
     return {path: spec for path, spec in found if spec}
 
 
@@ -229,7 +229,7 @@ def shard_dimensions(params: Params, placement: Placement, rules: BoundRules) ->
     table = specs_in(placement)
 
     def spec(path: str) -> PartitionSpec:
-        return _without(rules.rows, table.get(_in("params", path), PartitionSpec()))
+        return _without(rules.manual_rows, table.get(_in("params", path), PartitionSpec()))
 
     tree = jax.tree.structure(params)
     specs = [spec(path) for path, _ in leaves_by_path(params)]
@@ -238,6 +238,14 @@ def shard_dimensions(params: Params, placement: Placement, rules: BoundRules) ->
         for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)
     ]
     return tree.unflatten(specs), tree.unflatten(dims)
+
+
+def sharded_along_rows(params: Params, placement: Placement, rules: BoundRules) -> tuple[str, ...]:
+    """The parameters that rules shard along an axis of the rows. Those that `zero` shards are gathered again."""
+    specs, _ = shard_dimensions(params, placement, rules)
+    flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+    pairs = zip(leaves_by_path(params), flat, strict=True)
+    return tuple(path for (path, _), spec in pairs if set(axes_of(spec)) & set(rules.rows))
 
 
 def gradient_shapes(

@@ -933,21 +933,28 @@ def exchange_notes(schedule: Schedule, minibatch_bytes: int) -> tuple[str, ...]:
     )
 
 
-def sharding_notes(schedule: Schedule, rules: BoundRules, gradient_bytes: int, num_values: int) -> tuple[str, ...]:
+def sharding_notes(
+    schedule: Schedule, rules: BoundRules, gradient_bytes: int, num_values: int, along_rows: tuple[str, ...]
+) -> tuple[str, ...]:
     """What the sharding costs, where that is not what one would expect; and a cheaper choice, where there is one.
 
     Args:
-      gradient_bytes: the bytes of the replicated gradient on one device, sharded over automatic axes alone.
+      gradient_bytes: the bytes of the gradient that is reduced, on one device, sharded over automatic axes alone.
       num_values: how many numbers that gradient has.
+      along_rows: the parameters that rules shard along an axis of the rows: their gradient is not reduced over it.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)
     size, part = f"{gradient_bytes:,} B", f"{gradient_bytes // rules.num_parts:,} B"
     if layout.automatic:
         times = "once a step" if iterations == 1 else f"once a microbatch, {iterations} times a step"
-        return (
-            f"XLA partitions the loss and sums the gradient of {size} over {', '.join(rules.rows)} at least {times}",
-        )
+        over = ", ".join(rules.rows)
+        told = [f"XLA partitions the loss and sums the gradient of {size} over {over} at least {times}"]
+        if along_rows:
+            are, their = ("is", "its") if len(along_rows) == 1 else ("are", "their")
+            named = listed(f"`{path}`" for path in along_rows)
+            told.append(f"{named} {are} sharded over an axis of the rows, and {their} gradient is not reduced over it")
+        return tuple(told)
     notes = _narrower_reduction(instructions, gradient_bytes, 2 * num_values)
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(

@@ -40,6 +40,11 @@ class BoundRules:
         return prod(sizes[axis] for axis in self.shard_axes)
 
     @property
+    def manual_rows(self) -> tuple[str, ...]:
+        """The axes among `rows` that a step is manual over: parameters are not sharded along them, but by `zero`."""
+        return tuple(axis for axis in self.rows if axis not in self.layout.automatic)
+
+    @property
     def has_rules(self) -> bool:
         """Whether rules place the parameters; the sharding of the caller's arrays is then ignored."""
         layout = self.layout
@@ -85,10 +90,12 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
         of_params = [spec for _, spec in _rules_of_params(merged)]
         specs = [*of_params, *(spec for _, spec in merged.batch)]
         unknown = sorted({axis for spec in specs for axis in axes_of(spec)} - set(sizes))
-        taken = {axis for spec in of_params for axis in axes_of(spec)} & {*rows}
+        named = {axis for spec in of_params for axis in axes_of(spec)}
         free = " or ".join(repr(axis) for axis in sizes if axis not in rows)
         hints = [misspelt_axes(unknown, sizes)]
-        hints += [f"Parameters are sharded over an axis that shards no rows, such as {free}."] if taken and free else []
+        if named & set(rows) - set(merged.automatic):
+            hints += [f"Parameters are sharded over an axis that shards no rows, such as {free}."] if free else []
+            hints += ["Experts that are sharded over the axis of the rows need `shard(dp(...), tp(...), mode='auto')`."]
         raise _error(faults, sizes, of="the sharding rules", hints=hints)
     named = (sharded[0].layout.zero_axes or sharded[0].axes[-1:]) if sharded else ()
     shard_axes = tuple(axis for axis in named if sizes[axis] > 1)
@@ -123,7 +130,7 @@ def _axis_faults(layout: ShardingRules, sizes: Mapping[str, int], rows: tuple[st
         f"{rule} names the axis {axis!r}, which shards the rows."
         for rule, spec in of_params
         for axis in axes_of(spec)
-        if axis in rows
+        if axis in rows and axis not in layout.automatic
     ]
     return faults
 
@@ -153,7 +160,7 @@ def names_of_params(
 
 
 def specs_of_params(rules: BoundRules, params: Shapes, given: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The spec that the rules give each parameter along the axes that do not shard rows; replicated ones are left out.
+    """The spec that the rules give each parameter; replicated ones are left out.
 
     Args:
       given: the names of the dimensions of parameters that carry some, by path.

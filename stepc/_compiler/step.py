@@ -29,6 +29,7 @@ from stepc._compiler.placement import (
     shapes_of,
     shapes_with,
     shard_dimensions,
+    sharded_along_rows,
     sharding_table,
     shardings_of,
     specs_in,
@@ -456,10 +457,14 @@ class Step:
             for turn, part in zip(form.turns, schedules_of_turns(schedule), strict=True):
                 trained = trained_leaves(state.params, turn.loss.wrt)
                 gradient = gradient_shapes(trained, state.placement, rules, sharded=False)
-                gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in gradient)
+                along_rows = sharded_along_rows(trained, state.placement, rules)
+                by_path = zip(leaves_by_path(trained), gradient, strict=True)
+                reduced = [leaf for (path, _), leaf in by_path if path not in along_rows]
+                gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in reduced)
                 prefix = f"{turn.name}: " if turn.name else ""
-                num_values = sum(leaf.size for leaf in gradient)
-                notes += tuple(f"{prefix}{note}" for note in sharding_notes(part, rules, gradient_bytes, num_values))
+                num_values = sum(leaf.size for leaf in reduced)
+                told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows)
+                notes += tuple(f"{prefix}{note}" for note in told)
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
             notes += (*self._note_of_names(state), *notes_of_offload(leaves))

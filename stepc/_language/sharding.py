@@ -160,6 +160,8 @@ def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpe
       compiled, with all faults: a rule that matches nothing, a parameter that no rule matches, an axis that the mesh
       lacks, that is used twice or that shards the rows, too few dimensions, a dimension that does not divide, a name
       that has no rule.
+    With `shard(..., mode="auto")` a rule may name an axis that shards the rows: experts, whose rows the loss sends to
+    them and back in an all-to-all. Their gradient is then not reduced over that axis.
     Example:
       >>> tp({"**/qkv": P(None, "model")}, default=P())
       tp({"**/qkv": P(None, "model")}, default=P())

@@ -33,6 +33,7 @@ from examples.steps import (
     linen_batch_stats,
     lora,
     moe,
+    moe_all_to_all,
     nnx_dropout_batchnorm,
     packed_tokens,
     ppo,
@@ -438,6 +439,25 @@ def balanced_experts() -> Iterator[Found]:
         yield {"params": params, "loss": value, "balance": balance}
 
 
+def experts_on_one_device() -> Iterator[Found]:
+    params, batch = moe_all_to_all.init(KEY), moe_all_to_all.batch()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    opt_state = optimizer.init(params)
+
+    def loss(params: Tree) -> jax.Array:
+        scores, chosen = jax.lax.top_k(batch["x"] @ params["router"], moe_all_to_all.CHOSEN)
+        gate, up, down = (params["experts"][name] for name in ("gate", "up", "down"))
+        made = (jax.nn.silu(batch["x"] @ gate) * (batch["x"] @ up)) @ down  # by every expert
+        picked = made[chosen, jnp.arange(len(chosen))[:, None]]
+        return jnp.mean((jnp.einsum("nc,nci->ni", jax.nn.softmax(scores), picked) - batch["y"]) ** 2)
+
+    while True:
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        yield {"params": params, "loss": value}
+
+
 SGD = optax.sgd(0.1, momentum=0.9)
 # Of the whole batch, whatever k and the mesh are.
 OF_THE_BATCH: dict[str, Callable[[], Iterator[Found]]] = {
@@ -458,6 +478,7 @@ OF_THE_BATCH: dict[str, Callable[[], Iterator[Found]]] = {
     "gan": critic_and_generator,
     "clip_two_towers": all_pairs,
     "moe": balanced_experts,
+    "moe_all_to_all": experts_on_one_device,
 }
 # Of k microbatches on some devices.
 OF_PARTS: dict[str, Callable[[int, int], Iterator[Found]]] = {

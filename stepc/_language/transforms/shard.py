@@ -108,14 +108,16 @@ def shard(*rules: DataParallel | TensorParallel, mode: str = "manual") -> Shard:
         device or on many.
       mode: "manual": the compiler places the one reduction of the gradient itself. "auto": the loss is called once for
         the rows of all devices, and XLA partitions it and places the reductions, at least one a microbatch. That is
-        for losses that cannot be in a region that is manual over the axis. It is then not a mean over parts: a loss
-        that depends on which rows share a call sees the whole microbatch.
+        for losses that cannot be in a region that is manual over the axis, such as those that exchange rows along it,
+        and rules of `tp` may then name it. It is not a mean over parts: a loss that depends on which rows share a call
+        sees the whole microbatch.
     Shapes: every batch leaf `[batch, ...]`; the gradient has the shapes of `params`.
     Units: the gradient is per example (a mean), not a sum.
     Type: gradient -> gradient
     Errors: FieldTypeError, FieldValueError if `rules` are not rules; ShardingError at `compile` if they do not fit the
       mesh, or at `init` if they do not fit the parameters; BatchError if the batch does not divide.
-    A loss may not name an axis of `dp` itself (`lax.pmean(..., "data")`): the reference has no such axis.
+    A loss may not name an axis of `dp` itself (`lax.pmean(..., "data")`): the reference has no such axis. It may name
+    the others, and with `mode="auto"` all of them in a `shard_map`.
     Example:
       >>> shard(dp("data")) @ grad(loss)
       shard(dp("data")) @ grad(loss)
