@@ -137,10 +137,12 @@ def path_matches(pattern: str, path: str) -> bool:
 
 
 def pattern_hint(pattern: str, paths: list[str]) -> str | None:
-    """What a pattern that matches none of the paths may have been meant to be; None if nothing is close."""
+    """What a pattern that matches none of the paths may have been meant to be, or which paths there are."""
     wider = (f"**/{pattern}", f"{pattern}/**", f"**/{pattern}/**")
-    found = next((one for one in wider if any(path_matches(one, path) for path in paths)), None)
-    return f"Did you mean {found!r}?" if found else did_you_mean(pattern, paths)
+    if found := next((one for one in wider if any(path_matches(one, path) for path in paths)), None):
+        return f"Did you mean {found!r}?"
+    shown = listed(repr(path) for path in paths if path)
+    return did_you_mean(pattern, paths) or (f"The paths are {shown}." if shown else None)
 
 
 def same_tree(tree: Any) -> Any:  # Any: a tree of the user's
