@@ -65,6 +65,7 @@ intersphinx_mapping = {
     }.items()
 }
 
+smartquotes = False  # "nan" in a docstring is a string
 html_theme = "sphinx_book_theme"  # that of jax and flax
 html_title = "stepc"
 html_static_path = ["_site/static"]
