@@ -175,9 +175,14 @@ def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
 
 
 def measured(make: Callable[[], jax.stages.Compiled], mesh: Mesh) -> dict[str, Any]:
-    """Bytes of communication and memory of the compiled program."""
+    """Bytes of communication and memory of the compiled program; or why there is none: it does not fit."""
     start = time.perf_counter()
-    compiled = make()
+    try:
+        compiled = make()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"does_not_fit": str(error).splitlines()[0]}
     seconds = time.perf_counter() - start
     data, model = Counter[str](), 0
     for row in sc.inspect.collectives(compiled, mesh):
@@ -202,6 +207,8 @@ def shown(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     def mb(bytes_: float) -> str:
         return f"{bytes_ / 1e6:,.1f}"
 
+    if "does_not_fit" in found:
+        return (name, "does not fit", *[""] * 6)
     kinds = [mb(found["data_bytes"].get(kind, 0)) for kind in ("all-reduce", "reduce-scatter", "all-gather")]
     memory = [mb(found[f"{kind}_bytes"]) for kind in ("model", "argument", "temporary")]
     return (name, *kinds, *memory, f"{found['compile_seconds']:.0f}")
