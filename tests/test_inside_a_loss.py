@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
+from stepc import _jax
 from stepc.testing import assert_equivalent
 
 Tree: TypeAlias = dict[str, Any]  # Any: arrays, and trees of them
@@ -496,6 +497,20 @@ def test_experts_along_the_rows_in_a_loss_of_the_whole_batch_equal_the_reference
         return z["error"].value + jnp.mean(z["x"]) ** 2
 
     assert_equivalent(*expert_step(2, sc.across(head) @ encode), BATCH)
+
+
+def test_jax_that_does_not_ask_for_the_mesh_of_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_jax, "_of_context", lambda mesh, own, asked_by: mesh)
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        specs = (P(None, "model"), P("model"), P())
+        part = jax.shard_map(one_part, mesh=EXPLICIT, in_specs=specs, out_specs=P(), axis_names={"model"})
+        return squares(part(params["w"], params["v"], rows["x"]))
+
+    pipeline = sc.update(optax.sgd(0.1)) @ sc.shard(sc.dp("data"), sc.tp(RULES)) @ sc.grad(loss)
+    step = sc.compile(pipeline, mesh=AUTOMATIC)
+    with pytest.raises(sc.ShardingError, match="Leave `mesh=` out"):
+        step.lower(step.init(PARAMS), BATCH)
 
 
 def test_page_has_a_row_for_every_construct(request: pytest.FixtureRequest) -> None:
