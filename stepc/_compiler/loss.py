@@ -867,13 +867,9 @@ def _refused_by_jax(error: Exception, node: DifferentiateNode) -> StepcError | N
                 suggestion="Write `jax.lax.with_sharding_constraint(x, P(...))` in the place of `jax.device_put`, and "
                 "leave out the `in_shardings` and `out_shardings` of a `jax.jit` in it.",
             )
-        case ValueError() if (
-            "should match the mesh passed to" in said
-        ):  # where this jax does not ask for that of a step
+        case ValueError() if "should match the mesh passed to" in said:  # a jax that does not ask for that of a step
             what = f"{loss} passes a mesh to `shard_map`, and this jax takes only that of the context there."
-            return ShardingError(
-                what, suggestion="Leave `mesh=` out: `jax.shard_map` takes that of the step by itself."
-            )
+            return ShardingError(what, suggestion="Leave `mesh=` out: `jax.shard_map` takes that of the context.")
         case ValueError() if "`set_mesh` can only be used outside" in said:
             what = f"{loss} sets a mesh, and already runs under the mesh of the step."
             return ShardingError(what, suggestion="Leave `jax.set_mesh` out.")
