@@ -5,6 +5,7 @@ on a file system that all hosts share.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def main(directory: Path, *, steps: int) -> sc.Run:
 if __name__ == "__main__":
     logging.basicConfig()
     logging.getLogger("stepc").setLevel(logging.INFO)  # where it resumes and what it saves
-    sc.init_distributed()  # before anything else uses jax; finds the others by the variables of SLURM
+    if "SLURM_STEP_NODELIST" in os.environ:  # set by `srun`; without it this is the only process
+        sc.init_distributed()  # before anything else uses jax
     run = main(Path("runs/slurm"), steps=int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
     if jax.process_index() == 0:
         print(run.steps, run.metrics)

@@ -252,8 +252,8 @@ def test_slurm_script_saves_on_sigterm_requeues_and_resumes(tmp_path: Path) -> N
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"  # not once more
 
 
-def test_dockerfile_copies_what_is_there_and_installs_extras_that_exist() -> None:
-    """Nothing here can build an image."""
+def test_dockerfile_copies_what_is_there_and_starts_a_program_that_resumes(tmp_path: Path) -> None:
+    """Nothing here can build an image. What it starts is run as in a container: one process, without SLURM."""
     lines = (FOLDER / "Dockerfile").read_text().splitlines()
     sources = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert sources and all((ROOT / source).exists() for source in sources)
@@ -262,4 +262,13 @@ def test_dockerfile_copies_what_is_there_and_installs_extras_that_exist() -> Non
     assert {"pyproject.toml", "stepc", *needed} <= set(sources)
     extras = re.findall(r"EXTRAS=([\w,]+)", "\n".join(lines))
     assert extras and all(one in project["optional-dependencies"] for extra in extras for one in extra.split(","))
-    assert lines[-1] == 'ENTRYPOINT ["python", "train.py"]'
+    (program,) = [line.split()[1:] for line in lines if line.startswith("COPY examples")]
+    assert program[1] == "train.py" and lines[-1] == 'ENTRYPOINT ["python", "train.py"]'
+    shutil.copy(ROOT / program[0], tmp_path / program[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environment |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    for steps in ("3", "5"):
+        words = [sys.executable, "train.py", steps]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith(f"{steps} "), done.stderr
+    assert "resumed at step 3" in done.stderr
