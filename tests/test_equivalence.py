@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from catalogue import PROBES, probe_batch, probe_params
 from conftest import mesh_of
 from flax import nnx
 
 import stepc as sc
 from stepc.testing import assert_equivalent
+from stepc.testing.assertions import _with_moved_gradient, assert_equal_trees
+from stepc.testing.probes import Evaluating
 
 WIDTH, ROWS = 16, 64
 OPTIMIZERS = {
@@ -159,3 +162,13 @@ def test_step_of_a_wrong_optimizer_is_not_equivalent(optimizer: Any, monkeypatch
     monkeypatch.setattr(type(other), "reference", right.reference)
     with pytest.raises((sc.EquivalenceError, ValueError)):
         assert_equivalent(other, state, batch())
+
+
+def test_gradient_is_moved_where_the_optimizer_differentiates_the_loss() -> None:
+    """It took the largest magnitude of a gradient as a number of Python, which a tracer is not."""
+    step = sc.compile(sc.update(Evaluating()) @ sc.accumulate(2) @ sc.sam(0.125) @ sc.grad(PROBES["over_rows"]))
+    state, batch = step.init(probe_params()), probe_batch(8)
+    moved, _ = _with_moved_gradient(step, state, batch, 1.0)
+    still, _ = step.reference(state, batch)
+    # This optimizer goes down the gradient that it computes itself, which is not moved.
+    assert_equal_trees(moved, still, tolerance=0.0, of="the moved step and the reference")

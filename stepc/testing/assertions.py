@@ -8,6 +8,7 @@ same pytree are for `chex.assert_trees_all_equal_structs` and its kin.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import jax
@@ -74,7 +75,10 @@ class _Moved(Transform):
 
         def apply(state: State, microbatch: Microbatch) -> Gradient:
             gradient: Gradient = fn.apply(state, microbatch)
-            offset = self.fraction * max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient.value))
+            # An optimizer may differentiate the loss itself, so these may be tracers.
+            offset = self.fraction * reduce(
+                jnp.maximum, [jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient.value)]
+            )
             if gradient.whole is not None:  # it has no terms yet
                 return gradient.linear(lambda leaf: leaf + jnp.asarray(offset, leaf.dtype))
             first, *others = gradient.terms
