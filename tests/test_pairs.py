@@ -79,7 +79,8 @@ def composed(outer: str, inner: str, probe: str) -> sc.Pipeline:
 
 def in_turn(outer: str, inner: str, probe: str) -> sc.Pipeline:
     """Two turns, the second with `inner`, and a transform of whole steps outside of both."""
-    first = sc.update(optax.adam(1e-2)) @ sc.accumulate(2) @ KNOWN[probe]
+    parts = sc.accumulate(2) @ SAMPLES["shard"] if inner == "shard" else sc.accumulate(2)  # turns are sharded alike
+    first = sc.update(optax.adam(1e-2)) @ parts @ KNOWN[probe]
     turns = sc.alternate(first=first, second=composed(inner, inner, probe), every={"first": 2})
     return SAMPLES[outer] @ turns
 
