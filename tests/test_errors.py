@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import PROBES, probe_batch, probe_model_state, probe_params
+from catalogue import PROBES, WHOLE, probe_batch, probe_model_state, probe_params
 from conftest import GOLDEN, golden_texts, mesh_of
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -33,7 +33,7 @@ from stepc._language.kinds import Kind
 from stepc.errors import faults_in_one
 from stepc.inspect.budget import reductions_of
 from stepc.testing import assert_equal_trees, check_transform
-from stepc.testing.probes import RECURRENT, WIDE, drawing, encoding, over_pairs, recurrent, wide_params
+from stepc.testing.probes import RECURRENT, WIDE, Evaluating, drawing, encoding, over_pairs, recurrent, wide_params
 
 loss = PROBES["over_rows"]
 adamw = optax.adamw(3e-4)
@@ -63,6 +63,11 @@ def call(batch: Any) -> None:
 def trained_with(bad: Any, *, seed: Any = 0, given: Any = None, params: Any = None, **options: Any) -> None:
     step = sc.compile(sc.update(tx) @ sc.grad(bad, **options))
     step(step.init(params or probe_params(), seed=seed, model_state=given), probe_batch(8))
+
+
+def step_of(pipeline: Any) -> None:
+    step = sc.compile(pipeline)
+    step(step.init(probe_params()), probe_batch(8))
 
 
 def encoded(head: Any, encode: Any, *, given: Any = None, **options: Any) -> None:
@@ -792,6 +797,10 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
         ),
     ),
     "mean_of_vectors": (sc.LossError, lambda: trained_with(lambda p, b: sc.Mean(b["x"] @ p["w"], 3))),
+    "head_of_parts_with_counts": (
+        sc.ConfigError,
+        lambda: step_of(sc.update(Evaluating()) @ sc.accumulate(2) @ sc.clip(1.0) @ WHOLE["whole_terms"]),
+    ),
     "encoder_without_rows": (
         sc.LossError,
         lambda: encoded(

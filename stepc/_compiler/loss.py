@@ -281,7 +281,8 @@ def _structure_of_head(
     for leaf in of_all:
         sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.size * leaf.dtype.itemsize
     of_sums = tuple(dict.fromkeys(leaf.dtype.name for leaf in shapes.sums))
-    head = HeadStructure(trees[0], read, tuple(sizes.items()), of_sums)
+    has_counts = any(count is None for count in structure.counts)
+    head = HeadStructure(trees[0], read, tuple(sizes.items()), of_sums, has_counts)
     # The total of the head is a value: there is nothing to divide it by.
     structure = replace(structure, counts=(1.0,), head=head)
     if num_rows(rows) == 1:

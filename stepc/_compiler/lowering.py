@@ -677,8 +677,9 @@ def _across(instruction: Across, microbatch: LocalMicrobatch, inputs: StepInputs
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
     if axes:
         accumulators = reported_once(accumulators, place == 0)
-    if not instruction.second:
-        return replace(first, metrics=accumulators, grads=(), encoded=())
+    if not instruction.gives_gradient:
+        value = replace(first, metrics=accumulators, grads=(), encoded=())
+        return _run(instruction.second, value, microbatch, inputs, region)
 
     # This device's own rows of the cotangents; the second pass over the same rows.
     num_own = z.rows[0].shape[0] // instruction.num_devices if z.rows else 0

@@ -335,7 +335,9 @@ def _head_lines(one: Across) -> Iterator[str]:
     if one.gather is not None and (line := _line(one.gather, (), "")):
         yield line
     reads = f" and of {listed(one.head.reads)}, which it reads" if one.head.reads else ""
-    how = f"{'value and gradient' if one.second else 'value'} once{', on every device alike' if one.axes else ''}"
+    how = (
+        f"{'value and gradient' if one.gives_gradient else 'value'} once{', on every device alike' if one.axes else ''}"
+    )
     yield f"head: {how}, of z{reads}"
 
 

@@ -41,7 +41,7 @@ from stepc._core.nodes import (
 from stepc._core.sharding import Spec, axes_of
 from stepc._language.encoded import EncodedTree
 from stepc._language.optimizers import evaluates_loss
-from stepc.errors import listed
+from stepc.errors import ConfigError, listed
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,14 @@ class HeadStructure:
       reads: the paths of the parameters that the head depends on.
       rows: by dtype, the bytes of the leaves with rows, for the whole batch: one gather each.
       sums: the dtypes of the sums over rows: one reduction each.
+      has_counts: whether the value of the head is a sum of terms that are divided by counts of the batch.
     """
 
     tree: EncodedTree
     reads: tuple[str, ...]
     rows: tuple[tuple[str, int], ...]
     sums: tuple[str, ...]
+    has_counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Across:
     Args:
       head: what the head is given.
       first: encodes.
-      second: adds up the gradient; nothing, if only the value is wanted.
+      second: adds up the gradient; if only the value is wanted, at most the reduction of the model state.
       axes: the mesh axes to gather over.
       rescaled: whether the loss is multiplied by a scale before the gradient is taken.
       reports: whether the metrics of the head are kept.
@@ -208,6 +210,11 @@ class Across:
     reports: bool = True
     gather: "AllGather | None" = None
     written: str = ""
+
+    @property
+    def gives_gradient(self) -> bool:
+        """Whether there is a second pass that takes a gradient."""
+        return not all(isinstance(one, ReduceModelState) for one in self.second)
 
 
 @dataclass(frozen=True)
@@ -608,21 +615,41 @@ def _add_node(pending: _PendingSum, node: Node, outer: Program, names: dict[int,
 
 
 def _evaluation(inner: Program, structure: LossStructure, node: UpdateNode) -> Evaluate:
-    """The means of a program and their loss, apart from all that changes the gradient and leaves the loss alone."""
-    plain = tuple(one for one in inner if isinstance(one, MeanNode | DifferentiateNode))
-    pending = _PendingSum(replace(structure, separate_metrics=()), counts=structure.counts)
-    for position in reversed(range(len(plain))):
-        pending = _add_node(pending, plain[position], plain[:position], {})
+    """The means of a program and their loss, apart from all that changes the gradient and leaves the loss alone.
+
+    Errors: ConfigError for a head whose terms are divided by counts of several parts: its derivative is not theirs.
+    """
+    pending, taken_by = _PendingSum(replace(structure, separate_metrics=()), counts=structure.counts), ""
+    for one in reversed(inner):
+        match one:
+            case MeanNode() if taken_by:
+                raise ConfigError(
+                    f"`{node.written}` evaluates the loss of the whole batch, which is not the mean of the parts that "
+                    f"`{taken_by}` takes: the terms of the head have counts of their own.",
+                    suggestion=f"Write `{taken_by}` to the left of `{one.written}`.",
+                )
+            case MeanNode() | DifferentiateNode():
+                pending = _add_node(pending, one, (), {})
+            case MapNode() | PerturbNode():  # it takes a value, so a head is given the rows up to here
+                has_counts = structure.head is not None and structure.head.has_counts
+                pending, taken_by = pending.complete(), taken_by or one.written * has_counts
+            case _:
+                pass
     pending = pending.complete()
-    silent = _replaced(pending.schedule, lambda one: replace(one, reports=False))
-    silent = tuple(replace(one, reports=False) if isinstance(one, Across) else one for one in silent)
+    silent = _replaced(
+        pending.schedule, lambda one: replace(one, reports=False), lambda across: replace(across, reports=False)
+    )
     pending = replace(pending, schedule=silent)
     reason = f"`{node.written}` evaluates the loss of the whole batch"
     reduction = (AllReduce(pending.axes, pending.num_devices, reason, written=pending.written),) if pending.axes else ()
     pending = replace(pending, schedule=_without_model_state(pending.schedule))
-    value = _replaced(pending.schedule, lambda one: Value(one.node, one.count))
-    value = tuple(replace(one, second=()) if isinstance(one, Across) else one for one in value)
+    value = _replaced(pending.schedule, lambda one: Value(one.node, one.count), _value_alone)
     return Evaluate((*value, *reduction), pending.as_value(reason).schedule)
+
+
+def _value_alone(across: Across) -> Across:
+    """Without the second pass, but for the reduction of a model state that the next microbatch reads."""
+    return replace(across, second=tuple(one for one in across.second if isinstance(one, ReduceModelState)))
 
 
 def _add_mean(pending: _PendingSum, node: MeanNode) -> _PendingSum:
@@ -690,17 +717,22 @@ def _encoding(body: Schedule) -> Schedule:
     return tuple(encoded)
 
 
-def _replaced(body: Schedule, replacement: Callable[[Compute], Instruction]) -> Schedule:
-    """The same loops, with something else in place of the gradient of a local microbatch."""
+def _replaced(
+    body: Schedule,
+    replacement: Callable[[Compute], Instruction],
+    of_across: Callable[[Across], Across] = lambda across: across,
+) -> Schedule:
+    """The same loops, with something else in place of the gradient of a local microbatch, or of a whole batch."""
     made: list[Instruction] = []
     for one in body:
         match one:
             case Compute():
                 made.append(replacement(one))
             case ScanMicrobatches(body=inner) | Vmap(inner):
-                made.append(replace(one, body=_replaced(inner, replacement)))
-            case Across(second=second):
-                made.append(replace(one, second=_replaced(second, replacement)))
+                made.append(replace(one, body=_replaced(inner, replacement, of_across)))
+            case Across():
+                across = of_across(one)
+                made.append(replace(across, second=_replaced(across.second, replacement, of_across)))
             case _:
                 made.append(one)
     return tuple(made)
@@ -711,7 +743,11 @@ def _without_model_state(body: Schedule) -> Schedule:
 
     One in a loop stays: the next microbatch reads what it makes.
     """
-    return tuple(one for one in body if not isinstance(one, ReduceModelState))
+    return tuple(
+        replace(one, second=_without_model_state(one.second)) if isinstance(one, Across) else one
+        for one in body
+        if not isinstance(one, ReduceModelState)
+    )
 
 
 def _optimize(node: UpdateNode, inner: Schedule, outer: Program, names: dict[int, str]) -> Optimize:

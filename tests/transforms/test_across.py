@@ -139,8 +139,15 @@ def test_optimizer_may_ask_for_the_loss_of_the_whole_batch(optimizer: Any) -> No
     for name in ("whole", "whole_terms"):
         step = sc.compile(sc.update(optimizer) @ sc.accumulate(2) @ DATA @ WHOLE[name], mesh=mesh_of(data=4))
         # A line search compares rounded values; a wrong evaluation is off by more.
-        tolerance = 1e-3 if optimizer is not Evaluating() else 1e-5
+        tolerance = 1e-3 if optimizer != Evaluating() else 1e-5
         assert_equivalent(step, fresh(step, WHOLE[name], ROWS), probe_batch(ROWS), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_head_is_given_the_rows_whose_value_is_taken_wherever_the_loss_is_evaluated(middle: str) -> None:
+    source = WHOLE["whole_recurrent"]
+    step = sc.compile(sc.update(Evaluating()) @ MIDDLES[middle] @ source, mesh=mesh_of(data=2, replica=2))
+    assert_equivalent(step, fresh(step, source, ROWS), probe_batch(ROWS))
 
 
 OUTSIDE: dict[str, Any] = {
