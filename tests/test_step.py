@@ -212,15 +212,14 @@ def test_retrace_is_explained_by_the_most_similar_call(caplog: pytest.LogCapture
     assert "`x`" not in told
 
 
-def test_leaf_in_another_memory_is_named_where_the_loss_fails() -> None:
+def test_leaf_in_another_memory_is_named_where_the_step_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
     step = sc.compile(ADAM @ DATA @ sc.grad(LOSS), mesh=mesh_of(data=2))
     state, _ = step(step.init(probe_params()), probe_batch(8))
     w = state.params["w"]
     moved = replace(state, params={**state.params, "w": jax.device_put(w, w.sharding.with_memory_kind("pinned_host"))})
-    with pytest.raises(ValueError, match="memory_space") as caught:
-        step(moved, probe_batch(8))
-    note = "`params/w` was float32[3] sharded as P(), and is sharded as P() in the memory 'pinned_host'."
-    assert caught.value.__notes__[-1] == f"Since the last trace the state has changed: {note}"
+    step(moved, probe_batch(8))
+    (told,) = caplog.messages
+    assert "`params/w` was float32[3] sharded as P(), and is sharded as P() in the memory 'pinned_host'" in told
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 1}, {"data": 8}, {"data": 4, "model": 2}])

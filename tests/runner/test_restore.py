@@ -171,7 +171,8 @@ MISTAKES: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
         sc.ConfigError,
         lambda saved: sc.restore(saved, only=["params/**", "model_state/**"]),
         "Invalid arguments to `restore`.\n\n"
-        "  only  expected a pattern that matches a leaf of the checkpoint, got 'model_state/**'",
+        "  only  expected a pattern that matches a leaf of the checkpoint, got 'model_state/**'\n\n"
+        "  The paths are 'params/w', 'opt_state/0/count', 'opt_state/0/mu/w', 'opt_state/0/nu/w', 'step', 'rng'.",
     ),
     "like of functions": (
         sc.FieldTypeError,

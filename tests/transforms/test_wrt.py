@@ -218,7 +218,7 @@ def test_checkpoint_of_a_frozen_base_goes_on_where_more_is_trained(tmp_path: Pat
 
     first, second = step_of("out"), step_of(("out", "b"))
     sc.run(first, first.init(wide_params(), seed=7), batches[:2], checkpoint=sc.Checkpoints(tmp_path, every=2))
-    with pytest.raises(sc.ResumeError, match=r"opt_state/0/mu/b +saved nothing, the state has float32"):
+    with pytest.raises(sc.ResumeError, match=r"opt_state/0/mu/b +saved nothing, `like` has float32"):
         sc.restore(tmp_path, like=second.init(wide_params()))
     saved = sc.restore(tmp_path, like=first.init(jax.eval_shape(wide_params)))
     state = second.init(saved.params, like=saved)
