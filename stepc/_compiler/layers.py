@@ -125,23 +125,24 @@ def stacked_inputs(jaxpr: Jaxpr) -> set[int]:
                 found |= {position for position in inputs[num_whole:] if position is not None}
             case _:
                 pass
-        for inner in _programs_in(equation):
+        for inner in programs_in(equation):
             if len(inner.invars) == len(inputs):
                 within = [inputs[place] for place in stacked_inputs(inner) if place < num_whole]
                 found |= {position for position in within if position is not None}
     return found
 
 
-def _programs_in(equation: Any) -> Iterator[Jaxpr]:  # Any: an equation
+def programs_in(equation: Any) -> Iterator[Jaxpr]:  # Any: an equation
     """The programs that an operation runs."""
     for value in equation.params.values():
-        match value:
-            case Jaxpr():
-                yield value
-            case ClosedJaxpr():
-                yield value.jaxpr
-            case _:
-                pass
+        for one in value if isinstance(value, tuple | list) else (value,):
+            match one:
+                case Jaxpr():
+                    yield one
+                case ClosedJaxpr():
+                    yield one.jaxpr
+                case _:
+                    pass
 
 
 def _run(traced: ClosedJaxpr, values: Sequence[_Value], gather: Gather) -> list[jax.Array]:

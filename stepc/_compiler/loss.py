@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from stepc._compiler.collectives import on_every_device
-from stepc._compiler.layers import stacked_inputs
+from stepc._compiler.layers import programs_in, stacked_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
@@ -965,11 +965,8 @@ def _equations(jaxpr: Jaxpr, *, outside_of: frozenset[str] | None = None) -> Ite
             left -= equation.params["newly_manual_axes"]
             if not left:
                 continue
-        for part in equation.params.values():
-            for inner in part if isinstance(part, tuple | list) else (part,):
-                if isinstance(inner, ClosedJaxpr | Jaxpr):
-                    inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-                    yield from _equations(inner, outside_of=left)
+        for inner in programs_in(equation):
+            yield from _equations(inner, outside_of=left)
 
 
 def _without_effects(jaxpr: Jaxpr) -> Jaxpr:

@@ -1,16 +1,16 @@
 """The smallest k with which a program fits, found with few compilations. It must not know what is compiled."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import log
-from typing import Any
 
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 from numpy import interp
 
+from stepc._compiler.layers import programs_in
 from stepc._text import aligned_table, readable_bytes
 from stepc.inspect.memory import Memory
 
@@ -185,7 +185,7 @@ def _peak(jaxpr: Jaxpr, *, uncounted: set[Var]) -> int:
         is_rename = equation.primitive.name in _RENAMES
         new = [] if is_rename else [var for var in equation.outvars if var not in uncounted]
         made = sum(map(_bytes, new))
-        inside = max((_peak(inner, uncounted=set()) for inner in _inner(equation.params)), default=0)
+        inside = max((_peak(inner, uncounted=set()) for inner in programs_in(equation)), default=0)
         if equation.primitive.name in _LOOPS:  # its results reuse the initial carry; its iterations need more
             peak = max(peak, live + max(made - freed_at.get(at, 0), 0) + inside)
         else:  # the results of a call are made inside it
@@ -196,18 +196,6 @@ def _peak(jaxpr: Jaxpr, *, uncounted: set[Var]) -> int:
                 freed_at[last_use[var]] = freed_at.get(last_use[var], 0) + _bytes(var)
         live -= freed_at.pop(at, 0)
     return peak
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:  # Any: whatever a primitive keeps
-    for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            match one:
-                case Jaxpr():
-                    yield one
-                case ClosedJaxpr():
-                    yield one.jaxpr
-                case _:
-                    pass
 
 
 def _bytes(var: Var) -> int:

@@ -362,8 +362,10 @@ class CheckpointKeeper:
     def _delete_old(self) -> dict[str, object]:
         """Delete what need not be kept; say what was, and what is left, if anything was."""
         deleted = self.store.delete_old(but=() if self.best is None else self.best[:1])
+        if not deleted:
+            return {}
         each = {"deleted": deleted, "kept": sorted(self.store.steps())}
-        return {name: ", ".join(map(str, steps)) for name, steps in each.items()} if deleted else {}
+        return {name: ", ".join(map(str, steps)) for name, steps in each.items()}
 
     def _guarded(self, number: int, act: Callable[[], None]) -> bool:
         """Whether it succeeded; raises if the policy for saves does not allow it to fail."""

@@ -118,9 +118,6 @@ class InstantStore:
 
     def delete_old(self, **about: Any) -> None: ...
 
-    def steps(self) -> list[int]:
-        return []
-
 
 def test_waits_that_add_up_to_little_are_no_event() -> None:
     logger, now = Remembering(), itertools.count(0, 0.005)
