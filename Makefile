@@ -46,11 +46,15 @@ docs: $(VENV)/dev.stamp
 docs-outputs: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --regold -q tests/test_docs.py -k "page or notebook"
 
+# Every benchmark that a CPU can run, then the page of their results, benchmarks/README.md. Most of an hour, on a machine
+# that does nothing else; `make benchmarks BENCHMARK_OPTIONS=--quick` sees in minutes that they run, and writes nothing.
+BENCHMARKS := by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \
+  runner_overhead memory_search
+BENCHMARK_OPTIONS ?= --save
+
 benchmarks: $(VENV)/dev.stamp
-	for script in by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \
-	  runner_overhead memory_search; do \
-	  $(BIN)/python benchmarks/$$script.py || exit 1; \
-	done
+	for script in $(BENCHMARKS); do $(BIN)/python benchmarks/$$script.py $(BENCHMARK_OPTIONS) || exit 1; done
+	$(BIN)/python benchmarks/page.py
 
 # The sdist and the wheel, checked: their metadata, and that the wheel holds the library alone.
 dist: $(VENV)/dev.stamp

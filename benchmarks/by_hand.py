@@ -25,6 +25,7 @@ from measuring import (
     finish,
     interleaved,
     num_instructions,
+    plot,
     ratio,
     require_equal,
     show,
@@ -32,7 +33,7 @@ from measuring import (
     timed,
     verdict,
 )
-from models import Loss, Model, adamw, mlp, small_gpt
+from models import Loss, Model, adamw, mlp, resnet, small_gpt
 
 import stepc as sc
 from examples.gpt.model import Size
@@ -133,6 +134,7 @@ def _compiling(make: Callable[[], Step], state: Any, batch: Any) -> Sample:
 
 def tell(found: dict[str, Any]) -> None:
     """One table for one model and k."""
+    plot(f"{found['model']}, k = {found['k']}", found["step_seconds_ratio"], STEP)
     rows = [("", "stepc", "by hand", "ratio", "target")]
     for what, clock, scale, unit, target in (
         ("step", "seconds", 1e3, "ms", STEP),
@@ -158,7 +160,9 @@ def tell(found: dict[str, Any]) -> None:
 def cases() -> list[tuple[Model, int, int]]:
     """Model, k, calls in one sample."""
     small, demo = mlp((64, 256, 256, 16), rows=256), small_gpt(Size(layers=4, width=128, heads=4, context=128), rows=16)
-    return [(small, 1, 100), (small, 4, 100), (demo, 1, 1), (demo, 4, 1)]
+    convolutions = resnet(32, blocks=3, size=16, rows=32)
+    models = ((small, 100), (demo, 1), (convolutions, 1))
+    return [(model, k, calls) for model, calls in models for k in (1, 4)]
 
 
 def quick_cases() -> list[tuple[Model, int, int]]:

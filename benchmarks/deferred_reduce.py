@@ -1,6 +1,6 @@
 """What does it gain to reduce the gradient once a step instead of once a microbatch?
 
-Eight simulated devices, k = 8, adamw. stepc against
+Eight simulated devices and one, k = 8, adamw. stepc against
   by hand            `jax.shard_map` over the devices, a `lax.scan` in it and one `psum` after it: should cost the same
   GSPMD scan         `jax.jit` with a sharded batch and a `lax.scan` over strided microbatches with a sharding
                      constraint, which is how MaxText accumulates
@@ -28,12 +28,13 @@ from measuring import (
     begin,
     finish,
     interleaved,
+    plot,
     ratio,
     require_equal,
     show,
     spreads,
 )
-from models import Loss, Model, adamw, mlp, small_gpt
+from models import Loss, Model, adamw, mlp, resnet, small_gpt
 
 import stepc as sc
 from examples.gpt.model import Size
@@ -43,7 +44,7 @@ try:
 except ImportError:  # optax before 0.2.6
     microbatching = None
 
-NUM_DEVICES, K = 8, 8
+NUM_DEVICES, K = 8, 8  # one device reduces nothing, and shows what the loop costs
 REPLICATED, ROWS = PartitionSpec(), PartitionSpec("data")
 Gradient: TypeAlias = Callable[[Any, Any], tuple[jax.Array, Any]]  # Any: parameters, rows and gradients
 
@@ -75,7 +76,7 @@ def by_hand(model: Model, mesh: Mesh) -> Variant:
     @partial(jax.shard_map, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=REPLICATED, check_vma=False)
     def gradient(params: Any, rows: Any) -> tuple[jax.Array, Any]:
         total = jax.lax.psum(_added_up(loss, params, jax.tree.map(_strided, rows)), "data")
-        return jax.tree.map(lambda leaf: leaf / (K * NUM_DEVICES), total)
+        return jax.tree.map(lambda leaf: leaf / (K * mesh.size), total)
 
     return _jitted(model, mesh, gradient)
 
@@ -156,7 +157,8 @@ def measure(model: Model, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
         one |= {"step_seconds": seconds[name], "step_ratio": ratio(taken, name, "stepc")}
         one["step_cpu_ratio"] = ratio(taken, name, "stepc", CPU_SECONDS)
         one["temporary_ratio"] = one["temporary_bytes"] / found["stepc"]["temporary_bytes"]
-    return {"model": model.name, "num_params": model.num_params, "k": K, "variants": found}
+    name = f"{model.name}, {mesh.size} device{'s' * (mesh.size > 1)}"
+    return {"model": name, "num_params": model.num_params, "k": K, "variants": found}
 
 
 def _strided(leaf: jax.Array) -> jax.Array:
@@ -219,27 +221,40 @@ def tell(result: dict[str, Any]) -> None:
         time, temporaries = one["step_seconds"].shown(1e3, 1), f"{one['temporary_bytes'] / 1e6:.2f}"
         quotients = one["step_ratio"].shown(), f"{one['temporary_ratio']:.2f}"
         counts = str(one["all_reduces"]), f"{one['all_reduced_bytes'] / 1e6:.2f}"
+        plot(f"{result['model']}: {name}", one["step_ratio"])
         rows.append((name, time, quotients[0], temporaries, quotients[1], f"{one['total_bytes'] / 1e6:.2f}", *counts))
     title = f"{result['model']}; {result['num_params']:,} parameters; per step and device; median (quartiles)"
     show(title, rows)
+
+
+def cases() -> list[tuple[int, Model]]:
+    """Devices and model.
+
+    The MLP has one row a local microbatch, and eight: the more there is to compute, the less a reduction weighs.
+    """
+    wide, size = (512, 2048, 2048, 512), Size(layers=2, width=128, heads=4, context=32)
+    rows = NUM_DEVICES * K
+    gpt, convolutions = small_gpt(size, rows=rows, num_tokens=8192), resnet(32, blocks=3, size=8, rows=rows)
+    many = [mlp(wide, rows=rows), mlp(wide, rows=8 * rows), gpt, convolutions]
+    return [
+        *((NUM_DEVICES, model) for model in many),
+        *((1, model) for model in (mlp(wide, rows=rows), gpt, convolutions)),
+    ]
+
+
+def quick_cases() -> list[tuple[int, Model]]:
+    """Small ones."""
+    return [(devices, mlp((16, 32, 16), rows=NUM_DEVICES * K)) for devices in (NUM_DEVICES, 1)]
 
 
 def main() -> None:
     options = arguments(__doc__, rounds=15).parse_args()
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     jax.config.update("jax_enable_compilation_cache", False)
-    setting = begin(f"one reduction a step against one a microbatch: {NUM_DEVICES} devices, k = {K}, adamw")
-    mesh = jax.make_mesh((NUM_DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    rows = NUM_DEVICES * K
-    if options.quick:
-        models = (mlp((16, 32, 16), rows=rows),)
-    else:
-        size = Size(layers=2, width=128, heads=4, context=32)
-        wide = (512, 2048, 2048, 512)
-        # One row a local microbatch, and eight: the more there is to compute, the less a reduction weighs.
-        models = (mlp(wide, rows=rows), mlp(wide, rows=8 * rows), small_gpt(size, rows=rows, num_tokens=8192))
+    setting = begin(f"one reduction a step against one a microbatch: {NUM_DEVICES} devices and one, k = {K}, adamw")
     results = []
-    for model in models:
+    for devices, model in quick_cases() if options.quick else cases():
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
         result = measure(model, mesh, rounds=3 if options.quick else options.rounds)
         tell(result)
         results.append(result)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +59,17 @@ class Spread:
         """Such as `1.02 (1.01-1.04)`."""
         median, low, high = (f"{scale * one:,.{digits}f}" for one in (self.median, self.low, self.high))
         return f"{median} ({low}-{high})"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a script has shown, for the page that `page.py` writes: tables, and ratios to plot."""
+
+    tables: list[tuple[str, Sequence[Row]]] = field(default_factory=list)
+    ratios: list[tuple[str, Spread, float | None]] = field(default_factory=list)
+
+
+SHOWN = Page()
 
 
 class Repeated:
@@ -158,6 +169,7 @@ def arguments(docstring: str | None, *, rounds: int) -> argparse.ArgumentParser:
 def begin(question: str) -> dict[str, Any]:
     """Print the question, and machine, versions, date, commit."""
     setting = {
+        "question": question,
         "date": date.today().isoformat(),
         "commit": _commit(),
         "machine": f"{os.cpu_count()} cores, {_cpu()}",
@@ -168,7 +180,7 @@ def begin(question: str) -> dict[str, Any]:
         **{name: version(name) for name in PACKAGES},
     }
     print(question, "", sep="\n")
-    for name, value in setting.items():
+    for name, value in list(setting.items())[1:]:
         print(f"  {name:<10}{value}")
     print(flush=True)
     return setting
@@ -176,6 +188,7 @@ def begin(question: str) -> dict[str, Any]:
 
 def show(title: str, rows: Sequence[Row]) -> None:
     """Print a table; its first row is the header."""
+    SHOWN.tables.append((title, rows))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(title, "", sep="\n")
     for row in rows:
@@ -183,10 +196,15 @@ def show(title: str, rows: Sequence[Row]) -> None:
     print(flush=True)
 
 
+def plot(label: str, spread: Spread, target: float | None = None) -> None:
+    """Give the page a ratio to plot, such as the time of a step over that of the same step by hand."""
+    SHOWN.ratios.append((label, spread, target))
+
+
 def finish(name: str, setting: Mapping[str, Any], results: Any, *, quick: bool, save: bool) -> None:
     """Print one JSON line, and save it if asked to."""
     line = json.dumps(
-        {"benchmark": name, "quick": quick, "setting": setting, "results": results},
+        {"benchmark": name, "quick": quick, "setting": setting, "results": results, **asdict(SHOWN)},
         default=_quartiles,  # the only values in it that JSON does not know are Spreads
     )
     print(line)

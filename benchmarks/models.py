@@ -64,6 +64,49 @@ def small_gpt(size: gpt.Size, *, rows: int, num_tokens: int = gpt.NUM_BYTES) -> 
     return Model(f"GPT {what}", lambda: gpt.make_loss(size), params, {"tokens": tokens.astype(np.int32)})
 
 
+def resnet(width: int, *, blocks: int, size: int, rows: int) -> Model:
+    """Residual blocks of two 3 x 3 convolutions with group norms, on square images, and a cross-entropy of ten classes.
+
+    Group norms, since the statistics of batch norms depend on which rows share a microbatch.
+    """
+    rng = np.random.default_rng(0)
+
+    def conv(inputs: int) -> dict[str, jax.Array]:
+        kernel = rng.standard_normal((3, 3, inputs, width)) * (2 / (9 * inputs)) ** 0.5
+        return {"kernel": jnp.asarray(kernel, jnp.float32), "scale": jnp.ones(width), "bias": jnp.zeros(width)}
+
+    params = {
+        "stem": conv(3),
+        "blocks": [{"first": conv(width), "second": conv(width)} for _ in range(blocks)],
+        "head": jnp.asarray(rng.standard_normal((width, 10)) * width**-0.5, jnp.float32),
+    }
+    images = rng.standard_normal((rows, size, size, 3)).astype(np.float32)
+    batch = {"image": images, "label": rng.integers(0, 10, rows).astype(np.int32)}
+    return Model(
+        f"ResNet, {blocks} blocks of {width} channels, {size} x {size}, {rows} rows", _resnet_loss, params, batch
+    )
+
+
+def _resnet_loss() -> Loss:
+    def normed(conv: Any, images: jax.Array) -> jax.Array:
+        found = jax.lax.conv_general_dilated(
+            images, conv["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        groups = found.reshape(*found.shape[:3], 4, -1)
+        mean = groups.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(groups - mean).mean((1, 2, 4), keepdims=True)
+        return ((groups - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(found.shape) * conv["scale"] + conv["bias"]
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        images = jax.nn.relu(normed(params["stem"], batch["image"]))
+        for block in params["blocks"]:
+            images = jax.nn.relu(images + normed(block["second"], jax.nn.relu(normed(block["first"], images))))
+        scores = images.mean((1, 2)) @ params["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"]).mean()
+
+    return loss
+
+
 def _mlp_loss() -> Loss:
     def loss(params: Any, batch: Any) -> jax.Array:
         *inner, last = params

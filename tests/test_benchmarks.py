@@ -1,0 +1,111 @@
+"""What the benchmarks can count exactly is counted on every push: stepc needs no more than the same step by hand.
+
+Times are never asserted. The steps are those of `benchmarks/deferred_reduce.py` and `by_hand.py`, on small models.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+import stepc as sc
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCALARS = 256  # bytes: stepc also holds the norm of the gradient, a step counter and a key
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, Any]]:  # Any: modules
+    """The benchmarks by name; they import each other as scripts do, and broadcast as jax does by default."""
+    names = ("deferred_reduce", "by_hand", "models", "page", "measuring")
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield {name: importlib.import_module(name) for name in names}
+        for name in names:
+            patch.delitem(sys.modules, name)
+
+
+def small(scripts: dict[str, Any], name: str) -> Any:
+    models = scripts["models"]
+    return models.mlp((64, 128, 64), rows=64) if name == "mlp" else models.resnet(8, blocks=1, size=8, rows=64)
+
+
+def num_copies(program: Any) -> int:
+    return program.as_text().count(" copy(")
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_eight_devices_reduce_once_in_the_memory_of_a_shard_map(scripts: dict[str, Any], name: str) -> None:
+    by, model = scripts["deferred_reduce"], small(scripts, name)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    ours, by_hand, gspmd = (getattr(by, make)(model, mesh).program for make in ("ours", "by_hand", "gspmd_scan"))
+    gradient = 4 * model.num_params
+    sent = [
+        [(row.kind, row.executions, row.bytes) for row in sc.inspect.collectives(program, mesh)]
+        for program in (ours, by_hand, gspmd)
+    ]
+    assert sent[0] == sent[1] == [("all-reduce", 1, gradient + 4)]  # and the loss
+    assert sum((executions or 0) * bytes_ for _, executions, bytes_ in sent[2]) >= by.K * gradient
+    memory = [sc.inspect.memory(program).temporaries for program in (ours, by_hand)]
+    assert memory[0] <= memory[1] + SCALARS
+    assert num_copies(ours) <= num_copies(by_hand)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_one_device_needs_no_more_than_by_hand(scripts: dict[str, Any], name: str, k: int) -> None:
+    by, model = scripts["by_hand"], small(scripts, name)
+    traces = 0
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        nonlocal traces
+        traces += 1
+        return loss_of_model(params, batch)
+
+    loss_of_model = model.make_loss()
+    step = by.by_stepc(loss, k)
+    ours = step.lower(step.init(model.params), model.batch).compile().executable
+    traced, traces = traces, 0
+    init, hand = by.by_hand(loss, k)
+    by_hand = hand.lower((model.params, init(model.params)), model.batch).compile()
+    assert traces == 1
+    assert traced <= 2  # its structure is known before its program is made
+    memory = [program.memory_analysis().temp_size_in_bytes for program in (ours, by_hand)]
+    assert memory[0] <= memory[1] + SCALARS
+    assert num_copies(ours) <= num_copies(by_hand)
+    count = scripts["measuring"].num_instructions
+    assert count(ours.as_text()) <= count(by_hand.as_text()) + 60
+
+
+def test_page_shows_the_newest_result_its_plot_and_what_is_said_of_it(
+    scripts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring, page = scripts["measuring"], scripts["page"]
+    for module in (measuring, page):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(measuring, "SHOWN", measuring.Page())
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "head.md").write_text("# Benchmarks\n")
+    (tmp_path / "notes" / "small.md").write_text("It is small.\n")
+    setting = measuring.begin("Is it small?")
+    measuring.plot("one", measuring.Spread(1.0, 0.9, 1.2), 1.05)
+    measuring.show("Sizes", [("", "ratio"), ("a|b", "1.00 (0.90-1.20)")])
+    measuring.finish("small", {**setting, "date": "2026-01-01"}, [], quick=False, save=True)
+    measuring.finish("small", {**setting, "date": "2026-01-02"}, [], quick=False, save=True)
+    measuring.finish("small", {**setting, "date": "2026-01-03"}, [], quick=True, save=True)  # says nothing
+    old = json.loads((tmp_path / "results" / "2026-01-01-small.json").read_text())
+    del old["tables"]
+    (tmp_path / "results" / "2025-01-01-older.json").write_text(json.dumps({**old, "benchmark": "older"}))
+    page.main()
+    head, section, when, picture, table, said = (tmp_path / "README.md").read_text().strip().split("\n\n", 5)
+    assert (head, section) == ("# Benchmarks", "## `small`: is it small?")
+    assert when.startswith("2026-01-02; commit ")
+    assert picture == "![Ratios of small](plots/small.png)"
+    assert (table, said) == ("**Sizes**", "|  | ratio |\n|---|---|\n| a\\|b | 1.00 (0.90-1.20) |\n\nIt is small.")
+    assert (tmp_path / "plots" / "small.png").stat().st_size > 1000
