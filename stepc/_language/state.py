@@ -338,4 +338,5 @@ def copied_to(state: Any, place: Any) -> Any:  # Any: a state, or what was given
 
 def leaf_crc32(leaf: Any, crc32: int = 0) -> int:  # Any: an array
     """The CRC-32 of the bytes of a leaf, or of the numbers of a typed key, continued from `crc32`."""
-    return zlib.crc32(np.asarray(key_data(leaf)).tobytes(), crc32)
+    array = np.ascontiguousarray(key_data(leaf))  # copied only if it has to be
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data, crc32)

@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -46,7 +47,7 @@ from stepc._runner.pending import copy_state
 from stepc.errors import CheckpointError, ConfigError, ResumeError, first_line, listed
 
 FORMAT = 1
-TEMPORARY = ".orbax-checkpoint-tmp"
+TEMPORARY, METADATA = ".orbax-checkpoint-tmp", "metadata"
 ABANDONED, DELETING = "abandoned", ".deleting"
 # Orbax globs the path of a checkpoint for the files of each process, and does not escape it: it finds none, or those
 # of another directory. TensorStore reads "\\" as "/".
@@ -59,6 +60,40 @@ SOME_LEAVES: Mapping[str, Any] = (  # Any: arguments of Orbax
     if "partial_restore" in ocp.args.PyTreeRestore.__dataclass_fields__
     else {"transforms": {}}
 )
+
+
+class MetaHandler(ocp.AsyncCheckpointHandler):
+    """Writes the metadata when Orbax commits, in its thread: the digests in it are of every byte of the state."""
+
+    def save(self, directory: Path, args: "MetaArgs") -> None:
+        if jax.process_index() == 0:
+            text = json.dumps(args.body())
+            stored = {"body": text, "crc32": zlib.crc32(text.encode())}
+            (Path(directory) / METADATA).write_text(json.dumps(stored))
+
+    async def async_save(self, directory: Path, args: "MetaArgs") -> list[Any] | None:  # Any: futures, to Orbax
+        return [Committing(lambda: self.save(directory, args))]
+
+    def restore(self, directory: Path, args: object = None) -> Any:  # Any: a JSON value
+        return json.loads((Path(directory) / METADATA).read_text())
+
+
+@ocp.args.register_with_handler(MetaHandler, for_save=True, for_restore=True)
+@dataclass
+class MetaArgs(ocp.args.CheckpointArgs):
+    """What is saved: `body` gives the metadata when Orbax commits."""
+
+    body: Callable[[], Mapping[str, Any]]  # Any: a JSON value
+
+
+@dataclass
+class Committing:
+    """What Orbax's thread waits for before it commits."""
+
+    act: Callable[[], None]
+
+    def result(self, timeout: float | None = None) -> None:
+        self.act()
 
 
 class CheckpointStore:
@@ -87,7 +122,7 @@ class CheckpointStore:
         barrier = None if commit is None else commit.barrier
         options = ocp.AsyncOptions(barrier_sync_fn=barrier, create_directories_asynchronously=False)
         items = ocp.CompositeCheckpointHandler(
-            "state", "meta", composite_options=ocp.CompositeOptions(async_options=options)
+            "state", meta=MetaHandler(), composite_options=ocp.CompositeOptions(async_options=options)
         )
         self._writer = ocp.AsyncCheckpointer(items, async_options=options)
         self._begun = -1
@@ -122,12 +157,16 @@ class CheckpointStore:
                 "processes": jax.process_count(),
                 "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
                 "keys": _keys_with_slashes(state),
-                "leaves": [[*row, _saved_crc32(leaf)] for row, leaf in zip(_described(state), leaves, strict=True)],
             }
-            text = json.dumps(body)
+            rows, digests = _described(state), [_digest_later(leaf) for leaf in leaves]
             args = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
-                meta=ocp.args.JsonSave({"body": text, "crc32": zlib.crc32(text.encode())}),
+                meta=MetaArgs(
+                    lambda: {
+                        **body,
+                        "leaves": [[*row, digest()] for row, digest in zip(rows, digests, strict=True)],
+                    }
+                ),
             )
             self._in_time(lambda: self._writer.save(self.directory / str(step), args=args))
         self._begun = step
@@ -454,7 +493,7 @@ def _best_step(directory: Path, steps: Sequence[int]) -> int:
 
 def _stored(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
     """The metadata as it is in the file. Orbax's own `restore` waits for the other processes."""
-    return json.loads((directory / str(step) / "meta" / "metadata").read_text())
+    return json.loads((directory / str(step) / "meta" / METADATA).read_text())
 
 
 def checked_meta(directory: Path, step: int) -> Mapping[str, Any]:  # Any: a JSON value
@@ -602,6 +641,15 @@ def _arrays(state: Any) -> list[jax.Array]:  # Any: a state
 
 def _names(leaves: Sequence[object]) -> list[str]:
     return [f"leaf_{number:05}" for number in range(len(leaves))]
+
+
+def _digest_later(array: jax.Array) -> Callable[[], int]:
+    """What gives the digest of an array without holding its buffer on a device; asked for once the run goes on."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        on_host = np.asarray(array)
+        return lambda: leaf_crc32(on_host)
+    digest = _saved_crc32(array)  # all processes gather the array at the same point of the run
+    return lambda: digest
 
 
 def _saved_crc32(array: jax.Array) -> int:
