@@ -890,6 +890,10 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "pad_too_many": (sc.BatchError, lambda: sc.pad_batch(probe_batch(8), 4)),
     "pad_faults": (sc.BatchError, lambda: sc.pad_batch({"x": np.ones((3, 2)), "y": np.ones(2), "z": 1.0}, 0)),
     "loss_names_an_axis": (sc.LossError, lambda: trained_with(names_an_axis)),
+    "report_of_a_program": (
+        sc.FieldTypeError,
+        lambda: sc.report.write(jax.jit(jnp.sin).lower(1.0).compile(), "page.html"),  # pyright: ignore[reportArgumentType]
+    ),
 }
 RUNNING: dict[str, tuple[type, Callable[[], object]]] = {
     "run_arguments": (
@@ -1146,6 +1150,27 @@ def test_exception_of_the_loss_passes_through_as_itself_with_a_note() -> None:
         "x float32[4, 3], y float32[4]"
     )
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_error_of_the_loss_says_what_has_changed_since_the_last_trace() -> None:
+    def product(params: Any, rows: Any) -> jax.Array:
+        return (rows["x"] @ params["w"]).mean()
+
+    step = sc.compile(sc.update(tx) @ sc.accumulate(2) @ sc.grad(product))
+    state, _ = step(step.init({"w": np.ones(3, np.float32)}), {"x": np.ones((8, 3), np.float32)})
+    wide, renamed = {"x": np.ones((8, 4), np.float32)}, {"z": np.ones((8, 3), np.float32)}
+    widened = "`x` was float32[8, 3], and is float32[8, 4]"
+    for act, error, changes in (
+        (lambda: step(state, wide), TypeError, widened),
+        (lambda: step.lower(state, wide), TypeError, widened),
+        (lambda: sc.tune(step, state, wide), TypeError, widened),
+        (lambda: step(state, renamed), KeyError, "`x` is gone, `z` is new"),
+    ):
+        with pytest.raises(error) as raised:
+            act()
+        assert raised.value.__notes__[-1] == f"stepc: since the step was last traced: in the batch, {changes}."
+        assert any(frame.name == "product" for frame in raised.traceback)
+    assert int(step(state, {"x": np.ones((8, 3), np.float32)})[0].step) == 2  # it was alive
 
 
 def test_name_error_of_the_loss_passes_through_as_itself() -> None:

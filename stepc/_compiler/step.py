@@ -334,11 +334,23 @@ class Step:
                 self._batches.check(batch)
             if str(error).startswith("INVALID_ARGUMENT"):  # XLA refused an array, and did not run
                 check_arrays(state, batch, batch, compare_buffers=True)
-            if isinstance(error, StepcError) or not self._traced:
-                raise
-            if changes := type_changes(self._traced[-1][0], argument_types(state)):
-                error.add_note(f"Since the last trace the state has changed: {_shown(changes)}.")
+            self.note_changes(error, state, batch)
             raise
+        except Exception as error:  # of the loss or the optimizer, whatever it is: it passes through
+            self.note_changes(error, state, batch)
+            raise
+
+    def note_changes(self, error: Exception, state: State, batch: Batch) -> None:
+        """Say in a note what is not as it was when the step was last traced: the user's own code may fail on that."""
+        if isinstance(error, StepcError) or not self._traced:
+            return
+        in_state, in_batch = self._traced[-1]
+        # A loss sees types. Where a batch is, is not its concern.
+        types = {path: (kind, in_batch.get(path, ("", ""))[1]) for path, (kind, _) in argument_types(batch).items()}
+        changes = (("state", type_changes(in_state, argument_types(state))), ("batch", type_changes(in_batch, types)))
+        told = [f"in the {name}, {_shown(rows)}" for name, rows in changes if rows]
+        if told:
+            error.add_note(f"stepc: since the step was last traced: {'; '.join(told)}.")
 
     def put(self, batch: Batch) -> Batch:
         """Place a batch as a call takes it; on several processes, from the rows that each of them has."""
@@ -356,7 +368,12 @@ class Step:
             return replace(lowered, plan=replace(lowered.plan, search=tuned.search))
         check_batch(batch, self.normal_form.core)
         shapes = self._batches.shapes(batch)
-        before, traced = self._traces, self._program.trace(state, shapes)
+        before = self._traces
+        try:
+            traced = self._program.trace(state, shapes)
+        except Exception as error:  # as in a call
+            self.note_changes(error, state, batch)
+            raise
         if before < self._traces:
             self._traced.append((argument_types(state), argument_types(batch)))
         return Lowered(traced, self._plan(state, shapes), self.mesh)

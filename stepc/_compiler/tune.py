@@ -205,7 +205,11 @@ def tune(
     if is_here:  # placed before anything is traced, as the calls take them
         batch = step.put(jax.tree.map(_array_like, batch))
         state = jax.tree.map(_array_like, state)
-    found = {k: _program(one, state, batch) for k, one in steps.items()}
+    try:
+        found = {k: _program(one, state, batch) for k, one in steps.items()}
+    except Exception as error:  # of the user's own loss, whatever it is: it passes through
+        step.note_changes(error, state, batch)
+        raise
     fits = {
         k: compiled is not None and (most_bytes is None or compiled.memory().total <= most_bytes)
         for k, compiled in found.items()
