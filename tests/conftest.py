@@ -39,6 +39,8 @@ DOORS = (
     "stepc._runner.throughput",
     "stepc._runner.watchdog",
     "stepc.inspect.budget",
+    "stepc.report.page",
+    "stepc.report.text",
     "stepc.testing.transforms",
     # hypothesis types `draw` by a protocol that cannot be checked at run time
     "stepc.testing.strategies",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
+from stepc.errors import FieldTypeError
 from stepc.inspect.collectives import Collectives, collectives
 from stepc.inspect.cost import Cost, cost
 from stepc.inspect.donation import DonatedLeaf, donated_leaves
@@ -132,6 +133,17 @@ def facts(
         donated=donated_leaves(executable) if donated is None else donated,
         hlo=text_of(executable),
     )
+
+
+def check_facts(given: object) -> None:
+    """Refuse what a report cannot be made of, such as the program itself. Errors: FieldTypeError."""
+    if not isinstance(given, ProgramFacts):
+        what = "A report is made of the facts about a program."
+        facts = (("expected", "a stepc.report.ProgramFacts"), ("got", type(given).__name__))
+        remedy = (
+            "Either `compiled.facts()`, of a step, or `stepc.report.facts(executable, mesh, title=…)`, of any program."
+        )
+        raise FieldTypeError(what, facts=facts, suggestion=remedy)
 
 
 def _device_kind(executable: jax.stages.Compiled, mesh: Mesh | None) -> str:

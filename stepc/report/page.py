@@ -16,7 +16,7 @@ from stepc.errors import listed
 from stepc.inspect.collectives import Collective
 from stepc.inspect.roofline import Roofline, wire_bytes
 from stepc.report import pictures
-from stepc.report.facts import PlanFacts, ProgramFacts
+from stepc.report.facts import PlanFacts, ProgramFacts, check_facts
 from stepc.report.text import UNKNOWN_TRIP_COUNT, donation
 
 # At most this much compressed HLO goes into a page; base64 makes 4/3 of it, and the page stays under a megabyte.
@@ -29,7 +29,7 @@ Cell: TypeAlias = tuple[str, str | int | float]
 
 
 def write(facts: ProgramFacts, path: str | Path) -> Path:
-    """Write the page of a program to a file, and return its path."""
+    """Write the page of a program to a file, and return its path. Errors: FieldTypeError for what are no facts."""
     file = Path(path)
     file.write_text(page(facts), encoding="utf-8")
     return file
@@ -37,6 +37,7 @@ def write(facts: ProgramFacts, path: str | Path) -> Path:
 
 def page(facts: ProgramFacts) -> str:
     """The whole page as one HTML file that loads nothing."""
+    check_facts(facts)
     assets = files("stepc.report")
     style, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     named = list(_sections(facts))
@@ -54,6 +55,7 @@ def page(facts: ProgramFacts) -> str:
 
 def fragment(facts: ProgramFacts) -> str:
     """The pictures and the collectives alone, without a script, for a notebook."""
+    check_facts(facts)
     style = files("stepc.report").joinpath("page.css").read_text(encoding="utf-8")
     shown = ("The step", "One step, to scale", "Memory on one device", "Collectives")
     sections = "".join(

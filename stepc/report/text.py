@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 from stepc._text import indented_section
 from stepc.inspect.memory import Memory, MemoryPart
-from stepc.report.facts import ProgramFacts
+from stepc.report.facts import ProgramFacts, check_facts
 
 
 def text(facts: ProgramFacts) -> str:
     """Print the plan, if there is one, and what became of it in the compiled program."""
+    check_facts(facts)
     parts = [facts.plan.text] if facts.plan is not None else [f"program {facts.title}"]
     parts += [indented_section(title, lines) for title, lines in _sections(facts)]
     return "\n\n".join(parts)
