@@ -123,6 +123,8 @@ class Eval:
       and so does data that gives no batch.
     A step reports numbers that are divided already: weighed by rows they give the mean over rows, not over tokens. For
     that let `evaluate` return the `sc.Mean` of the loss. A short batch of a step is padded if it has a leaf "mask".
+    On several processes a function gets the rows of its own process, and `step.put(batch)` makes one batch of those of
+    all. Metrics that the processes do not share are refused.
     Example:
       >>> Eval(100, evaluate=len, data=[{"x": 1}])
       Eval(every=100, evaluate=<built-in function len>, data=[{'x': 1}], stop=None)
@@ -336,8 +338,8 @@ def eval_metrics(
     Args:
       peers: the processes that evaluate together, each on rows of its own.
       progress: called after each batch.
-    Errors: ConfigError if there is no batch, if the processes have other numbers of them, or if `evaluate` does not
-      return metrics that can be added up.
+    Errors: ConfigError if there is no batch, if the processes have other numbers of them or other metrics, or if
+      `evaluate` does not return metrics that can be added up.
     """
     step = evaluation.evaluate if isinstance(evaluation.evaluate, CompiledStep) else None
     sums = MetricSums(num_steps=None if step is None else step.steps_per_call)
@@ -352,7 +354,9 @@ def eval_metrics(
         progress()
     if not sums.num_batches:
         raise ConfigError("Its data gave no batch.")
-    return {f"{EVALUATED}{name}": value for name, value in sums.values().items()}
+    values = sums.values()
+    peers.check_evaluated(values)
+    return {f"{EVALUATED}{name}": value for name, value in values.items()}
 
 
 def _batches(evaluation: Eval, peers: Peers) -> Iterator[tuple[Batch, tuple[int, ...], int]]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepc._distributed.coordination import FailureBroadcast, FailureCause, KeyValueStore, listen, poll, poll_digest
+from stepc._language.kinds import HostMetrics
 from stepc._language.state import key_data, leaves_by_path
 from stepc._runner.data import BatchSpec, DataItem, DataReader, EndOfData, LeftOut, Read, ReadFailure
 from stepc._runner.signals import SignalWatch
@@ -94,6 +95,9 @@ class SingleProcess:
 
     def check_same(self, topic: str, mine: Callable[[], Mapping[str, str]]) -> None:
         """Raise if a value differs between processes. One process does not compute it: it may read the whole state."""
+
+    def check_evaluated(self, metrics: HostMetrics) -> None:
+        """Raise if an evaluation gave each process metrics of its own, of which only one would be logged."""
 
     def ends_all(self, error: BaseException, number: int) -> bool:
         """Whether an error ends the run on all processes, so that they can do nothing together any more."""
@@ -222,6 +226,17 @@ class ProcessGroup:
         """Errors: ConfigError on all processes, with both values."""
         if facts := self.store.differences(topic, mine()):
             self.raise_on_all(ConfigError(f"The processes do not agree on the {topic} of the run.", facts=facts))
+
+    def check_evaluated(self, metrics: HostMetrics) -> None:
+        """Errors: ConfigError on all processes, with both values."""
+        mine = {name: repr(np.asarray(value).tolist()) for name, value in metrics.items()}
+        polled = self._poll((poll_digest(repr(mine)),))
+        if (polled == polled[0, 0]).all():
+            return
+        what = "Each process has metrics of its own, so `evaluate` has seen the rows of one process alone."
+        remedy = "Either evaluate by a step, or place the rows of all processes in `evaluate`: `step.put(batch)`."
+        facts = self.store.differences("evaluation", mine)
+        self.raise_on_all(ConfigError(what, facts=facts, suggestion=remedy))
 
     def ends_all(self, error: BaseException, number: int) -> bool:
         """Broadcasts an error of this process alone. One that all raise together ends each of them in its own time."""

@@ -218,6 +218,15 @@ def test_uneven_evaluation_is_refused_on_both(tmp_path: Path) -> None:
     assert texts[0].startswith(f"StepError: The eval at step 3 failed: ConfigError: {what}\n")
 
 
+def test_evaluation_of_each_process_alone_is_refused_on_both(tmp_path: Path) -> None:
+    job = done(tmp_path, eval="alone,1")
+    texts = [job.found(process)["error"] for process in (0, 1)]
+    assert texts[0] == texts[1]
+    what = "Each process has metrics of its own, so `evaluate` has seen the rows of one process alone."
+    assert texts[0].startswith(f"StepError: The eval at step 3 failed: ConfigError: {what}\n\n  loss  process 0: ")
+    assert "`step.put(batch)`" in texts[0]
+
+
 @fault("76", "the same, by a step on batches with a mask", "exact: the process without a batch adds no row")
 def test_uneven_evaluation_by_a_step_is_exact(tmp_path: Path) -> None:
     job = done(tmp_path, eval="step,3,2", steps=3)
@@ -287,6 +296,15 @@ def test_best_checkpoint_of_two_processes_is_kept(tmp_path: Path) -> None:
     best = min(losses, key=lambda at: losses[at])
     steps = {int(one.name) for one in (tmp_path / "kept").iterdir() if one.name.isdecimal()}
     assert sorted(losses) == [3, 6, 9, 12] and steps == {best, 12}
+
+
+def test_early_stopping_ends_all_at_the_same_step(tmp_path: Path) -> None:
+    for _ in ("it stops", "it resumes, and makes no step"):
+        job = done(tmp_path, eval="put,1", checkpoint=100, prefetch=2)
+        both = [job.found(process) for process in (0, 1)]
+        assert [(one["ended"], one["step"]) for one in both] == [("stopped", 9)] * 2
+        assert both[0]["why"] == both[1]["why"] and both[0]["digest"] == both[1]["digest"]
+        assert both[0]["why"].startswith("eval/loss is no better for 2 evaluations: best ")
 
 
 @fault("79", "the data of one process ends early", "all end after the same step; states bitwise equal")
