@@ -115,6 +115,19 @@ examples:
   stepc checkpoints runs/first compare 200 runs/second/200
 
 exit codes: 0 on success; 1 if a checkpoint is damaged, or two differ; 2 for invalid arguments.""",
+        "completion": """\
+The script completes commands, options, choices and files. It starts no Python while you type. Write it where the shell
+looks for it:
+
+  bash  ~/.local/share/bash-completion/completions/stepc
+  zsh   a file _stepc in a folder of $fpath
+  fish  ~/.config/fish/completions/stepc.fish
+
+examples:
+  stepc completion bash
+  stepc completion zsh
+
+exit codes: 0 on success, 2 for invalid arguments or without shtab.""",
     }
 )
 # What one does in a new project.
@@ -127,6 +140,19 @@ TARGET_HELP = """the program to look at, FILE.py:NAME or module:NAME. NAME is a 
 # The name under which the arguments of a jitted function are expected in its module.
 EXAMPLE_ARGS = "example_args"
 HLO_SUFFIXES = (".txt", ".hlo")
+# What a shell completes an argument with, in the words of shtab: names of its functions, by shell.
+FILES = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "fish": "(__fish_complete_path (commandline -ct))",
+    "tcsh": "f",
+}
+FOLDERS = {
+    "bash": "_shtab_compgen_dirs",
+    "zsh": "_files -/",
+    "fish": "(__fish_complete_directories)",
+    "tcsh": "d",
+}
 # Each simulated device takes threads, memory and time to start: a hundred thousand take minutes, without a word.
 MOST_SIMULATED_DEVICES = 1024
 # What a traceback leaves out of a failure of the user's own file: our way to it, the way through jax, and the frames
@@ -241,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stepc {importlib.metadata.version('stepc')}")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = _command(commands, "new", _new, "write a project that trains, with a test that holds its budget")
-    command.add_argument("directory", type=Path, metavar="DIR", help="a directory that is new, or empty")
+    made = command.add_argument("directory", type=Path, metavar="DIR", help="a directory that is new, or empty")
+    _completed_by(made, FOLDERS)
     command.add_argument("--model", choices=tuple(LIBRARIES), default="nnx", help="its library (default: nnx)")
     command = _command(commands, "launch", _launch, "run a program in several processes on this machine")
     command.add_argument("-n", type=int, required=True, metavar="PROCESSES", help="number of processes")
@@ -252,33 +279,42 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "report", _report, "write the same as one HTML page, with pictures and the HLO")
     _add_target(command)
     _add_device(command)
-    command.add_argument(
+    made = command.add_argument(
         "--out", "-o", type=Path, default=Path("step.html"), metavar="FILE", help="the page (default: step.html)"
     )
+    _completed_by(made, FILES)
     command = _command(commands, "check", _check, "hold a compiled step to a budget")
     _add_target(command)
-    command.add_argument(
+    made = command.add_argument(
         "--budget", type=Path, required=True, metavar="FILE.toml", help="the limits: fields of stepc.Budget"
     )
+    _completed_by(made, FILES)
     command = _command(commands, "diff", _diff, "show what changed between two compiled programs")
     for name in ("before", "after"):
-        command.add_argument(
+        made = command.add_argument(
             name, metavar=name.upper(), help="a program as in `stepc explain`, or a file of HLO text (.txt, .hlo)"
         )
+        _completed_by(made, FILES)
     _add_mesh(command)
     command = _command(commands, "tune", _tune, "measure a step for every number of microbatches")
-    command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    _completed_by(command.add_argument("target", metavar="TARGET", help=TARGET_HELP), FILES)
     _add_mesh(command)
     command.add_argument("--memory", metavar="SIZE", help="how much a step may hold on one device, as in 12GiB")
     command.add_argument(
         "-k", dest="ks", metavar="K,K,…", help="which k to measure (default: all that divide the rows)"
     )
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default: 5)")
-    command.add_argument("--out", "-o", type=Path, metavar="FILE.png", help="write a picture of times and memory too")
+    made = command.add_argument(
+        "--out", "-o", type=Path, metavar="FILE.png", help="write a picture of times and memory too"
+    )
+    _completed_by(made, FILES)
     command = _command(commands, "checkpoints", _checkpoints, "list the checkpoints of a run, show one, compare two")
-    command.add_argument("directory", type=Path, metavar="DIR", help="the directory of sc.Checkpoints")
+    made = command.add_argument("directory", type=Path, metavar="DIR", help="the directory of sc.Checkpoints")
+    _completed_by(made, FOLDERS)
     command.add_argument("verb", nargs="?", choices=("list", "show", "compare"), default="list", help="default: list")
     command.add_argument("steps", nargs="*", metavar="STEP", help="one to show, two to compare: a step, or DIR/STEP")
+    command = _command(commands, "completion", _completion, "print what completes the commands in a shell")
+    command.add_argument("shell", choices=tuple(FILES), help="the shell that reads it")
     return parser
 
 
@@ -300,9 +336,14 @@ def _command(
     return command
 
 
+def _completed_by(argument: argparse.Action, functions: Mapping[str, str]) -> None:
+    """Mark an argument for shtab, which reads this attribute."""
+    vars(argument)["complete"] = functions
+
+
 def _add_target(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("target", nargs="?", metavar="TARGET", help=TARGET_HELP)
+    _completed_by(target.add_argument("target", nargs="?", metavar="TARGET", help=TARGET_HELP), FILES)
     target.add_argument("--jit", metavar="MODULE:FUNCTION", help="any jitted function; it need not use stepc")
     parser.add_argument(
         "--args",
@@ -428,6 +469,15 @@ def _checkpoints(options: Options) -> int:
             text, is_good = view.list_of(chosen), all(one.fault is None for one in chosen)
     print(text)
     return 0 if is_good else FAILED
+
+
+def _completion(options: Options) -> int:
+    if importlib.util.find_spec("shtab") is None:
+        remedy = "Install it with: pip install 'stepc[completion]'"
+        raise sc.ConfigError("Completion needs shtab.", suggestion=remedy)
+    # By name, and not at the top: only this command needs it.
+    print(importlib.import_module("shtab").complete(_parser(), options["shell"]))
+    return 0
 
 
 def _checkpoint_named(directory: Path, written: str) -> tuple[Path, int]:

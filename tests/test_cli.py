@@ -1,5 +1,7 @@
 """The command line as a user meets it: what each command prints, exit codes, mistakes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from operator import itemgetter
@@ -9,7 +11,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from stepc.cli import EPILOGS, _parser, load_target, main
+from stepc.cli import EPILOGS, FILES, FOLDERS, _parser, load_target, main
 from stepc.report import terminal
 
 MINE = """
@@ -261,6 +263,45 @@ def test_terminal_shows_laws_collectives_and_memory_bars(width: int) -> None:
         assert landmark in text
     assert max(map(len, text.splitlines())) <= width
     assert "no collectives" in shown_on(width)("pair")
+
+
+def test_completion_without_shtab_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)  # Python's own way to say: not installed
+    assert main(["completion", "bash"]) == 2
+    assert "Install it with: pip install 'stepc[completion]'" in capsys.readouterr().err
+
+
+COMPLETED = {
+    "stepc ch": ["check", "checkpoints"],
+    "stepc new --model e": ["equinox"],
+    "stepc checkpoints runs sh": ["show"],
+    "stepc explain --mes": ["--mesh"],
+    "stepc explain mi": ["mine.py"],
+    "stepc check --budget bud": ["budget.toml"],
+    "stepc completion z": ["zsh"],
+}
+
+
+def test_bash_completes_commands_options_choices_and_files(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="the extra is not installed: pip install '.[completion]'")
+    assert main(["completion", "bash"]) == 0
+    lines = [capsys.readouterr().out, "function=$(complete -p stepc | sed 's/.*-F \\([^ ]*\\).*/\\1/')"]
+    for written in COMPLETED:
+        words = written.split()
+        lines += [
+            f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); $function",
+            "echo ${COMPREPLY[@]}",
+        ]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert [line.split() for line in done.stdout.splitlines()] == list(COMPLETED.values()), done.stderr
+
+
+def test_arguments_are_completed_as_shtab_completes_them() -> None:
+    shtab = pytest.importorskip("shtab", reason="the extra is not installed: pip install '.[completion]'")
+    assert {name: shtab.FILE[name] for name in FILES} == FILES
+    assert {name: shtab.DIRECTORY[name] for name in FOLDERS} == FOLDERS
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
