@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 # that what a file prepares once (a compiled step, a killed process) is prepared in one of them.
 WORKERS ?= 2
 PYTEST_OPTIONS ?=
+# What `make test-lowest` runs: every use of another library, and the laws of the numbers.
+CORE := tests/test_public.py tests/test_step.py
 
-.PHONY: demo docs test test-long coverage lint format regold docs-outputs benchmarks dist clean
+.PHONY: demo docs test test-long test-lowest coverage lint format regold docs-outputs benchmarks dist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.gpt --out runs/demo
@@ -21,6 +23,13 @@ test: $(VENV)/dev.stamp
 # you report it.
 test-long: $(VENV)/dev.stamp
 	STEPC_XLA_DEFAULTS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long --hypothesis-profile=nightly $(PYTEST_OPTIONS)
+
+# The core of the suite with the lowest versions that pyproject.toml allows, in an environment of its own.
+test-lowest: $(BIN)/python
+	$(BIN)/python -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e ".[test]"
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" $(PYTEST_OPTIONS) $(CORE)
 
 coverage: PYTEST_OPTIONS += --cov --cov-report=term
 coverage: test
@@ -56,15 +65,15 @@ benchmarks: $(VENV)/dev.stamp
 	for script in $(BENCHMARKS); do $(BIN)/python benchmarks/$$script.py $(BENCHMARK_OPTIONS) || exit 1; done
 	$(BIN)/python benchmarks/page.py
 
-# The sdist and the wheel, checked: their metadata, and that the wheel holds the library alone.
+# The sdist and the wheel, checked: their metadata, and that the wheel holds the library alone and whole.
 dist: $(VENV)/dev.stamp
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
-	! $(BIN)/python -m zipfile -l dist/*.whl | grep -Ev "^(File Name|stepc/|stepc-)"
+	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
-	rm -rf $(VENV) runs dist docs/_build docs/reference
+	rm -rf $(VENV) .venv-lowest runs dist docs/_build docs/reference
 
 # A virtual environment of our own: the system's Python may be managed by the system.
 $(BIN)/python:
