@@ -98,6 +98,11 @@ def laid_by(transforms: Any, *, loss: Any = WIDE["over_rows"], num_rows: int = 1
     step(step.init(wide_params()), probe_batch(num_rows))
 
 
+def padded_where_jax_looks_for_nan() -> None:
+    with jax.debug_nans(True):
+        laid_by(sc.shard(sc.dp("data"), sc.tp({"deep/w": P(None, "model")}, default=P(), pad=True)))
+
+
 def constraining(params: Any, rows: Any) -> Any:
     y = jax.lax.with_sharding_constraint(rows["y"], P("data"))
     return jnp.mean(params["b"] * y)
@@ -537,6 +542,7 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "logical_no_spec": (sc.FieldTypeError, lambda: sc.logical({"mlp": "model"}, names={"w": ("embed", "mlp")})),
     "tp_no_pattern": (sc.FieldTypeError, lambda: sc.tp({0: P("model")})),
     "tp_no_spec": (sc.FieldTypeError, lambda: sc.tp({"w": "model"})),
+    "tp_pad": (sc.FieldTypeError, lambda: sc.tp({"w": P("model")}, pad=1)),
     "tp_axis": (sc.FieldTypeError, lambda: sc.tp({"w": P(3)})),
     "shard_nothing": (sc.FieldTypeError, lambda: sc.shard()),
     "shard_two_of_a_kind": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), sc.dp("replica"))),
@@ -569,6 +575,18 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
                 sc.dp("data"),
                 sc.tp({"deep/v": P("model"), "deep/*": P(None, "model"), "**/w": P(), "b": P("model")}),
             )
+        ),
+    ),
+    "rules_that_do_not_divide": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data"), sc.tp({"deep/w": P(None, "model")}, default=P()))),
+    ),
+    "padding_and_debug_nans": (sc.ConfigError, lambda: padded_where_jax_looks_for_nan()),
+    "rules_of_two_paddings": (
+        sc.ShardingError,
+        lambda: laid_by(
+            sc.shard(sc.dp("data"), sc.tp({"deep/w": P(None, "model")}, pad=True))
+            @ sc.shard(sc.tp({"out": P("model")}))
         ),
     ),
     "rules_by_name_and_axes": (

@@ -61,6 +61,12 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         @ sc.shard(sc.tp({"deep/*": P("model")}, default=P())) @ sc.grad(WIDE["over_rows"]),
         {"replica": 2, "data": 2, "model": 2},
     ),
+    "zero1_padded": (
+        sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=1))
+        @ sc.shard(sc.tp({"deep/*": P("model", "expert"), "out": P("model")}, default=P(), pad=True))
+        @ sc.grad(WIDE["over_rows"]),
+        {"data": 2, "model": 2, "expert": 2},
+    ),
     "zero3_microbatch": (
         sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather="microbatch"))
         @ sc.grad(WIDE["over_rows"]),

@@ -8,7 +8,7 @@ collectives, and bfloat16 sums abort the process on CPU.
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -27,6 +27,7 @@ from stepc._compiler.metrics import (
     mask_last_metrics,
     replace_extremes,
 )
+from stepc._compiler.padding import along_padding, cut_along, padded_along, padded_shape
 from stepc._compiler.schedule import (
     Across,
     AllGather,
@@ -62,10 +63,13 @@ class ManualRegion:
       has_sharded_params: whether the parameters are sharded over `shard_axes` too.
       model_state: the leaves of the model state.
       model_state_tree: its structure.
+      slot_specs: for each slot, a tree like it of the PartitionSpec along the automatic axes.
+      opt_state_padding: of each leaf of the optimizer state, its spec and its own shape; None if it is not padded.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
       batch_specs: of each leaf of the batch that one step takes, the PartitionSpec over all axes.
       sites: the transforms of the pipeline as written, each with the user's line that made it.
+      cut_from: by the id of an array without padding, that array and the padded one that it was cut from.
     """
 
     mesh: Mesh | None
@@ -80,8 +84,11 @@ class ManualRegion:
     model_state_specs: tuple[tuple[int, PartitionSpec], ...]
     model_state_tree: Any  # Any: a jax.tree_util.PyTreeDef
     has_row_numbers: bool
+    slot_specs: dict[str, Any]  # Any: a tree like the slot
+    opt_state_padding: tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...] = ()
     batch_specs: tuple[PartitionSpec, ...] = ()
     sites: tuple[tuple[str, str], ...] = ()
+    cut_from: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # Any: arrays
 
     @property
     def automatic_axes(self) -> frozenset[str]:
@@ -125,6 +132,31 @@ class ManualRegion:
 
         return jax.tree_util.tree_map_with_path(constrained, tree, self.grad_dimensions, self.grad_specs)
 
+    def padded(self, tree: Any, specs: Any) -> Any:  # Any: trees of one structure
+        """The tree with each leaf padded to what its axes divide: only such leaves stay sharded at the border."""
+        sizes = {} if self.mesh is None else self.mesh.shape
+
+        def padded(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+            shape = padded_shape(leaf.shape, spec, sizes) if any(spec) else leaf.shape
+            own, source = self.cut_from.get(id(leaf), (None, None))
+            # A leaf that nothing has changed since it was cut: a copy less.
+            return source if own is leaf and source.shape == shape else padded_along(leaf, spec, shape)
+
+        return jax.tree.map(padded, tree, specs)
+
+    def cut(self, made: Any, padded: Any, own: Any, specs: Any) -> Any:  # Any: as above
+        """The inverse, for what was made of a padded tree: `own` as it was before, or its shapes."""
+
+        def cut(made: jax.Array, padded: Any, own: Any, spec: PartitionSpec) -> jax.Array:  # Any: arrays, or shapes
+            return cut_along(made, spec, along_padding(made.shape, padded.shape, own.shape)) if any(spec) else made
+
+        return jax.tree.map(cut, made, padded, own, specs)
+
+    def all_specs(self, specs: Any, dimensions: Any, *, sharded: bool) -> Any:  # Any: as above
+        """The specs of a tree along all axes."""
+        axes = self.shard_axes if sharded else ()
+        return jax.tree.map(lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axes)), dimensions, specs)
+
     def axis_index(self, axis: str, device: jax.Array) -> jax.Array:
         """The position along one axis of the `device`-th one, as rows are split."""
         inner = self.batch_axes[self.batch_axes.index(axis) + 1 :]
@@ -133,13 +165,15 @@ class ManualRegion:
     def fully_manual(self, function: Callable[[Any], Any], tree: Any, specs: Any) -> Any:  # Any: trees of one structure
         """Call the function in an inner region that is manual over all axes.
 
-        It takes the mesh of the context, as jax demands of a region inside another.
+        It takes the mesh of the context, as jax demands of a region inside another. Only there are leaves padded.
         """
         if not self.automatic_axes or not jax.tree.leaves(tree):
             return function(tree)
-        return jax.shard_map(
+        padded = self.padded(tree, specs)
+        made = jax.shard_map(
             function, in_specs=(specs,), out_specs=specs, axis_names=set(self.automatic_axes), check_vma=False
-        )(tree)
+        )(padded)
+        return self.cut(made, padded, tree, specs)
 
 
 def on_every_device(function: Callable[..., Any], mesh: Mesh, axes: tuple[str, ...]) -> Callable[..., Any]:

@@ -42,6 +42,7 @@ from stepc._compiler.metrics import (
     scale_metric_counts,
     zero_metrics,
 )
+from stepc._compiler.padding import cut_along, padded_along
 from stepc._compiler.schedule import (
     Across,
     AllGather,
@@ -503,25 +504,41 @@ def _run_on_devices(
     def on_device(
         params: Params, inputs: StepInputs, microbatch: LocalMicrobatch
     ) -> tuple[GradientSum, Grads, tuple[Any, ...], jax.Array]:  # Any: arrays, or None
-        inputs = replace(inputs, params=params)
+        own_rest = region.cut(
+            {"reads": inputs.reads, "model_state": inputs.model_state}, padded_rest, rest, specs_of_rest
+        )
+        inputs = replace(inputs, params=region.cut(params, padded, own, region.specs), **own_rest)
         if microbatch.numbers is not None:
             inputs = replace(inputs, first_row=microbatch.numbers[0], rows_per_device=num_rows(microbatch.rows))
         total = _run(schedule[:end], None, microbatch, inputs, region)
         by_rows, others = (_only(total.model_state, region, "rows", others=others) for others in (False, True))
-        return replace(total, grads=(), finite=None, model_state=others), total.grads, by_rows, total.finite[None]
+        grads = region.padded(total.grads, region.grad_specs) if has_gradient else total.grads
+        return replace(total, grads=(), finite=None, model_state=others), grads, by_rows, total.finite[None]
 
     rows, params = (
         PartitionSpec(region.batch_axes),
         region.manual_specs(region.dimensions, sharded=region.has_sharded_params),
     )
+    own, trained, is_sharded = inputs.params, inputs.trained, gradient_is_sharded(schedule)
+    padded = region.padded(own, region.all_specs(region.specs, region.dimensions, sharded=region.has_sharded_params))
+    rest = {"reads": inputs.reads, "model_state": inputs.model_state}
+    pairs = zip(inputs.model_state, region.model_state_specs, strict=True)
+    specs_of_rest = {
+        "reads": {name: region.slot_specs.get(name, PartitionSpec()) for name in inputs.reads},
+        "model_state": tuple(None if leaf is None else spec for leaf, (_, spec) in pairs),
+    }
+    padded_rest = region.padded(rest, specs_of_rest)
     has_gradient = any(isinstance(one, Compute) for one in all_instructions(schedule))
-    grads = region.manual_specs(region.grad_dimensions, sharded=gradient_is_sharded(schedule)) if has_gradient else ()
+    grads = region.manual_specs(region.grad_dimensions, sharded=is_sharded) if has_gradient else ()
     run = jax.shard_map(
         on_device, mesh=region.mesh, in_specs=(params, PartitionSpec(), rows),
         out_specs=(PartitionSpec(), grads, rows, rows),
         axis_names=set(region.batch_axes), check_vma=False,
     )  # fmt: skip
-    total, grads, by_rows, losses = run(inputs.params, replace(inputs, params=()), microbatch)
+    total, grads, by_rows, losses = run(padded, replace(inputs, params=(), **padded_rest), microbatch)
+    if has_gradient:
+        specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=is_sharded)
+        grads = region.cut(grads, grads, trained, specs)
     return replace(total, grads=grads, model_state=_either(total.model_state, by_rows)), losses
 
 
@@ -1039,9 +1056,10 @@ def _update(
     node, losses = optimize.node, dict.fromkeys(WHOLE_BATCH_LOSSES, loss_fn)
     offered = {"value": loss, "grad": grads, **losses}
     with region.scope(node.written):
-        given = to_device(state.opt_state)
+        moved = to_device(state.opt_state)
+        given = _cut_opt_state(moved, region)
         updates, opt_state = run_optimizer(node.optimizer, grads, given, params, offered, node.written)
-        opt_state = to_memory_of(opt_state, given, state.opt_state)
+        opt_state = to_memory_of(_padded_opt_state(opt_state, given, moved, region), moved, state.opt_state)
         params = constrain(optax.apply_updates(params, updates), sharded=True)
     slots = dict(state.slots)
     for name, node in optimize.follows:
@@ -1053,6 +1071,25 @@ def _update(
     # What is not changed is taken here: the same array on both sides of a branch.
     leaves, tree = jax.tree.flatten(state.model_state)
     return replace(new, model_state=tree.unflatten(_either(gradient.total.model_state, tuple(leaves))))
+
+
+def _cut_opt_state(opt_state: Any, region: ManualRegion) -> Any:  # Any, twice: the optimizer's own tree
+    """The optimizer state in its own shapes."""
+    leaves, tree = jax.tree.flatten(opt_state)
+    pairs = zip(leaves, region.opt_state_padding, strict=True)
+    return tree.unflatten([leaf if place is None else cut_along(leaf, *place) for leaf, place in pairs])
+
+
+def _padded_opt_state(new: Any, cut: Any, stored: Any, region: ManualRegion) -> Any:  # Any: as above
+    """The inverse. What the optimizer hands through is the stored leaf itself."""
+    leaves, tree = jax.tree.flatten(new)
+    rows = zip(leaves, jax.tree.leaves(cut), jax.tree.leaves(stored), region.opt_state_padding, strict=True)
+    return tree.unflatten(
+        [
+            old if one is own else one if place is None else padded_along(one, place[0], old.shape)
+            for one, own, old, place in rows
+        ]
+    )
 
 
 def _update_if(

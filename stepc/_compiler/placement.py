@@ -1,7 +1,7 @@
 """How a state and a batch are placed on a mesh: from specs to shardings, shard shapes and arrays on devices."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from stepc._compiler.multihost import RowSharding, check_program, checked_global_batch, global_batch, mesh_processes
 from stepc._compiler.normalize import NormalForm, shape_of
+from stepc._compiler.padding import cut_along, padded, padded_along, padded_shape
 from stepc._compiler.plan import LeafSharding, ShardingTable
 from stepc._compiler.sharding import (
     BoundRules,
@@ -24,6 +25,7 @@ from stepc._compiler.sharding import (
     why_unsharded,
 )
 from stepc._compiler.validation import check_batch
+from stepc._core.nodes import Turn
 from stepc._core.sharding import Spec, axes_of, normalized_spec, sharded_spec
 from stepc._language.kinds import Batch, Params
 from stepc._language.model_state import rules_by_leaf
@@ -36,7 +38,9 @@ from stepc._language.state import (
     key_data,
     leaves_by_path,
     memory_of,
+    own_shapes,
     path_of,
+    state_of_turn,
 )
 
 
@@ -105,11 +109,82 @@ def placement_of_state(
     for (path, _), rule in of_model_state:
         if rule == "rows":
             found[_in("model_state", path)] = rows
-    named = {_in("params", path): one for path, one in names.items()}
-    places = {
-        path: Place(PartitionSpec(*(found.get(path) or ())), named.get(path, ())) for path in sorted({*found, *named})
-    }
+    named, sizes = {_in("params", path): one for path, one in names.items()}, dict(rules.sizes)
+
+    def place(path: str) -> Place:
+        spec, shape = PartitionSpec(*(found.get(path) or ())), leaves[path].shape
+        return Place(spec, named.get(path, ()), None if padded_shape(shape, spec, sizes) == shape else shape)
+
+    places = {path: place(path) for path in sorted({*found, *named})}
     return tuple((path, place) for path, place in places.items() if place != Place())
+
+
+def stored_shapes(shapes: State, rules: BoundRules) -> State:
+    """The shapes of a state as it is stored, padded, from those of its leaves by themselves."""
+    places, sizes = dict(shapes.placement), dict(rules.sizes)
+
+    def stored(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # Any: as in path_of
+        place = places.get(path_of(keys), Place())
+        return jax.ShapeDtypeStruct(padded_shape(leaf.shape, place.spec, sizes), leaf.dtype) if place.shape else leaf
+
+    return jax.tree_util.tree_map_with_path(stored, shapes)
+
+
+def padded_arrays(tree: Any, shapes: Any) -> Any:  # Any: trees of one structure
+    """The caller's arrays, padded to these shapes where they are: on the host, or on their devices."""
+
+    def filled(leaf: Any, shape: Any) -> Any:  # Any: an array, or a number; an array, or its shape
+        if jnp.shape(leaf) == shape.shape:
+            return leaf
+        on_device = isinstance(leaf, jax.Array) and not memory_of(leaf)
+        return padded(leaf if on_device else np.asarray(leaf), shape.shape)
+
+    return jax.tree.map(filled, tree, shapes)
+
+
+def stored_as(new: State, like: State) -> State:
+    """A state without padding, such as a reference makes, padded as another is; where it is."""
+    if new.placement == like.placement:
+        return new
+    return padded_arrays(replace(new, placement=like.placement), like)
+
+
+def cut_leaves(tree: Any, placement: Placement, *, prefix: str = "") -> Any:  # Any, twice: as `specs_by_path`
+    """The leaves of a program in their own shapes, sharded along the same axes."""
+    places = {path: (place.spec, place.shape) for path, place in placement if place.shape is not None}
+
+    def cut(keys: Any, leaf: jax.Array) -> jax.Array:  # Any: as in path_of
+        place = places.get(_in(prefix, path_of(keys)))
+        return leaf if place is None else cut_along(leaf, *place)
+
+    return jax.tree_util.tree_map_with_path(cut, tree) if places else tree
+
+
+def padded_leaves(state: State, shapes: State) -> State:
+    """The inverse: the state of a program, as it is stored in these shapes."""
+    specs = {path: place.spec for path, place in state.placement if place.shape is not None}
+
+    def filled(keys: Any, leaf: jax.Array, like: Any) -> jax.Array:  # Any, twice: as in path_of; an array, or its shape
+        return leaf if (spec := specs.get(path_of(keys))) is None else padded_along(leaf, spec, like.shape)
+
+    return jax.tree_util.tree_map_with_path(filled, state, shapes) if specs else state
+
+
+def opt_state_padding(state: State, turn: str) -> tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...]:
+    """Of each leaf of an optimizer state, that of a turn if it is named, spec and own shape; None if not padded."""
+    opt_state = {turn: state.opt_state[turn]} if turn else state.opt_state
+    places = {path: (place.spec, place.shape) for path, place in state.placement if place.shape is not None}
+    if not places:
+        return (None,) * len(jax.tree.leaves(opt_state))
+    return tuple(places.get(_in("opt_state", path)) for path, _ in leaves_by_path(opt_state))
+
+
+def slot_specs(state: State, turn: Turn, rules: BoundRules) -> dict[str, Any]:  # Any: a tree like the slot
+    """The spec of each leaf of the slots along the automatic axes, for a turn whose loss reads them."""
+    if not turn.loss.reads:
+        return {}
+    specs = specs_by_path(state, state.placement, without=rules.manual_rows)
+    return (state_of_turn(specs, turn, None) if turn.name else specs).slots
 
 
 def _in(field: str, path: str) -> str:
@@ -129,13 +204,13 @@ def names_in(placement: Placement) -> dict[str, Spec]:
 
 def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> ShardingTable:
     """The sharding of every leaf of a state, in the order in which jax flattens them, and why it is what it is."""
-    params = dict(leaves_by_path(state.params))
-    leaves = leaves_by_path(state)
-    names = mirrored_params([path for path, _ in leaves], params)
+    own = own_shapes(state)
+    params, shapes = dict(leaves_by_path(own.params)), dict(leaves_by_path(own))
+    names = mirrored_params(list(shapes), params)
     specs = specs_in(state.placement)
 
     def row(path: str, leaf: Any) -> LeafSharding:  # Any: an array, or its shape
-        spec = specs.get(path, PartitionSpec())
+        shape, spec = shapes[path].shape, specs.get(path, PartitionSpec())
         shard = leaf.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(leaf.shape)
         total = _num_bytes(leaf)
         bytes_ = total * prod(shard) // max(prod(leaf.shape), 1)
@@ -143,18 +218,19 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
         if field in ("params", "opt_state", "slots"):
             if name is None:
                 mirrors = "mirrors no parameter"
-            elif mirrored_spec(leaf.shape, params[name].shape, ()) is None:
+            elif mirrored_spec(shape, params[name].shape, ()) is None:
                 mirrors = f"not of the shape of params/{name}"
             else:
                 mirrors = "" if field == "params" else f"like params/{name}"
                 level = 3 if field == "params" else 1
                 if rules.layout.zero >= level and not {*rules.shard_axes} & {*axes_of(spec)}:
-                    unsharded = why_unsharded(leaf, tuple(spec), rules)
+                    unsharded = why_unsharded(shapes[path], tuple(spec), rules)
         return LeafSharding(
-            path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded, memory=memory_of(leaf)
-        )
+            path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded, memory=memory_of(leaf),
+            own_shape=shape,
+        )  # fmt: skip
 
-    return ShardingTable(tuple(row(path, leaf) for path, leaf in leaves), mesh)
+    return ShardingTable(tuple(row(path, leaf) for path, leaf in leaves_by_path(state)), mesh)
 
 
 def _num_bytes(leaf: Any) -> int:  # Any: an array, or its shape
@@ -162,9 +238,11 @@ def _num_bytes(leaf: Any) -> int:  # Any: an array, or its shape
     return int(data.size) * data.dtype.itemsize
 
 
-def specs_by_path(tree: Any, placement: Placement, *, prefix: str = "") -> Any:  # Any, twice: trees of one structure
-    """A tree of PartitionSpec; what the placement does not name is replicated."""
-    specs = specs_in(placement)
+def specs_by_path(
+    tree: Any, placement: Placement, *, prefix: str = "", without: tuple[str, ...] = ()
+) -> Any:  # Any, twice: trees of one structure
+    """A tree of PartitionSpec, without some axes; what the placement does not name is replicated."""
+    specs = {path: _without(without, spec) if without else spec for path, spec in specs_in(placement).items()}
     return jax.tree_util.tree_map_with_path(
         lambda keys, _: specs.get(_in(prefix, path_of(keys)), PartitionSpec()), tree
     )
@@ -259,7 +337,7 @@ def gradient_shapes(
         entries = sharded_spec(tuple(spec), dim, rules.shard_axes if sharded else ())
         shards = [prod(sizes[axis] for axis in axes_of((entry,))) for entry in entries]
         shards += [1] * (leaf.ndim - len(shards))
-        shape = tuple(size // number for size, number in zip(leaf.shape, shards, strict=True))
+        shape = tuple(-(-size // number) for size, number in zip(leaf.shape, shards, strict=True))
         return jax.ShapeDtypeStruct(shape, jnp.promote_types(leaf.dtype, jnp.float32))
 
     flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))

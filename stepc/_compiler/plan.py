@@ -58,7 +58,7 @@ class LeafSharding:
 
     Args:
       path: its keys joined by `/`.
-      shape: of the whole array.
+      shape: of the whole array, as it is stored.
       dtype: of its elements.
       spec: its dimensions along the axes of the mesh.
       bytes_: of its shard on one device.
@@ -66,6 +66,7 @@ class LeafSharding:
       mirrors: the parameter whose sharding it has, or why it mirrors none.
       unsharded: why `zero` does not shard it, though it shards others.
       memory: the kind of memory it is in, if that is not the device's own.
+      own_shape: of the leaf without padding.
     """
 
     path: str
@@ -77,11 +78,17 @@ class LeafSharding:
     mirrors: str = ""
     unsharded: str = ""
     memory: str = ""
+    own_shape: tuple[int, ...] | None = None
 
     @property
     def type_text(self) -> str:
-        """The dtype and the shape."""
-        return f"{self.dtype}{list(self.shape)}"
+        """The dtype and the shape, without padding."""
+        return f"{self.dtype}{list(self.shape if self.own_shape is None else self.own_shape)}"
+
+    @property
+    def padding(self) -> str:
+        """The shape that it is padded to, in words; "" if it is not."""
+        return "" if self.own_shape in (None, self.shape) else f"padded to {list(self.shape)}"
 
     @property
     def text(self) -> str:
@@ -92,7 +99,7 @@ class LeafSharding:
     @property
     def note(self) -> str:
         """Why the sharding is what it is."""
-        return ", ".join(filter(None, (self.mirrors, self.unsharded)))
+        return ", ".join(filter(None, (self.padding, self.mirrors, self.unsharded)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -260,6 +267,28 @@ def notes_of_stacks(stacks: Sequence[str], leaves: Sequence[LeafSharding], mesh:
     )
 
 
+def notes_of_padding(leaves: Sequence[LeafSharding]) -> tuple[str, ...]:
+    """What is padded, and how much larger the state is for it."""
+    found = [leaf for leaf in leaves if leaf.padding]
+    if not found:
+        return ()
+    params = [leaf for leaf in found if leaf.path.partition("/")[0] == "params"]
+    named = listed(f"`{leaf.path.partition('/')[2]}` {_padded_dimensions(leaf)}" for leaf in params)
+    # The mean over devices: all the padding of a leaf is at the end of its last shards.
+    sizes = (leaf.bytes_ * (1 - prod(leaf.own_shape or ()) / prod(leaf.shape)) for leaf in found)
+    what = f"{len(found)} leaves of the state take" if len(found) > 1 else "it takes"
+    return (f"padded: {named}; {what} {round(sum(sizes)):,} B more on each device",)
+
+
+def _padded_dimensions(leaf: LeafSharding) -> str:
+    triples = zip(leaf.own_shape or (), leaf.shape, leaf.spec, strict=False)
+    return " and ".join(
+        f"from {own:,} to {stored:,} along {', '.join(axes_of((entry,)))}"
+        for own, stored, entry in triples
+        if own != stored
+    )
+
+
 def notes_of_offload(leaves: Sequence[LeafSharding]) -> tuple[str, ...]:
     """What a state in the memory of the host costs."""
     sizes = [leaf.bytes_ for leaf in leaves if leaf.memory]
@@ -285,7 +314,8 @@ def _row(one: PlannedCollective) -> tuple[str, ...]:
 
 
 def _leaf(leaf: LeafSharding) -> tuple[str, ...]:
-    why = f" ({leaf.bytes_:,} B; {leaf.unsharded})" if leaf.unsharded else ""
+    what = "; ".join(filter(None, (leaf.padding, leaf.unsharded)))
+    why = f" ({leaf.bytes_:,} B; {what})" if what else ""
     return (leaf.path, leaf.type_text, f"{leaf.text}{why}")
 
 

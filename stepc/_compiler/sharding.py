@@ -66,6 +66,11 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
         faults.append(f"transforms set different `reduce_dtype`s: {' and '.join(dtypes)}.")
     if len(by_name) > 1:
         faults.append("two transforms give `logical` rules; one table names every dimension.")
+    pads = {
+        layout.pad for layout in layouts if layout.params or layout.logical is not None or layout.default is not None
+    }
+    if len(pads) > 1:
+        faults.append("one `tp` has `pad=True` and another does not; one choice holds for every parameter.")
     merged = ShardingRules(
         zero=sharded[0].layout.zero if sharded else 0,
         zero_axes=sharded[0].layout.zero_axes if sharded else (),
@@ -76,6 +81,7 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
         logical=by_name[0].logical if by_name else None,
         names=by_name[0].names if by_name else (),
         default=next((layout.default for layout in layouts if layout.default is not None), None),
+        pad=True in pads,
         batch=tuple(rule for layout in layouts for rule in layout.batch),
         automatic=tuple(axis for layout in layouts for axis in layout.automatic),
     )
@@ -204,7 +210,10 @@ def specs_of_params(rules: BoundRules, params: Shapes, given: Mapping[str, Spec]
             faults.append(f"`{path}` ({describe_leaf(leaf)}) matches no rule.")
             hints.append("`tp(..., default=P())` replicates what matches no rule.")
         else:
-            faults += _fit_faults(path, leaf, spec, rules, by)
+            faults += (misfits := _rank_faults(path, leaf, spec, by))
+            if not misfits and not rules.layout.pad:
+                faults += (uneven := _division_faults(path, leaf, spec, rules, by))
+                hints += ["`tp(..., pad=True)` pads dimensions that do not divide."] if uneven else []
             found[path] = normalized_spec(spec)
     for pattern, names in rules.layout.names:
         if not any(path_matches(pattern, path) for path, _ in params):
@@ -312,7 +321,7 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
         spec = (*([None] * leading), *spec)
         if rule is not None or rules.layout.automatic:
             by = f"{spec_text(spec)}, the sharding of the rows," if rule is None else _rule(*rule, of="batch ")
-            faults += _fit_faults(path, leaf, spec, rules, by)
+            faults += _rank_faults(path, leaf, spec, by) or _division_faults(path, leaf, spec, rules, by)
         found[path] = normalized_spec(spec)
     for pattern, spec in rules.layout.batch:
         if not any(path_matches(pattern, path) for path, _ in batch):
@@ -323,13 +332,16 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
     return found
 
 
-def _fit_faults(path: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes
-    shape, sizes, described = tuple(leaf.shape), dict(rules.sizes), f"`{path}` ({describe_leaf(leaf)})"
-    if len(normalized_spec(spec)) > len(shape):
-        return [f"{described} has too few dimensions for {by.removesuffix(',')}."]
+def _rank_faults(path: str, leaf: Any, spec: Spec, by: str) -> list[str]:  # Any: as in Shapes
+    fits = len(normalized_spec(spec)) <= len(leaf.shape)
+    return [] if fits else [f"`{path}` ({describe_leaf(leaf)}) has too few dimensions for {by.removesuffix(',')}."]
+
+
+def _division_faults(path: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes
+    sizes, described = dict(rules.sizes), f"`{path}` ({describe_leaf(leaf)})"
     return [
         f"{described}: dimension {dim}, of size {size}, does not divide by {_product(entry, sizes)}, as {by} requires."
-        for dim, (size, entry) in enumerate(zip(shape, spec, strict=False))
+        for dim, (size, entry) in enumerate(zip(leaf.shape, spec, strict=False))
         if size % prod(sizes[axis] for axis in axes_of((entry,)))
     ]
 

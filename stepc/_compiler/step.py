@@ -21,9 +21,13 @@ from stepc._compiler.multihost import check_start
 from stepc._compiler.normalize import NormalForm, normalize
 from stepc._compiler.placement import (
     BatchPlacement,
+    cut_leaves,
     gradient_shapes,
     model_axis_specs,
     names_in,
+    opt_state_padding,
+    padded_arrays,
+    padded_leaves,
     place_on_devices,
     placement_of_state,
     shapes_of,
@@ -32,12 +36,15 @@ from stepc._compiler.placement import (
     sharded_along_rows,
     sharding_table,
     shardings_of,
+    slot_specs,
     specs_in,
     specs_of_model_state,
+    stored_as,
+    stored_shapes,
     with_automatic_axes,
     without_weak_types,
 )
-from stepc._compiler.plan import Plan, ShardingTable, notes_of_offload, notes_of_stacks
+from stepc._compiler.plan import Plan, ShardingTable, notes_of_offload, notes_of_padding, notes_of_stacks
 from stepc._compiler.schedule import (
     LossStructure,
     Schedule,
@@ -62,6 +69,7 @@ from stepc._compiler.validation import (
     check_like,
     check_model_state,
     check_option,
+    check_padding,
     check_params,
     check_seed,
     check_state,
@@ -80,8 +88,10 @@ from stepc._language.state import (
     carried_over,
     copied_to,
     leaves_by_path,
+    own_shapes,
     state_of_turn,
     trained_leaves,
+    unpadded_params,
 )
 from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
@@ -251,6 +261,7 @@ class Step:
         check_params(params, self.normal_form.wrt)
         if like is not None:
             check_like(like, seed, model_state, lambda params, wrt: self._transform_state(params, wrt)["opt_state"])
+            params, like = unpadded_params(params, like), like.unpadded()
             model_state, names = like.model_state, {**names_in(like.placement), **names}
         seed = 0 if seed is None else seed
         check_seed(seed)
@@ -263,31 +274,38 @@ class Step:
         )
         placement = placement_of_state(shapes, specs, names, rules, self.normal_form.model_state_rules)
         shapes = replace(shapes, placement=placement)
+        stored = stored_shapes(shapes, rules)
+        check_padding(placement)
         host = in_host_memory(shapes, params, model_state, rules)
         shardings = None if self.mesh is None else with_memory(shardings_of(shapes, placement, self.mesh), host)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-            return shapes_with(shapes, shardings)
+            return shapes_with(stored, shardings)
         check_start(repr(self), self.mesh, params, seed, model_state)
         placed = place_on_devices(
-            (params, model_state), None if shardings is None else (shardings.params, shardings.model_state)
+            padded_arrays((params, model_state), (stored.params, stored.model_state)),
+            None if shardings is None else (shardings.params, shardings.model_state),
         )
 
         # One small program makes the state. Its results are new buffers, also of leaves that are tied, or kept by the
         # optimizer; and no leaf that is to be sharded is ever replicated.
         def fresh(params: Params, model_state: Any) -> State:
-            given = (without_weak_types(to_device(params)), seed, without_weak_types(to_device(model_state)))
-            state = replace(self._fresh(*given), placement=placement)
+            with self._own_mesh():
+                params, model_state = (
+                    cut_leaves(without_weak_types(to_device(tree)), placement, prefix=field)
+                    for field, tree in (("params", params), ("model_state", model_state))
+                )
+                state = replace(self._fresh(params, seed, model_state), placement=placement)
+                state = padded_leaves(state, stored)
             # Without a mesh nothing says where a result is to be.
             return state if shardings is not None else to_memory(state, host)
 
         state = jax.jit(fresh, out_shardings=shardings)(*placed)
         if like is not None:
             state = jax.tree.map(
-                lambda made, one: (
-                    made if one is made else jax.device_put(jnp.copy(jax.device_put(one, made.sharding)), made.sharding)
-                ),
+                lambda made, shape, one: made if one is shape else _moved(one, made),
                 state,
-                carried_over(state, like),
+                shapes,
+                carried_over(shapes, like),
             )
         return jax.block_until_ready(state)
 
@@ -419,13 +437,17 @@ class Step:
         """What the program does, while jax traces it."""
         with self._own_mesh():
             check_batch(shapes_of(batch), self.normal_form.core)
-            # The optimizer moves its own state, after the loss.
-            given, state = state, replace(to_device(replace(state, opt_state=())), opt_state=state.opt_state)
             check_state(state, self._transform_state, self.normal_form.wrt)
+            # The optimizer moves its own state, after the loss, and cuts off its padding.
+            given, moved = state, to_device(replace(state, opt_state=()))
+            state = replace(cut_leaves(moved, state.placement), opt_state=state.opt_state)
+            moved = replace(moved, opt_state=given.opt_state)
             schedule, structures = self.normal_form.schedule(state, batch)
-            self._schedules[_signature(state, batch)] = schedule, structures
+            self._schedules[_signature(given, batch)] = schedule, structures
             parts = zip(self.normal_form.turns, schedules_of_turns(schedule), structures, strict=True)
-            regions = tuple(self._region(state, batch, *part) for part in parts)
+            cut = zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True)
+            cut_from = {id(own): (own, leaf) for own, leaf in cut if own is not leaf}
+            regions = tuple(replace(self._region(state, batch, *part), cut_from=cut_from) for part in parts)
             new, metrics, diagnostics = lower_schedule(schedule, regions)(state, batch)
             check_fixed_point(state, new)
             new = jax.tree.map(_also_reads, new, state)
@@ -433,15 +455,18 @@ class Step:
                 host = frozenset(path for path, leaf in leaves_by_path(new) if is_on_host(leaf))
                 of_state = with_memory(shardings_of(new, state.placement, self.mesh), host)
                 shardings = (of_state, shardings_of(metrics, (), self.mesh))
-                placed, metrics = jax.lax.with_sharding_constraint((new, metrics), shardings)
-                new = jax.tree.map(lambda one, new, old: old if new is old else one, placed, new, state)
-            return to_memory_of(new, state, given), metrics, diagnostics
+                stored = padded_leaves(new, given)
+                placed, metrics = jax.lax.with_sharding_constraint((stored, metrics), shardings)
+                # What is handed through is the leaf that was given, which is aliased.
+                new = jax.tree.map(lambda one, new, old, moved: moved if new is old else one, placed, new, state, moved)
+            return to_memory_of(new, moved, given), metrics, diagnostics
 
     def _region(
         self, state: State, batch: Batch, turn: Turn, schedule: Schedule, structure: LossStructure
     ) -> ManualRegion:
         """The mesh, and how the trees of one turn are sharded there."""
-        rules = self.normal_form.rules
+        rules, opt_state = self.normal_form.rules, opt_state_padding(state, turn.name)
+        of_slots = slot_specs(state, turn, rules)
         state = state_of_turn(state, turn, state.rng) if turn.name else state
         specs, dimensions = shard_dimensions(state.params, state.placement, rules)
         grad_specs, grad_dimensions = shard_dimensions(state.trained, state.placement, rules)
@@ -457,6 +482,8 @@ class Step:
             model_state=structure.model_state,
             model_state_specs=specs_of_model_state(state, rules),
             model_state_tree=jax.tree.structure(state.model_state),
+            slot_specs=of_slots,
+            opt_state_padding=opt_state,
             has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
             batch_specs=self._batches.minibatch_specs(batch),
             sites=self.normal_form.sites,
@@ -468,7 +495,7 @@ class Step:
             mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
             form, rules = self.normal_form, self.normal_form.rules
             schedule, structures = self._schedules[_signature(state, batch)]
-            leaves = sharding_table(state, rules, self.mesh).rows
+            leaves, state = sharding_table(state, rules, self.mesh).rows, own_shapes(state)
             notes = exchange_notes(schedule, self._batches.minibatch_bytes(batch))
             sums: list[tuple[jax.ShapeDtypeStruct, ...]] = []
             for turn, part in zip(form.turns, schedules_of_turns(schedule), strict=True):
@@ -484,7 +511,7 @@ class Step:
                 notes += tuple(f"{prefix}{note}" for note in told)
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
-            notes += (*self._note_of_names(state), *notes_of_offload(leaves))
+            notes += (*self._note_of_names(state), *notes_of_offload(leaves), *notes_of_padding(leaves))
             stacks = dict.fromkeys(path for one in structures for path in one.stacks)
             notes += notes_of_stacks(list(stacks), leaves, self.mesh)
             largest = max(sums, key=lambda one: sum(leaf.size for leaf in one))
@@ -521,7 +548,7 @@ class Step:
         signature = _signature(state, batch)
         if signature not in self._names_axes:
             with self._own_mesh():
-                _, structures = self.normal_form.schedule(*shapes_of((state, batch)))
+                _, structures = self.normal_form.schedule(*shapes_of((own_shapes(state), batch)))
             self._names_axes[signature] = any(one.names_axes for one in structures)
         return self.mesh if self._names_axes[signature] else None
 
@@ -602,16 +629,20 @@ class StepReference:
             check_arrays(state, (), (), compare_buffers=False)
         semantics = reference(self.pipeline_for(state, as_arrays(batch)), axes=self.axes)
         with self.surroundings(state, batch) as copies:
-            return semantics(*copies)
+            new, metrics = semantics(*copies)
+        return stored_as(new, state), metrics
 
     @contextmanager
     def surroundings(self, state: State, batch: Batch) -> Generator[tuple[State, Batch]]:
-        """Where the reference runs, with a copy of both: on one device, or on every device of a mesh that a loss names.
+        """Where the reference runs, with a copy of both, the state without padding.
+
+        That is one device, or every device of a mesh that a loss names.
 
         A copy, since what the reference passes through unchanged, such as the key, must outlive a donated state.
         """
         batch = as_arrays(batch)
         mesh = self.mesh_of_loss(state, batch)
+        state = state.unpadded() if isinstance(state, State) else state
         if mesh is None:
             device = jax.devices()[0]
             yield copied_to(state, device), jax.device_put(batch, device)
@@ -619,6 +650,12 @@ class StepReference:
         with jax.set_mesh(mesh), as_mesh_of_step(mesh):
             everywhere = NamedSharding(mesh, PartitionSpec())
             yield copied_to(state, everywhere), jax.device_put(batch, everywhere)
+
+
+def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
+    """A copy of a leaf of another state, padded and placed as a fresh one is."""
+    padded = padded_arrays(leaf, made)
+    return jax.device_put(jnp.copy(jax.device_put(padded, made.sharding)), made.sharding)
 
 
 def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays

@@ -33,6 +33,7 @@ from stepc._language.model_state import OVERWRITTEN, is_overwritten, rules_by_le
 from stepc._language.state import (
     DLPack,
     NumpyExport,
+    Placement,
     State,
     check_goes_on,
     describe_leaf,
@@ -41,6 +42,7 @@ from stepc._language.state import (
     is_trained,
     is_typed_key,
     leaves_by_path,
+    own_shapes,
     path_matches,
     pattern_hint,
 )
@@ -325,6 +327,18 @@ def _rule_fault(rule: str, leaf: Any, num_devices: int) -> str | None:  # Any: a
             return None
 
 
+def check_padding(placement: Placement) -> None:
+    """Refuse padding where jax looks for NaN in every array. Errors: ConfigError."""
+    padded = [path for path, place in placement if place.shape is not None]
+    if padded and jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
+        what = "`tp(..., pad=True)` pads with NaN, and `jax_debug_nans` stops at each NaN."
+        facts = (("padded", listed(padded)),)
+        remedy = (
+            "Switch it off: `run` names the step, microbatch and leaf. Or run `step.reference`, from its own `init`."
+        )
+        raise ConfigError(what, facts=facts, suggestion=remedy)
+
+
 def check_like(
     like: object, seed: object, model_state: object, optimizer_state: Callable[[Params, tuple[str, ...]], Any]
 ) -> None:  # Any: the optimizer's own tree
@@ -340,8 +354,9 @@ def check_like(
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
         what = "`like` was donated to an earlier step: its arrays are deleted."
         raise ConfigError(what, suggestion="Use the state that the step returned.")
-    made = jax.eval_shape(lambda params: optimizer_state(params, state.wrt), state.params)
-    faults = _differences(made, state.opt_state, of="opt_state")
+    own = own_shapes(state)
+    made = jax.eval_shape(lambda params: optimizer_state(params, state.wrt), own.params)
+    faults = _differences(made, own.opt_state, of="opt_state")
     if faults:
         what = _all(faults, of="`like`, whose optimizer state another optimizer made")
         raise ConfigError(what, suggestion="Leave out `like` and begin with `step.init(params)`.")
@@ -442,8 +457,9 @@ def check_state(state: object, expected: Callable[[Params], Any], wrt: tuple[str
         facts = (("the state trains", ", ".join(state.wrt)), ("the step trains", ", ".join(wrt)))
         suggestion = "Write `step.init(state.params, like=state)`."
         raise ConfigError("The state is of a step that trains other parameters.", facts=facts, suggestion=suggestion)
-    found = {"opt_state": state.opt_state, "slots": state.slots}
-    if faults := _differences(jax.eval_shape(expected, state.params), found, of=""):
+    own = own_shapes(state)
+    found = {"opt_state": own.opt_state, "slots": own.slots}
+    if faults := _differences(jax.eval_shape(expected, own.params), found, of=""):
         raise ConfigError(_all(faults, of="the state"), suggestion=suggestion)
 
 

@@ -25,6 +25,7 @@ class ShardingRules:
       logical: for the name of a dimension, the mesh axes that shard it; None if names are not read.
       names: for a path pattern, the names of the dimensions of parameters that carry none themselves.
       default: the spec of a parameter that neither places; None if every parameter must be placed.
+      pad: whether a dimension of a parameter that its axes do not divide is padded.
       batch: for a path pattern, how a leaf of the batch is sharded along all axes.
       automatic: axes that shard the rows without a mean over them: XLA partitions the loss.
     """
@@ -38,6 +39,7 @@ class ShardingRules:
     logical: tuple[tuple[str, Entry], ...] | None = None
     names: Rules = ()
     default: Spec | None = None
+    pad: bool = False
     batch: Rules = ()
     automatic: tuple[str, ...] = ()
 

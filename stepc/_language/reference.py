@@ -14,7 +14,7 @@ from stepc._language.kinds import Batch, Kind, Params
 from stepc._language.names import unboxed
 from stepc._language.pipeline import Pipeline, Transform, check_reads, transform_name, transforms_of
 from stepc._language.semantics import Fn
-from stepc._language.state import KEYS, State, as_arrays, carried_over, check_goes_on
+from stepc._language.state import KEYS, State, as_arrays, carried_over, check_goes_on, unpadded_params
 from stepc._language.transforms.alternate import Alternate
 from stepc._language.transforms.grad import Grad
 from stepc._language.transforms.skip_nonfinite import SkipNonfinite
@@ -40,6 +40,7 @@ class Reference:
         params, model_state = unboxed(params), unboxed(model_state)
         if like is not None:
             check_goes_on(like, seed, model_state)
+            params, like = unpadded_params(params, like), like.unpadded()
             model_state = like.model_state
         seed = 0 if seed is None else seed
         key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else seed
@@ -51,7 +52,7 @@ class Reference:
         if not isinstance(state, State):
             facts = (("expected", "the State that `init(params)` returned"), ("got", type(state).__name__))
             raise FieldTypeError("`state` is not a State.", facts=facts)
-        result = self.fn.apply(state, jax.tree.map(jnp.asarray, as_arrays(batch)))
+        result = self.fn.apply(state.unpadded(), jax.tree.map(jnp.asarray, as_arrays(batch)))
         return result.state, result.metrics
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from stepc._core.sharding import Entry, Rules, Spec, entry_text, spec_text
-from stepc._language.fields import axis_name, floating_dtype, one_of
+from stepc._language.fields import axis_name, boolean, floating_dtype, one_of
 from stepc._language.state import leaves_by_path
 from stepc.errors import FieldTypeError, FieldValueError
 
@@ -59,11 +59,13 @@ class TensorParallel:
     rules: Rules
     logical: LogicalRules | None = None
     default: Spec | None = None
+    pad: bool = False
 
     def __repr__(self) -> str:
         given = [] if self.logical is not None and not self.rules else [_rules_text(self.rules)]
         given += [] if self.logical is None else [repr(self.logical)]
         given += [] if self.default is None else [f"default={spec_text(self.default)}"]
+        given += ["pad=True"] if self.pad else []
         return f"tp({', '.join(given)})"
 
 
@@ -144,7 +146,9 @@ def dp(
     )
 
 
-def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpec | None = None) -> TensorParallel:
+def tp(
+    *rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpec | None = None, pad: bool = False
+) -> TensorParallel:
     """Tensor parallelism: parameters are sharded along mesh axes, by path pattern or by the names of their dimensions.
 
     Meaning: the identity. What mirrors the parameters (moments, moving averages) is sharded as they are, and XLA
@@ -156,6 +160,10 @@ def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpe
         within a key, `**` across keys. The first pattern that matches applies. Or `logical(...)`, which reads the names
         that a model library gives dimensions. Or both: a pattern decides before a name does.
       default: the spec of a parameter that no rule places, `P()` for replicated; None if each must be placed.
+      pad: True pads a dimension that does not divide by its axes to the next size that does, in the state alone: in
+        `state.params` and in all that mirrors it. Loss, gradient and optimizer, `step.reference` and checkpoints have
+        the sizes that you gave `init`. The padding is NaN, so that whatever reads it by mistake shows it;
+        `state.unpadded()` has none. False refuses such a dimension.
     Errors: FieldTypeError, FieldValueError for a bad field; ShardingError at `compile` or `init`, before anything is
       compiled, with all faults: a rule that matches nothing, a parameter that no rule matches, an axis that the mesh
       lacks, that is used twice or that shards the rows, too few dimensions, a dimension that does not divide, a name
@@ -181,7 +189,7 @@ def tp(*rules: Mapping[str, PartitionSpec] | LogicalRules, default: PartitionSpe
             "`tp` needs a rule or a default.", facts=(("such as", '{"**/kernel": P(None, "model")}'),)
         )
     default_spec = None if default is None else _spec("tp", "default", default)
-    return TensorParallel(checked, by_name[0] if by_name else None, default_spec)
+    return TensorParallel(checked, by_name[0] if by_name else None, default_spec, boolean("tp", "pad", pad))
 
 
 def logical(

@@ -4,16 +4,17 @@ import re
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stepc._core.nodes import Turn, slot_name
-from stepc._core.sharding import Spec
+from stepc._core.sharding import Spec, normalized_spec
 from stepc._language.kinds import Batch, Params
 from stepc.errors import ConfigError, FieldTypeError, did_you_mean, listed
 
@@ -25,13 +26,15 @@ class Place:
     Args:
       spec: its dimensions along the axes of the mesh.
       names: those that the model library gave its dimensions, as a spec.
+      shape: that of the leaf without padding, if it is padded; None if it is not.
     """
 
     spec: PartitionSpec = PartitionSpec()
     names: Spec = ()
+    shape: tuple[int, ...] | None = None
 
 
-# The leaves that are not simply replicated, sorted by path.
+# The leaves that are not simply replicated, or that have names, sorted by path.
 Placement: TypeAlias = tuple[tuple[str, Place], ...]
 
 # The `wrt` of a gradient with respect to every parameter.
@@ -41,6 +44,10 @@ EVERY_LEAF = ("**",)
 # ambient state changes what a pipeline means.
 KEYS = "threefry2x32"
 KEY_IMPLS = (KEYS, "rbg", "unsafe_rbg")  # those of jax
+
+
+# What a state is padded with, where it has floating-point numbers: what reads it by mistake shows it.
+PADDING = float("nan")
 
 
 class SkipCounts(NamedTuple):
@@ -60,6 +67,7 @@ class State:
     step. `model_state` is the model's own state, None without `grad(loss, model_state=True)`. `slots` holds what each
     stateful transform keeps, by the transform's name. `wrt` says which parameters are trained; `opt_state` and slots
     like the parameters have those leaves alone, and None for the others.
+    With `tp(..., pad=True)` the leaves are padded; `unpadded()` is the state without that.
     Errors: a step donates its state, which deletes the arrays: use the state that the step returns.
     """
 
@@ -81,6 +89,106 @@ class State:
     def with_trained(self, trained: Params) -> "State":
         """The state with these trained parameters; the frozen ones stay."""
         return replace(self, params=with_frozen(trained, self.params, self.wrt))
+
+    def unpadded(self) -> "State":
+        """The state without what `tp(..., pad=True)` has added to it; the same state, if that is nothing.
+
+        Meaning: each leaf in the shape that `init` was given, or that the optimizer made for it.
+        Why: inference, and any other function of your own, needs the parameters as the loss sees them.
+
+        A leaf that was padded is gathered along the axes that padded it, since jax has no arrays with uneven shards: it
+        takes its whole size on each device. Inside a `jit` nothing need be gathered. Keep the padded state to train on.
+        Example:
+          >>> logits = model(state.unpadded().params, tokens)  # doctest: +SKIP
+        """
+        shapes = {path: place.shape for path, place in self.placement if place.shape is not None}
+        if not shapes:
+            return self
+        cut = jax.tree_util.tree_map_with_path(lambda keys, leaf: unpadded_leaf(leaf, shapes.get(path_of(keys))), self)
+        stored = dict(leaves_by_path(self))
+        placement = ((path, _place_unpadded(place, stored[path].shape)) for path, place in self.placement)
+        return replace(cut, placement=tuple((path, place) for path, place in placement if place != Place()))
+
+
+def own_shapes(state: State) -> State:
+    """The state with the shape of each padded leaf in its place, without the padding."""
+    shapes = {path: place.shape for path, place in state.placement if place.shape is not None}
+    if not shapes:
+        return state
+
+    def own(keys: Any, leaf: Any) -> Any:  # Any: as in path_of; a leaf, or its shape
+        shape = shapes.get(path_of(keys))
+        return leaf if shape is None else jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(own, state)
+
+
+def unpadded_params(params: Params, state: State) -> Params:
+    """The parameters without padding, where they are padded as those of a state are."""
+    places, stored = dict(state.placement), dict(leaves_by_path(state.params))
+
+    def cut(keys: Any, leaf: Any) -> Any:  # Any: as in path_of; an array, or its shape
+        path = path_of(keys)
+        place = places.get(f"params/{path}" if path else "params", Place())
+        is_padded = place.shape is not None and path in stored and jnp.shape(leaf) == stored[path].shape
+        return unpadded_leaf(leaf, place.shape) if is_padded else leaf
+
+    return jax.tree_util.tree_map_with_path(cut, params)
+
+
+def unpadded_leaf(leaf: Any, shape: tuple[int, ...] | None) -> Any:  # Any, twice: an array, or its shape
+    """A leaf without its padding, if it has a shape of its own. An array is gathered along the padded dimensions.
+
+    Dimensions before those of the shape, such as that of an ensemble, stay.
+    """
+    if shape is None:
+        return leaf
+    shape = (*leaf.shape[: len(leaf.shape) - len(shape)], *shape)
+    if leaf.shape == shape:
+        return leaf
+    match leaf:
+        case jax.ShapeDtypeStruct():
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=_gathered_where_padded(leaf.sharding, leaf, shape))
+        case jax.Array() if not isinstance(leaf, Tracer):
+            on_device = jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if memory_of(leaf) else leaf
+            return _cut(on_device, shape, _gathered_where_padded(leaf.sharding, leaf, shape))
+        case _:
+            return leaf[tuple(map(slice, shape))]
+
+
+@partial(jax.jit, static_argnames=("shape", "sharding"))
+def with_padding(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """A padded leaf whose own shape is `shape`, with `PADDING` in the rest of it."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    places = (jax.lax.broadcasted_iota(jnp.int32, leaf.shape, dim) < size for dim, size in enumerate(shape))
+    filled = jnp.where(reduce(jnp.logical_and, places), leaf, jnp.asarray(PADDING, leaf.dtype))
+    return jax.lax.with_sharding_constraint(filled, sharding)
+
+
+@partial(jax.jit, static_argnames=("shape", "sharding"))
+def _cut(leaf: jax.Array, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    cut = leaf[tuple(map(slice, shape))]
+    return cut if sharding is None else jax.lax.with_sharding_constraint(cut, sharding)
+
+
+def _gathered_where_padded(
+    sharding: Any, leaf: Any, shape: tuple[int, ...]
+) -> NamedSharding | None:  # Any: a sharding of jax, or None; an array, or its shape
+    """The sharding of a leaf that is gathered along the dimensions that differ from `shape`."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    place = _place_unpadded(Place(sharding.spec, (), shape), leaf.shape)
+    return NamedSharding(sharding.mesh, place.spec)
+
+
+def _place_unpadded(place: Place, stored: tuple[int, ...]) -> Place:
+    """Where a leaf is without its padding, from where it is with it, in the shape `stored`."""
+    if place.shape is None:
+        return place
+    pairs = zip(place.spec, place.shape, stored[-len(place.shape) :], strict=False)
+    spec = normalized_spec(entry if size == padded else None for entry, size, padded in pairs)
+    return Place(PartitionSpec(*spec), place.names)
 
 
 def state_of_turn(state: State, turn: Turn, key: Any) -> State:  # Any: a typed key

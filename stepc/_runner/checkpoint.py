@@ -130,8 +130,9 @@ def restore(
     Args:
       directory: that of the `Checkpoints`.
       like: a state; or its parameters alone, such as `model.init` makes; or the shapes of either, by `jax.eval_shape`.
-        Each leaf is placed as the one there: on the devices of its sharding, whatever mesh it was saved from. None
-        gives dicts by the keys of the state, `restored["params"]`, on the default device.
+        Each leaf is placed as the one there: on the devices of its sharding, whatever mesh it was saved from, and
+        padded where those of a state are. None gives dicts by the keys of the state, `restored["params"]`, on the
+        default device.
       only: a pattern of paths in the checkpoint, or several: `*` stands for anything within a key, `**` across keys.
         Only these are read.
       step: None for the newest checkpoint that is intact; "best" for the one that is best by the `best` of the run's

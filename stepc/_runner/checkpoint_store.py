@@ -26,18 +26,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from stepc._language.state import (
+    State,
     is_typed_key,
     key_data,
     key_impl_of,
     leaf_crc32,
     leaves_by_path,
+    own_shapes,
     path_matches,
     path_of,
     pattern_hint,
     with_key_type,
+    with_padding,
 )
 from stepc._runner.checkpoint import RestoredCheckpoint
 from stepc._runner.checkpoint_lock import DirectoryLock
@@ -405,6 +408,7 @@ def _chosen_leaves(
     meta = checked_meta(directory, step)
     saved = shapes_in(meta)
     wanted = saved if like is None else _by_saved_path(like, saved)
+    own = wanted if like is None else _by_saved_path(_unpadded_shapes(like), saved)
     faults = [one for one in patterns if not any(path_matches(one, path) for path in wanted)]
     if faults:
         among = "the checkpoint" if like is None else "`like`"
@@ -415,7 +419,7 @@ def _chosen_leaves(
             suggestion=pattern_hint(faults[0], list(wanted)),
         )
     chosen = {path: leaf for path, leaf in wanted.items() if any(path_matches(one, path) for one in patterns)}
-    _check_fits(meta, chosen, are_all=False, has="`like`")
+    _check_fits(meta, {path: own[path] for path in chosen}, are_all=False, has="`like`")
     found = read_leaves(reader, directory, step, chosen, meta)
     if like is None:
         return _nested(found, meta.get("keys", {}))
@@ -535,20 +539,38 @@ def read_leaves(
     likes, structure = jax.tree.flatten(target)
     names = _names(meta["leaves"])
     wanted = {names[numbers[path]]: _shape_of(like) for path, like in zip(paths, likes, strict=True)}
+    own = [tuple(meta["leaves"][numbers[path]][1]) for path in paths]
+    is_padded = any(like.shape != shape for like, shape in zip(likes, own, strict=True))
     args = ocp.args.Composite(
         state=ocp.args.PyTreeRestore(
             wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            # Without `strict`, Orbax fills up what is smaller.
+            restore_args=ocp.checkpoint_utils.construct_restore_args(
+                wanted, **({"strict": False} if is_padded else {})
+            ),
             **({} if len(wanted) == len(names) else SOME_LEAVES),
         )
     )
     read = reader.restore(directory / str(step), args=args)["state"]
     arrays = [read[name] for name in wanted]
-    for path, array in zip(paths, arrays, strict=True):
+    arrays = [
+        array if like.shape == shape else _with_padding(array, shape)
+        for array, like, shape in zip(arrays, likes, own, strict=True)
+    ]
+    for path, array, like, shape in zip(paths, arrays, likes, own, strict=True):
         saved = meta["leaves"][numbers[path]][-1]
-        if (found := _saved_crc32(array)) != saved:
+        if (found := leaf_crc32(_on_host(array, None if like.shape == shape else shape))) != saved:
             raise CheckpointError(f"the CRC-32 of {path} is {found:08x}, and {saved:08x} was saved")
     return copy_state(structure.unflatten([with_key_type(one, like) for one, like in zip(arrays, likes, strict=True)]))
+
+
+def _with_padding(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What was read into a larger leaf, with padding beyond its own shape in place of the zeros of Orbax."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError("a padded leaf is sharded")
+    place = sharding.with_memory_kind("device")
+    return jax.device_put(with_padding(jax.device_put(array, place), shape, place), sharding)
 
 
 def _shape_of(like: Any) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
@@ -631,30 +653,43 @@ def _described(state: Any) -> list[tuple[str, list[int], str, str]]:  # Any: a s
     """Path, shape, dtype and, for typed keys, implementation of each leaf."""
     return [
         (path, list(leaf.shape), str(leaf.dtype), f" {key_impl_of(leaf)}" if is_typed_key(leaf) else "")
-        for path, leaf in leaves_by_path(state)
+        for path, leaf in leaves_by_path(_unpadded_shapes(state))
     ]
 
 
-def _arrays(state: Any) -> list[jax.Array]:  # Any: a state
-    return [key_data(leaf) for leaf in jax.tree.leaves(state)]
+def _unpadded_shapes(state: Any) -> Any:  # Any, twice: a state
+    """The state with the shape of each padded leaf in its place: that is the one that is saved."""
+    return own_shapes(state) if isinstance(state, State) else state
+
+
+def _arrays(state: Any) -> list[jax.Array | np.ndarray]:  # Any: a state
+    """What is saved of each leaf. One that is padded is cut on the host, where its digest is computed too."""
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(_unpadded_shapes(state)), strict=True)
+    return [key_data(leaf) if leaf.shape == own.shape else _on_host(leaf, own.shape) for leaf, own in leaves]
 
 
 def _names(leaves: Sequence[object]) -> list[str]:
     return [f"leaf_{number:05}" for number in range(len(leaves))]
 
 
-def _digest_later(array: jax.Array) -> Callable[[], int]:
+def _digest_later(array: jax.Array | np.ndarray) -> Callable[[], int]:
     """What gives the digest of an array without holding its buffer on a device; asked for once the run goes on."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if _is_here(array):
         on_host = np.asarray(array)
         return lambda: leaf_crc32(on_host)
-    digest = _saved_crc32(array)  # all processes gather the array at the same point of the run
+    digest = leaf_crc32(_on_host(array))  # all processes gather the array at the same point of the run
     return lambda: digest
 
 
-def _saved_crc32(array: jax.Array) -> int:
-    """The CRC-32 of the whole array. One that is sharded over processes is gathered for it, one leaf at a time, so that
-    any number of processes can check it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return leaf_crc32(array)
-    return leaf_crc32(np.asarray(process_allgather(array, tiled=True)))
+def _is_here(array: jax.Array | np.ndarray) -> bool:
+    """Whether this process has the whole array."""
+    return isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated
+
+
+def _on_host(array: jax.Array | np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The whole array, without padding if it has a shape of its own.
+
+    One that is sharded over processes is gathered, one leaf at a time, so that any number of processes can read it.
+    """
+    whole = np.asarray(array if _is_here(array) else process_allgather(array, tiled=True))
+    return whole if shape is None else np.ascontiguousarray(whole[tuple(map(slice, shape))])

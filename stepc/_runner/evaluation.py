@@ -37,7 +37,7 @@ def evaluate(
     Args:
       fn: a function of parameters and a batch that returns a dict of metrics; or a loss, which is then "loss": a number
         or an `sc.Mean`, alone or with a dict of metrics. It is jitted.
-      params: whatever `fn` takes: a tree of arrays.
+      params: whatever `fn` takes: a tree of arrays. Of a state with `tp(..., pad=True)`: `state.unpadded().params`.
       data: batches. Each of another number of rows is compiled once.
       mesh: where to evaluate. Rows are split over those of its axes over which no parameter is sharded, and replicated
         where they do not divide; parameters that are not on the mesh are replicated. None: where the parameters are.

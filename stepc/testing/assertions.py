@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepc._compiler.placement import stored_as
 from stepc._compiler.rows import RowUse
 from stepc._compiler.step import Step
 from stepc._core.nodes import InScan, MapNode, MeanNode, Node, OverMesh, Wrap, rows_axis
@@ -97,7 +98,7 @@ def _with_moved_gradient(step: Step, state: State, batch: Batch, fraction: float
     fn = fold_references(transforms, step.reference.axes)
     with step.reference.surroundings(state, batch) as copies:
         result = fn.apply(*copies)
-    return result.state, result.metrics
+    return stored_as(result.state, state), result.metrics
 
 
 def _moved(transforms: tuple[Transform, ...], fraction: float) -> tuple[Transform, ...]:

@@ -261,12 +261,15 @@ def _num_parts_of(place: InScan | OverMesh | UnderVmap, axes: Mapping[str, int])
 
 
 @st.composite
-def tensor_rules(draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], *, axes: Mapping[str, int]) -> TensorParallel:
+def tensor_rules(
+    draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], *, axes: Mapping[str, int], pad: bool = False
+) -> TensorParallel:
     """Rules that shard parameters along some of these axes, by path pattern, by the names of dimensions, or both.
 
     Args:
       shapes: of each parameter, by path.
       axes: the size of each mesh axis that shards no rows.
+      pad: whether dimensions that do not divide are sharded too, and padded.
     """
     patterns: dict[str, PartitionSpec] = {}
     names: dict[str, PartitionSpec] = {}
@@ -275,7 +278,7 @@ def tensor_rules(draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], *, axes
         free, entries = list(axes), list[str | tuple[str, ...] | None]()
         for size in shape:
             taken = draw(st.sampled_from([(), *((axis,) for axis in free), tuple(free)]))
-            if size % prod(axes[axis] for axis in taken):
+            if not pad and size % prod(axes[axis] for axis in taken):
                 taken = ()
             free = [axis for axis in free if axis not in taken]
             entries.append(taken if len(taken) > 1 else taken[0] if taken else None)
@@ -287,4 +290,4 @@ def tensor_rules(draw: st.DrawFn, shapes: Mapping[str, tuple[int, ...]], *, axes
         names[path] = PartitionSpec(*named)
         table.update(zip(named, entries, strict=True))
     rules = [*([patterns] if patterns else []), *([logical(table, names=names)] if table else [])]
-    return tp(*rules, default=PartitionSpec())
+    return tp(*rules, default=PartitionSpec(), pad=pad)

@@ -72,8 +72,8 @@ class Shard(Transform):
                         rules, zero=zero, zero_axes=zero_axes, gather=gather, offload=offload or "",
                         reduce_dtype=reduce_dtype, batch=batch, automatic=automatic,
                     )  # fmt: skip
-                case TensorParallel(params, logical, default):
-                    rules = replace(rules, params=params, default=default)
+                case TensorParallel(params, logical, default, pad):
+                    rules = replace(rules, params=params, default=default, pad=pad)
                     if logical is not None:
                         rules = replace(rules, logical=logical.rules, names=logical.names)
                 case _:

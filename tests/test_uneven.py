@@ -1,0 +1,324 @@
+"""Parameters that their axes do not divide: `tp(..., pad=True)` pads the state, and nothing sees the padding.
+
+The padding is NaN, so a number that depends on it is NaN too, and equals no reference.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import mesh_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import stepc as sc
+from stepc._language.state import leaves_by_path
+from stepc.testing import assert_equivalent
+from stepc.testing.strategies import tensor_rules
+
+VOCABULARY, WIDTH = 13, 8
+RULES = {"wte": P("model"), "head": P(None, "model"), "bias": P("model")}
+ADAM = sc.update(optax.adam(1e-2))
+LEVELS = [
+    {}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"zero": 3, "gather": "microbatch"}, {"zero": 3, "gather": "layer"},
+]  # fmt: skip
+
+
+def loss(params: Any, rows: Any) -> jax.Array:
+    """A language model of one layer: the padding of its head would be one more token to choose from."""
+    logits = jnp.tanh(params["wte"][rows["token"]] @ params["mid"]) @ params["head"] + params["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows["next"]).mean()
+
+
+def params_of(vocabulary: int = VOCABULARY) -> Any:
+    random = np.random.default_rng(0)
+    shapes = {"wte": (vocabulary, WIDTH), "mid": (WIDTH, WIDTH), "head": (WIDTH, vocabulary), "bias": (vocabulary,)}
+    return {name: random.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+
+
+def batch_of(rows: int = 16, seed: int = 0) -> Any:
+    random = np.random.default_rng(seed)
+    return {name: random.integers(0, VOCABULARY, size=rows).astype(np.int32) for name in ("token", "next")}
+
+
+def tensor(**options: Any) -> Any:
+    return sc.tp(RULES, default=P(), pad=True, **options)
+
+
+def mesh() -> Mesh:
+    return mesh_of(data=2, model=4)
+
+
+def step_of(outer: Any = ADAM, *, k: int = 1, source: Any = None, mode: str = "manual", **level: Any) -> sc.Step:
+    rules = sc.shard(sc.dp("data", **level), tensor(), mode=mode)
+    return sc.compile(outer @ sc.accumulate(k) @ rules @ (source or sc.grad(loss)), mesh=mesh())
+
+
+def paddings(state: sc.State) -> dict[str, Any]:
+    """What stands in the padding of each padded leaf."""
+    found = {}
+    for path, place in state.placement:
+        if place.shape is not None:
+            leaf = np.asarray(dict(leaves_by_path(state))[path])
+            inside = np.zeros(leaf.shape, bool)
+            inside[tuple(map(slice, place.shape))] = True
+            found[path] = leaf[~inside]
+    return found
+
+
+@pytest.mark.parametrize(("level", "k"), [({}, 1), *((level, 4) for level in LEVELS)], ids=str)
+def test_padded_state_equals_the_reference_on_every_level(level: dict[str, Any], k: int) -> None:
+    step = step_of(sc.ema(0.5) @ ADAM @ sc.clip(1.0), k=k, **level)
+    state = step.init(params_of())
+    assert state.params["wte"].shape == (16, WIDTH)
+    assert_equivalent(step, state, batch_of())
+    for seed in range(2):
+        state, metrics = step(state, batch_of(seed=seed))
+    assert step.traces == 1 and np.isfinite(metrics["loss"])
+    found = paddings(state)
+    assert {path.partition("/")[0] for path in found} == {"params", "opt_state", "slots"}
+    assert all(np.isnan(padding).all() for padding in found.values())
+    assert all(leaf.aliased for leaf in step.lower(state, batch_of()).compile().donated())
+
+
+def contrast(params: Any, z: Any) -> jax.Array:
+    return (
+        jnp.mean((z["own"] - z["own"].mean(axis=0)[None]) ** 2)
+        + jnp.mean(params["bias"] ** 2)
+        + z["sum"].total / z["sum"].count
+    )
+
+
+def encoded(params: Any, rows: Any) -> Any:
+    made = jnp.tanh(params["wte"][rows["token"]] @ params["mid"]) @ params["head"]
+    return {"own": made, "sum": sc.Mean(made.sum(), made.size)}
+
+
+def reading(params: Any, rows: Any, *, ema: Any) -> jax.Array:
+    return loss(params, rows) + sum(jnp.mean((leaf - ema[name]) ** 2) for name, leaf in params.items())
+
+
+def seen(grads: Any, params: Any) -> dict[str, Any]:
+    """Numbers that padding would change, whatever it is filled with."""
+    sizes = [jnp.float32(leaf.size) for tree in (grads, params) for leaf in jax.tree.leaves(tree)]
+    return {"sizes": sum(sizes), "spread": sum(jnp.std(leaf) for leaf in jax.tree.leaves(grads))}
+
+
+def is_matrix(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+OPTIMIZERS = {
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "muon": lambda: optax.contrib.muon(1e-2),
+    "masked decay": lambda: optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1, mask=is_matrix)
+    ),
+    "lbfgs": lambda: optax.lbfgs(memory_size=2),
+}
+PIPELINES: dict[str, Callable[..., sc.Step]] = {
+    "measure": lambda **level: step_of(ADAM @ sc.measure(seen), k=2, **level),
+    "measure in the loop": lambda **level: step_of(ADAM @ sc.accumulate(2) @ sc.measure(seen), **level),
+    "noise": lambda **level: step_of(ADAM @ sc.noise(0.1), k=2, **level),
+    "noise in the loop": lambda **level: step_of(ADAM @ sc.accumulate(2) @ sc.noise(0.1) @ sc.clip(0.5), **level),
+    "sam": lambda **level: step_of(ADAM @ sc.sam(0.1), k=2, **level),
+    "rows": lambda **level: step_of(ADAM, source=sc.rows() @ sc.clip(0.5) @ sc.grad(loss), **level),
+    "skip": lambda **level: step_of(sc.skip_nonfinite(limit=3) @ ADAM @ sc.loss_scale(initial=8.0), k=2, **level),
+    "across": lambda **level: step_of(ADAM, k=2, source=sc.grad(sc.across(contrast) @ encoded), **level),
+    "reads": lambda **level: step_of(sc.ema(0.5) @ ADAM, k=2, source=sc.grad(reading, reads="ema"), **level),
+    "frozen": lambda **level: step_of(ADAM, source=sc.grad(loss, wrt=("head", "bias")), **level),
+    "alternate": lambda **level: alternating(**level),
+    "offload": lambda **level: step_of(sc.skip_nonfinite(limit=3) @ ADAM, offload="optimizer", **level),
+    **{
+        name: partial(lambda made, **level: step_of(sc.update(made()), k=2, **level), made)
+        for name, made in OPTIMIZERS.items()
+    },
+}
+
+
+def alternating(**level: Any) -> sc.Step:
+    rules = sc.shard(sc.dp("data", **level), tensor())
+    turns = {name: ADAM @ sc.accumulate(2) @ rules @ sc.grad(loss, wrt=name) for name in ("wte", "head")}
+    return sc.compile(sc.alternate(**turns, every={"head": 2}), mesh=mesh())
+
+
+@pytest.mark.parametrize("level", [
+    {"zero": 1}, pytest.param({}, marks=pytest.mark.long), pytest.param({"zero": 3}, marks=pytest.mark.long)
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_transform_and_optimizer_sees_the_own_shapes(name: str, level: dict[str, Any]) -> None:
+    step = PIPELINES[name](**level)
+    state = step.init(params_of(), seed=3)
+    state, _ = step(state, batch_of())
+    assert_equivalent(step, state, batch_of(seed=1), tolerance=2e-5)  # sums in another order, divided by small numbers
+    assert paddings(state)
+
+
+@pytest.mark.parametrize("outer", [sc.repeat(2), sc.epochs(2, minibatches=2)], ids=repr)
+def test_steps_in_a_loop_carry_the_padded_state(outer: Any) -> None:
+    step = step_of(outer @ ADAM, zero=1)
+    batch = batch_of()
+    if isinstance(outer, type(sc.repeat(2))):
+        batch = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), batch)
+    assert_equivalent(step, step.init(params_of()), batch)
+
+
+def test_automatic_mode_pads_too() -> None:
+    step = step_of(sc.ema(0.5) @ ADAM @ sc.clip(1.0), k=4, mode="auto")
+    state, _ = step(step.init(params_of()), batch_of())
+    assert_equivalent(step, state, batch_of(seed=1))
+    assert all(np.isnan(padding).all() for padding in paddings(state).values())
+
+
+@settings(max_examples=5)
+@given(st.data())
+def test_random_uneven_shapes_and_rules_equal_the_reference(data: st.DataObject) -> None:
+    """Of any size, also less than the axis, along one axis or two, in either mode."""
+    sizes = {axis: data.draw(st.sampled_from([1, 2, 4])) for axis in ("data", "model")}
+    sizes["expert"] = data.draw(st.sampled_from([1, 2, 8 // (sizes["data"] * sizes["model"])]).filter(
+        lambda size: size and sizes["data"] * sizes["model"] * size <= 8
+    ))  # fmt: skip
+    shapes = data.draw(st.dictionaries(
+        st.sampled_from("abc"), st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), min_size=1
+    ))  # fmt: skip
+    model_axes = {axis: size for axis, size in sizes.items() if axis != "data"}
+    rules = data.draw(tensor_rules(shapes, axes=model_axes, pad=True))
+    mode = data.draw(st.sampled_from(["manual", "manual", "auto"]))
+    level = data.draw(st.sampled_from(LEVELS if mode == "manual" else [{}]))
+    outer = data.draw(st.sampled_from([sc.update(optax.sgd(0.5, momentum=0.5)), sc.update(optax.adafactor(1e-2, 2))]))
+    inner = data.draw(st.sampled_from([sc.accumulate(1), sc.accumulate(2), sc.noise(0.25) @ sc.accumulate(2)]))
+
+    def spread(params: Any, rows: Any) -> jax.Array:
+        """Every element has another gradient, so that one in the wrong place shows."""
+        parts = (jnp.sum(jnp.sin(leaf) * (1 + jnp.arange(leaf.size).reshape(leaf.shape))) for leaf in params.values())
+        return jnp.mean((rows["x"] * sum(parts) / 100 - 1) ** 2)
+
+    step = sc.compile(
+        outer @ inner @ sc.shard(sc.dp("data", **level), rules, mode=mode) @ sc.grad(spread), mesh=mesh_of(**sizes)
+    )
+    random = np.random.default_rng(data.draw(st.integers(0, 9)))
+    state = step.init({name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
+    assert_equivalent(step, state, {"x": random.normal(size=16).astype(np.float32)}, tolerance=1e-4)
+    own = {path: leaf.shape for path, leaf in leaves_by_path(state.unpadded().params)}
+    assert own == shapes
+
+
+def test_unpadded_state_has_the_own_shapes_and_runs_in_the_users_own_functions() -> None:
+    step = step_of(sc.ema(0.5) @ ADAM, zero=3)
+    state = step.init(params_of())
+    whole = state.unpadded()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.params), params_of())
+    assert whole.slots["ema"]["head"].shape == whole.opt_state[0].mu["head"].shape == (WIDTH, VOCABULARY)
+    assert whole.params["wte"].sharding.spec == P(None, "data")  # gathered along the axis that pads it alone
+    assert whole.unpadded() is whole
+    expected = loss(params_of(), batch_of())
+    for evaluated in (
+        loss(whole.params, batch_of()),
+        jax.jit(lambda state, batch: loss(state.unpadded().params, batch))(state, batch_of()),
+        sc.evaluate(loss, whole.params, [batch_of()])["loss"],
+        step.reference(state, batch_of())[1]["loss"],
+    ):
+        np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
+    assert np.isnan(loss(state.params, batch_of()))  # what reads the padding shows it
+    ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state).unpadded()
+    assert ensemble.params["head"].shape == (2, WIDTH, VOCABULARY)
+    shapes = step.init(jax.eval_shape(params_of)).unpadded()
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes) == jax.tree.map(lambda leaf: leaf.shape, whole)
+
+
+def test_function_and_reference_take_and_return_padded_states() -> None:
+    step = step_of(ADAM, k=2)
+    state = step.init(params_of())
+    _, losses = jax.jit(lambda state: jax.lax.scan(lambda state, _: step.function(state, batch_of()), state, None, 2))(
+        state
+    )
+    of_reference = state
+    for number in range(2):
+        of_reference, metrics = step.reference(of_reference, batch_of())
+        np.testing.assert_allclose(losses["loss"][number], metrics["loss"], rtol=1e-6)
+    assert jax.tree.structure(of_reference) == jax.tree.structure(state)
+
+
+def test_state_goes_on_where_other_parameters_are_trained() -> None:
+    before = step_of(ADAM, source=sc.grad(loss, wrt=("head", "bias")))
+    state, _ = before(before.init(params_of()), batch_of())
+    after = step_of(ADAM)
+    new = after.init(state.params, like=state)
+    mu, old = new.unpadded().opt_state[0].mu, state.unpadded().opt_state[0].mu
+    np.testing.assert_array_equal(mu["head"], old["head"])
+    assert not np.any(mu["wte"]) and new.params["wte"].shape == (16, WIDTH)
+    assert_equivalent(after, new, batch_of(seed=1))
+
+
+def test_parameters_on_the_devices_are_padded_there() -> None:
+    step = step_of(ADAM)
+    placed = jax.device_put(params_of(), NamedSharding(mesh(), P()))
+    frozen = {**placed, "wte": jnp.arange(13 * WIDTH, dtype=jnp.int8).reshape(13, WIDTH)}
+    quantised = step_of(ADAM, source=sc.grad(lambda p, rows: loss({**p, "wte": p["wte"] / 99}, rows), wrt="head"))
+    for one, params in ((step, placed), (quantised, frozen)):
+        state = one.init(params)
+        jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.unpadded().params, params)))
+        assert_equivalent(one, state, batch_of())
+    assert not np.any(paddings(state)["params/wte"])  # whole numbers have no NaN
+
+
+def test_checkpoint_is_read_on_another_mesh_with_another_padding(tmp_path: Path) -> None:
+    pytest.importorskip("orbax.checkpoint")
+
+    def on(pad: bool = True, **axes: int) -> sc.Step:
+        rules = sc.shard(sc.dp("data", zero=1, offload="optimizer"), sc.tp(RULES, default=P(), pad=pad))
+        return sc.compile(sc.ema(0.5) @ ADAM @ rules @ sc.grad(loss), mesh=mesh_of(**axes))
+
+    before, data = None, [batch_of(seed=seed) for seed in range(2)]
+    steps = [on(data=2, model=4), on(pad=False, data=8, model=1), on(data=1, model=2)]
+    for number, step in enumerate(steps, start=1):
+        state = step.init(params_of())
+        if before is not None:
+            read = sc.restore(tmp_path, like=state)
+            assert jax.tree.structure(read) == jax.tree.structure(state)
+            pairs = zip(leaves_by_path(read.unpadded()), jax.tree.leaves(before), strict=True)
+            for (path, one), two in pairs:
+                assert path == "rng" or np.array_equal(one, two), path
+            jax.tree.map(np.testing.assert_array_equal, *map(paddings, (read, state)))
+        checkpoints = sc.Checkpoints(tmp_path, every=2, check_data=False)
+        run = sc.run(step, state, data, steps=2 * number, checkpoint=checkpoints)
+        before = run.state.unpadded()
+    assert int(before.step) == 6
+    plain = sc.restore(tmp_path, only="params/**")["params"]
+    assert plain["wte"].shape == (VOCABULARY, WIDTH)
+    assert sc.restore(tmp_path, like=params_of(), only="params/**")["head"].shape == (WIDTH, VOCABULARY)
+
+
+def test_names_of_dimensions_pad_and_stay() -> None:
+    names = {"wte": P("vocabulary", "embed"), "head": P("embed", "vocabulary"), "bias": P("vocabulary"), "mid": P()}
+    rules = sc.tp(sc.logical({"vocabulary": "model", "embed": None}, names=names), pad=True)
+    step = sc.compile(ADAM @ sc.shard(sc.dp("data"), rules) @ sc.grad(loss), mesh=mesh())
+    state = step.init(params_of())
+    assert set(paddings(state)) >= {"params/wte", "params/head", "params/bias"}
+    assert_equivalent(step, state, batch_of())
+
+
+@pytest.mark.parametrize("level", [{"zero": 1}, {"mode": "auto"}], ids=str)
+def test_padding_moves_nothing(level: dict[str, Any]) -> None:
+    """The collectives are those of a vocabulary that divides."""
+    step = step_of(ADAM @ sc.clip(1.0), k=4, **level)
+
+    def traffic(vocabulary: int) -> list[tuple[Any, ...]]:
+        state = step.init(jax.eval_shape(lambda: params_of(vocabulary)))
+        rows = step.lower(state, jax.eval_shape(batch_of)).compile().collectives()
+        return sorted((row.kind, str(row.axes), row.executions, row.bytes) for row in rows)
+
+    assert traffic(VOCABULARY) == traffic(16) != []
+
+
+def test_pad_is_a_boolean_and_prints() -> None:
+    assert repr(tensor()).endswith("default=P(), pad=True)")
+    assert sc.tp(RULES) == sc.tp(RULES, pad=False) != sc.tp(RULES, pad=True)
