@@ -368,8 +368,14 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
             with region.scope(instruction.written), region.leaves_scope([path]):
                 return jax.lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
 
+        # jax traces a derivative of ours again in each of its passes. Its own is the same where nothing is converted;
+        # in a region inside another it would add up what is replicated along the inner axes.
+        wide = jnp.dtype(instruction.dtype or accumulation_dtype(leaf.dtype))
+        if dtype == wide and not region.automatic_axes:
+            return gather_shard(leaf)
+
         def scatter_grad(grad: jax.Array) -> jax.Array:
-            wider = grad.astype(instruction.dtype or accumulation_dtype(leaf.dtype))
+            wider = grad.astype(wide)
             with region.scope(instruction.written), region.leaves_scope([path]):
                 total = jax.lax.psum_scatter(wider, axes, scatter_dimension=dim, tiled=True)
             return total.astype(leaf.dtype)

@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from stepc._compiler.collectives import on_every_device
 from stepc._compiler.layers import programs_in, stacked_inputs
-from stepc._compiler.rows import RowUse, encoder_row_use, loss_row_use, row_uses, user_line
+from stepc._compiler.rows import RowUse, encoder_row_use, is_of_jax, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
 from stepc._jax import dce_jaxpr, mesh_of_step
@@ -55,6 +55,15 @@ RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
 BATCH_STABLE = ("threefry2x32",)
 # Primitives that jax lowers where all axes are manual, or none; XLA fails where it should partition the others.
 WITHOUT_PARTLY_MANUAL_REGIONS = ("pure_callback", "io_callback", "custom_partitioning")
+# Primitives that pass a tangent of each operand of floating-point numbers on.
+DIFFERENTIABLE = frozenset(
+    """
+    abs add add_any broadcast_in_dim concatenate conv_general_dilated convert_element_type copy cos cumsum div
+    dot_general dynamic_slice dynamic_update_slice erf exp exp2 expand_dims expm1 gather integer_pow log log1p logistic
+    max min mul neg optimization_barrier pad pow reduce_max reduce_min reduce_precision reduce_sum reshape rev rsqrt
+    scatter-add select_n sharding_constraint sin slice split sqrt square squeeze sub tanh transpose
+    """.split()
+)
 # Primitives that call a jaxpr with their own inputs. Of any other, each result is taken to depend on all inputs.
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
@@ -382,9 +391,13 @@ def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: Dif
     """Refuse a parameter that no gradient can reach: an optimizer with weight decay would change it all the same.
 
     A gradient reaches what the tangents of the totals depend on: in one branch of a conditional is enough, through
-    `stop_gradient` or whole numbers is not. That a gradient happens to be 0 does not matter.
+    `stop_gradient` or whole numbers is not. That a gradient happens to be 0 does not matter. Tangents are traced only
+    where what the operations are does not say it already: they cost as much as the loss and its gradient.
     """
     trained = {place: path for place, (path, _) in enumerate(leaves_by_path(params)) if is_trained(path, node.wrt)}
+    known = surely_reached(traced.jaxpr, [place in totals for place in range(len(traced.jaxpr.outvars))])
+    if all(known[place] for place in trained):
+        return
     _, run = depends_on(traced, outputs=totals)
     values = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in traced.in_avals]
 
@@ -407,6 +420,46 @@ def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: Dif
             suggestion="Give batch statistics and the like as model state (`grad(loss, model_state=True)`, "
             "`step.init(params, model_state=...)`); freeze other parameters: `grad(loss, wrt=...)`.",
         )
+
+
+def surely_reached(jaxpr: Jaxpr, outputs: Sequence[bool]) -> list[bool]:
+    """For each input, whether its tangent reaches one of these outputs; not in doubt."""
+    reached = {var for var in compress(jaxpr.outvars, outputs) if not isinstance(var, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        made = [var in reached for var in equation.outvars]
+        if any(made):
+            passed: Iterator[Any] = compress(
+                equation.invars, _surely_passed(equation, made)
+            )  # Any: variables, literals
+            reached |= {
+                var for var in passed if not isinstance(var, Literal) and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+            }
+    return [var in reached for var in jaxpr.invars]
+
+
+def _surely_passed(equation: Any, outputs: list[bool]) -> list[bool]:  # Any: a jax.extend.core.JaxprEqn
+    name = equation.primitive.name
+    match name:
+        case "scan":
+            body, constants = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
+            carried = equation.params["num_carry"]
+            while True:
+                inputs = surely_reached(body, outputs)
+                wider = [*map(or_, outputs[:carried], inputs[constants : constants + carried]), *outputs[carried:]]
+                if wider == outputs:
+                    return inputs
+                outputs = wider
+        case "cond":
+            branches = [surely_reached(branch.jaxpr, outputs) for branch in equation.params["branches"]]
+            return [False, *map(any, zip(*branches, strict=True))]
+        case _ if name in DIFFERENTIABLE:
+            return [True] * len(equation.invars)
+        case _:
+            inner = _same_function(equation)
+            # A derivative of the user's own may be zero.
+            if inner is None or (name.startswith("custom") and not is_of_jax(inner)):
+                return [False] * len(equation.invars)
+            return surely_reached(inner, outputs)
 
 
 def _names_axes_of_rows(named: list[NamedAxes], node: DifferentiateNode, manual_axes: tuple[str, ...]) -> ShardingError:

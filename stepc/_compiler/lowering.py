@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from stepc._compiler.collectives import (
@@ -217,9 +216,8 @@ class GradientSum:
 class FinalMaps(NamedTuple):
     """The last division, and the maps after it that keep what is finite finite.
 
-    They run twice: once for what needs the whole gradient (norms, metrics), and once beside the optimizer, in its
-    branch if there is one, where they fuse with it. A gradient that is materialised before a branch costs 6 % of a
-    small step.
+    Where the optimizer is in a branch they run twice: once for what needs the whole gradient (norms, metrics), and once
+    in the branch, where they fuse with it. A gradient that is materialised before a branch costs 6 % of a small step.
     """
 
     division: DivideByCount
@@ -405,7 +403,10 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
         # nothing is saved (measured for a TPU v5e, in compiled programs); a branch begins when its operands are there.
         new = _update_if(state.step >= 0, update, gradient, metrics["loss"], given)
     else:
-        new = update(gradient, metrics["loss"], given)
+        done = FinalMaps(DivideByCount("nothing"), ())
+        value = replace(value, model_state=gradient.total.model_state)
+        update = partial(_update, optimize, done, region, loss_fn)
+        new = update(MeasuredGradient(value, (), ()), metrics["loss"], given)
     new = _with_frozen_of(state, new)
 
     # The outputs: the slots that advance with every step, made or skipped; the metrics; the diagnostics.
@@ -639,7 +640,9 @@ def _compute(
         (_, (outcome, unit)), (grads, overwritten) = jax.value_and_grad(scaled_loss, argnums=(0, 1), has_aux=True)(
             inputs.trained, overwritten_leaves(given)
         )
-        grads = jax.tree.map(lambda leaf: leaf * unit, _as_sum(grads))
+        grads = _as_sum(grads)
+        if not (is_static(unit) and unit == 1):
+            grads = jax.tree.map(lambda leaf: leaf * unit, grads)
     finite = jnp.isfinite(sum_arrays([term.total for term in outcome.terms]))[None]
     metrics = {"loss": Sums(outcome.terms), **(outcome.metrics if instruction.reports else {})}
     accumulators = {name: accumulate_metric(metric) for name, metric in metrics.items()}
@@ -820,13 +823,14 @@ def _scan(
         take = partial(jax.lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False, allow_negative_indices=False)
         return jax.tree.map(take, split)
 
-    # The shapes and the scan share one trace of the loss. It is evaluated again, equation by equation: that keeps the
-    # lines of the source, which a jitted function loses when it is inlined.
+    # Jitted, so that the shapes and the scan share one trace of the loss. XLA inlines the call; jax does not, since it
+    # would drop the lines of the source.
+    @jax.jit
+    def microbatch_sum(microbatch: LocalMicrobatch, inputs: StepInputs) -> GradientSum:
+        return _run(instruction.body, None, microbatch, inputs, region)
+
     first = jnp.zeros((), jnp.int32)
-    traced, shapes = jax.make_jaxpr(
-        lambda microbatch, inputs: _run(instruction.body, None, microbatch, inputs, region), return_shape=True
-    )(part(first), inputs)
-    evaluate, result = jaxpr_as_fun(traced), jax.tree.structure(shapes)
+    shapes: GradientSum = microbatch_sum.eval_shape(part(first), inputs)
 
     # The index is carried, not scanned over: an array of indices would be read for every row.
     # Of the model state, what a microbatch hands on to the next is carried too, and rows are scanned over.
@@ -834,8 +838,8 @@ def _scan(
         carry: tuple[jax.Array, GradientSum, Any], _: None
     ) -> tuple[tuple[jax.Array, GradientSum, Any], tuple[jax.Array, Any, Any]]:
         index, total, handed_on = carry
-        arguments = jax.tree.leaves((part(index), replace(inputs, model_state=_either(handed_on, inputs.model_state))))
-        one: GradientSum = result.unflatten(evaluate(*arguments))
+        given = replace(inputs, model_state=_either(handed_on, inputs.model_state))
+        one: GradientSum = microbatch_sum(part(index), given)
         if gradient_is_sharded(instruction.body):
             one = replace(one, grads=_sharded_in_loop(one.grads, region))
         handed_on = _either(_only(one.model_state, region, "sequential"), handed_on)

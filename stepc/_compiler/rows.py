@@ -987,7 +987,7 @@ def _collective(reader: _Reader, equation: _Equation, operands: list[Value]) -> 
 def _call(reader: _Reader, equation: _Equation, operands: list[Value]) -> list[Value]:
     jaxpr = _called(equation)
     # A function of jax is traced once for all that call it, so its equations keep the lines of the first.
-    return reader.outputs(jaxpr, operands, equation.line if _is_of_jax(jaxpr) else equation.outer_line)
+    return reader.outputs(jaxpr, operands, equation.line if is_of_jax(jaxpr) else equation.outer_line)
 
 
 def _called(equation: _Equation) -> Jaxpr:
@@ -995,7 +995,8 @@ def _called(equation: _Equation) -> Jaxpr:
     return inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
 
 
-def _is_of_jax(jaxpr: Jaxpr) -> bool:
+def is_of_jax(jaxpr: Jaxpr) -> bool:
+    """Whether it is that of a function of jax itself."""
     try:
         return (jaxpr.debug_info.func_filename or "").startswith(_JAX)
     except AttributeError:  # this jax does not say whose function it is
@@ -1006,7 +1007,7 @@ def _custom(reader: _Reader, equation: _Equation, operands: list[Value]) -> list
     """A function with a derivative of its own: what that makes of the rows counts too."""
     results = _call(reader, equation, operands)
     # The rules of jax itself (`relu`, `logsumexp`) are the derivatives of what they are for.
-    is_exact = _is_of_jax(_called(equation))
+    is_exact = is_of_jax(_called(equation))
     if is_exact or reader.is_gradient or not any(isinstance(one, Rows | Total) for one in results):
         return results
     is_alone = _derivative_is_alone(reader.num_rows, equation, operands, results)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Never
+from typing import Any, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,7 @@ from stepc._language.state import (
     as_arrays,
     carried_over,
     copied_to,
+    describe_leaf,
     leaves_by_path,
     own_shapes,
     state_of_turn,
@@ -97,6 +98,8 @@ from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
+# The tree of a state, with what is trained and where it is placed, and its leaves. Any: a jax.tree_util.PyTreeDef.
+StateTypes: TypeAlias = tuple[Any, tuple[str, ...]]
 
 _LOG = logging.getLogger("stepc")
 
@@ -171,6 +174,7 @@ class Step:
         self._traces = 0
         self._traced: list[tuple[ArgumentTypes, ArgumentTypes]] = []  # the states and batches that it was traced for
         self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...]]] = {}
+        self._made: set[StateTypes] = set()  # of the states that `init` has made
         self._names_axes: dict[BatchSignature, bool] = {}  # whether a loss names axes of the mesh
         self._has_several_devices = mesh is not None and mesh.size > 1
         # The state that the last call returned, if it is alive.
@@ -276,6 +280,7 @@ class Step:
         shapes = replace(shapes, placement=placement)
         stored = stored_shapes(shapes, rules)
         check_padding(placement)
+        self._made.add(_types_of(stored))
         host = in_host_memory(shapes, params, model_state, rules)
         shardings = None if self.mesh is None else with_memory(shardings_of(shapes, placement, self.mesh), host)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -437,7 +442,8 @@ class Step:
         """What the program does, while jax traces it."""
         with self._own_mesh():
             check_batch(shapes_of(batch), self.normal_form.core)
-            check_state(state, self._transform_state, self.normal_form.wrt)
+            if _types_of(state) not in self._made:
+                check_state(state, self._transform_state, self.normal_form.wrt)
             # The optimizer moves its own state, after the loss, and cuts off its padding.
             given, moved = state, to_device(replace(state, opt_state=()))
             state = replace(cut_leaves(moved, state.placement), opt_state=state.opt_state)
@@ -450,7 +456,9 @@ class Step:
             regions = tuple(replace(self._region(state, batch, *part), cut_from=cut_from) for part in parts)
             new, metrics, diagnostics = lower_schedule(schedule, regions)(state, batch)
             check_fixed_point(state, new)
-            new = jax.tree.map(_also_reads, new, state)
+            new = replace(
+                jax.tree.map(_also_reads, replace(new, params=()), replace(state, params=())), params=new.params
+            )
             if self.mesh is not None:
                 host = frozenset(path for path, leaf in leaves_by_path(new) if is_on_host(leaf))
                 of_state = with_memory(shardings_of(new, state.placement, self.mesh), host)
@@ -662,7 +670,7 @@ def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays
     """The new leaf of a state, by an operation that reads the old one and that XLA removes.
 
     jax drops an argument that nothing reads. A leaf that is only written, such as what a line search keeps of itself,
-    would then reuse no buffer.
+    would then reuse no buffer. Every loss reads the parameters.
     """
     return new if new is old or is_on_host(old) else jax.lax.select(True, new, old)
 
@@ -692,6 +700,11 @@ class BudgetGate:
         compiled().check(self.budget, traces=traces())
         self._passed.add(signature)
         self._traces = traces()
+
+
+def _types_of(state: State) -> StateTypes:
+    leaves, tree = jax.tree.flatten(state)
+    return tree, tuple(map(describe_leaf, leaves))
 
 
 def _signature(state: State, batch: Batch) -> BatchSignature:

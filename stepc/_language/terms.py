@@ -290,7 +290,8 @@ def sum_of_squares(leaf: jax.Array) -> jax.Array:
     That is what a finite gradient means here. Testing each element of a large leaf took seven times as long on a CPU,
     and a temporary of a quarter of its size (XLA of jaxlib 0.10.2).
     """
-    return jnp.sum(jnp.square(leaf.astype(accumulation_dtype(leaf.dtype))))
+    wide = leaf.astype(accumulation_dtype(leaf.dtype))
+    return jax.lax.reduce_sum(jax.lax.square(wide), tuple(range(wide.ndim)))
 
 
 def accumulation_dtype(dtype: Any) -> Any:  # Any, twice: whatever numpy takes for a dtype
