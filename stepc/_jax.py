@@ -71,6 +71,14 @@ def is_transforming(tree: object) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def scan_counts(params: Any) -> tuple[int, int]:  # Any: those of an equation
+    """How many of the inputs of a scan are constants, and how many it carries; it takes slices of the rest."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # since jax 0.11
+    return len(constants), len(carried)
+
+
 def is_compiling(thread: int) -> bool:
     """Whether a thread is inside a compilation of XLA: only its Python frames say so while it runs."""
     frame = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage] -- documented, despite its name

@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
+from stepc._jax import scan_counts
 from stepc._language.state import leaves_by_path
 
 # What a layer does to gathered parameters before it uses them. It is recomputed for the gradient: otherwise the
@@ -121,7 +122,7 @@ def stacked_inputs(jaxpr: Jaxpr) -> set[int]:
             case "convert_element_type" if inputs[0] is not None:
                 origins[equation.outvars[0]] = inputs[0]
             case "scan":
-                num_whole = equation.params["num_consts"] + equation.params["num_carry"]
+                num_whole = sum(scan_counts(equation.params))
                 found |= {position for position in inputs[num_whole:] if position is not None}
             case _:
                 pass
@@ -266,7 +267,7 @@ def _is_kept(primitive: Any, *_: Any, **params: Any) -> bool:  # Any: a jax.exte
 
 
 def _scan(params: Any, values: list[_Value], gather: Gather) -> Sequence[jax.Array]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = scan_counts(params)
     consts = [_gathered(value, gather) for value in values[:num_consts]]
     start = [_gathered(value, gather) for value in values[num_consts : num_consts + num_carry]]
     # A stack that is sharded along the dimension that counts its layers is gathered whole.

@@ -19,7 +19,7 @@ from stepc._compiler.layers import programs_in, stacked_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, is_of_jax, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
-from stepc._jax import dce_jaxpr, mesh_of_step
+from stepc._jax import dce_jaxpr, mesh_of_step, scan_counts
 from stepc._language.encoded import Encoded, EncodedTree, take_apart
 from stepc._language.kinds import BatchRows, Params
 from stepc._language.model_state import explicit_rule, is_overwritten, rules_by_leaf
@@ -829,8 +829,7 @@ def _varying_results(equation: Any, given: list[bool]) -> list[bool]:  # Any: a 
         return [False] * len(equation.outvars)
     match equation.primitive.name:
         case "scan":
-            body, constants = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
-            carried = equation.params["num_carry"]
+            body, (constants, carried) = equation.params["jaxpr"].jaxpr, scan_counts(equation.params)
             while True:
                 made = varying(body, given)
                 old = given[constants : constants + carried]

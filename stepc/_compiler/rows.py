@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from stepc._jax import scan_counts
+
 _LIBRARY, _JAX, _STEPC = (
     f"{folder}/" for folder in (Path(jax.__file__).parents[1], Path(jax.__file__).parent, Path(__file__).parents[1])
 )
@@ -1076,7 +1078,7 @@ def _fixed_point(
 
 
 def _scan(reader: _Reader, equation: _Equation, operands: list[Value]) -> list[Value]:
-    num_consts, num_carry = equation.params["num_consts"], equation.params["num_carry"]
+    num_consts, num_carry = scan_counts(equation.params)
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs, jaxpr = operands[num_consts + num_carry :], equation.params["jaxpr"].jaxpr
     takes_rows = any(isinstance(one, Rows) and one.axis == 0 for one in xs)

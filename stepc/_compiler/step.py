@@ -355,7 +355,7 @@ class Step:
         except (TypeError, ValueError, RuntimeError) as error:  # of jax for an argument, of the trace, or of the loss
             if not isinstance(error, BatchError):  # its message has all faults already
                 self._batches.check(batch)
-            if str(error).startswith("INVALID_ARGUMENT"):  # XLA refused an array, and did not run
+            if str(error).startswith(("INVALID_ARGUMENT", "Array has been deleted")):  # of XLA or jax: it did not run
                 check_arrays(state, batch, batch, compare_buffers=True)
             self.note_changes(error, state, batch)
             raise
