@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -1189,6 +1190,25 @@ def test_error_of_the_loss_says_what_has_changed_since_the_last_trace() -> None:
         assert raised.value.__notes__[-1] == f"stepc: since the step was last traced: in the batch, {changes}."
         assert any(frame.name == "product" for frame in raised.traceback)
     assert int(step(state, {"x": np.ones((8, 3), np.float32)})[0].step) == 2  # it was alive
+
+
+def test_nnx_module_that_is_not_model_state_has_a_remedy_in_a_note() -> None:
+    graphdef, params, rest = nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    def of_module(module: Any, rows: Any) -> jax.Array:
+        return module(rows["x"]).mean()
+
+    def of_parameters(params: Any, rows: Any) -> jax.Array:
+        return of_module(nnx.merge(graphdef, params, rest), rows)
+
+    for written, hint in (
+        (of_parameters, "stepc: what a module of Flax NNX changes while it is called, such as batch statistics"),
+        (of_module, "stepc: the loss is given parameters, not a module: call `nnx.merge(graphdef, params, rest)`."),
+    ):
+        step = sc.compile(sc.update(tx) @ sc.grad(written))
+        with pytest.raises((flax.errors.TraceContextError, TypeError)) as raised:
+            step(step.init(params), probe_batch(8))
+        assert raised.value.__notes__[1].startswith(hint)
 
 
 def test_name_error_of_the_loss_passes_through_as_itself() -> None:

@@ -940,6 +940,19 @@ def _add_note(error: Exception, node: DifferentiateNode, rows: BatchRows) -> Non
     shapes = listed(f"{path or 'rows'} {described(leaf)}" for path, leaf in leaves_by_path(rows))
     who = "loss" if node.head is None else "encoder"
     error.add_note(f"stepc: raised by the {who} of `{node.written}` while it was traced for one microbatch: {shapes}")
+    for hint in _hints_of_nnx(error):
+        error.add_note(f"stepc: {hint}")
+
+
+def _hints_of_nnx(error: Exception) -> Iterator[str]:
+    """What to write where a loss treats parameters as a module of Flax NNX does not allow."""
+    if type(error).__name__ == "TraceContextError":
+        yield (
+            "what a module of Flax NNX changes while it is called, such as batch statistics and keys of dropout, is "
+            "model state: write `grad(loss, model_state=True)`, take it as the last argument and return it."
+        )
+    if str(error) == "'State' object is not callable":
+        yield "the loss is given parameters, not a module: call `nnx.merge(graphdef, params, rest)`."
 
 
 def described(value: Any) -> str:
