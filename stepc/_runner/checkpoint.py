@@ -129,7 +129,8 @@ def restore(
 
     Args:
       directory: that of the `Checkpoints`.
-      like: a state; or its parameters alone, such as `model.init` makes; or the shapes of either, by `jax.eval_shape`.
+      like: a state; or its parameters alone, such as `model.init` makes; or a dict of some of its fields, such as
+        `{"params": params, "model_state": batch_stats}`; or the shapes of any of them, by `jax.eval_shape`.
         Each leaf is placed as the one there: on the devices of its sharding, whatever mesh it was saved from, and
         padded where those of a state are. None gives dicts by the keys of the state, `restored["params"]`, on the
         default device.

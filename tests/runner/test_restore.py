@@ -99,6 +99,12 @@ def test_parameters_alone_are_those_of_the_state(saved: Path, is_shape: bool, on
     np.testing.assert_array_equal(np.asarray(found["w"]), weights_after_five())
 
 
+def test_dict_of_fields_has_them_as_they_are_there(saved: Path) -> None:
+    found = sc.restore(saved, like={"params": {"w": np.zeros(3, np.float32)}, "step": np.zeros((), np.int32)})
+    np.testing.assert_array_equal(np.asarray(found["params"]["w"]), weights_after_five())
+    assert int(found["step"]) == 5
+
+
 def test_without_like_the_leaves_are_in_dicts(saved: Path) -> None:
     found = sc.restore(saved)
     expected = by_a_plain_loop([1, 2, 3, 4, 5])
