@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 
 # Caption and pages. A page that is in none of them is under the last caption.
 CONTENTS = {
-    "Start": ["docs/install", "docs/quickstart", "docs/migration", "docs/faq"],
+    "Start": ["docs/install", "docs/quickstart", "docs/migration", "docs/comparison", "docs/faq"],
     "Language": ["docs/transforms", "docs/steps", "docs/numerics", "docs/sharding", "docs/laws", "docs/autotune"],
     "Programs": ["docs/inspecting", "docs/performance", "benchmarks/README", "tests/optimizers/RESULTS"],
     "Training": [
