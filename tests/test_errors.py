@@ -503,6 +503,10 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "not_a_pipeline": (sc.FieldTypeError, lambda: sc.compile(loss)),
     "not_a_pipeline_but_a_number": (sc.FieldTypeError, lambda: sc.compile(5)),
     "positional_mesh": (sc.FieldTypeError, lambda: sc.compile(sc.update(tx) @ sc.grad(loss), mesh_of(data=2))),
+    "compiler_options_are_text": (
+        sc.FieldTypeError,
+        lambda: sc.compile(sc.update(tx) @ sc.grad(loss), compiler_options="--xla_cpu_enable_fast_math=true"),
+    ),
     "params_are_a_number": (sc.FieldTypeError, lambda: step_on().init(5)),
     "params_are_an_nnx_module": (sc.FieldTypeError, lambda: step_on().init(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))),
     "params_are_an_equinox_module": (

@@ -58,6 +58,18 @@ def test_ten_steps_are_one_trace_and_one_compilation() -> None:
     assert int(state.step) == 10
 
 
+@pytest.mark.parametrize("k", [sc.accumulate(4), sc.accumulate(memory="1 GB")], ids=["k", "memory"])
+def test_compiler_options_are_given_to_xla_and_printed(k: sc.Transform) -> None:
+    pipeline = sc.update(optax.sgd(0.5)) @ k @ sc.grad(LOSS)
+    step = sc.compile(pipeline, compiler_options={"xla_no_such_flag": True})
+    assert repr(step) == f"compile({pipeline!r}, compiler_options={{'xla_no_such_flag': True}})"
+    state, batch = step.init(probe_params()), probe_batch(64)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_flag'"):
+        step.lower(state, batch).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_flag'"):
+        step(state, batch)
+
+
 def test_parameters_of_python_numbers_are_one_trace() -> None:
     params = {"w": jnp.full((3,), 0.5), "b": jnp.asarray(0.0)}  # of weak types, unlike what a step returns
     step = sc.compile(standard(4), mesh=mesh_of(data=8))

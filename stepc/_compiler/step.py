@@ -105,7 +105,11 @@ _LOG = logging.getLogger("stepc")
 
 
 def compile(
-    pipeline: Transform | Pipeline, *positional: Never, mesh: Mesh | None = None, budget: Budget | None = None
+    pipeline: Transform | Pipeline,
+    *positional: Never,
+    mesh: Mesh | None = None,
+    budget: Budget | None = None,
+    compiler_options: Mapping[str, Any] | None = None,  # Any: a flag's value, as `jax.jit` takes it
 ) -> "Step":
     """Make one jitted program of a pipeline, for a mesh. It donates its state.
 
@@ -118,7 +122,9 @@ def compile(
       mesh: a `jax.sharding.Mesh`, its axes of any type; None for the default device. Axes that the pipeline does
         not name stay automatic: parameters that are sharded over them stay sharded.
       budget: what the step may cost. It is checked before the first call with each signature of a batch.
-    Errors: FieldTypeError for what is no pipeline, and for a mesh or a budget of another type; ConfigError if the
+      compiler_options: flags of XLA for this step alone, by name, as `jax.jit` takes them. They may change how numbers
+        are rounded.
+    Errors: FieldTypeError for what is no pipeline, and for another argument of another type; ConfigError if the
       pipeline is not complete; ShardingError if the mesh lacks an axis. Nothing is traced or compiled before the first
       call; that raises BudgetError if the program exceeds its budget, or if nothing fits an `accumulate(memory=...)`.
     Example:
@@ -135,18 +141,23 @@ def compile(
     remedy = 'Write `jax.make_mesh((8,), ("data",))`, for eight devices.'
     check_option("mesh", mesh, Mesh, expected="a jax.sharding.Mesh", remedy=remedy)
     check_option("budget", budget, Budget, expected="a stepc.Budget")
-    transforms = complete_transforms(pipeline)
+    flags = {} if compiler_options is None else compiler_options
+    if not isinstance(flags, Mapping):
+        facts = (("expected", "a dict of flags of XLA by name, or None"), ("got", type(flags).__name__))
+        raise FieldTypeError("`compiler_options` is not a dict.", facts=facts)
+    transforms, flags = complete_transforms(pipeline), dict(flags)
     gate = None if budget is None else BudgetGate(budget)
     request = autotune_request(pipeline)
     if request is None:
-        return Step(pipeline, mesh, normalize(transforms, mesh), gate)
+        return Step(pipeline, mesh, normalize(transforms, mesh), gate, compiler_options=flags)
 
     def step_of(answered: Pipeline) -> Step:
-        return Step(answered, mesh, normalize(answered.transforms, mesh))
+        return Step(answered, mesh, normalize(answered.transforms, mesh), compiler_options=flags)
 
     position, question = request
     one_part = normalize(replace_request(pipeline, position, question.resolved(1)).transforms, mesh)
-    return Step(pipeline, mesh, one_part, gate, Autotuner(pipeline, position, question, one_part.core, step_of))
+    autotuner = Autotuner(pipeline, position, question, one_part.core, step_of)
+    return Step(pipeline, mesh, one_part, gate, autotuner, compiler_options=flags)
 
 
 class Step:
@@ -163,10 +174,12 @@ class Step:
         normal_form: NormalForm,
         gate: "BudgetGate | None" = None,
         autotuner: "Autotuner[Step] | None" = None,
+        compiler_options: dict[str, Any] | None = None,  # Any: a flag's value
     ) -> None:
         self.pipeline = pipeline
         self.normal_form = normal_form
         self.mesh = None if mesh is None else with_automatic_axes(mesh)
+        self.compiler_options = compiler_options or {}
         self.retrace_reason = ""
         self._gate = gate
         self._autotuner = autotuner
@@ -186,11 +199,13 @@ class Step:
             self._traces += 1
             return self._trace(state, batch)
 
-        self._program = jax.jit(stepc_step, donate_argnums=0, **self._batches.options)
+        flags = self.compiler_options or None
+        self._program = jax.jit(stepc_step, donate_argnums=0, compiler_options=flags, **self._batches.options)
 
     def __repr__(self) -> str:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
-        return f"compile({self.pipeline!r}{mesh})"
+        flags = f", compiler_options={self.compiler_options}" if self.compiler_options else ""
+        return f"compile({self.pipeline!r}{mesh}{flags})"
 
     def settings(self) -> list[tuple[str, dict[str, str]]]:
         """Each transform as it prints, with the numbers that it does not print, such as a learning rate."""
@@ -211,7 +226,8 @@ class Step:
         Why: a training run in one `lax.scan`, an ensemble or a sweep by `vmap`, over states or a learning rate.
 
         It is sharded as the step is, and so is each member under `vmap`. `budget` and `traces` are those of calls,
-        donation is your own `jit`'s. A number that the pipeline leaves to the compiler is chosen for one step alone.
+        donation and compiler options are your own `jit`'s. A number that the pipeline leaves to the compiler is chosen
+        for one step alone.
         Example:
           >>> state, metrics = jax.lax.scan(step.function, state, batches)  # doctest: +SKIP
         """
