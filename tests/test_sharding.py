@@ -1,6 +1,7 @@
 """Shardings: by `zero` over the axis of the rows, by rules over model axes; and what they cost."""
 
 from collections import Counter
+from functools import reduce
 from typing import Any
 
 import chex
@@ -288,14 +289,18 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     axes = {name: size for name, size in mesh.shape.items() if name in ("data", "replica")}
     model_axes = {name: size for name, size in mesh.shape.items() if name in ("model", "expert")}
     probe = WIDE[data.draw(st.sampled_from(list(WIDE)))]
-    transforms: tuple[sc.Transform, ...] = ()
-    if model_axes:
-        transforms = (sc.shard(data.draw(tensor_rules(SHAPES, axes=model_axes, pad=True))),)
-    pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, transforms=transforms))
-    if pipeline.transforms.count(transforms[0] if transforms else None) > 1:
-        return  # the second table of rules never applies, which is refused
+    rules: list[sc.Transform] = []
+    times = 1
+    if model_axes and data.draw(st.sampled_from([False, False, True])):  # experts along the axis of the rows
+        along = data.draw(tensor_rules(SHAPES, axes={**model_axes, "data": axes["data"]}, pad=True))
+        rules, times, axes = [sc.shard(sc.dp("data"), along, mode="auto")], axes["data"], {}
+    elif model_axes:
+        rules = [sc.shard(data.draw(tensor_rules(SHAPES, axes=model_axes, pad=True)))]
+    pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, offload=True))
+    *outer, source = pipeline.transforms
     batch = data.draw(batches(pipeline, axes=axes))
-    step = sc.compile(pipeline, mesh=mesh)
+    step = sc.compile(reduce(lambda one, other: one @ other, [*outer, *rules, source]), mesh=mesh)
+    batch = jax.tree.map(lambda leaf: np.concatenate([leaf] * times, axis=step.rows_axis), batch)
     if step.steps_per_call > 1:
         tolerance = max(tolerance, 1e-6)  # after a step of so steep a loss numbers have more than 24 bits
     assert_equivalent(step, step.init(wide_params()), batch, tolerance=tolerance)

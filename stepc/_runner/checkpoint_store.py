@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -637,10 +638,20 @@ def _check_fits(
         if saved.get(path) != wanted.get(path)
     ]
     if facts:
+        sizes, wrong = {path: tuple(shape) for path, shape, *_ in meta["leaves"]}, dict(facts)
+        differ = [(leaf.shape, sizes.get(path, ())) for path, leaf in leaves_by_path(target) if path in wrong]
+        may_be_padded = not are_all and all(_is_larger(shape, own) for shape, own in differ)
         fits = has.replace("the state", "this state")
         if not are_all and any(path not in saved for path in wanted):
             facts.append(("there is", _contents(saved)))
-        raise ResumeError(f"The checkpoint of step {meta['step']} does not fit {fits}.", facts=facts)
+        remedy = "If `like` is of a padded state, give the state itself, or `state.unpadded().params`."
+        what = f"The checkpoint of step {meta['step']} does not fit {fits}."
+        raise ResumeError(what, facts=facts, suggestion=remedy if may_be_padded else None)
+
+
+def _is_larger(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Whether a shape may be one with padding."""
+    return shape != own and len(shape) == len(own) and all(map(ge, shape, own))
 
 
 def _contents(paths: Iterable[str]) -> str:

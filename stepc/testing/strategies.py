@@ -25,7 +25,7 @@ from stepc._core.nodes import (
 )
 from stepc._language.optimizers import Optimizer
 from stepc._language.pipeline import Objective, Pipeline, QuotedArgument, Transform, expand_transforms
-from stepc._language.sharding import GATHERS, DataParallel, TensorParallel, dp, logical, tp
+from stepc._language.sharding import GATHERS, OFFLOADS, DataParallel, TensorParallel, dp, logical, tp
 from stepc._language.transforms.accumulate import accumulate
 from stepc._language.transforms.across import Across
 from stepc._language.transforms.alternate import Alternate, alternate
@@ -93,6 +93,7 @@ def pipelines(
     exact: bool = False,
     transforms: tuple[Transform, ...] = (),
     longest: int = 5,
+    offload: bool = False,
 ) -> Pipeline:
     """Well-typed pipelines over a mesh with these axes, with at most 16 local microbatches.
 
@@ -102,10 +103,12 @@ def pipelines(
       exact: only transforms that are exact on whole numbers, so that results compare bitwise.
       transforms: your own transforms, from gradient to gradient, to mix in.
       longest: the largest number of transforms between `update` and `grad`.
+      offload: also draw the optimizer state in the memory of the host.
     """
     source = grad(loss) if loss is not None else draw(sources(exact=exact))
     has_head = isinstance(source.loss, Pipeline) and any(isinstance(one, Across) for one in source.loss.transforms)
-    chosen = draw(_gradient_transforms(axes, exact, transforms, longest, single_rows=not has_head))
+    offloads = OFFLOADS if offload else (None,)
+    chosen = draw(_gradient_transforms(axes, exact, transforms, longest, offloads, single_rows=not has_head))
     optimizers = [optax.sgd(0.5), optax.sgd(0.5, momentum=0.5), Evaluating()]
     # A head multiplies sums: what it makes of parameters that are no whole numbers any more is rounded.
     one_step = has_head and exact
@@ -172,6 +175,7 @@ def _gradient_transforms(
     exact: bool,
     transforms: tuple[Transform, ...],
     longest: int,
+    offloads: tuple[str | None, ...],
     *,
     single_rows: bool,
 ) -> list[Transform]:
@@ -187,7 +191,7 @@ def _gradient_transforms(
             st.sampled_from(sizes).map(accumulate),
             st.sampled_from([0.5, 2.0, -1.0, 1.0]).map(scale),
             *([_hybrid(fitting)] if len(fitting) > 1 and not is_sharded and not single else []),
-            *([_shards(fitting, levels=[0, 0, 1, 2, 3] if not is_sharded else [0])] if fitting else []),
+            *([_shards(fitting, [0, 0, 1, 2, 3] if not is_sharded else [0], offloads)] if fitting else []),
             *([] if scaled else [st.just(loss_scale(initial=8.0))]),
             *([st.just(rows())] if single_rows and count <= MAX_MICROBATCHES // 4 else []),
             *([] if exact or scaled else [st.sampled_from([0.5, 1.0, 1e6]).map(clip), st.just(noise(0.25))]),
@@ -205,13 +209,14 @@ def _gradient_transforms(
     return chosen
 
 
-def _shards(axes: list[str], *, levels: list[int]) -> st.SearchStrategy[Shard]:
+def _shards(axes: list[str], levels: list[int], offloads: tuple[str | None, ...]) -> st.SearchStrategy[Shard]:
     """`shard(dp(axis, ...))` over one of these axes, with one of these levels of `zero`."""
 
-    def made(axis: str, zero: int, gather: str) -> Shard:
-        return shard(dp(axis, zero=zero, gather=gather if zero == 3 else "step"))
+    def made(axis: str, zero: int, gather: str, offload: str | None) -> Shard:
+        return shard(dp(axis, zero=zero, gather=gather if zero == 3 else "step", offload=offload))
 
-    return st.builds(made, st.sampled_from(axes), st.sampled_from(levels), st.sampled_from(GATHERS))
+    choices = map(st.sampled_from, (axes, levels, GATHERS, offloads))
+    return st.builds(made, *choices)
 
 
 def _hybrid(axes: list[str]) -> st.SearchStrategy[Shard]:
