@@ -64,6 +64,8 @@ class ManualRegion:
       model_state: the leaves of the model state.
       model_state_tree: its structure.
       slot_specs: for each slot, a tree like it of the PartitionSpec along the automatic axes.
+      matrices: the places, among the trained parameters, of those that an optimizer multiplies as matrices and that are
+        sharded inside of a matrix; each with the dimension that is sharded while they are multiplied, or -1.
       opt_state_padding: of each leaf of the optimizer state, its spec and its own shape; None if it is not padded.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
@@ -85,6 +87,7 @@ class ManualRegion:
     model_state_tree: Any  # Any: a jax.tree_util.PyTreeDef
     has_row_numbers: bool
     slot_specs: dict[str, Any]  # Any: a tree like the slot
+    matrices: dict[int, int] = field(default_factory=dict)
     opt_state_padding: tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...] = ()
     batch_specs: tuple[PartitionSpec, ...] = ()
     sites: tuple[tuple[str, str], ...] = ()
@@ -156,6 +159,16 @@ class ManualRegion:
         """The specs of a tree along all axes."""
         axes = self.shard_axes if sharded else ()
         return jax.tree.map(lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axes)), dimensions, specs)
+
+    def gathered_matrix(self, value: jax.Array, place: int) -> jax.Array:
+        """What is made of the gradient at a place of the trained parameters, with whole matrices on each device."""
+        if place not in self.matrices:
+            return value
+        path, _ = leaves_by_path(self.grad_dimensions)[place]
+        specs = jax.tree.leaves(self.grad_specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+        with self.leaves_scope([path]):
+            spec = sharded_spec(tuple(specs[place]), self.matrices[place], self.shard_axes)
+            return jax.lax.with_sharding_constraint(value, PartitionSpec(*spec))
 
     def axis_index(self, axis: str, device: jax.Array) -> jax.Array:
         """The position along one axis of the `device`-th one, as rows are split."""

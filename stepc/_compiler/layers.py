@@ -212,7 +212,7 @@ def _add_results(known: dict[Any, _Value], equation: Any, jaxpr: Jaxpr, gather: 
 
 def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) -> Sequence[_Value]:
     if not any(isinstance(value, _Shard) for value in values):
-        return _apply(equation, values, jaxpr)
+        return apply_equation(equation, values, jaxpr)
     params = equation.params
     match equation.primitive.name:
         # A frozen whole number is gathered as it is, and converted then: it is the smaller of the two.
@@ -228,15 +228,15 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
         case "scan":
             return _scan(params, values, gather)
         case _:
-            return _apply(equation, [_gathered(value, gather) for value in values], jaxpr)
+            return apply_equation(equation, [_gathered(value, gather) for value in values], jaxpr)
 
 
 def _is_floating(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _apply(equation: Any, values: list[Any], jaxpr: Jaxpr) -> Sequence[Any]:  # Any: an equation; arrays
-    """Run one operation as a function of its own, which jax treats like any other."""
+def apply_equation(equation: Any, values: list[Any], jaxpr: Jaxpr) -> Sequence[Any]:  # Any: an equation; arrays
+    """Run one operation of a program as a function of its own, which jax treats like any other."""
     inputs = {var: value for var, value in zip(equation.invars, values, strict=True) if not isinstance(var, Literal)}
     return jaxpr_as_fun(_program_of([equation], jaxpr, equation.outvars))(*inputs.values())
 

@@ -27,6 +27,7 @@ from stepc._compiler.collectives import (
     take_rows,
 )
 from stepc._compiler.loss import checked_encoder, checked_head, checked_loss, counts_of, keys_of, num_rows
+from stepc._compiler.matrices import gathering
 from stepc._compiler.memory import is_on_host, to_device, to_memory_of
 from stepc._compiler.metrics import (
     Diagnostics,
@@ -1062,7 +1063,8 @@ def _update(
     with region.scope(node.written):
         moved = to_device(state.opt_state)
         given = _cut_opt_state(moved, region)
-        updates, opt_state = run_optimizer(node.optimizer, grads, given, params, offered, node.written)
+        run = gathering(region.gathered_matrix) if region.matrices else None
+        updates, opt_state = run_optimizer(node.optimizer, grads, given, params, offered, node.written, run)
         opt_state = to_memory_of(_padded_opt_state(opt_state, given, moved, region), moved, state.opt_state)
         params = constrain(optax.apply_updates(params, updates), sharded=True)
     slots = dict(state.slots)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from stepc._compiler.loss import WholeBatch, trace_loss_structure
+from stepc._compiler.matrices import matrices_read
 from stepc._compiler.schedule import LossStructure, Schedule, batch_axes, make_schedule
 from stepc._compiler.sharding import BoundRules, bind_rules, check_turns_agree
 from stepc._compiler.validation import bind
@@ -123,6 +124,16 @@ class NormalForm:
 
         made = {turn.name: fresh(turn.program, turn.loss.wrt if turn.name else wrt) for turn in self.turns}
         return made.get("", made)
+
+    def matrices(self, params: Params, opt_state: Any) -> tuple[str, ...]:  # Any: as above
+        """The paths of the parameters that the optimizer of some turn multiplies as whole matrices."""
+        found: dict[str, None] = {}
+        for turn in self.turns:
+            update = next(node for node in turn.program if isinstance(node, UpdateNode))
+            own = opt_state[turn.name] if turn.name else opt_state
+            trained = trained_leaves(params, turn.loss.wrt)
+            found |= dict.fromkeys(matrices_read(update.optimizer, trained, own, update.written))
+        return tuple(found)
 
     def slots(self, params: Params, wrt: tuple[str, ...]) -> dict[str, Any]:  # Any: by transform
         """The slots of a fresh state: those of the whole step, and those of turns after the names of their turns."""

@@ -17,6 +17,7 @@ from stepc._compiler.padding import cut_along, padded, padded_along, padded_shap
 from stepc._compiler.plan import LeafSharding, ShardingTable
 from stepc._compiler.sharding import (
     BoundRules,
+    counts_matrices,
     mirrored_params,
     mirrored_spec,
     shard_dimension,
@@ -85,13 +86,15 @@ def placement_of_state(
     names: Mapping[str, Spec],
     rules: BoundRules,
     model_state: tuple[tuple[str, str], ...],
+    matrices: tuple[str, ...],
 ) -> Placement:
     """Extend the specs of parameters to a state: what mirrors a parameter is sharded as it is.
 
     The names of the dimensions of parameters stay with them.
     Leaves of the model state whose rule, by `model_state`, is "rows" are sharded as the rows of a batch are.
 
-    `zero` shards the optimizer state and the slots besides, and at level 3 the parameters.
+    `zero` shards the optimizer state and the slots besides, and at level 3 the parameters. `matrices` are the paths of
+    the parameters that an optimizer multiplies as such.
     """
     params = dict(leaves_by_path(shapes.params))
     leaves = dict(leaves_by_path(shapes))
@@ -100,7 +103,8 @@ def placement_of_state(
         like, spec = params[name], specs.get(name, ())
         field = path.partition("/")[0]
         if rules.layout.zero == 3 or (rules.layout.zero and field not in ("params", "model_state")):
-            spec = sharded_spec(spec, shard_dimension(like, spec, rules), rules.shard_axes)
+            dim = shard_dimension(like, spec, rules, is_matrix=name in matrices)
+            spec = sharded_spec(spec, dim, rules.shard_axes)
         found[path] = mirrored_spec(leaves[path].shape, like.shape, spec)
     rows = normalized_spec((rules.rows,))
     of_model_state = zip(
@@ -113,8 +117,10 @@ def placement_of_state(
 
     def place(path: str) -> Place:
         spec, shape = PartitionSpec(*(found.get(path) or ())), leaves[path].shape
-        return Place(spec, named.get(path, ()), None if padded_shape(shape, spec, sizes) == shape else shape)
+        own = None if padded_shape(shape, spec, sizes) == shape else shape
+        return Place(spec, named.get(path, ()), own, path in multiplied)
 
+    multiplied = {_in("params", path) for path in matrices}
     places = {path: place(path) for path in sorted({*found, *named})}
     return tuple((path, place) for path, place in places.items() if place != Place())
 
@@ -304,18 +310,30 @@ def place_on_devices(tree: Any, shardings: Any | None) -> Any:  # Any: trees of 
 
 def shard_dimensions(params: Params, placement: Placement, rules: BoundRules) -> tuple[Any, Any]:  # Any: trees
     """Two trees like the parameters: specs over automatic axes, and the dimension that `zero` shards, or -1."""
-    table = specs_in(placement)
-
-    def spec(path: str) -> PartitionSpec:
-        return _without(rules.manual_rows, table.get(_in("params", path), PartitionSpec()))
-
-    tree = jax.tree.structure(params)
-    specs = [spec(path) for path, _ in leaves_by_path(params)]
+    table, tree = dict(placement), jax.tree.structure(params)
+    places = [table.get(_in("params", path), Place()) for path, _ in leaves_by_path(params)]
+    specs = [_without(rules.manual_rows, place.spec) for place in places]
     dims = [
-        shard_dimension(leaf, tuple(spec), rules) if rules.layout.zero else -1
-        for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)
+        shard_dimension(leaf, tuple(spec), rules, is_matrix=place.is_matrix) if rules.layout.zero else -1
+        for leaf, spec, place in zip(jax.tree.leaves(params), specs, places, strict=True)
     ]
     return tree.unflatten(specs), tree.unflatten(dims)
+
+
+def matrices_in_parts(params: Params, placement: Placement, rules: BoundRules) -> dict[int, int]:
+    """The parameters that an optimizer multiplies as matrices, where `zero` shards a matrix itself, by place.
+
+    For each the dimension along which matrices are sharded while they are multiplied: 0 of a stack that divides, or -1.
+    """
+    specs, dims = shard_dimensions(params, placement, rules)
+    matrices = {path for path, place in placement if place.is_matrix}
+    flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+    leaves = enumerate(zip(leaves_by_path(params), flat, jax.tree.leaves(dims), strict=True))
+    return {
+        place: 0 if counts_matrices(leaf, 0) and not leaf.shape[0] % rules.num_parts and not any(spec[:1]) else -1
+        for place, ((path, leaf), spec, dim) in leaves
+        if _in("params", path) in matrices and dim >= 0 and not counts_matrices(leaf, dim)
+    }
 
 
 def sharded_along_rows(params: Params, placement: Placement, rules: BoundRules) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import assert_never
+from typing import Any, assert_never
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -43,7 +43,7 @@ from stepc._compiler.schedule import (
 from stepc._compiler.search import SearchResult
 from stepc._core.nodes import Program, Turn, show, trained_patterns
 from stepc._core.sharding import axes_of, spec_text
-from stepc._language.state import is_trained
+from stepc._language.state import Placement, is_trained
 from stepc._text import aligned_table, few_rows, indented_section
 from stepc.errors import listed
 
@@ -287,6 +287,39 @@ def _padded_dimensions(leaf: LeafSharding) -> str:
         for own, stored, entry in triples
         if own != stored
     )
+
+
+def notes_of_matrices(
+    update: Instruction,
+    trained: Sequence[tuple[str, Any]],  # Any: the shape of a leaf
+    placement: Placement,
+    in_parts: Mapping[int, int],
+) -> tuple[str, ...]:
+    """What becomes of the matrices that an optimizer multiplies.
+
+    Args:
+      update: the last instruction of a turn.
+      in_parts: as `matrices_in_parts` finds it.
+    """
+    matrices = {path for path, place in placement if place.is_matrix}
+    if not isinstance(update, Optimize):
+        return ()
+    found: dict[str, list[int]] = {}
+    for place, (path, _) in enumerate(trained):
+        if f"params/{path}" in matrices:
+            kind = {None: "whole", 0: "moved", -1: "gathered"}[in_parts.get(place)]
+            found.setdefault(kind, []).append(place)
+
+    def size(kind: str) -> str:
+        return f"{sum(trained[place][1].size * trained[place][1].dtype.itemsize for place in found[kind]):,} B"
+
+    become = {
+        "whole": lambda: "each device has whole ones",
+        "moved": lambda: f"an all-to-all of {size('moved')} gives each device whole ones, and another takes them back",
+        "gathered": lambda: f"{size('gathered')} are gathered once a step, and every device computes all of it",
+    }
+    names = {kind: listed(f"`{trained[place][0]}`" for place in places) for kind, places in found.items()}
+    return tuple(f"`{update.node.written}` multiplies matrices of {names[kind]}: {become[kind]()}" for kind in names)
 
 
 def notes_of_offload(leaves: Sequence[LeafSharding]) -> tuple[str, ...]:

@@ -1236,6 +1236,12 @@ _RULES: dict[str, _Rule] = {
     "gather": _gather,
     "fft": _fft,
 }
+# Whose results have the shape of their operands, and each element of them is made of the same element of each.
+ELEMENTWISE = frozenset(
+    name
+    for name, rule in _RULES.items()
+    if rule in (_elementwise, _linear, _add, _convert, _negative, _mul, _div, _select)
+)
 _WITH_JAXPRS: dict[str, Callable[[_Reader, _Equation, list[Value]], list[Value]]] = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"), _call),
     **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _custom),

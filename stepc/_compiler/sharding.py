@@ -232,19 +232,27 @@ def specs_of_params(rules: BoundRules, params: Shapes, given: Mapping[str, Spec]
     return {path: spec for path, spec in found.items() if spec}
 
 
-def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it has a shape and a dtype
+def shard_dimension(
+    leaf: Any,  # Any: it has a shape and a dtype
+    spec: Spec,
+    rules: BoundRules,
+    *,
+    is_matrix: bool = False,
+) -> int:
     """The dimension that `zero` shards; -1 if the leaf stays replicated.
 
     It is one that no other axis shards and that divides evenly. Among several: one that a TPU scatters without a
     relayout (a major one, or one whose shard fills tiles of 32 bytes), then the largest, then the first. Where layers
     are gathered one at a time, the first dimension may count layers, so it comes last: a scan over layers gathers a
-    stack that is sharded along it whole.
+    stack that is sharded along it whole. Otherwise it comes first in a stack of matrices that an optimizer multiplies,
+    so that each device has whole ones.
     """
     num_shards, may_be_stack = rules.num_parts, rules.layout.gather == "layer" and leaf.ndim > 1
     rows_of_a_tile = max(32 // leaf.dtype.itemsize, 1)
     ranks = [
         (
             not (may_be_stack and dim == 0),
+            is_matrix and counts_matrices(leaf, dim),
             dim < leaf.ndim - 2 or (size // num_shards) % rows_of_a_tile == 0,
             size,
             -dim,
@@ -253,6 +261,11 @@ def shard_dimension(leaf: Any, spec: Spec, rules: BoundRules) -> int:  # Any: it
         if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None)
     ]
     return -max(ranks)[-1] if ranks and num_shards > 1 and not is_typed_key(leaf) else -1
+
+
+def counts_matrices(leaf: Any, dim: int) -> bool:  # Any: as above
+    """Whether a dimension counts the matrices of a stack."""
+    return dim == 0 and leaf.ndim > 2
 
 
 def why_unsharded(leaf: Any, spec: Spec, rules: BoundRules) -> str:  # Any: as above

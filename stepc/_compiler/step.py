@@ -23,6 +23,7 @@ from stepc._compiler.placement import (
     BatchPlacement,
     cut_leaves,
     gradient_shapes,
+    matrices_in_parts,
     model_axis_specs,
     names_in,
     opt_state_padding,
@@ -44,7 +45,14 @@ from stepc._compiler.placement import (
     with_automatic_axes,
     without_weak_types,
 )
-from stepc._compiler.plan import Plan, ShardingTable, notes_of_offload, notes_of_padding, notes_of_stacks
+from stepc._compiler.plan import (
+    Plan,
+    ShardingTable,
+    notes_of_matrices,
+    notes_of_offload,
+    notes_of_padding,
+    notes_of_stacks,
+)
 from stepc._compiler.schedule import (
     LossStructure,
     Schedule,
@@ -292,7 +300,8 @@ class Step:
         shapes = jax.eval_shape(
             lambda params, model_state: self._fresh(params, seed, model_state), *shapes_of((params, model_state))
         )
-        placement = placement_of_state(shapes, specs, names, rules, self.normal_form.model_state_rules)
+        matrices = self.normal_form.matrices(shapes.params, shapes.opt_state) if rules.layout.zero else ()
+        placement = placement_of_state(shapes, specs, names, rules, self.normal_form.model_state_rules, matrices)
         shapes = replace(shapes, placement=placement)
         stored = stored_shapes(shapes, rules)
         check_padding(placement)
@@ -507,6 +516,7 @@ class Step:
             model_state_specs=specs_of_model_state(state, rules),
             model_state_tree=jax.tree.structure(state.model_state),
             slot_specs=of_slots,
+            matrices=matrices_in_parts(state.trained, state.placement, rules),
             opt_state_padding=opt_state,
             has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
             batch_specs=self._batches.minibatch_specs(batch),
@@ -532,6 +542,8 @@ class Step:
                 prefix = f"{turn.name}: " if turn.name else ""
                 num_values = sum(leaf.size for leaf in reduced)
                 told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows)
+                parts = matrices_in_parts(trained, state.placement, rules)
+                told += notes_of_matrices(part[-1], leaves_by_path(trained), state.placement, parts)
                 notes += tuple(f"{prefix}{note}" for note in told)
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))

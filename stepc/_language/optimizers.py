@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from stepc.errors import ConfigError, FieldTypeError, faults_in_one
 WHOLE_BATCH_LOSSES = ("value_fn", "obj_fn")
 # All that it has to offer, beside gradient, state and parameters.
 EXTRA_ARGUMENTS = ("value", "grad", *WHOLE_BATCH_LOSSES)
+
+# Runs an `update` with gradient, state, parameters and extra arguments. Any: as of `Optimizer`, and those arguments.
+UpdateRunner: TypeAlias = Callable[[Callable[..., Any], Grads, Any, Params, Mapping[str, Any]], tuple[Grads, Any]]
 
 
 @runtime_checkable
@@ -123,8 +126,9 @@ def run_optimizer(
     params: Params,
     offered: Mapping[str, Any],  # Any: by the name of the extra argument
     written: str,
+    run: UpdateRunner | None = None,
 ) -> tuple[Grads, Any]:  # Any: as above
-    """The updates and the new state. Of what is offered, `update` is given what it takes.
+    """The updates and the new state. Of what is offered, `update` is given what it takes; `run` may run it otherwise.
 
     Errors: ConfigError with every leaf of the updates that does not fit the parameters, and of the new state that was
       not in the old one.
@@ -134,6 +138,8 @@ def run_optimizer(
     def call() -> tuple[Grads, Any]:
         while True:
             try:
+                if run is not None:
+                    return run(optimizer.update, grads, opt_state, params, taken)
                 return optimizer.update(grads, opt_state, params, **taken)
             except TypeError as error:  # one inside takes fewer than the `update` that passes any keyword on
                 refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
