@@ -728,6 +728,30 @@ def test_run_copies_the_tensors_of_a_loader_that_reuses_its_buffer() -> None:
     np.testing.assert_allclose(run.state.params["w"], np.full(3, 4.0), rtol=1e-6)
 
 
+def test_run_takes_what_nobody_can_write_to_as_it_is_and_copies_the_rest_once() -> None:
+    table = np.zeros((1 << 14, 3), np.float32)  # large enough for a copy that jax takes as it is
+    view = table[:]
+    view.setflags(write=False)  # but `table` can be written to
+    constant = table.copy()
+    constant.setflags(write=False)
+    given, taken, placed = [table, view, constant[:], constant.astype(np.float64)], [], []
+    given[3].setflags(write=False)  # jax computes in float32
+
+    def place(batch: Any) -> Any:
+        taken.append(batch["x"])
+        placed.append(step.put(batch))
+        return placed[-1]
+
+    step = sc.compile(sc.update(optax.sgd(1.5)) @ sc.grad(distance))
+    state = step.init({"w": np.zeros(3, np.float32)})
+    for one in given:
+        sc.run(step, state, sc.Data([{"x": one}], place=place))
+    assert [np.shares_memory(one, own) for one, own in zip(given, taken, strict=True)] == [False, False, True, False]
+    for number in (0, 1, 3):
+        assert taken[number].dtype == np.float32
+        assert taken[number].ctypes.data == placed[number]["x"].unsafe_buffer_pointer()
+
+
 RECORDS = np.zeros(8, [("a", np.int32)])
 
 

@@ -27,6 +27,8 @@ from stepc._language.padding import pad_batch
 from stepc._language.state import as_arrays, is_numeric, is_typed_key, key_data, leaf_crc32, leaves_by_path, path_of
 from stepc.errors import BatchError, CheckpointError, DataError, ResumeError
 
+ALIGNMENT = 64  # bytes: a host array at a multiple of it jax takes without a copy, on a CPU
+SMALL = 1 << 16  # bytes: below it jax's own copy costs no more than an aligned place
 POLL_SECONDS = 0.02  # how soon a wait for a batch notices that the run is over
 LEAVE_SECONDS = 1.0  # how long to wait for the reading thread to end
 NUMBERS = "biufcMmSU"  # the kinds of numpy dtypes whose bytes a position may hold
@@ -144,10 +146,10 @@ class BatchSpec:
         """The leaves of a batch, those on the host in memory of our own and in the dtypes that jax computes in.
 
         On CPU, jax may read a numpy buffer long after it was passed, even to `jnp.array`: a loader that reuses its
-        buffer would change a batch in flight.
+        buffer would change a batch in flight. An array that nobody can write to is taken as it is.
         """
         pairs = zip(leaves, self.host_dtypes, strict=True)
-        return [leaf if dtype is None else np.array(leaf, dtype) for leaf, dtype in pairs]
+        return [leaf if dtype is None else _kept(leaf, dtype) for leaf, dtype in pairs]
 
     def num_rows(self) -> int:
         """The rows of the first leaf that has any."""
@@ -491,6 +493,30 @@ def check_range(leaves: list[Any], spec: BatchSpec) -> None:  # Any: arrays
             expected = f"{limits.dtype}, from {limits.min} to {limits.max}"
             faults.append((path, f"expected {expected}, got {leaf.dtype}, from {low} to {high}"))
     _raise_for("This batch holds integers that do not fit in the dtype that jax gives them.", faults)
+
+
+def _kept(array: np.ndarray, dtype: Any) -> np.ndarray:  # Any: a dtype
+    """An array that nobody changes: the given one if nobody can write to it, else a copy that jax need not copy."""
+    if not array.flags.writeable and array.dtype == dtype and _is_constant(array):
+        return array
+    if array.nbytes < SMALL:
+        return np.array(array, dtype)
+    memory = np.empty(array.size * dtype.itemsize + ALIGNMENT, np.uint8)
+    start = -memory.__array_interface__["data"][0] % ALIGNMENT
+    own = memory[start : start + memory.size - ALIGNMENT].view(dtype).reshape(array.shape)
+    own[...] = array
+    return own
+
+
+def _is_constant(array: Any) -> bool:  # Any: an array, or whatever it is a view of
+    """Whether an array and all that it is a view of are read-only. What is mapped from a file may still change."""
+    while isinstance(array, np.ndarray):
+        if array.flags.writeable:
+            return False
+        if array.base is None:
+            return array.flags.owndata
+        array = array.base
+    return isinstance(array, bytes)
 
 
 def has_signature(batch: Batch, spec: BatchSpec) -> bool:

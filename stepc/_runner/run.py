@@ -60,7 +60,8 @@ SHOWN = 5  # how many keys of a batch a message names
 class Data:
     """Batches, and how `run` reads them.
 
-    Meaning: `for batch in loader`, each one checked against the first, copied and placed on the devices.
+    Meaning: `for batch in loader`, each one checked against the first, copied and placed on the devices. A numpy array
+      that is read-only, and not a view of one that is not, is not copied.
     Why: a slow, short or hanging loader needs an answer, and the plain iterable that `run` also takes has none.
 
     Args:
