@@ -441,8 +441,7 @@ def _surely_passed(equation: Any, outputs: list[bool]) -> list[bool]:  # Any: a 
     name = equation.primitive.name
     match name:
         case "scan":
-            body, constants = equation.params["jaxpr"].jaxpr, equation.params["num_consts"]
-            carried = equation.params["num_carry"]
+            body, (constants, carried) = equation.params["jaxpr"].jaxpr, scan_counts(equation.params)
             while True:
                 inputs = surely_reached(body, outputs)
                 wider = [*map(or_, outputs[:carried], inputs[constants : constants + carried]), *outputs[carried:]]
