@@ -15,8 +15,10 @@ CORE := tests/test_public.py tests/test_step.py tests/test_cli.py tests/transfor
 
 .PHONY: demo docs test test-long test-lowest coverage lint format regold docs-outputs benchmarks dist clean
 
+# What XLA has compiled is kept in runs/compiled, so that the second start takes seconds to its first step.
 demo: $(VENV)/demo.stamp
-	$(BIN)/python -m examples.gpt --out runs/demo
+	JAX_COMPILATION_CACHE_DIR=runs/compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	  $(BIN)/python -m examples.gpt --out runs/demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" $(PYTEST_OPTIONS)
@@ -61,7 +63,8 @@ docs-outputs: $(VENV)/dev.stamp
 # Every benchmark that a CPU can run, then the page of their results, benchmarks/README.md. Most of an hour, on a machine
 # that does nothing else; `make benchmarks BENCHMARK_OPTIONS=--quick` sees in minutes that they run, and writes nothing.
 BENCHMARKS := by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \
-  runner_overhead memory_search checkpoints nanogpt memory input
+  runner_overhead memory_search checkpoints nanogpt memory input \
+  first_step
 BENCHMARK_OPTIONS ?= --save
 
 benchmarks: $(VENV)/dev.stamp

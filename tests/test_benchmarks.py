@@ -23,7 +23,7 @@ SCALARS = 256  # bytes: stepc also holds the norm of the gradient, a step counte
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, Any]]:  # Any: modules
     """The benchmarks by name; they import each other as scripts do, and broadcast as jax does by default."""
-    names = ("deferred_reduce", "by_hand", "models", "page", "measuring")
+    names = ("deferred_reduce", "by_hand", "memory", "input", "models", "memory_search", "page", "measuring")
     with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
         patch.syspath_prepend(str(BENCHMARKS))
         yield {name: importlib.import_module(name) for name in names}
@@ -81,6 +81,21 @@ def test_one_device_needs_no_more_than_by_hand(scripts: dict[str, Any], name: st
     assert num_copies(ours) <= num_copies(by_hand)
     count = scripts["measuring"].num_instructions
     assert count(ours.as_text()) <= count(by_hand.as_text()) + 60
+
+
+@pytest.mark.parametrize(
+    "what", ["clip(1.0)", "skip_nonfinite()", "epochs(2, minibatches=4)", "alternate(first, rest)"]
+)
+def test_transform_needs_no_more_than_by_hand_with_norms(scripts: dict[str, Any], what: str) -> None:
+    memory, model = scripts["memory"], scripts["models"].mlp((64, 128, 128, 64), rows=64)
+    case, (_, with_norms) = memory.cases(model, norms=False)[what], memory.cases(model, norms=True)[what]
+    found = memory.temporaries(model, case, with_norms)
+    assert found["stepc"] <= found["by hand with norms"] + SCALARS
+
+
+def test_batch_of_a_run_is_copied_once_or_not_at_all(scripts: dict[str, Any]) -> None:
+    copies = {"writable": 1, "writable, aligned": 1, "read-only, aligned": 0, "of jax": 0}
+    assert scripts["input"].copies(1024, 64) == copies
 
 
 def test_page_shows_the_newest_result_its_plot_and_what_is_said_of_it(
