@@ -10,7 +10,9 @@ strided microbatches.
 
 A decoder like Llama 3 of 8 and of 70 billion parameters (`llama.py`; context 4,096), with k = 1 and 4, on 256 chips
 and 512: by stepc with `zero=3`, and by hand, fully sharded over data and model. By hand it is reduced in bfloat16, in
-which it computes, so stepc is given `reduce_dtype=jnp.bfloat16`.
+which it computes, so stepc is given `reduce_dtype=jnp.bfloat16`. Three more of its kind, each by hand too: eight
+experts along the axis of the model, eight experts along the axis of the rows (`mode="auto"`), and ring attention over
+131,072 tokens.
 
 No time is measured: these are the compiler's programs and memory plans. A topology whose compiler is not installed is
 skipped, with the reason. Bytes are those of whole operands on one device over the data axes, times their executions in
@@ -23,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +49,46 @@ RULES = {
     "layers/up": PartitionSpec(None, None, "model"),
     "layers/down": PartitionSpec(None, "model"),
 }
-# Of each size of Llama: the pods, their mesh, and how many microbatches a step has.
-LLAMA_PODS = {
-    "8B": {
+
+
+class Decoder(NamedTuple):
+    """A decoder in the table: its size and sharding; of each pod the mesh and how many microbatches a step has.
+
+    Args:
+      ring: whether its attention is a ring.
+    """
+
+    size: str
+    how: llama.Sharding
+    pods: dict[str, tuple[dict[str, int], tuple[int, ...]]]
+    ring: bool = False
+
+    @property
+    def mode(self) -> str:
+        """Experts along the axis of the rows are a matter of all rows."""
+        return "auto" if self.how is llama.ALONG_ROWS else "manual"
+
+
+DECODERS = {
+    "8B": Decoder("8B", llama.FULLY_SHARDED, {
         "gpu:h100:32x8": ({"data": 64, "model": 4}, (1, 4)), "tpu:v5e:16x16": ({"data": 64, "model": 4}, (1, 4)),
         "tpu:v5p:8x8x4": ({"data": 64, "model": 4}, (1, 4)),
-    },
-    "70B": {
+    }),
+    "70B": Decoder("70B", llama.FULLY_SHARDED, {
         "gpu:h100:64x8": ({"data": 128, "model": 4}, (4,)), "tpu:v5p:8x8x8": ({"data": 128, "model": 4}, (4,)),
-    },
+    }),
+    "experts along model": Decoder("Mixtral 8x7B", llama.ALONG_MODEL, {
+        "gpu:h100:32x8": ({"data": 32, "model": 8}, (4,)), "tpu:v5p:8x8x4": ({"data": 32, "model": 8}, (4,)),
+    }),
+    "experts along the rows": Decoder("Mixtral 8x7B", llama.ALONG_ROWS, {
+        "gpu:h100:32x8": ({"replica": 8, "data": 8, "model": 4}, (4,)),
+        "tpu:v5p:8x8x4": ({"replica": 8, "data": 8, "model": 4}, (4,)),
+    }),
+    "ring attention": Decoder("8B, 131,072 tokens", llama.RING, {
+        "gpu:h100:32x8": ({"data": 16, "seq": 16}, (4,)), "tpu:v5p:8x8x4": ({"data": 16, "seq": 16}, (4,)),
+    }, ring=True),
 }  # fmt: skip
-LLAMA_LEVELS: dict[str, dict[str, Any]] = {"layer": {"gather": "layer"}, "step": {"gather": "step"}}
+GATHERS: dict[str, dict[str, Any]] = {"layer": {"gather": "layer"}, "step": {"gather": "step"}}
 LEVELS: dict[str, dict[str, Any]] = {
     "zero=0": {}, "zero=1": {"zero": 1}, "zero=2": {"zero": 2}, "zero=3": {"zero": 3},
     "zero=3, layer": {"zero": 3, "gather": "layer"},
@@ -110,7 +141,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
 
 def rows_of(mesh: Mesh) -> tuple[str, ...]:
     """The data axes of the mesh."""
-    return tuple(axis for axis in mesh.axis_names if axis != "model")
+    return tuple(axis for axis in mesh.axis_names if axis not in ("model", "seq"))
 
 
 def tokens(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -129,19 +160,25 @@ def ours(mesh: Mesh, **level: Any) -> jax.stages.Compiled:
     return step.lower(step.init(shapes()), tokens(mesh)).compile().executable
 
 
-def our_llama(size: str, mesh: Mesh, k: int, **level: Any) -> jax.stages.Compiled:
+def our_decoder(decoder: Decoder, mesh: Mesh, k: int, **level: Any) -> jax.stages.Compiled:
     """With stepc."""
-    model = llama.LLAMAS[size]
-    data = sc.dp("data", zero=3, reduce_dtype=jnp.bfloat16, **level)
-    gradient = sc.accumulate(k) @ sc.shard(data, sc.tp(llama.RULES, default=PartitionSpec())) @ sc.grad(model.loss())
-    step = sc.compile(sc.update(adamw()) @ sc.clip(1.0) @ gradient, mesh=mesh)
-    return step.lower(step.init(model.shapes()), llama.tokens(model, mesh, k)).compile().executable
+    model, how = llama.LLAMAS[decoder.size], decoder.how
+    rules = sc.tp(dict(how.rules), default=PartitionSpec())
+    if decoder.mode == "auto":
+        sharded = sc.shard(sc.dp(how.rows), rules, mode="auto")
+        loss = model.loss(partial(how.constrained, mesh=mesh))
+    else:
+        sharded = sc.shard(sc.dp(how.rows[0], zero=3, reduce_dtype=jnp.bfloat16, **level), rules)
+        loss = model.loss(how.inside, mesh if decoder.ring else None)
+    step = sc.compile(sc.update(adamw()) @ sc.clip(1.0) @ sc.accumulate(k) @ sharded @ sc.grad(loss), mesh=mesh)
+    return step.lower(step.init(model.shapes()), llama.tokens(model, mesh, k, how.rows)).compile().executable
 
 
-def llama_by_hand(size: str, mesh: Mesh, k: int) -> jax.stages.Compiled:
-    """Fully sharded, by constraints."""
+def decoder_by_hand(decoder: Decoder, mesh: Mesh, k: int) -> jax.stages.Compiled:
+    """Sharded by constraints."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw())
-    return llama.by_hand(llama.LLAMAS[size], optimizer, mesh, k)
+    model = llama.LLAMAS[decoder.size]
+    return llama.by_hand(model, optimizer, mesh, k, decoder.how, mesh if decoder.ring else None)
 
 
 def gspmd_scan(mesh: Mesh) -> jax.stages.Compiled:
@@ -225,13 +262,10 @@ def mesh_of_pod(pod: str, axes: dict[str, int]) -> Mesh | None:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=1)
-    llama_pods = {pod for pods in LLAMA_PODS.values() for pod in pods}
-    parser.add_argument(
-        "--pod", action="append", choices=sorted({*PODS, *llama_pods}), help="only these; all by default"
-    )
-    parser.add_argument(
-        "--model", action="append", choices=["GPT-2", *LLAMA_PODS], help="only these; all of them by default"
-    )
+    pods = sorted({*PODS, *(pod for decoder in DECODERS.values() for pod in decoder.pods)})
+    parser.add_argument("--pod", action="append", choices=pods, help="only these; all by default")
+    models_there = ["GPT-2", *DECODERS]
+    parser.add_argument("--model", action="append", choices=models_there, help="only these; all of them by default")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     setting, results = begin((__doc__ or "").splitlines()[0]), {}
@@ -248,13 +282,14 @@ def main() -> None:
         title = f"{name}: MB on one device, over the axes of the rows by kind"
         show(title, [head, *(shown(*row) for row in found.items())])
 
-    models = options.model or ["GPT-2", *LLAMA_PODS]
+    models = options.model or models_there
     for pod, axes in PODS.items() if "GPT-2" in models else ():
         measure(f"GPT-2-small, {pod}", pod, axes, partial(gpt2_variants, quick=options.quick))
-    for size in [one for one in models if one in LLAMA_PODS and not options.quick]:
-        for pod, (axes, parts) in LLAMA_PODS[size].items():
+    for name in [one for one in models if one in DECODERS and not options.quick]:
+        for pod, (axes, parts) in DECODERS[name].pods.items():
             for k in parts:
-                measure(f"Llama {size}, {pod}, k = {k}", pod, axes, partial(llama_variants, size, k=k))
+                what = f"{DECODERS[name].size}, {name}" if name != DECODERS[name].size else f"Llama {name}"
+                measure(f"{what}, {pod}, k = {k}", pod, axes, partial(decoder_variants, DECODERS[name], k=k))
     finish("pods", setting, results, quick=options.quick, save=options.save)
 
 
@@ -265,10 +300,12 @@ def gpt2_variants(mesh: Mesh, *, quick: bool) -> Variants:
     return {name: variants[name] for name in ("zero=0", "zero=1")} if quick else variants
 
 
-def llama_variants(size: str, mesh: Mesh, *, k: int) -> Variants:
+def decoder_variants(decoder: Decoder, mesh: Mesh, *, k: int) -> Variants:
     """By hand, and how stepc gathers parameters."""
-    made = {name: partial(our_llama, size, mesh, k, **level) for name, level in LLAMA_LEVELS.items()}
-    return {"by hand": partial(llama_by_hand, size, mesh, k), **made}
+    made = {name: partial(our_decoder, decoder, mesh, k, **level) for name, level in GATHERS.items()}
+    if decoder.mode == "auto":
+        made = {"stepc": partial(our_decoder, decoder, mesh, k)}
+    return {"by hand": partial(decoder_by_hand, decoder, mesh, k), **made}
 
 
 if __name__ == "__main__":
