@@ -23,13 +23,24 @@ FORK = multiprocessing.get_context("fork")
 TESTS = Path(__file__).parent.parent
 
 
-def sleep_for_ever() -> None:
+def sleep_for_ever(is_up: Any) -> None:
+    is_up.set()
     while True:
         time.sleep(LIMIT_SECONDS)
 
 
-def ended_by(process: Any, number: int) -> int | None:
+class Worker(FORK.Process):
+    """A child that sleeps until a signal ends it."""
+
+    def __init__(self) -> None:
+        self.is_up = FORK.Event()
+        super().__init__(target=sleep_for_ever, args=(self.is_up,), daemon=True)
+
+
+def ended_by(process: Worker, number: int) -> int | None:
     """The exit code of a child after a signal; one that ignores it is killed, and has another code."""
+    # On a busy machine, a signal may come before the child has run at all: Python forgets those at a fork.
+    assert process.is_up.wait(LIMIT_SECONDS) and process.pid is not None
     os.kill(process.pid, number)
     process.join(LIMIT_SECONDS / 10)
     process.kill()
@@ -39,7 +50,7 @@ def ended_by(process: Any, number: int) -> int | None:
 
 def loader(children: list[Any]) -> Iterator[Any]:
     """Batches from a loader that starts a worker within the first read."""
-    children.append(FORK.Process(target=sleep_for_ever, daemon=True))
+    children.append(Worker())
     children[0].start()
     for number in range(1, 4):
         yield batch_of(number)
@@ -65,7 +76,7 @@ def test_worker_of_a_run_within_a_run_has_the_handlers_from_before_both() -> Non
     def inner(*about: Any) -> None:
         children: list[Any] = []
         sc.run(step(), fresh(), loader(children))
-        child = FORK.Process(target=sleep_for_ever)
+        child = Worker()
         child.start()
         codes.extend(ended_by(one, signal.SIGTERM) for one in (children[0], child))
 
