@@ -64,7 +64,7 @@ docs-outputs: $(VENV)/dev.stamp
 # that does nothing else; `make benchmarks BENCHMARK_OPTIONS=--quick` sees in minutes that they run, and writes nothing.
 BENCHMARKS := by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \
   runner_overhead memory_search checkpoints nanogpt memory input \
-  first_step
+  first_step size
 BENCHMARK_OPTIONS ?= --save
 
 benchmarks: $(VENV)/dev.stamp

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 
 Step: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]  # Any: a state, a batch and metrics, of any tree
 Row: TypeAlias = Sequence[str]
+T = TypeVar("T")
 
 SECONDS, CPU_SECONDS = 0, 1  # the places in a `Taken`
 HERE = Path(__file__).parent
@@ -96,14 +97,14 @@ def timed(work: Callable[[], object]) -> Taken:
     return Taken(time.perf_counter() - started[0], time.process_time() - started[1])
 
 
-def interleaved(samples: Mapping[str, Sample], *, rounds: int) -> dict[str, list[Taken]]:
-    """Take one sample of each variant per round, in another order each round; the first round is discarded.
+def interleaved(samples: Mapping[str, Callable[[], T]], *, rounds: int, discarded: int = 1) -> dict[str, list[T]]:
+    """Take one sample of each variant per round, in another order each round; the first rounds are discarded.
 
     Why: what else the machine does then falls on all variants alike.
     """
-    order, taken = list(samples), {name: [] for name in samples}
+    order, taken = list(samples), {name: list[T]() for name in samples}
     shuffled = random.Random(0)
-    for number in range(rounds + 1):
+    for number in range(rounds + discarded):
         shuffled.shuffle(order)
         for name in order:
             gc.collect()
@@ -112,7 +113,7 @@ def interleaved(samples: Mapping[str, Sample], *, rounds: int) -> dict[str, list
                 value = samples[name]()
             finally:
                 gc.enable()
-            if number:
+            if number >= discarded:
                 taken[name].append(value)
     return taken
 
