@@ -26,9 +26,11 @@ def scripts() -> Iterator[dict[str, Any]]:  # Any: modules
     names = ("deferred_reduce", "by_hand", "memory", "input", "models", "memory_search", "page", "measuring")
     with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
         patch.syspath_prepend(str(BENCHMARKS))
+        for name in names:  # a folder of tests may have a module of that name
+            patch.delitem(sys.modules, name, raising=False)
         yield {name: importlib.import_module(name) for name in names}
         for name in names:
-            patch.delitem(sys.modules, name)
+            del sys.modules[name]
 
 
 def small(scripts: dict[str, Any], name: str) -> Any:
