@@ -221,7 +221,8 @@ def tell(result: dict[str, Any]) -> None:
         time, temporaries = one["step_seconds"].shown(1e3, 1), f"{one['temporary_bytes'] / 1e6:.2f}"
         quotients = one["step_ratio"].shown(), f"{one['temporary_ratio']:.2f}"
         counts = str(one["all_reduces"]), f"{one['all_reduced_bytes'] / 1e6:.2f}"
-        plot(f"{result['model']}: {name}", one["step_ratio"])
+        if name != "stepc":
+            plot(f"{result['model']}: {name}", one["step_ratio"])
         rows.append((name, time, quotients[0], temporaries, quotients[1], f"{one['total_bytes'] / 1e6:.2f}", *counts))
     title = f"{result['model']}; {result['num_params']:,} parameters; per step and device; median (quartiles)"
     show(title, rows)

@@ -60,10 +60,10 @@ def plot(name: str, ratios: list[list[Any]]) -> str:
             axes.plot(target, place, "|", color="C3", markersize=14, markeredgewidth=2)
     axes.axvline(1.0, color="0.6", linewidth=1, zorder=0)
     axes.set_yticks(range(len(ratios)), [label for label, _, _ in ratios], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(ratios) - 0.5, -0.5)
     if max(spread["high"] for _, spread, _ in ratios) > 3:
         axes.set_xscale("log")
-    axes.set_xlabel("time of a step over that of the base: median and quartiles; red: target")
+    figure.supxlabel("ratios of times: median and quartiles; red: target", fontsize=9)
     path = HERE / "plots" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
