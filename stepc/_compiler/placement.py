@@ -40,6 +40,7 @@ from stepc._language.state import (
     leaves_by_path,
     memory_of,
     own_shapes,
+    padded_places,
     path_of,
     state_of_turn,
 )
@@ -157,7 +158,7 @@ def stored_as(new: State, like: State) -> State:
 
 def cut_leaves(tree: Any, placement: Placement, *, prefix: str = "") -> Any:  # Any, twice: as `specs_by_path`
     """The leaves of a program in their own shapes, sharded along the same axes."""
-    places = {path: (place.spec, place.shape) for path, place in placement if place.shape is not None}
+    places = padded_places(placement)
 
     def cut(keys: Any, leaf: jax.Array) -> jax.Array:  # Any: as in path_of
         place = places.get(_in(prefix, path_of(keys)))
@@ -168,7 +169,7 @@ def cut_leaves(tree: Any, placement: Placement, *, prefix: str = "") -> Any:  # 
 
 def padded_leaves(state: State, shapes: State) -> State:
     """The inverse: the state of a program, as it is stored in these shapes."""
-    specs = {path: place.spec for path, place in state.placement if place.shape is not None}
+    specs = {path: spec for path, (spec, _) in padded_places(state.placement).items()}
 
     def filled(keys: Any, leaf: jax.Array, like: Any) -> jax.Array:  # Any, twice: as in path_of; an array, or its shape
         return leaf if (spec := specs.get(path_of(keys))) is None else padded_along(leaf, spec, like.shape)
@@ -179,7 +180,7 @@ def padded_leaves(state: State, shapes: State) -> State:
 def opt_state_padding(state: State, turn: str) -> tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...]:
     """Of each leaf of an optimizer state, that of a turn if it is named, spec and own shape; None if not padded."""
     opt_state = {turn: state.opt_state[turn]} if turn else state.opt_state
-    places = {path: (place.spec, place.shape) for path, place in state.placement if place.shape is not None}
+    places = padded_places(state.placement)
     if not places:
         return (None,) * len(jax.tree.leaves(opt_state))
     return tuple(places.get(_in("opt_state", path)) for path, _ in leaves_by_path(opt_state))

@@ -103,7 +103,7 @@ class State:
         Example:
           >>> logits = model(state.unpadded().params, tokens)  # doctest: +SKIP
         """
-        shapes = {path: place.shape for path, place in self.placement if place.shape is not None}
+        shapes = {path: shape for path, (_, shape) in padded_places(self.placement).items()}
         if not shapes:
             return self
         cut = jax.tree_util.tree_map_with_path(lambda keys, leaf: unpadded_leaf(leaf, shapes.get(path_of(keys))), self)
@@ -112,9 +112,14 @@ class State:
         return replace(cut, placement=tuple((path, place) for path, place in placement if place != Place()))
 
 
+def padded_places(placement: Placement) -> dict[str, tuple[PartitionSpec, tuple[int, ...]]]:
+    """The spec and the own shape of each leaf that is padded, by path."""
+    return {path: (place.spec, place.shape) for path, place in placement if place.shape is not None}
+
+
 def own_shapes(state: State) -> State:
     """The state with the shape of each padded leaf in its place, without the padding."""
-    shapes = {path: place.shape for path, place in state.placement if place.shape is not None}
+    shapes = {path: shape for path, (_, shape) in padded_places(state.placement).items()}
     if not shapes:
         return state
 
