@@ -552,7 +552,11 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "shard_nothing": (sc.FieldTypeError, lambda: sc.shard()),
     "shard_two_of_a_kind": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), sc.dp("replica"))),
     "shard_mode": (sc.FieldValueError, lambda: sc.shard(sc.dp("data"), mode="automatic")),
-    "shard_mode_and_zero": (sc.FieldValueError, lambda: sc.shard(sc.dp("data", zero=1), mode="auto")),
+    "shard_mode_without_dp": (sc.FieldValueError, lambda: sc.shard(sc.tp({"w": P("data")}), mode="auto")),
+    "shard_mode_and_reduce_dtype": (
+        sc.FieldValueError,
+        lambda: sc.shard(sc.dp("data", zero=1, reduce_dtype=jnp.bfloat16), mode="auto"),
+    ),
     "rules_of_two_words": (
         sc.ShardingError,
         lambda: laid_by(

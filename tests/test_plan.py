@@ -92,6 +92,10 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         @ sc.grad(sc.across(wide(over_pairs)) @ wide(encoding)),
         {"data": 8},
     ),
+    "automatic_zero": (
+        sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3), mode="auto") @ sc.grad(loss),
+        {"data": 8},
+    ),
     "automatic": (sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(loss), {"data": 8}),
 }  # fmt: skip
 

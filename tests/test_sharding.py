@@ -14,6 +14,7 @@ from catalogue import PROBES, every_probe, probe_batch
 from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
@@ -293,7 +294,8 @@ def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
     times = 1
     if model_axes and data.draw(st.sampled_from([False, False, True])):  # experts along the axis of the rows
         along = data.draw(tensor_rules(SHAPES, axes={**model_axes, "data": axes["data"]}, pad=True))
-        rules, times, axes = [sc.shard(sc.dp("data"), along, mode="auto")], axes["data"], {}
+        data_parallel = sc.dp("data", **LEVELS[data.draw(st.sampled_from(list(LEVELS)))])
+        rules, times, axes = [sc.shard(data_parallel, along, mode="auto")], axes["data"], {}
     elif model_axes:
         rules = [sc.shard(data.draw(tensor_rules(SHAPES, axes=model_axes, pad=True)))]
     pipeline = data.draw(pipelines(axes=axes, exact=exact, loss=probe, offload=True))
@@ -343,6 +345,95 @@ def test_automatic_mode_leaves_the_sum_to_xla_and_the_plan_says_what_that_costs(
 def test_automatic_mode_gives_the_loss_the_rows_of_all_devices(probe: str) -> None:
     step = sc.compile(SGD @ sc.shard(sc.dp("data"), mode="auto") @ sc.grad(WIDE[probe]), mesh=mesh_of(data=4))
     assert_equivalent(step, step.init(wide_params()), probe_batch(16), tolerance=0.0)
+
+
+@pytest.mark.parametrize("level", [name for name in LEVELS if name != "zero0"])
+def test_automatic_mode_sums_the_gradient_to_shards_in_the_loop(level: str) -> None:
+    transform = sc.shard(sc.dp("data", **LEVELS[level]), mode="auto")
+    made = compiled(transform, mesh_of(data=8))
+    # XLA for CPU has no reduce-scatter of its own; those for TPUs and GPUs make one of it.
+    assert traffic(made) == {("all-reduce", True): 4 * SIZE, ("all-gather", False): SIZE}
+    assert {part.name: part.bytes for part in made.memory().parts}["accumulator"] == SIZE / 8
+    assert "4 times a step, to shards of 6,208 B: a reduce-scatter, on CPU an all-reduce" in str(made.plan)
+    assert ("reduce-scatter", True) in {(one.kind, one.in_loop) for one in made.plan.collectives}
+    by_hand = compiled(sc.shard(sc.dp("data", **LEVELS[level])), mesh_of(data=8))
+    assert made.memory().arguments == by_hand.memory().arguments
+    step = sc.compile(SGD @ sc.accumulate(4) @ transform @ sc.grad(mlp), mesh=mesh_of(data=8))
+    assert_equivalent(step, step.init(mlp_params()), mlp_batch(256), tolerance=1e-4)
+
+
+def moe(params: Any, rows: Any) -> jax.Array:
+    """Each row goes to one of eight experts, and back, through a matrix that is no expert."""
+
+    def dispatched(x: jax.Array, experts: jax.Array) -> jax.Array:
+        chosen = jax.nn.one_hot(jnp.argmax(x[:, :8], axis=1), 8)
+        sent = jax.lax.all_to_all(jnp.einsum("ne,nd->end", chosen, x), "data", 0, 1, tiled=True)
+        back = jax.lax.all_to_all(jnp.einsum("end,edh->enh", sent, experts), "data", 1, 0, tiled=True)
+        return jnp.einsum("enh,ne->nh", back, chosen)
+
+    moved = jax.shard_map(dispatched, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    return jnp.mean((moved(rows["x"], params["experts"]) @ params["out"] - rows["y"]) ** 2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_experts_along_the_axis_of_the_rows_stay_and_zero_shards_the_others(level: str) -> None:
+    random = np.random.default_rng(0)
+    shapes = {"experts": (8, 64, 16), "out": (16, 32)}
+    params = {name: random.normal(size=shape).astype(np.float32) / 8 for name, shape in shapes.items()}
+    rules = sc.shard(sc.dp("data", **LEVELS[level]), sc.tp({"experts": P("data")}, default=P()), mode="auto")
+    pipeline = sc.update(optax.adam(1e-3)) @ sc.clip(1.0) @ sc.accumulate(2) @ rules @ sc.grad(moe)
+    step = sc.compile(pipeline, mesh=mesh_of(data=4))
+    state = step.init(params)
+    zero = LEVELS[level].get("zero", 0)
+    specs = {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)}
+    assert specs["params/experts"] == specs["opt_state/0/mu/experts"] == P("data")
+    assert specs["params/out"] == (P(None, "data") if zero == 3 else P())
+    assert specs["opt_state/0/mu/out"] == (P(None, "data") if zero else P())
+    assert_equivalent(step, state, mlp_batch(64), tolerance=1e-5)
+    made = step.lower(state, mlp_batch(64)).compile()
+    moved, out = traffic(made), 4 * 16 * 32
+    assert moved["all-reduce", True] == 2 * out, "nothing of the experts"
+    assert moved["all-gather", False] == (out if zero else 0)
+    assert ("all-to-all", True) in moved and len(moved) == (3 if zero else 2)
+    assert "`experts` is sharded over an axis of the rows, and its gradient is not reduced" in str(made.plan)
+    state, _ = step(state, mlp_batch(64))
+    assert {path: leaf.sharding.spec for path, leaf in leaves_by_path(state)} == specs
+    step(state, mlp_batch(64))
+    assert step.traces == 1
+
+
+def test_automatic_mode_gathers_one_layer_at_a_time_too() -> None:
+    found = {}
+    for mode in ("manual", "auto"):
+        transform = sc.shard(sc.dp("data", zero=3, gather="layer"), mode=mode)
+        pipeline = sc.update(optax.adam(1e-3)) @ sc.accumulate(4) @ transform @ sc.grad(deep(jax.checkpoint))
+        step = sc.compile(pipeline, mesh=mesh_of(data=8))
+        state = step.init(deep_params())
+        found[mode] = traffic(step.lower(state, mlp_batch(256)).compile())
+        assert_equivalent(step, state, mlp_batch(256), tolerance=1e-4)
+    gathered = {mode: moved["all-gather", True] for mode, moved in found.items()}
+    assert gathered["auto"] == gathered["manual"] >= 2 * 4 * 4 * DEPTH * 2 * 64 * 128
+    assert found["auto"]["all-reduce", True] == found["manual"]["reduce-scatter", True]
+
+
+def test_xla_reduces_in_the_dtype_of_the_loss_not_in_one_that_its_gradient_is_converted_to() -> None:
+    """Why `mode="auto"` refuses `reduce_dtype`. A sum in bfloat16 is one in float32 on CPU, and called promoted."""
+
+    def converted(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+
+    def after(params: Any, rows: Any) -> Any:
+        return converted(jax.grad(mlp)(params, rows))
+
+    def within(params: Any, rows: Any) -> Any:
+        return jax.grad(lambda params: mlp(*converted((params, rows))).astype(jnp.float32))(params)
+
+    mesh = mesh_of(data=8)
+    rows = jax.device_put(mlp_batch(64), NamedSharding(mesh, P("data")))
+    params = jax.device_put(mlp_params(), NamedSharding(mesh, P()))
+    for function, is_narrow in ((after, False), (within, True)):
+        text = jax.jit(function, out_shardings=NamedSharding(mesh, P())).lower(params, rows).compile().as_text()
+        assert text.count("all-reduce(") and ("_promoted" in text) is is_narrow
 
 
 def constrained(spec: P) -> Any:

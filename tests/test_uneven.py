@@ -190,8 +190,9 @@ def test_steps_in_a_loop_carry_the_padded_state(outer: Any) -> None:
     assert_equivalent(step, step.init(params_of()), batch)
 
 
-def test_automatic_mode_pads_too() -> None:
-    step = step_of(sc.ema(0.5) @ ADAM @ sc.clip(1.0), k=4, mode="auto")
+@pytest.mark.parametrize("level", [{}, {"zero": 1}, {"zero": 3, "gather": "layer"}], ids=str)
+def test_automatic_mode_pads_too(level: dict[str, Any]) -> None:
+    step = step_of(sc.ema(0.5) @ ADAM @ sc.clip(1.0), k=4, mode="auto", **level)
     state, _ = step(step.init(params_of()), batch_of())
     assert_equivalent(step, state, batch_of(seed=1))
     assert all(np.isnan(padding).all() for padding in paddings(state).values())
@@ -211,7 +212,7 @@ def test_random_uneven_shapes_and_rules_equal_the_reference(data: st.DataObject)
     model_axes = {axis: size for axis, size in sizes.items() if axis != "data"}
     rules = data.draw(tensor_rules(shapes, axes=model_axes, pad=True))
     mode = data.draw(st.sampled_from(["manual", "manual", "auto"]))
-    level = data.draw(st.sampled_from(LEVELS if mode == "manual" else [{}]))
+    level = data.draw(st.sampled_from(LEVELS))
     outer = data.draw(st.sampled_from([sc.update(optax.sgd(0.5, momentum=0.5)), sc.update(optax.adafactor(1e-2, 2))]))
     inner = data.draw(st.sampled_from([sc.accumulate(1), sc.accumulate(2), sc.noise(0.25) @ sc.accumulate(2)]))
 

@@ -37,6 +37,7 @@ from stepc._compiler.schedule import (
     ReduceModelState,
     ReduceScatter,
     RepeatSteps,
+    ShardGradient,
 )
 from stepc._core.sharding import sharded_spec
 from stepc._language.encoded import Encoded
@@ -159,6 +160,10 @@ class ManualRegion:
         """The specs of a tree along all axes."""
         axes = self.shard_axes if sharded else ()
         return jax.tree.map(lambda dim, spec: PartitionSpec(*sharded_spec(tuple(spec), dim, axes)), dimensions, specs)
+
+    def is_manual(self, axes: tuple[str, ...]) -> bool:
+        """Whether collectives over these axes are the step's own; otherwise XLA makes them, of constraints."""
+        return {*axes} <= {*self.batch_axes}
 
     def gathered_matrix(self, value: jax.Array, place: int) -> jax.Array:
         """What is made of the gradient at a place of the trained parameters, with whole matrices on each device."""
@@ -319,7 +324,15 @@ def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> 
         with region.leaves_scope([path_of(keys)]):
             return jax.lax.all_gather(leaf, instruction.axes, axis=dim, tiled=True)
 
+    def constrain(keys: Any, leaf: jax.Array, dim: int, spec: PartitionSpec) -> jax.Array:  # Any: as above
+        if dim < 0:
+            return leaf
+        with region.leaves_scope([path_of(keys)]):
+            return jax.lax.with_sharding_constraint(leaf, spec)
+
     with region.scope(instruction.written):
+        if not region.is_manual(instruction.axes):
+            return jax.tree_util.tree_map_with_path(constrain, params, region.dimensions, region.specs)
         return region.fully_manual(
             lambda tree: jax.tree_util.tree_map_with_path(gather, tree, region.dimensions), params, region.specs
         )
@@ -370,6 +383,12 @@ def _parted(joined: jax.Array, like: list[jax.Array], *, axis: int) -> list[jax.
     return jnp.split(joined, list(accumulate(leaf.shape[axis] for leaf in like))[:-1], axis=axis)
 
 
+def shard_gradient(instruction: ShardGradient, grads: Grads, region: ManualRegion) -> Grads:
+    """The gradient with a sharding constraint, so that XLA reduces it to its shards."""
+    with region.scope(instruction.written):
+        return region.constrain(grads, sharded=True)
+
+
 def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
     """The loss as a function of sharded parameters, if it gathers them itself: one layer at a time in a scan."""
     axes = instruction.layered
@@ -380,6 +399,11 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
         def gather_shard(shard: jax.Array) -> jax.Array:
             with region.scope(instruction.written), region.leaves_scope([path]):
                 return jax.lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
+
+        if not region.is_manual(axes):
+            of_grad = PartitionSpec(*sharded_spec(tuple(spec), dim, axes))
+            with region.scope(instruction.written), region.leaves_scope([path]):
+                return _constrained_both_ways(leaf.astype(dtype), spec, of_grad)
 
         # jax traces a derivative of ours again in each of its passes. Its own is the same where nothing is converted;
         # in a region inside another it would add up what is replicated along the inner axes.
@@ -403,12 +427,24 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
         return gathered(leaf)
 
     def gathered_shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
-        times = region.num_devices(axes)
+        times = region.num_devices(axes) if region.is_manual(axes) else 1
         sizes = tuple(size * times if number == dim else size for number, size in enumerate(leaf.shape))
         return jax.ShapeDtypeStruct(sizes, leaf.dtype)
 
     shapes = jax.tree.map(gathered_shape, params, region.dimensions)
     return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrained_both_ways(leaf: jax.Array, spec: PartitionSpec, of_grad: PartitionSpec) -> jax.Array:
+    """The leaf with a sharding constraint, and its gradient with another."""
+    return jax.lax.with_sharding_constraint(leaf, spec)
+
+
+_constrained_both_ways.defvjp(
+    lambda leaf, spec, _: (jax.lax.with_sharding_constraint(leaf, spec), None),
+    lambda _, of_grad, residuals, grad: (jax.lax.with_sharding_constraint(grad, of_grad),),
+)
 
 
 def reduce_model_state(

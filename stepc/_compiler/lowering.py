@@ -24,6 +24,7 @@ from stepc._compiler.collectives import (
     gathering_loss,
     reduce_model_state,
     reduce_scatter,
+    shard_gradient,
     take_rows,
 )
 from stepc._compiler.loss import checked_encoder, checked_head, checked_loss, counts_of, keys_of, num_rows
@@ -64,6 +65,7 @@ from stepc._compiler.schedule import (
     RepeatSteps,
     ScanMicrobatches,
     Schedule,
+    ShardGradient,
     TakeTurns,
     Unscale,
     Value,
@@ -588,6 +590,8 @@ def _run_one(
             return _times(replace(total, metrics=metrics, grads=grads), region.num_devices(axes))
         case ReduceScatter():
             return replace(total, grads=reduce_scatter(instruction, total.grads, region))
+        case ShardGradient():
+            return replace(total, grads=shard_gradient(instruction, total.grads, region))
         case ReduceModelState():
             return replace(total, model_state=reduce_model_state(instruction, total.model_state, region))
         case Multiply(factor):

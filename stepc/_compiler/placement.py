@@ -119,9 +119,10 @@ def placement_of_state(
     def place(path: str) -> Place:
         spec, shape = PartitionSpec(*(found.get(path) or ())), leaves[path].shape
         own = None if padded_shape(shape, spec, sizes) == shape else shape
-        return Place(spec, named.get(path, ()), own, path in multiplied)
+        return Place(spec, named.get(path, ()), own, path in multiplied, path in along_rows)
 
     multiplied = {_in("params", path) for path in matrices}
+    along_rows = {_in("params", path) for path, spec in specs.items() if {*rules.rows} & {*axes_of(spec)}}
     places = {path: place(path) for path in sorted({*found, *named})}
     return tuple((path, place) for path, place in places.items() if place != Place())
 
@@ -310,10 +311,10 @@ def place_on_devices(tree: Any, shardings: Any | None) -> Any:  # Any: trees of 
 
 
 def shard_dimensions(params: Params, placement: Placement, rules: BoundRules) -> tuple[Any, Any]:  # Any: trees
-    """Two trees like the parameters: specs over automatic axes, and the dimension that `zero` shards, or -1."""
+    """Two trees like the parameters: specs by the rules, and the dimension that `zero` shards, or -1."""
     table, tree = dict(placement), jax.tree.structure(params)
     places = [table.get(_in("params", path), Place()) for path, _ in leaves_by_path(params)]
-    specs = [_without(rules.manual_rows, place.spec) for place in places]
+    specs = [place.spec if place.is_along_rows else _without(rules.rows, place.spec) for place in places]
     dims = [
         shard_dimension(leaf, tuple(spec), rules, is_matrix=place.is_matrix) if rules.layout.zero else -1
         for leaf, spec, place in zip(jax.tree.leaves(params), specs, places, strict=True)
@@ -337,12 +338,10 @@ def matrices_in_parts(params: Params, placement: Placement, rules: BoundRules) -
     }
 
 
-def sharded_along_rows(params: Params, placement: Placement, rules: BoundRules) -> tuple[str, ...]:
+def sharded_along_rows(params: Params, placement: Placement) -> tuple[str, ...]:
     """The parameters that rules shard along an axis of the rows. Those that `zero` shards are gathered again."""
-    specs, _ = shard_dimensions(params, placement, rules)
-    flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
-    pairs = zip(leaves_by_path(params), flat, strict=True)
-    return tuple(path for (path, _), spec in pairs if set(axes_of(spec)) & set(rules.rows))
+    along_rows = {path for path, place in placement if place.is_along_rows}
+    return tuple(path for path, _ in leaves_by_path(params) if _in("params", path) in along_rows)
 
 
 def gradient_shapes(

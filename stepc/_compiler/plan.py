@@ -34,6 +34,7 @@ from stepc._compiler.schedule import (
     RepeatSteps,
     ScanMicrobatches,
     Schedule,
+    ShardGradient,
     TakeTurns,
     Unscale,
     Value,
@@ -470,6 +471,8 @@ def _line(one: Instruction, before: Schedule, unit: str) -> str | None:
             return f"all-reduce{what} over {', '.join(axes)} ({num_devices} devices){_in(dtype)}{also}: {reason}"
         case ReduceScatter(axes, num_devices, reason, dtype):
             return f"reduce-scatter over {', '.join(axes)} ({num_devices} devices){_in(dtype)}: {reason}"
+        case ShardGradient(axes, num_devices, reason):
+            return f"reduce the gradient to shards over {', '.join(axes)} ({num_devices} devices), by XLA: {reason}"
         case AllGather(axes, num_devices, reason):
             return f"all-gather of parameters over {', '.join(axes)} ({num_devices} devices): {reason}"
         case ReduceModelState(axes, num_devices, reason):
@@ -603,7 +606,7 @@ def _collectives(schedule: Schedule, times: int) -> Iterator[PlannedCollective]:
             case Compute(layered=(_, *_) as axes):
                 yield planned("all-gather", axes, f"parameters, {_BY_LAYER}")
                 yield planned("reduce-scatter", axes, f"their gradient, {_BY_LAYER}")
-            case ReduceScatter(axes, _, reason):
+            case ReduceScatter(axes, _, reason) | ShardGradient(axes, _, reason):
                 yield planned("reduce-scatter", axes, reason)
             case AllGather(axes, _, reason) | Optimize(gather=AllGather(axes, _, reason)):
                 yield planned("all-gather", axes, reason)

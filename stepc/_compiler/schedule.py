@@ -269,6 +269,16 @@ class ReduceScatter:
 
 
 @dataclass(frozen=True)
+class ShardGradient:
+    """Shard the gradient over some axes that are left to XLA, which reduces it to its shards."""
+
+    axes: tuple[str, ...]
+    num_devices: int
+    reason: str
+    written: str = ""
+
+
+@dataclass(frozen=True)
 class AllGather:
     """Gather the parameters that are sharded over some axes."""
 
@@ -428,8 +438,8 @@ class RepeatSteps:
 
 Instruction: TypeAlias = (
     Compute | Encode | Count | Value | CountFirst | Across | ScanMicrobatches | Vmap | AllGather | ReduceScatter
-    | AllReduce | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize | TakeTurns
-    | RepeatSteps
+    | ShardGradient | AllReduce | ReduceModelState | Multiply | Unscale | DivideByCount | Apply | Perturb | Optimize
+    | TakeTurns | RepeatSteps
 )  # fmt: skip
 Schedule: TypeAlias = tuple[Instruction, ...]
 
@@ -772,7 +782,8 @@ def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
         return schedule
     axes = rules.shard_axes
     reductions = (one for one in all_instructions(schedule) if isinstance(one, AllReduce) and {*axes} <= {*one.axes})
-    gather = AllGather(axes, rules.num_parts, "the loss needs gathered parameters", next(reductions).written)
+    written = rules.written if layout.automatic else next(reductions).written
+    gather = AllGather(axes, rules.num_parts, "the loss needs gathered parameters", written)
     schedule = tuple(_shard_evaluation(one, gather, rules) for one in schedule)
     schedule = _reduce_scattered(schedule, rules)
     if layout.zero < 3:
@@ -815,7 +826,14 @@ def _reduce_in(one: Instruction, dtype: str | None) -> Instruction:
 
 
 def _reduce_scattered(schedule: Schedule, rules: BoundRules) -> Schedule:
-    """The last all-reduce as a reduce-scatter to the shards, unless the gradient is reduced inside a loop."""
+    """The last all-reduce as a reduce-scatter to the shards, unless the gradient is reduced inside a loop.
+
+    XLA reduces in the innermost loop by itself, so there the accumulator is sharded at every level of `zero`.
+    """
+    if rules.layout.automatic:
+        end = _end_of_sum(schedule)
+        scatter = ShardGradient(rules.shard_axes, rules.num_parts, "each device updates its own shard", rules.written)
+        return (*_scatter_in_loop(schedule[:end], scatter), *schedule[end:])
     position = max((index for index, one in enumerate(schedule) if isinstance(one, AllReduce)), default=-1)
     reduction = schedule[position] if position >= 0 else None
     if not isinstance(reduction, AllReduce) or not {*rules.shard_axes} <= {*reduction.axes}:
@@ -827,7 +845,13 @@ def _reduce_scattered(schedule: Schedule, rules: BoundRules) -> Schedule:
     return (*before, scatter, *after)
 
 
-def _scatter_in_loop(schedule: Schedule, scatter: ReduceScatter) -> Schedule:
+def _end_of_sum(schedule: Schedule) -> int:
+    """The position of the first change to the sum of the gradient."""
+    ends = Multiply | Unscale | DivideByCount | Apply | Optimize
+    return next((index for index, one in enumerate(schedule) if isinstance(one, ends)), len(schedule))
+
+
+def _scatter_in_loop(schedule: Schedule, scatter: ReduceScatter | ShardGradient) -> Schedule:
     """Reduce-scatter in the innermost scan after which no transform needs the whole gradient, or else at the end."""
     for index, one in enumerate(schedule):
         if isinstance(one, Across):  # the first that sums
@@ -844,7 +868,8 @@ def _scatter_in_loop(schedule: Schedule, scatter: ReduceScatter) -> Schedule:
 
 def _is_linear(schedule: Schedule) -> bool:
     """Whether nothing but sums stands between each gradient and its reduce-scatter."""
-    position = next((index for index, one in enumerate(schedule) if isinstance(one, AllReduce)), 0)
+    reductions = (index for index, one in enumerate(schedule) if isinstance(one, AllReduce))
+    position = next(reductions, _end_of_sum(schedule))
     return gradient_is_sharded(schedule) and not any(
         isinstance(one, Apply | Vmap | Perturb) for one in all_instructions(schedule[:position])
     )
@@ -855,7 +880,7 @@ def _gather_by_layer(schedule: Schedule, gather: AllGather, dtype: str | None) -
     instructions: list[Instruction] = []
     for one in schedule:
         match one:
-            case ReduceScatter():
+            case ReduceScatter() | ShardGradient():
                 continue
             case Compute():
                 instructions.append(replace(one, layered=gather.axes, dtype=dtype, written=gather.written))
@@ -941,9 +966,9 @@ def reduces(instruction: Instruction) -> bool:
 
 
 def gradient_is_sharded(schedule: Schedule) -> bool:
-    """Whether the gradient leaves the manual region sharded."""
+    """Whether the sum of the gradient is sharded."""
     return any(
-        isinstance(one, ReduceScatter) or (isinstance(one, Compute) and one.layered)
+        isinstance(one, ReduceScatter | ShardGradient) or (isinstance(one, Compute) and one.layered)
         for one in all_instructions(schedule)
     )
 
@@ -985,12 +1010,13 @@ def sharding_notes(
     if layout.automatic:
         times = "once a step" if iterations == 1 else f"once a microbatch, {iterations} times a step"
         over = ", ".join(rules.rows)
-        told = [f"XLA partitions the loss and sums the gradient of {size} over {over} at least {times}"]
+        to_shards = f", to shards of {part}: a reduce-scatter, on CPU an all-reduce" if layout.zero else ""
+        told = [f"XLA partitions the loss and sums the gradient of {size} over {over} at least {times}{to_shards}"]
         if along_rows:
             are, their = ("is", "its") if len(along_rows) == 1 else ("are", "their")
             named = listed(f"`{path}`" for path in along_rows)
             told.append(f"{named} {are} sharded over an axis of the rows, and {their} gradient is not reduced over it")
-        return tuple(told)
+        return (*told, *_notes_of_gather(schedule, rules))
     notes = _narrower_reduction(instructions, gradient_bytes, 2 * num_values)
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(
@@ -1001,15 +1027,16 @@ def sharding_notes(
         notes.append(
             f"the accumulator takes {part} instead of {size}, for {iterations} reduce-scatters of {size} instead of 1"
         )
-    if layout.gather != "step" and rules.shard_axes:
-        often = f"for {iterations} all-gathers instead of 1"
-        if any(isinstance(one, Compute) and one.layered for one in instructions):
-            notes.append(
-                f"parameters are gathered one layer at a time where the loss scans over layers, {often} and back"
-            )
-        else:
-            notes.append(f"gathered parameters are kept for a microbatch, not for the step, {often}")
-    return tuple(notes)
+    return (*notes, *_notes_of_gather(schedule, rules))
+
+
+def _notes_of_gather(schedule: Schedule, rules: BoundRules) -> list[str]:
+    if rules.layout.gather == "step" or not rules.shard_axes:
+        return []
+    often = f"for {_num_iterations(schedule)} all-gathers instead of 1"
+    if any(isinstance(one, Compute) and one.layered for one in all_instructions(schedule)):
+        return [f"parameters are gathered one layer at a time where the loss scans over layers, {often} and back"]
+    return [f"gathered parameters are kept for a microbatch, not for the step, {often}"]
 
 
 def notes_of_names(ignored: Mapping[str, Spec]) -> tuple[str, ...]:

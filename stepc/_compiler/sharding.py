@@ -5,7 +5,7 @@ It reports all faults at once. It knows specs and shapes, no arrays and no devic
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -26,12 +26,14 @@ class BoundRules:
       sizes: (name, size) of each mesh axis.
       rows: the mesh axes that the rows of a batch are sharded over, outermost first, automatic ones included.
       shard_axes: the mesh axes that `zero` shards over, the outermost first; none if it shards nothing.
+      written: the transform that sets `zero`, as written.
     """
 
     layout: ShardingRules = ShardingRules()
     sizes: tuple[tuple[str, int], ...] = ()
     rows: tuple[str, ...] = ()
     shard_axes: tuple[str, ...] = ()
+    written: str = field(default="", compare=False)
 
     @property
     def num_parts(self) -> int:
@@ -56,9 +58,10 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
 
     Errors: ShardingError if two transforms disagree, or if a rule names an axis that it cannot.
     """
-    places = [node.place for node in program if isinstance(node, MeanNode) and isinstance(node.place, OverMesh)]
-    layouts = [place.layout for place in places]
-    sharded = [place for place in places if place.layout.zero]
+    pairs = [(node.place, node.written) for node in program if isinstance(node, MeanNode)]
+    places = [(place, written) for place, written in pairs if isinstance(place, OverMesh)]
+    layouts = [place.layout for place, _ in places]
+    sharded = [(place, written) for place, written in places if place.layout.zero]
     by_name = [layout for layout in layouts if layout.logical is not None]
     dtypes = sorted({layout.reduce_dtype for layout in layouts if layout.reduce_dtype is not None})
     faults = [] if len(sharded) < 2 else ["two transforms set `zero`; only one axis can shard the optimizer state."]
@@ -72,9 +75,9 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
     if len(pads) > 1:
         faults.append("one `tp` has `pad=True` and another does not; one choice holds for every parameter.")
     merged = ShardingRules(
-        zero=sharded[0].layout.zero if sharded else 0,
-        zero_axes=sharded[0].layout.zero_axes if sharded else (),
-        gather=sharded[0].layout.gather if sharded else "step",
+        zero=sharded[0][0].layout.zero if sharded else 0,
+        zero_axes=sharded[0][0].layout.zero_axes if sharded else (),
+        gather=sharded[0][0].layout.gather if sharded else "step",
         offload=next((layout.offload for layout in layouts if layout.offload), ""),
         reduce_dtype=dtypes[0] if dtypes else None,
         params=tuple(rule for layout in layouts for rule in layout.params),
@@ -103,11 +106,11 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
             hints += [f"Parameters are sharded over an axis that shards no rows, such as {free}."] if free else []
             hints += ["Experts that are sharded over the axis of the rows need `shard(dp(...), tp(...), mode='auto')`."]
         raise _error(faults, sizes, of="the sharding rules", hints=hints)
-    named = (sharded[0].layout.zero_axes or sharded[0].axes[-1:]) if sharded else ()
-    shard_axes = tuple(axis for axis in named if sizes[axis] > 1)
+    named = [place.layout.zero_axes or (place.axes or place.layout.automatic)[-1:] for place, _ in sharded]
+    shard_axes = tuple(axis for axes in named for axis in axes if sizes[axis] > 1)
     if not shard_axes:
         return BoundRules(replace(merged, zero=0), tuple(sizes.items()), rows)
-    return BoundRules(merged, tuple(sizes.items()), rows, shard_axes)
+    return BoundRules(merged, tuple(sizes.items()), rows, shard_axes, sharded[0][1])
 
 
 def check_turns_agree(turns: tuple[Turn, ...], rules: tuple[BoundRules, ...]) -> None:
@@ -241,7 +244,8 @@ def shard_dimension(
 ) -> int:
     """The dimension that `zero` shards; -1 if the leaf stays replicated.
 
-    It is one that no other axis shards and that divides evenly. Among several: one that a TPU scatters without a
+    It is one that no other axis shards and that divides evenly, of a leaf that rules shard along none of the axes of
+    `zero`: an expert. Among several: one that a TPU scatters without a
     relayout (a major one, or one whose shard fills tiles of 32 bytes), then the largest, then the first. Where layers
     are gathered one at a time, the first dimension may count layers, so it comes last: a scan over layers gathers a
     stack that is sharded along it whole. Otherwise it comes first in a stack of matrices that an optimizer multiplies,
@@ -260,7 +264,8 @@ def shard_dimension(
         for dim, size in enumerate(leaf.shape)
         if size and size % num_shards == 0 and (dim >= len(spec) or spec[dim] is None)
     ]
-    return -max(ranks)[-1] if ranks and num_shards > 1 and not is_typed_key(leaf) else -1
+    is_free = num_shards > 1 and not {*rules.shard_axes} & {*axes_of(spec)} and not is_typed_key(leaf)
+    return -max(ranks)[-1] if ranks and is_free else -1
 
 
 def counts_matrices(leaf: Any, dim: int) -> bool:  # Any: as above

@@ -535,7 +535,7 @@ class Step:
             for turn, part in zip(form.turns, schedules_of_turns(schedule), strict=True):
                 trained = trained_leaves(state.params, turn.loss.wrt)
                 gradient = gradient_shapes(trained, state.placement, rules, sharded=False)
-                along_rows = sharded_along_rows(trained, state.placement, rules)
+                along_rows = sharded_along_rows(trained, state.placement)
                 by_path = zip(leaves_by_path(trained), gradient, strict=True)
                 reduced = [leaf for (path, _), leaf in by_path if path not in along_rows]
                 gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in reduced)

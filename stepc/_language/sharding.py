@@ -93,7 +93,8 @@ def dp(
         `zero_axes` changes that.
       zero: 0, everything is replicated; 1, the optimizer state is sharded: one reduce-scatter of the gradient and one
         all-gather of the parameters a step; 2, the accumulator too: a reduce-scatter a microbatch; 3, the parameters
-        too: an all-gather before the loss.
+        too: an all-gather before the loss. With `shard(..., mode="auto")` XLA reduces once a microbatch at every level,
+        and the accumulator is sharded at every level.
       zero_axes: along which of the axes `zero` shards, the last ones in their order; None for the last alone. All of
         them take the least memory; more devices exchange shards then, over slower links where the outer axes have such.
       gather: with `zero=3`, when the parameters are gathered. "step": once a step. "microbatch": once a microbatch,
@@ -104,7 +105,7 @@ def dp(
         takes no memory of the device but for the update. None keeps it on the device.
       reduce_dtype: a floating-point dtype in which gradients are added up over devices; None for the dtype of the sum,
         float32 or wider. `jnp.bfloat16` halves the traffic, and rounds each device's sum to 8 bits; float16 is refused,
-        since sums overflow it.
+        since sums overflow it. Not with `shard(..., mode="auto")`, where XLA reduces before anything can convert.
       batch: for path patterns, the spec of leaves of the batch, rows included: `{"tokens": P("data", "seq")}`. Axes
         that the pipeline takes no mean over stay automatic.
     A leaf without a dimension that is a multiple of the axis size is replicated, and the plan says so; nothing is
@@ -169,7 +170,7 @@ def tp(
       lacks, that is used twice or that shards the rows, too few dimensions, a dimension that does not divide, a name
       that has no rule.
     With `shard(..., mode="auto")` a rule may name an axis that shards the rows: experts, whose rows the loss sends to
-    them and back in an all-to-all. Their gradient is then not reduced over that axis.
+    them and back in an all-to-all. Their gradient is then not reduced over that axis, and `zero` shards the others.
     Example:
       >>> tp({"**/qkv": P(None, "model")}, default=P())
       tp({"**/qkv": P(None, "model")}, default=P())

@@ -28,12 +28,14 @@ class Place:
       names: those that the model library gave its dimensions, as a spec.
       shape: that of the leaf without padding, if it is padded; None if it is not.
       is_matrix: of a parameter: whether an optimizer multiplies its gradient as whole matrices, and `zero` shards it.
+      is_along_rows: of a parameter: whether a rule, not `zero`, shards it along an axis of the rows.
     """
 
     spec: PartitionSpec = PartitionSpec()
     names: Spec = ()
     shape: tuple[int, ...] | None = None
     is_matrix: bool = False
+    is_along_rows: bool = False
 
 
 # The leaves that are not simply replicated, or that have names, sorted by path.
@@ -195,7 +197,7 @@ def _place_unpadded(place: Place, stored: tuple[int, ...]) -> Place:
         return place
     pairs = zip(place.spec, place.shape, stored[-len(place.shape) :], strict=False)
     spec = normalized_spec(entry if size == padded else None for entry, size, padded in pairs)
-    return Place(PartitionSpec(*spec), place.names, is_matrix=place.is_matrix)
+    return replace(place, spec=PartitionSpec(*spec), shape=None)
 
 
 def state_of_turn(state: State, turn: Turn, key: Any) -> State:  # Any: a typed key

@@ -40,10 +40,16 @@ class Shard(Transform):
             raise FieldValueError("`shard` takes one rule of each kind.", facts=facts, suggestion=suggestion)
         one_of("shard mode", self.mode, MODES)
         data = self._data_parallel
-        if self.mode == "auto" and (data is None or data.zero or data.reduce_dtype is not None):
-            facts = (("expected", "dp(axis) without zero and reduce_dtype"), ("got", repr(data)))
-            what = "`shard(mode='auto')` leaves the reduction of the gradient to XLA."
-            raise FieldValueError(what, facts=facts)
+        if self.mode == "auto" and data is None:
+            raise FieldValueError("`shard(mode='auto')` needs `dp(axis)`.", facts=(("got", repr(self.rules[0])),))
+        if self.mode == "auto" and data is not None and data.reduce_dtype is not None:
+            # XLA reduces right after the product that sums over rows, and moves no conversion in front of it on CPU.
+            what = (
+                "`shard(mode='auto')` leaves the reduction to XLA, which sums in the dtype that the loss computes in."
+            )
+            facts = (("expected", "dp(axis) without reduce_dtype"), ("got", repr(data)))
+            suggestion = f"`cast(jnp.{data.reduce_dtype.name})` on the loss computes its gradient in that dtype."
+            raise FieldValueError(what, facts=facts, suggestion=suggestion)
 
     def reference(self, inner: Fn) -> Fn:
         if not self._mean_axes:
