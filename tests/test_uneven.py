@@ -352,6 +352,34 @@ def test_padding_moves_nothing(level: dict[str, Any]) -> None:
     assert traffic(VOCABULARY) == traffic(16) != []
 
 
+def mapped(pad: int) -> Any:
+    """A loss with a `shard_map` of its own along the axis that pads `head`."""
+
+    def product(x: jax.Array, head: jax.Array) -> jax.Array:
+        return jax.lax.psum(jnp.tanh(x @ head).sum(), "model")
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        head = jnp.pad(params["head"], ((0, 0), (0, pad)))
+        along = jax.shard_map(product, in_specs=(P(), P(None, "model")), out_specs=P(), axis_names={"model"})
+        return along(stream(params, rows), head) / rows["token"].shape[0]
+
+    return loss
+
+
+@pytest.mark.parametrize("mode", ["manual", "auto"])
+def test_shard_map_over_a_padded_axis_is_told_what_the_loss_is_given(mode: str) -> None:
+    step = step_of(source=sc.grad(mapped(0), wrt=("head",)), mode=mode)
+    with pytest.raises(ValueError, match="not evenly divisible") as raised:
+        step(step.init(params_of()), batch_of())
+    assert (
+        "stepc: `tp(..., pad=True)` pads the state alone; the loss is given `bias` as float32[13], `head` as "
+        "float32[8, 13], `layers/down` as float32[2, 13, 8], `layers/up` as float32[2, 8, 13], `wte` as "
+        "float32[13, 8]. `jnp.pad` it there to what divides, before the `shard_map`."
+    ) in raised.value.__notes__
+    step = step_of(source=sc.grad(mapped(3), wrt=("head", "wte")), mode=mode)
+    assert_equivalent(step, step.init(params_of()), batch_of(), tolerance=1e-5)
+
+
 def test_pad_is_a_boolean_and_prints() -> None:
     assert repr(tensor()).endswith("default=P(), pad=True)")
     assert sc.tp(RULES) == sc.tp(RULES, pad=False) != sc.tp(RULES, pad=True)

@@ -102,7 +102,7 @@ from stepc._language.state import (
     trained_leaves,
     unpadded_params,
 )
-from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError
+from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError, listed
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
@@ -390,7 +390,15 @@ class Step:
 
     def note_changes(self, error: Exception, state: State, batch: Batch) -> None:
         """Say in a note what is not as it was when the step was last traced: the user's own code may fail on that."""
-        if isinstance(error, StepcError) or not self._traced:
+        if isinstance(error, StepcError):
+            return
+        if "evenly divisible" in str(error):  # of jax, for a `shard_map` in the loss
+            pairs = zip(leaves_by_path(own_shapes(state).params), leaves_by_path(state.params), strict=True)
+            given = [f"`{path}` as {describe_leaf(own)}" for (path, own), (_, leaf) in pairs if own.shape != leaf.shape]
+            told = f"stepc: `tp(..., pad=True)` pads the state alone; the loss is given {listed(given)}"
+            if given:
+                error.add_note(f"{told}. `jnp.pad` it there to what divides, before the `shard_map`.")
+        if not self._traced:
             return
         in_state, in_batch = self._traced[-1]
         # A loss sees types. Where a batch is, is not its concern.

@@ -123,10 +123,13 @@ class Rows:
     Args:
       at: the batch with the fault, on process `on`.
       fault: see `inject`.
+      part: the rows of this process.
     """
 
-    def __init__(self, folder: Path, *, fault: str = "", at: int = 0, on: int = 1) -> None:
-        self.folder, self.num = folder, 20
+    def __init__(
+        self, folder: Path, *, fault: str = "", at: int = 0, on: int = 1, part: Callable[[Any], Any] = local
+    ) -> None:
+        self.folder, self.num, self.part = folder, 20, part
         self.fault, self.at, self.is_due = fault, at, on == jax.process_index()
         self.given = 0
 
@@ -138,7 +141,7 @@ class Rows:
         if number > (self.at if self.fault == "ends" and self.is_due else self.num):
             raise StopIteration
         self.given = number
-        batch = local(global_batch(number))
+        batch = self.part(global_batch(number))
         return self.inject(batch) if number == self.at and self.is_due else batch
 
     def inject(self, batch: dict[str, np.ndarray]) -> Any:
@@ -339,6 +342,48 @@ STRICT = {
 }
 
 
+def wide_loss(params: Any, batch: Any) -> jax.Array:
+    return (((batch["x"] @ params["w"]).sum(axis=1) - batch["y"]) ** 2).mean()
+
+
+def padded(folder: Path, *, outer: str, steps: str, zero: str = "1", optimizer: str = "sign") -> dict[str, Any]:
+    """A run with checkpoints whose parameters have 5 columns along an axis of the model, which is every other device's.
+
+    Args:
+      outer: the outer axis of the mesh: with "model" each process has all rows and some of the columns.
+    """
+    sizes = {"data": 2, "model": jax.device_count() // 2}
+    names = ("model", "data") if outer == "model" else ("data", "model")
+    mesh = jax.make_mesh(tuple(sizes[name] for name in names), names)
+    rules = sc.shard(sc.dp("data", zero=int(zero)), sc.tp({"w": jax.P(None, "model")}, pad=True))
+    tx = optax.sign_sgd(0.25) if optimizer == "sign" else optax.adam(2.0**-3)
+    gradient = sc.clip(10.0) @ sc.accumulate(2) @ rules @ sc.grad(wide_loss)
+    step = sc.compile(sc.ema(0.5) @ sc.update(tx) @ gradient, mesh=mesh)
+    places = np.argwhere([[device.process_index == jax.process_index() for device in row] for row in mesh.devices])
+    mine = sorted({int(place[names.index("data")]) for place in places})
+    half = ROWS // 2
+
+    def of_this_process(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name: np.concatenate([leaf[one * half : (one + 1) * half] for one in mine]) for name, leaf in batch.items()
+        }
+
+    state = step.init({"w": np.zeros((FEATURES, 5), np.float32)}, seed=7)
+    told = Remembering()
+    kept = sc.Checkpoints(folder / "kept", every=2)
+    rows = Rows(folder, part=of_this_process)
+    run = sc.run(step, state, rows, steps=int(steps), checkpoint=kept, loggers=[told])
+    stored, whole = gathered(run.state), gathered(run.state.unpadded())
+    return {
+        "digest": digest(whole),
+        "params": whole.params["w"].tolist(),
+        "columns": stored.params["w"].shape[1],
+        "is_nan": bool(np.isnan(stored.params["w"][:, 5:]).all() and np.isnan(stored.slots["ema"]["w"][:, 5:]).all()),
+        "events": told.names(),
+        "traces": step.traces,
+    }
+
+
 def nowhere(folder: Path) -> dict[str, Any]:
     for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID"):
         del os.environ[f"STEPC_{name}"]
@@ -358,7 +403,7 @@ def joined(folder: Path) -> dict[str, Any]:
 
 PATIENT = {"heartbeat_seconds": 60, "shutdown_seconds": 60}  # so that jax ends no job on a slow machine
 BEFORE = {"nowhere": nowhere, "alone": alone}
-CASES = {"by_hand": by_hand, "run": run, "joined": joined}
+CASES = {"by_hand": by_hand, "run": run, "joined": joined, "padded": padded}
 
 
 def main(arguments: list[str]) -> None:

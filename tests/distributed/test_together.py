@@ -100,6 +100,36 @@ def test_init_distributed_without_any_address_is_refused(tmp_path: Path) -> None
         assert "coordinator_address should be defined" in job.found(0)["refused"]
 
 
+def padded(folder: Path, num: int, **told: object) -> list[dict[str, Any]]:
+    if num == 1:
+        return [alone("padded", folder, devices=4, **told)]
+    with started("padded", folder, num=num, **told) as job:
+        assert job.wait() == [0] * num, [job.said(number) for number in range(num)]
+        return [job.found(number) for number in range(num)]
+
+
+@pytest.mark.parametrize("outer", ["data", "model"])
+def test_padded_state_and_its_checkpoint_are_those_of_one_process(outer: str, tmp_path: Path) -> None:
+    """Two processes begin, with one column of padding; four go on, with three; one ends."""
+    whole = padded(tmp_path / "whole", 1, outer=outer, steps=6)[0]
+    for num, steps, columns in ((2, 2, 6), (4, 4, 8), (1, 6, 6)):
+        found = padded(tmp_path / "job", num, outer=outer, steps=steps)
+        assert [(one["columns"], one["is_nan"], one["traces"]) for one in found] == [(columns, True, 1)] * num
+        assert len({one["digest"] for one in found}) == 1
+        assert ("resumed" in found[0]["events"]) is (steps > 2)
+        assert "resume_not_exact" not in found[0]["events"]
+    assert found[0]["digest"] == whole["digest"]
+    assert np.any(whole["params"])
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_padded_adam_on_two_processes_equals_one(zero: int, tmp_path: Path) -> None:
+    told = {"outer": "model", "steps": 3, "zero": zero, "optimizer": "adam"}
+    two, one = padded(tmp_path / "two", 2, **told), padded(tmp_path / "one", 1, **told)[0]
+    assert two[0]["params"] == two[1]["params"]
+    np.testing.assert_allclose(two[0]["params"], one["params"], rtol=0, atol=1e-6)  # sums in another order
+
+
 @pytest.mark.parametrize("place", [by_slurm, by_open_mpi])
 def test_processes_of_slurm_and_open_mpi_find_each_other(place: Place, tmp_path: Path) -> None:
     with started("joined", tmp_path, place=place) as job:

@@ -52,6 +52,23 @@ def test_step_for_a_pod_reduces_each_element_once_whatever_k(name: str) -> None:
     assert len(bytes_) == 1
 
 
+@needs_gpu
+def test_offload_for_a_topology_that_describes_no_memories_is_refused() -> None:
+    with pytest.raises(sc.ConfigError) as refused:
+        compiled(sc.topology("gpu:h100:2x8"), 1, offload="optimizer")
+    assert str(refused.value) == (
+        "`opt_state/0/mu/in` is to be in the memory 'pinned_host', which the devices of the mesh do not describe.\n\n"
+        "  device  NVIDIA H100 80GB HBM3\n\n"
+        "  Leave out `offload` for these devices."
+    )
+
+
+@needs_tpu
+def test_offload_compiles_for_a_topology_that_describes_its_memories() -> None:
+    kinds = compiled(sc.topology("tpu:v5e:4x4"), 1, offload="optimizer").executable.input_shardings[0][0]
+    assert kinds.opt_state[0].mu["in"].memory_kind == "pinned_host"
+
+
 @pytest.mark.parametrize("name", PODS)
 @pytest.mark.parametrize(("rules", "times"), [({"zero": 1}, 1), ({"zero": 2}, 4), ({"zero": 3, "gather": "layer"}, 4)])
 def test_accumulator_stays_sharded_on_a_pod(name: str, rules: dict[str, Any], times: int) -> None:
