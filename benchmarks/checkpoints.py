@@ -1,9 +1,10 @@
 """How long does training stand still for a save, and at what bandwidth is a checkpoint written and read?
 
-A state of 1 GB in 32 leaves, on one device. By stepc's store (`sc.Checkpoints`); by Orbax's `AsyncCheckpointer` alone;
-as plain files: one `write` and `fsync`, one `read`. The time that training stands still is that of the call that begins
+A state of 1 GB in 32 leaves, on one device. By stepc's store (`sc.Checkpoints`); by Orbax's `AsyncCheckpointer` alone,
+compressed as it does by default and not compressed as stepc does; as plain files: one `write` and `fsync`, one `read`.
+Each keeps what it wrote last while it writes. The time that training stands still is that of the call that begins
 the save; the least it can be is that of a copy of the state, since the step that follows donates it. On a CPU the copy
-is within memory. stepc checks the digest of each leaf that it reads, and copies what it has read.
+is within memory. stepc checks the digest of each leaf that it reads, and moves it to where a step can donate it.
 """
 
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from measuring import (
     CPU_SECONDS,
+    SECONDS,
     Sample,
     Taken,
     arguments,
@@ -37,6 +39,7 @@ from stepc._runner.checkpoint_store import CheckpointStore
 from stepc._runner.pending import copy_state
 
 LEAVES, TARGET = 32, 1.10
+ORBAX = "Orbax", "Orbax uncompressed"
 META: dict[str, Any] = {"position": None, "batch": {}, "last": None, "settings": ()}
 
 
@@ -61,21 +64,29 @@ def files(state: Any, directory: Path) -> dict[str, Sample]:
     return {"write, file": lambda: timed(write), "read, file": lambda: timed(path.read_bytes)}
 
 
-def orbax(state: Any, directory: Path) -> dict[str, Sample]:
+def orbax(state: Any, directory: Path, *, is_compressed: bool) -> dict[str, Sample]:
     """Orbax alone."""
-    writer, path = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()), directory / "orbax"
-    taken: dict[str, Taken] = {}
+    name = ORBAX[not is_compressed]
+    writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=is_compressed))
+    number, folder = 0, directory / name
+
+    def write() -> None:
+        writer.save(folder / str(number), args=ocp.args.PyTreeSave(state))
+        writer.wait_until_finished()
 
     def save() -> Taken:
-        shutil.rmtree(path, ignore_errors=True)
-        taken["begin"] = timed(lambda: writer.save(path, args=ocp.args.PyTreeSave(state)))
-        return _sum(taken["begin"], timed(writer.wait_until_finished))
+        nonlocal number
+        number += 1
+        taken = timed(write)
+        shutil.rmtree(folder / str(number - 1), ignore_errors=True)  # after, as stepc has to: memory is new in both
+        return taken
 
     def restore() -> None:
         how = ocp.checkpoint_utils.construct_restore_args(state)
-        jax.block_until_ready(writer.restore(path, args=ocp.args.PyTreeRestore(state, restore_args=how)))
+        args = ocp.args.PyTreeRestore(state, restore_args=how)
+        jax.block_until_ready(writer.restore(folder / str(number), args=args))
 
-    return {"write, Orbax": save, "read, Orbax": lambda: timed(restore)}
+    return {f"write, {name}": save, f"read, {name}": lambda: timed(restore)}
 
 
 def stepc(state: Any, store: CheckpointStore, stands_still: list[Taken]) -> dict[str, Sample]:
@@ -108,7 +119,8 @@ def measure(megabytes: int, directory: Path, *, rounds: int) -> dict[str, Any]:
         samples = {
             "copy": lambda: timed(copying),
             **files(state, directory),
-            **orbax(state, directory),
+            **orbax(state, directory, is_compressed=True),
+            **orbax(state, directory, is_compressed=False),
             **stepc(state, store, stands_still),
         }
         for name in samples:
@@ -124,9 +136,10 @@ def measure(megabytes: int, directory: Path, *, rounds: int) -> dict[str, Any]:
         "stands_still": ratio(taken, "stands still", "copy"),
         "stands_still_cpu": ratio(taken, "stands still", "copy", CPU_SECONDS),
         **{
-            f"{what}_of_{other}": ratio(taken, f"{what}, stepc", f"{what}, {other}")
+            f"{what}_of_{other}{unit}": ratio(taken, f"{what}, stepc", f"{what}, {other}", which)
             for what in ("write", "read")
-            for other in ("Orbax", "file")
+            for other in (*ORBAX, "file")
+            for unit, which in (("", SECONDS), ("_cpu", CPU_SECONDS))
         },
     }
 
@@ -137,21 +150,22 @@ def _sum(one: Taken, other: Taken) -> Taken:
 
 def tell(found: dict[str, Any]) -> None:
     """Bandwidths, and how long training stands still."""
-    rows = [("", "s", "CPU s", "GB/s", "stepc's time of it")]
+    rows = [("", "s", "CPU s", "GB/s", "stepc's time of it", "CPU")]
     for name, spread in found["seconds"].items():
         what, _, who = name.partition(", ")
-        of = found.get(f"{what}_of_{who}")
+        of = [found.get(f"{what}_of_{who}{unit}") for unit in ("", "_cpu")]
         bandwidth = f"{found['megabytes'] / 1e3 / spread.median:.2f}"
         cpu = found["cpu_seconds"][name].shown()
-        rows.append((name, spread.shown(), cpu, bandwidth, "-" if of is None else of.shown()))
+        rows.append((name, spread.shown(), cpu, bandwidth, *("-" if one is None else one.shown() for one in of)))
     show(f"a state of {found['megabytes']:,.0f} MB; median (quartiles)", rows)
     of, cpu = found["stands_still"], found["stands_still_cpu"]
     met = f"<= {TARGET:.2f} {'met' if of.median <= TARGET else 'MISSED'}"
     still = [("", "of the time of a copy", "CPU", "target"), ("stands still", of.shown(), cpu.shown(), met)]
     show("how long training stands still for a save", still)
     plot("stands still, of a copy", of, TARGET)
-    for what, other in (("write", "Orbax"), ("write", "file"), ("read", "Orbax"), ("read", "file")):
-        plot(f"{what}, of {other}", found[f"{what}_of_{other}"])
+    for what in ("write", "read"):
+        for other in (*ORBAX, "file"):
+            plot(f"{what}, of {other}", found[f"{what}_of_{other}"])
 
 
 def main() -> None:
