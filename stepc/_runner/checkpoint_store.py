@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -58,14 +59,6 @@ ABANDONED, DELETING = "abandoned", ".deleting"
 UNUSABLE = "*?[\\\0"
 
 
-# How Orbax is told to read some of the leaves; an older one has no name for that.
-SOME_LEAVES: Mapping[str, Any] = (  # Any: arguments of Orbax
-    {"partial_restore": True}
-    if "partial_restore" in ocp.args.PyTreeRestore.__dataclass_fields__
-    else {"transforms": {}}
-)
-
-
 class MetaHandler(ocp.AsyncCheckpointHandler):
     """Writes the metadata when Orbax commits, in its thread: the digests in it are of every byte of the state."""
 
@@ -100,6 +93,39 @@ class Committing:
         self.act()
 
 
+@dataclass(frozen=True)
+class WantedLeaf:
+    """A leaf of a checkpoint that is to be read.
+
+    Args:
+      name: its key in what Orbax reads.
+      shape: its own, without padding.
+      like: an array, or the shape of one, placed as this will be.
+      placed: its numbers there.
+    """
+
+    name: str
+    path: str
+    shape: tuple[int, ...]
+    crc32: int
+    like: Any  # Any: see `read_leaves`
+    placed: jax.ShapeDtypeStruct
+
+    @property
+    def is_padded(self) -> bool:
+        return self.like.shape != self.shape
+
+    @property
+    def is_read_on_host(self) -> bool:
+        """Whether Orbax gives it as an array of numpy: not if each process reads a part of it, or it gets padding."""
+        return not self.is_padded and self.placed.sharding.is_fully_addressable
+
+    def check(self, crc32: int) -> None:
+        """Compare the digest of what was read. Errors: CheckpointError."""
+        if crc32 != self.crc32:
+            raise CheckpointError(f"the CRC-32 of {self.path} is {crc32:08x}, and {self.crc32:08x} was saved")
+
+
 class CheckpointStore:
     """A directory of numbered checkpoints, each complete or absent.
 
@@ -126,7 +152,10 @@ class CheckpointStore:
         barrier = None if commit is None else commit.barrier
         options = ocp.AsyncOptions(barrier_sync_fn=barrier, create_directories_asynchronously=False)
         items = ocp.CompositeCheckpointHandler(
-            "state", meta=MetaHandler(), composite_options=ocp.CompositeOptions(async_options=options)
+            # Not compressed: zstd takes most of the time of a save and of a read, and saves a tenth.
+            state=ocp.PyTreeCheckpointHandler(use_compression=False),
+            meta=MetaHandler(),
+            composite_options=ocp.CompositeOptions(async_options=options),
         )
         self._writer = ocp.AsyncCheckpointer(items, async_options=options)
         self._begun = -1
@@ -535,34 +564,66 @@ def read_leaves(
     reader: ocp.Checkpointer, directory: Path, step: int, target: Any, meta: Mapping[str, Any]
 ) -> Any:  # Any: a state, or some leaves of one, or their shapes
     """The leaves of a checkpoint at the paths of `target`, placed like those. Errors: CheckpointError for a digest."""
-    numbers = {path: number for number, (path, *_) in enumerate(meta["leaves"])}
-    paths = [path for path, _ in leaves_by_path(target)]
-    likes, structure = jax.tree.flatten(target)
-    names = _names(meta["leaves"])
-    wanted = {names[numbers[path]]: _shape_of(like) for path, like in zip(paths, likes, strict=True)}
-    own = [tuple(meta["leaves"][numbers[path]][1]) for path in paths]
-    is_padded = any(like.shape != shape for like, shape in zip(likes, own, strict=True))
-    args = ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-            wanted,
-            # Without `strict`, Orbax fills up what is smaller.
-            restore_args=ocp.checkpoint_utils.construct_restore_args(
-                wanted, **({"strict": False} if is_padded else {})
-            ),
-            **({} if len(wanted) == len(names) else SOME_LEAVES),
-        )
+    leaves = _wanted_leaves(target, meta)
+    shapes = {leaf.name: leaf.placed for leaf in leaves}
+    on_host = [leaf for leaf in leaves if leaf.is_read_on_host]
+    # Without `strict`, Orbax fills up what is smaller.
+    strict = {"strict": False} if any(leaf.is_padded for leaf in leaves) else {}
+    how = ocp.checkpoint_utils.construct_restore_args(shapes, **strict)
+    how |= {leaf.name: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in on_host}
+    is_part = len(leaves) < len(meta["leaves"])
+    args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=is_part)
+    read = reader.restore(directory / str(step), args=ocp.args.Composite(state=args))["state"]
+    arrays = _from_host(on_host, read) | _from_devices([leaf for leaf in leaves if not leaf.is_read_on_host], read)
+    return jax.tree.unflatten(
+        jax.tree.structure(target), [with_key_type(arrays[leaf.name], leaf.like) for leaf in leaves]
     )
-    read = reader.restore(directory / str(step), args=args)["state"]
-    arrays = [read[name] for name in wanted]
-    arrays = [
-        array if like.shape == shape else _with_padding(array, shape)
-        for array, like, shape in zip(arrays, likes, own, strict=True)
+
+
+def _wanted_leaves(target: Any, meta: Mapping[str, Any]) -> list[WantedLeaf]:  # Any: see `read_leaves`
+    names = _names(meta["leaves"])
+    saved = {
+        path: (name, path, tuple(shape), crc32)
+        for name, (path, shape, _, _, crc32) in zip(names, meta["leaves"], strict=True)
+    }
+    return [
+        WantedLeaf(*saved[path], like, _shape_of(like))
+        for (path, _), like in zip(leaves_by_path(target), jax.tree.leaves(target), strict=True)
     ]
-    for path, array, like, shape in zip(paths, arrays, likes, own, strict=True):
-        saved = meta["leaves"][numbers[path]][-1]
-        if (found := leaf_crc32(_on_host(array, None if like.shape == shape else shape))) != saved:
-            raise CheckpointError(f"the CRC-32 of {path} is {found:08x}, and {saved:08x} was saved")
-    return copy_state(structure.unflatten([with_key_type(one, like) for one, like in zip(arrays, likes, strict=True)]))
+
+
+def _from_host(leaves: Sequence[WantedLeaf], read: dict[str, Any]) -> dict[str, jax.Array]:  # Any: arrays of numpy
+    """The leaves in memory that a step can donate, by name. Errors: CheckpointError for a digest."""
+    arrays: dict[str, jax.Array] = {}
+    shared: dict[str, jax.Array] = {}
+    with ThreadPoolExecutor() as pool:  # zlib computes while this thread moves the leaves
+        digests = [pool.submit(leaf_crc32, read[leaf.name]) for leaf in leaves]
+        for leaf in leaves:
+            on_host = read.pop(leaf.name)  # it is freed as soon as it is copied
+            arrays[leaf.name] = array = jax.device_put(on_host, leaf.placed.sharding)
+            if _shares(array, on_host):
+                shared[leaf.name] = array
+    for leaf, digest in zip(leaves, digests, strict=True):
+        leaf.check(digest.result())
+    return arrays | copy_state(shared)
+
+
+def _shares(array: jax.Array, on_host: np.ndarray) -> bool:
+    """Whether an array lives in the memory of one of numpy, as jax has it on CPU: a donation would do nothing."""
+    return any(
+        shard.device.platform == "cpu" and np.may_share_memory(np.asarray(shard.data), on_host)
+        for shard in array.addressable_shards
+    )
+
+
+def _from_devices(leaves: Sequence[WantedLeaf], read: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same for what Orbax has put on the devices. All processes gather the leaves in the same order."""
+    arrays: dict[str, jax.Array] = {}
+    for leaf in leaves:
+        array = _with_padding(read[leaf.name], leaf.shape) if leaf.is_padded else read[leaf.name]
+        leaf.check(leaf_crc32(_on_host(array, leaf.shape if leaf.is_padded else None)))
+        arrays[leaf.name] = array
+    return copy_state(arrays)  # a view on the host keeps the memory of what was read
 
 
 def _with_padding(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

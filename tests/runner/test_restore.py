@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from conftest import mesh_of
 from faults.plan import FaultPlan, batch_of, by_a_plain_loop, digest, fresh, step
@@ -33,6 +34,32 @@ def test_restored_state_is_the_saved_one(saved: Path, number: int | None, steps:
     assert digest(state) == digest(by_a_plain_loop(list(range(1, steps + 1))))
     state, _ = step()(state, batch_of(steps + 1))  # it trains on
     assert digest(state) == digest(by_a_plain_loop(list(range(1, steps + 2))))
+
+
+def test_restored_leaves_can_be_donated(tmp_path: Path) -> None:
+    sizes = range(1000, 1064)  # numpy aligns some of them as jax needs it to take them without a copy
+    state = {"step": jnp.zeros((), jnp.int32), "leaves": [jnp.full(size, 1.5) for size in sizes]}
+    keep = sc.Checkpoints(tmp_path, every=1)
+    sc.run(lambda state, batch: (state, {"loss": jnp.float32(0)}), state, [{"x": np.zeros(1)}], checkpoint=keep)
+    found = sc.restore(tmp_path, like=state)["leaves"]
+    before = [leaf.unsafe_buffer_pointer() for leaf in found]
+    after = jax.jit(lambda leaves: [leaf + 1 for leaf in leaves], donate_argnums=0)(found)
+    assert [leaf.unsafe_buffer_pointer() for leaf in after] == before
+
+
+def test_compressed_checkpoint_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = ocp.PyTreeCheckpointHandler
+    state = {"zeros": jnp.zeros(100_000)}
+    sizes = []
+    for name, options in (("plain", {}), ("compressed", {"use_compression": True})):  # as those of an older stepc
+        monkeypatch.setattr(
+            ocp, "PyTreeCheckpointHandler", lambda options=options, **given: handler(**{**given, **options})
+        )
+        keep = sc.Checkpoints(tmp_path / name, every=1)
+        sc.run(lambda state, batch: (state, {"loss": jnp.float32(0)}), state, [{"x": np.zeros(1)}], checkpoint=keep)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / name).rglob("*") if file.is_file()))
+        np.testing.assert_array_equal(sc.restore(tmp_path / name)["zeros"], state["zeros"])
+    assert sizes[0] > 400_000 > 10 * sizes[1]
 
 
 def test_only_what_is_named_is_read(saved: Path) -> None:
