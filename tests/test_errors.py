@@ -56,6 +56,11 @@ def step_on(sizes: dict[str, int] | None = None) -> sc.Step:
     return sc.compile(pipeline, mesh=mesh_of(**(sizes or {"data": N})))
 
 
+def with_options(options: Any) -> None:
+    step = sc.compile(sc.update(tx) @ sc.grad(loss), compiler_options=options)
+    step(step.init(probe_params()), probe_batch(8))
+
+
 def call(batch: Any) -> None:
     step = step_on()
     step(step.init(probe_params()), batch)
@@ -507,6 +512,10 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.FieldTypeError,
         lambda: sc.compile(sc.update(tx) @ sc.grad(loss), compiler_options="--xla_cpu_enable_fast_math=true"),
     ),
+    "compiler_options_are_none": (
+        sc.FieldTypeError,
+        lambda: sc.compile(sc.update(tx) @ sc.grad(loss), compiler_options={"xla_flag": None, 3: True}),
+    ),
     "params_are_a_number": (sc.FieldTypeError, lambda: step_on().init(5)),
     "params_are_an_nnx_module": (sc.FieldTypeError, lambda: step_on().init(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))),
     "params_are_an_equinox_module": (
@@ -767,6 +776,10 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
     "seed_fraction": (sc.FieldTypeError, lambda: step_on().init(probe_params(), seed=0.5)),
 }
 CALLING: dict[str, tuple[type, Callable[[], object]]] = {
+    "compiler_option_unknown": (sc.ConfigError, lambda: with_options({"xla_no_such_flag": True})),
+    "compiler_option_with_dashes": (sc.ConfigError, lambda: with_options({"--xla_cpu_enable_fast_math": True})),
+    "compiler_option_not_bool": (sc.ConfigError, lambda: with_options({"xla_cpu_enable_fast_math": "true"})),
+    "compiler_option_not_int": (sc.ConfigError, lambda: with_options({"xla_backend_optimization_level": 1.5})),
     "rows_do_not_divide": (sc.BatchError, lambda: call(probe_batch(100))),
     "rows_too_few": (sc.BatchError, lambda: call(probe_batch(8))),
     "ragged": (sc.BatchError, lambda: call({"x": np.ones((64, 3), np.float32), "y": np.ones(32, np.float32)})),
@@ -1071,7 +1084,8 @@ def no_compilation_of_a_step() -> Iterator[None]:
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in GROUPS[group]])
 def test_mistake_is_refused_in_these_words(group: str, name: str, golden: Callable[[str, str, str], None]) -> None:
     kind, mistake = GROUPS[group][name]
-    is_early = group in ("compiling", "calling") and name not in ("donated_state", "donated_leaves")
+    is_late = name in ("donated_state", "donated_leaves") or name.startswith("compiler_option_")  # XLA refuses them
+    is_early = group in ("compiling", "calling") and not is_late
     with no_compilation_of_a_step() if is_early else nullcontext(), pytest.raises(sc.StepcError) as raised:
         mistake()
     assert type(raised.value) is kind

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from stepc import inspect, report
 from stepc._compiler.collectives import Z_OF_HEAD
 from stepc._compiler.plan import LeafSharding, Plan
+from stepc._compiler.validation import refused_option
 from stepc._core.nodes import show
 from stepc._core.sharding import axes_of
 from stepc.inspect.budget import Measurement, reductions_of
@@ -50,10 +51,19 @@ class Lowered:
         return self.traced.lower().as_text()
 
     def compile(self) -> "Compiled":
-        """Compile it; the step itself will not compile again for these shapes."""
+        """Compile it; the step itself will not compile again for these shapes.
+
+        Errors: ConfigError for one of the `compiler_options` that XLA refuses.
+        """
         lowered = self.traced.lower()
         donated = tuple(info.donated for info in jax.tree.leaves(lowered.args_info[0][0]))
-        return Compiled(lowered.compile(), self.plan, self.mesh, donated)
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if (refusal := refused_option(error)) is not None:
+                raise refusal from error
+            raise
+        return Compiled(executable, self.plan, self.mesh, donated)
 
 
 @dataclass(frozen=True, repr=False)

@@ -73,6 +73,7 @@ from stepc._compiler.validation import (
     batch_signature,
     check_arrays,
     check_batch,
+    check_compiler_options,
     check_fixed_point,
     check_like,
     check_model_state,
@@ -81,6 +82,7 @@ from stepc._compiler.validation import (
     check_params,
     check_seed,
     check_state,
+    refused_option,
     type_changes,
 )
 from stepc._core.nodes import Turn
@@ -134,7 +136,8 @@ def compile(
         are rounded.
     Errors: FieldTypeError for what is no pipeline, and for another argument of another type; ConfigError if the
       pipeline is not complete; ShardingError if the mesh lacks an axis. Nothing is traced or compiled before the first
-      call; that raises BudgetError if the program exceeds its budget, or if nothing fits an `accumulate(memory=...)`.
+      call; that raises BudgetError if the program exceeds its budget, or if nothing fits an `accumulate(memory=...)`,
+      and ConfigError if XLA refuses one of the `compiler_options`.
     Example:
       >>> compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
       compile(update(optax.sgd(0.1)) @ accumulate(4) @ grad(loss))
@@ -150,9 +153,7 @@ def compile(
     check_option("mesh", mesh, Mesh, expected="a jax.sharding.Mesh", remedy=remedy)
     check_option("budget", budget, Budget, expected="a stepc.Budget")
     flags = {} if compiler_options is None else compiler_options
-    if not isinstance(flags, Mapping):
-        facts = (("expected", "a dict of flags of XLA by name, or None"), ("got", type(flags).__name__))
-        raise FieldTypeError("`compiler_options` is not a dict.", facts=facts)
+    check_compiler_options(flags)
     transforms, flags = complete_transforms(pipeline), dict(flags)
     gate = None if budget is None else BudgetGate(budget)
     request = autotune_request(pipeline)
@@ -378,6 +379,8 @@ class Step:
                 self._note_trace(state, placed)
             return outputs
         except (TypeError, ValueError, RuntimeError) as error:  # of jax for an argument, of the trace, or of the loss
+            if (refusal := refused_option(error)) is not None:
+                raise refusal from error
             if not isinstance(error, BatchError):  # its message has all faults already
                 self._batches.check(batch)
             if str(error).startswith(("INVALID_ARGUMENT", "Array has been deleted")):  # of XLA or jax: it did not run

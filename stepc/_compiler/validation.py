@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -117,6 +118,44 @@ def check_option(name: str, value: object, kind: type, *, expected: str, remedy:
     if value is not None and not isinstance(value, kind):
         facts = (("expected", f"{expected}, or None"), ("got", type(value).__name__))
         raise FieldTypeError(f"`{name}` is not a {name}.", facts=facts, suggestion=remedy)
+
+
+def check_compiler_options(options: object) -> None:
+    """Refuse what jax cannot give to XLA as its flags. Errors: FieldTypeError."""
+    if not isinstance(options, Mapping):
+        rows = (("expected", "a dict of flags of XLA by name, or None"), ("got", type(options).__name__))
+        raise FieldTypeError("`compiler_options` is not a dict.", facts=rows)
+    facts: list[tuple[str, str]] = []
+    for name, value in options.items():
+        if not isinstance(name, str):
+            facts.append((repr(name), f"expected the name of a flag, got {type(name).__name__}"))
+        elif not isinstance(value, str | bool | int | float):
+            facts.append((name, f"expected a string, a bool or a number, got {type(value).__name__}"))
+    if facts:
+        raise FieldTypeError("`compiler_options` must be flags of XLA by name.", facts=facts)
+
+
+# What XLA says of a flag and of a value that it does not know. It has one class for all that it refuses.
+_NO_FLAG = re.compile(r"No such compile option: '(.*)'$")
+_NO_VALUE = re.compile(r"While setting option (\S+), '(.*)' is not a valid (\S+) value")
+
+
+def refused_option(error: Exception) -> ConfigError | None:
+    """What to raise where XLA has refused one of the `compiler_options`; None for any other error."""
+    said = str(error) if isinstance(error, jax.errors.JaxRuntimeError) else ""
+    if found := _NO_FLAG.search(said):
+        name, bare = found[1], found[1].lstrip("-")
+        remedy = "Names are those of `XLA_FLAGS` without the dashes. Each backend and version of XLA has its own."
+        if name != bare:
+            remedy = f"Write the name without the dashes: {bare!r}."
+        return ConfigError(f"XLA has no flag {name!r}, which `compiler_options` sets.", suggestion=remedy)
+    if found := _NO_VALUE.search(said):
+        name, value, kind = found.groups()
+        remedy = "Write True or False." if kind == "bool" else None
+        facts = [("expected", f"a value of type {kind}"), ("got", value)]
+        what = f"XLA cannot read the value that `compiler_options` gives its flag {name!r}."
+        return ConfigError(what, facts=facts, suggestion=remedy)
+    return None
 
 
 def bind(program: Program, sizes: Mapping[str, int]) -> Program:
