@@ -18,6 +18,9 @@ import stepc as sc
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCALARS = 256  # bytes: stepc also holds the norm of the gradient, a step counter and a key
+KERNEL = 4 * 3 * 3 * 8 * 8  # bytes of a kernel of the small ResNet
+# The convolutions of the loop that stepc computes channels last: it transposes up to three arrays for each.
+REORDERED = {"mlp": 0, "resnet": 5}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,8 @@ def test_eight_devices_reduce_once_in_the_memory_of_a_shard_map(scripts: dict[st
     assert sent[0] == sent[1] == [("all-reduce", 1, gradient + 4)]  # and the loss
     assert sum((executions or 0) * bytes_ for _, executions, bytes_ in sent[2]) >= by.K * gradient
     memory = [sc.inspect.memory(program).temporaries for program in (ours, by_hand)]
-    assert memory[0] <= memory[1] + SCALARS
-    assert num_copies(ours) <= num_copies(by_hand)
+    assert memory[0] <= memory[1] + SCALARS + (KERNEL if REORDERED[name] else 0)
+    assert num_copies(ours) <= num_copies(by_hand) + 3 * REORDERED[name]
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -72,17 +75,20 @@ def test_one_device_needs_no_more_than_by_hand(scripts: dict[str, Any], name: st
 
     loss_of_model = model.make_loss()
     step = by.by_stepc(loss, k)
-    ours = step.lower(step.init(model.params), model.batch).compile().executable
+    lowered = step.lower(step.init(model.params), model.batch)
+    ours = lowered.compile().executable
     traced, traces = traces, 0
     init, hand = by.by_hand(loss, k)
     by_hand = hand.lower((model.params, init(model.params)), model.batch).compile()
     assert traces == 1
     assert traced <= 2  # its structure is known before its program is made
     memory = [program.memory_analysis().temp_size_in_bytes for program in (ours, by_hand)]
+    reordered = REORDERED[name] if k > 1 else 0
+    assert lowered.plan.reordered == reordered
     assert memory[0] <= memory[1] + SCALARS
-    assert num_copies(ours) <= num_copies(by_hand)
+    assert num_copies(ours) <= num_copies(by_hand) + 3 * reordered
     count = scripts["measuring"].num_instructions
-    assert count(ours.as_text()) <= count(by_hand.as_text()) + 60
+    assert count(ours.as_text()) <= count(by_hand.as_text()) + 60 + 40 * reordered
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from stepc._compiler.collectives import on_every_device
+from stepc._compiler.convolutions import CONVOLUTION
 from stepc._compiler.layers import programs_in, stacked_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, is_of_jax, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
@@ -239,7 +240,8 @@ def trace_loss_structure(
         raise _names_axes_of_rows(named, node, manual_axes)
     if manual_axes:
         _check_regions(traced, node, manual_axes)
-    structure = replace(structure, names_axes=bool(named))
+    has_convolutions = any(equation.primitive.name == CONVOLUTION for equation in _equations(traced.jaxpr))
+    structure = replace(structure, names_axes=bool(named), has_convolutions=has_convolutions)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)

@@ -177,6 +177,7 @@ class Plan:
       accumulator: for each parameter, the shape of its gradient on one device while microbatches are summed.
       search: how `accumulate(memory=...)` found its k; None if the pipeline states every number.
       losses: each loss as written, and what it does with the rows that it is given; none where the batch is not split.
+      reordered: how many convolutions in loops are computed channels last, where the loss or its gradient has others.
     """
 
     pipeline: str
@@ -191,6 +192,7 @@ class Plan:
     accumulator: tuple[tuple[int, ...], ...] = ()
     search: SearchResult | None = None
     losses: tuple[tuple[str, RowUse], ...] = ()
+    reordered: int = 0
 
     @property
     def normal(self) -> Program:
@@ -232,8 +234,12 @@ class Plan:
         no_collectives = "none in the schedule; XLA inserts its own" if self.rows else "none"
         yield "collectives", aligned_table(map(_row, self.collectives)) or [no_collectives]
         yield "batch", [f"rows sharded over {', '.join(self.rows)}" if self.rows else "replicated"]
-        if self.losses:
-            yield "loss", [f"{written}: {use}" for written, use in self.losses]
+        of_losses = [f"{written}: {use}" for written, use in self.losses]
+        if self.reordered:
+            what = f"{self.reordered} convolution{'s' if self.reordered > 1 else ''} in a loop"
+            of_losses.append(f"{what}, computed channels last: XLA's CPU backend computes no other order fast there")
+        if of_losses:
+            yield "loss", of_losses
         if frozen := self.frozen:
             size = f"{sum(leaf.total_bytes for leaf in frozen):,} bytes"
             what = f"{len(frozen)} {'leaf' if len(frozen) == 1 else 'leaves'}, {size}"

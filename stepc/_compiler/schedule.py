@@ -103,6 +103,7 @@ class LossStructure:
       head: of a loss of the whole batch, what its head is given.
       stacks: the paths of the parameters that a scan takes one slice of at a time.
       names_axes: whether it names a mesh, or axes of one, in a sharding constraint or a `shard_map`.
+      has_convolutions: whether it computes a convolution.
     """
 
     counts: tuple[float | None, ...] = (1.0,)
@@ -113,6 +114,7 @@ class LossStructure:
     head: HeadStructure | None = None
     stacks: tuple[str, ...] = ()
     names_axes: bool = False
+    has_convolutions: bool = False
 
     @property
     def has_keys(self) -> bool:

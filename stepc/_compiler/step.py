@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, Never, TypeAlias
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
 from stepc._compiler.collectives import ManualRegion
+from stepc._compiler.convolutions import channels_last_in_loops
 from stepc._compiler.lowering import StepOutputs, lower_schedule
 from stepc._compiler.memory import in_host_memory, is_on_host, to_device, to_memory, to_memory_of, with_memory
 from stepc._compiler.metrics import Diagnostics, TurnDiagnostics
@@ -195,7 +197,8 @@ class Step:
         self._batches = BatchPlacement(self.mesh, normal_form)
         self._traces = 0
         self._traced: list[tuple[ArgumentTypes, ArgumentTypes]] = []  # the states and batches that it was traced for
-        self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...]]] = {}
+        # Of each program also how many convolutions are computed in another order of dimensions.
+        self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...], int]] = {}
         self._made: set[StateTypes] = set()  # of the states that `init` has made
         self._names_axes: dict[BatchSignature, bool] = {}  # whether a loss names axes of the mesh
         self._has_several_devices = mesh is not None and mesh.size > 1
@@ -485,12 +488,13 @@ class Step:
             state = replace(cut_leaves(moved, state.placement), opt_state=state.opt_state)
             moved = replace(moved, opt_state=given.opt_state)
             schedule, structures = self.normal_form.schedule(state, batch)
-            self._schedules[_signature(given, batch)] = schedule, structures
             parts = zip(self.normal_form.turns, schedules_of_turns(schedule), structures, strict=True)
             cut = zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True)
             cut_from = {id(own): (own, leaf) for own, leaf in cut if own is not leaf}
             regions = tuple(replace(self._region(state, batch, *part), cut_from=cut_from) for part in parts)
-            new, metrics, diagnostics = lower_schedule(schedule, regions)(state, batch)
+            outputs, reordered = self._run(partial(lower_schedule(schedule, regions), state, batch), structures)
+            new, metrics, diagnostics = outputs
+            self._schedules[_signature(given, batch)] = schedule, structures, reordered
             check_fixed_point(state, new)
             new = replace(
                 jax.tree.map(_also_reads, replace(new, params=()), replace(state, params=())), params=new.params
@@ -504,6 +508,15 @@ class Step:
                 # What is handed through is the leaf that was given, which is aliased.
                 new = jax.tree.map(lambda one, new, old, moved: moved if new is old else one, placed, new, state, moved)
             return to_memory_of(new, moved, given), metrics, diagnostics
+
+    def _run(
+        self, lowered: Callable[[], StepOutputs], structures: tuple[LossStructure, ...]
+    ) -> tuple[StepOutputs, int]:
+        """What the lowered schedule returns, and how many convolutions have another order of dimensions in it."""
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        if platform == "cpu" and any(one.has_convolutions for one in structures):
+            return channels_last_in_loops(lowered)
+        return lowered(), 0
 
     def _region(
         self, state: State, batch: Batch, turn: Turn, schedule: Schedule, structure: LossStructure
@@ -539,7 +552,7 @@ class Step:
         with self._own_mesh():
             mesh = () if self.mesh is None else tuple(self.mesh.shape.items())
             form, rules = self.normal_form, self.normal_form.rules
-            schedule, structures = self._schedules[_signature(state, batch)]
+            schedule, structures, reordered = self._schedules[_signature(state, batch)]
             leaves, state = sharding_table(state, rules, self.mesh).rows, own_shapes(state)
             notes = exchange_notes(schedule, self._batches.minibatch_bytes(batch))
             sums: list[tuple[jax.ShapeDtypeStruct, ...]] = []
@@ -568,6 +581,7 @@ class Step:
                 repr(self.pipeline), mesh, form.core, form.laws, schedule, rules.rows, leaves, notes,
                 tuple(model_state), tuple(leaf.shape for leaf in largest),
                 losses=tuple((turn.loss.written, one.row_use) for turn, one in pairs if one.row_use is not None),
+                reordered=reordered,
             )  # fmt: skip
 
     def _note_of_names(self, state: State) -> tuple[str, ...]:
