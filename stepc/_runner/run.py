@@ -66,9 +66,10 @@ class Data:
 
     Args:
       loader: an iterable of batches. An iterator with `get_state` and `set_state` is resumed exactly.
-      prefetch: how many batches a thread reads ahead and puts on the devices; 0 reads in the main thread. It reads no
-        more than `steps` asks for. A run that ends earlier leaves an iterator with `set_state` where its last step
-        stands; what it has read ahead of another one is lost, and the event `batches_lost` says how much.
+      prefetch: how many batches a thread reads ahead and puts on the devices; 0 reads in the main thread. Where the
+        state is on one CPU, batches stay where they were read. It reads no more than `steps` asks for. A run that ends
+        earlier leaves an iterator with `set_state` where its last step stands; what it has read ahead of another one is
+        lost, and the event `batches_lost` says how much.
       short_batches: what becomes of a batch with fewer rows than the first: "raise"; "drop"; or "pad" with copies of
         its first row that have a 0 in the leaf "mask", by which the loss must weigh its rows (`sc.Mean`).
       signatures: "one", every batch has the shapes of the first; or "many", for buckets of lengths and curricula: the
@@ -196,7 +197,8 @@ def run(
     _check_state(state, ours)
     with ExitStack() as at_the_end:
         peers = at_the_end.enter_context(closing(peers_for(state)))
-        place = data.place or (ours.put if data.prefetch > 0 or peers.are_many else lambda batch: batch)
+        is_placed = peers.are_many or data.prefetch > 0 and not _is_on_one_cpu(state)
+        place = data.place or (ours.put if is_placed else lambda batch: batch)
         source = Source(data.loader, place, data.short_batches, has_many=data.signatures == "many")
         is_positioned = isinstance(source.batches, Positioned)
         peers.check_same("arguments", lambda: _comparable(arguments, policies, watchdog, buffers, data, is_positioned))
@@ -481,6 +483,12 @@ def _best_of_steps(checkpoint: Checkpoints | None) -> str | None:
 def _needs_snapshots(policies: Mapping[str, Policy]) -> bool:
     """Whether a policy continues after a failure that destroys the state."""
     return any(not isinstance(policies[kind], Raise) for kind in ("nonfinite", "device"))
+
+
+def _is_on_one_cpu(state: Any) -> bool:  # Any: a state
+    """Whether a program takes arrays of numpy where they are: to put them on the device first takes time alone."""
+    devices = {device for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    return {device.platform for device in devices} == {"cpu"} and len(devices) == 1
 
 
 def _keeper(

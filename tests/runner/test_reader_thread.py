@@ -53,6 +53,20 @@ def test_float64_and_int64_batches_stay_wide_under_enable_x64(prefetch: int, tmp
     assert seen == [{"x": np.float64, "y": np.float64, "id": np.int64}] * 4
 
 
+@pytest.mark.parametrize(("devices", "num_placed"), [(1, 0), (2, 3)])
+def test_batches_are_placed_ahead_where_that_moves_them(
+    devices: int, num_placed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = None if devices == 1 else mesh_of(data=devices)
+    shared = sc.grad(loss) if mesh is None else sc.shard(sc.dp("data")) @ sc.grad(loss)
+    step = sc.compile(sc.update(optax.sgd(0.1)) @ shared, mesh=mesh)
+    put, placed = sc.Step.put, []
+    monkeypatch.setattr(sc.Step, "put", lambda step, batch: placed.append(batch) or put(step, batch))
+    batches = [{"x": np.ones((4, 3), np.float32), "y": np.ones(4, np.float32)}] * 3
+    run = sc.run(step, step.init({"w": np.zeros(3, np.float32)}), sc.Data(batches, prefetch=2))
+    assert (run.steps, len(placed), step.traces) == (3, num_placed, 1)
+
+
 SETTINGS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], Any]]] = {
     "default_device": (lambda: jax.default_device(jax.devices()[3]), lambda: jnp.zeros(1).devices()),
     "matmul_precision": (
