@@ -1,6 +1,7 @@
 """A program grows linearly with its leaves, and nothing of the user's is traced more often than it must be."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -44,8 +45,15 @@ def lowered(num_blocks: int, level: dict[str, Any]) -> tuple[sc.Lowered, Counter
     return step.lower(state, S((8, 4), jnp.float32)), calls
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:  # Any, twice: a program, and its equations
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in programs_in(equation):
+            yield from equations(inner)
+
+
 def num_equations(jaxpr: Any) -> int:
-    return sum(1 + sum(map(num_equations, programs_in(one))) for one in jaxpr.eqns)
+    return len(list(equations(jaxpr)))
 
 
 @pytest.mark.parametrize("level", SHARDED, ids=str)
@@ -54,9 +62,31 @@ def test_equations_of_a_step_grow_linearly_with_the_leaves(level: dict[str, Any]
     assert six - four == four - two
 
 
+@pytest.mark.parametrize(("level", "for_each_leaf"), [({}, 0), ({"zero": 1}, 4), ({"zero": 3}, 2)], ids=str)
+def test_constraints_say_nothing_that_the_shardings_of_the_results_say(
+    level: dict[str, Any], for_each_leaf: int
+) -> None:
+    step, _ = lowered(2, level)
+    found = [one for one in equations(step.jaxpr().jaxpr) if one.primitive.name == "sharding_constraint"]
+    assert len(found) == 4 * for_each_leaf
+
+
 def test_lowering_traces_loss_and_gradient_once_and_the_optimizer_once() -> None:
     _, calls = lowered(1, {})
     assert calls == {"loss": 2, "update": 1}
+
+
+def test_init_traces_the_init_of_the_optimizer_once() -> None:
+    calls, made = [], optax.adamw(1e-3)
+
+    def init(params: Any) -> Any:
+        calls.append(1)
+        return made.init(params)
+
+    gradient = sc.shard(sc.dp("data")) @ sc.grad(lambda params, rows: jnp.mean(rows @ params))
+    step = sc.compile(sc.update(optax.GradientTransformation(init, made.update)) @ gradient, mesh=mesh_of(data=2))
+    step.init(jnp.ones(4))
+    assert len(calls) == 1
 
 
 def test_gradient_is_known_to_reach_all_parameters_without_tangents(monkeypatch: pytest.MonkeyPatch) -> None:

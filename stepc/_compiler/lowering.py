@@ -1056,7 +1056,7 @@ def _update(
     def constrain(tree: Any, *, sharded: bool) -> Any:  # Any: a tree like the parameters
         return tree if not region.shard_axes else region.constrain(tree, sharded=sharded)
 
-    params = constrain(state.params, sharded=True)
+    params = state.params if region.has_sharded_params else constrain(state.params, sharded=True)
     value = _divide(final_maps.division, gradient.total)
     for one, measured, key in zip(final_maps.maps, gradient.measured, gradient.keys, strict=True):
         with region.scope(one.node.written):
@@ -1075,8 +1075,9 @@ def _update(
     for name, node in optimize.follows:
         with region.scope(node.written):
             slots[name] = node.advance(slots[name], params, state.step + 1, *node.arguments)
-    with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
-        params = constrain(params, sharded=region.has_sharded_params)
+    if not region.has_sharded_params:
+        with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
+            params = constrain(params, sharded=False)
     new = replace(state, params=params, opt_state=opt_state, step=state.step + 1, slots=slots)
     # What is not changed is taken here: the same array on both sides of a branch.
     leaves, tree = jax.tree.flatten(state.model_state)

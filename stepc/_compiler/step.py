@@ -17,7 +17,7 @@ from stepc._compiler.autotune import Autotuner, autotune_request, replace_reques
 from stepc._compiler.collectives import ManualRegion
 from stepc._compiler.convolutions import channels_last_in_loops
 from stepc._compiler.lowering import StepOutputs, lower_schedule
-from stepc._compiler.memory import in_host_memory, is_on_host, to_device, to_memory, to_memory_of, with_memory
+from stepc._compiler.memory import HOST, in_host_memory, is_on_host, to_device, to_memory, to_memory_of, with_memory
 from stepc._compiler.metrics import Diagnostics, TurnDiagnostics
 from stepc._compiler.multihost import check_start
 from stepc._compiler.normalize import NormalForm, normalize
@@ -101,6 +101,7 @@ from stepc._language.state import (
     copied_to,
     describe_leaf,
     leaves_by_path,
+    memory_of,
     own_shapes,
     state_of_turn,
     trained_leaves,
@@ -211,8 +212,15 @@ class Step:
             self._traces += 1
             return self._trace(state, batch)
 
-        flags = self.compiler_options or None
-        self._program = jax.jit(stepc_step, donate_argnums=0, compiler_options=flags, **self._batches.options)
+        self._jitted = partial(
+            jax.jit,
+            stepc_step,
+            donate_argnums=0,
+            compiler_options=self.compiler_options or None,
+            **self._batches.options,
+        )
+        self._programs: dict[Any, Any] = {}  # Any, twice: how a state is stored; a jitted function
+        self._program: Any = None  # that of the last call
 
     def __repr__(self) -> str:
         mesh = "" if self.mesh is None else f", mesh={dict(self.mesh.shape)}"
@@ -301,9 +309,10 @@ class Step:
         sizes = dict(rules.sizes)
         check_model_state(model_state, self.normal_form.core, prod(sizes[axis] for axis in rules.rows))
         specs = model_axis_specs(params, names, self.mesh, rules)
-        shapes = jax.eval_shape(
-            lambda params, model_state: self._fresh(params, seed, model_state), *shapes_of((params, model_state))
-        )
+        # Jitted, so that the shapes and the program share one trace of the optimizer's `init`.
+        fresh_state = jax.jit(lambda params, model_state: self._fresh(params, seed, model_state))
+        with self._own_mesh():
+            shapes = shapes_of(fresh_state.eval_shape(*self._shapes_on_mesh((params, model_state))))
         matrices = self.normal_form.matrices(shapes.params, shapes.opt_state) if rules.layout.zero else ()
         placement = placement_of_state(shapes, specs, names, rules, self.normal_form.model_state_rules, matrices)
         shapes = replace(shapes, placement=placement)
@@ -328,7 +337,7 @@ class Step:
                     cut_leaves(without_weak_types(to_device(tree)), placement, prefix=field)
                     for field, tree in (("params", params), ("model_state", model_state))
                 )
-                state = replace(self._fresh(params, seed, model_state), placement=placement)
+                state = replace(fresh_state(params, model_state), placement=placement)
                 state = padded_leaves(state, stored)
             # Without a mesh nothing says where a result is to be.
             return state if shardings is not None else to_memory(state, host)
@@ -375,6 +384,8 @@ class Step:
                 self._returned = weakref.ref(outputs.state)
                 return outputs
             before = self._traces
+            if not is_returned:
+                self._program = self._program_for(state)
             self._batches.compare(self._program, state, placed)
             outputs = StepOutputs(*self._program(state, placed))
             self._returned = weakref.ref(outputs.state)
@@ -432,13 +443,24 @@ class Step:
         shapes = self._batches.shapes(batch)
         before = self._traces
         try:
-            traced = self._program.trace(state, shapes)
+            traced = self._program_for(state).trace(state, shapes)
         except Exception as error:  # as in a call
             self.note_changes(error, state, batch)
             raise
         if before < self._traces:
             self._traced.append((argument_types(state), argument_types(batch)))
         return Lowered(traced, self._plan(state, shapes), self.mesh)
+
+    def _program_for(self, state: State) -> Any:  # Any: a jitted function
+        """The program that returns a state as this one is stored: sharded as it is, and in the same memory."""
+        if type(state) is not State:
+            check_state(state, self._transform_state, self.normal_form.wrt)
+        host = frozenset(path for path, leaf in leaves_by_path(state) if memory_of(leaf) == HOST)
+        stored = jax.tree.structure(state), host
+        if stored not in self._programs:
+            shardings = None if self.mesh is None else (*_shardings_of_outputs(state, host, self.mesh), None)
+            self._programs[stored] = self._jitted(out_shardings=shardings)
+        return self._programs[stored]
 
     def shardings(self, state: State) -> ShardingTable:
         """How every leaf of a state is sharded: its path, shape, spec and bytes on each device. It prints as a table.
@@ -448,12 +470,18 @@ class Step:
         check_state(state, self._transform_state, self.normal_form.wrt)
         return sharding_table(state, self.normal_form.rules, self.mesh)
 
+    def _shapes_on_mesh(self, tree: Any) -> Any:  # Any, twice: trees of one structure
+        """The shapes of arrays on the mesh, sharded somehow: jax traces them apart from those of no mesh."""
+        somehow = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=somehow), shapes_of(tree)
+        )
+
     def _fresh(self, params: Params, seed: Any, model_state: Any) -> State:
-        with self._own_mesh():
-            key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else jax.random.clone(seed)
-            made = self._transform_state(params)
-            fields = (params, made["opt_state"], jnp.zeros((), jnp.int32), key, model_state, made["slots"])
-            return State(*fields, wrt=self.normal_form.wrt)
+        key = jax.random.key(seed, impl=KEYS) if isinstance(seed, int) else jax.random.clone(seed)
+        made = self._transform_state(params)
+        fields = (params, made["opt_state"], jnp.zeros((), jnp.int32), key, model_state, made["slots"])
+        return State(*fields, wrt=self.normal_form.wrt)
 
     def _transform_state(
         self, params: Params, wrt: tuple[str, ...] | None = None
@@ -475,7 +503,11 @@ class Step:
         if self.mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, self._batches.shardings(batch))
         new, metrics, _ = self._trace(state, batch)
-        return new, metrics
+        if self.mesh is None:
+            return new, metrics
+        host = frozenset(path for path, leaf in leaves_by_path(state) if is_on_host(leaf))
+        shardings, of_metrics = _shardings_of_outputs(state, host, self.mesh)
+        return jax.lax.with_sharding_constraint(new, shardings), jax.lax.with_sharding_constraint(metrics, of_metrics)
 
     def _trace(self, state: State, batch: Batch) -> tuple[State, Metrics, Diagnostics | TurnDiagnostics]:
         """What the program does, while jax traces it."""
@@ -499,14 +531,14 @@ class Step:
             new = replace(
                 jax.tree.map(_also_reads, replace(new, params=()), replace(state, params=())), params=new.params
             )
-            if self.mesh is not None:
-                host = frozenset(path for path, leaf in leaves_by_path(new) if is_on_host(leaf))
-                of_state = with_memory(shardings_of(new, state.placement, self.mesh), host)
-                shardings = (of_state, shardings_of(metrics, (), self.mesh))
-                stored = padded_leaves(new, given)
-                placed, metrics = jax.lax.with_sharding_constraint((stored, metrics), shardings)
-                # What is handed through is the leaf that was given, which is aliased.
-                new = jax.tree.map(lambda one, new, old, moved: moved if new is old else one, placed, new, state, moved)
+            # What is handed through is the leaf that was given, which is aliased.
+            new = jax.tree.map(
+                lambda stored, new, old, moved: moved if new is old else stored,
+                padded_leaves(new, given),
+                new,
+                state,
+                moved,
+            )
             return to_memory_of(new, moved, given), metrics, diagnostics
 
     def _run(
@@ -726,6 +758,12 @@ def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays
     would then reuse no buffer. Every loss reads the parameters.
     """
     return new if new is old or is_on_host(old) else jax.lax.select(True, new, old)
+
+
+def _shardings_of_outputs(state: State, host: frozenset[str], mesh: Mesh) -> tuple[Any, NamedSharding]:
+    """The shardings of the next state, those of this one, and of every metric; Any: a tree of shardings."""
+    of_state = with_memory(shardings_of(state, state.placement, mesh), host)
+    return of_state, NamedSharding(mesh, PartitionSpec())
 
 
 def _shown(changes: list[str]) -> str:
