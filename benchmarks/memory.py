@@ -81,6 +81,40 @@ def over_rows(gradient: Gradient) -> Gradient:
     return mean
 
 
+def encoded(params: Any, rows: Any) -> Any:
+    """What the MLP makes of each row, and what it should be."""
+    *inner, last = params
+    hidden = rows["x"]
+    for layer in inner:
+        hidden = jax.nn.relu(hidden @ layer["kernel"] + layer["bias"])
+    return {"made": hidden @ last["kernel"] + last["bias"], "wanted": rows["y"]}
+
+
+def contrast(params: Any, z: Any) -> jax.Array:
+    """Of all rows, which one is this?"""
+    logits = z["made"] @ z["wanted"].T
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(logits))).mean()
+
+
+def in_two_passes(params: Any, batch: Any, k: int = K) -> tuple[jax.Array, Any]:
+    """The gradient of `contrast`, with one of `k` microbatches in memory: GradCache."""
+    parts = jax.tree.map(lambda leaf: leaf.reshape(k, -1, *leaf.shape[1:]), batch)
+    _, made = jax.lax.scan(lambda _, part: (None, encoded(params, part)["made"]), None, parts)
+
+    def of_whole(made: jax.Array) -> jax.Array:
+        return contrast(params, {"made": made.reshape(-1, made.shape[-1]), "wanted": batch["y"]})
+
+    value, cotangents = jax.value_and_grad(of_whole)(made)
+
+    def iteration(total: Any, given: Any) -> tuple[Any, None]:
+        part, cotangent = given
+        _, pull = jax.vjp(lambda params: encoded(params, part)["made"], params)
+        return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
+
+    total, _ = jax.lax.scan(iteration, jax.tree.map(jnp.zeros_like, params), (parts, cotangents))
+    return value, total
+
+
 def perturbed(gradient: Gradient, rho: float) -> Gradient:
     """The gradient where the loss is worse."""
 
@@ -320,6 +354,8 @@ def cases(model: Model, *, norms: bool) -> dict[str, Case]:
             step_of(over_rows(mapped(plain, clipped))),
         ),
     }
+    whole = sc.grad(sc.across(contrast) @ encoded)
+    found["across(contrast), k = 4"] = (update @ sc.accumulate(K) @ whole, step_of(in_two_passes))
     first, rest = update @ sc.grad(loss, wrt="0/**"), update @ sc.grad(loss, wrt=("1/**", "2/**"))
     turns = sc.alternate(first=first, rest=rest)
     found['grad(wrt="0/**")'] = (first, trained_alone(loss, norms=norms))
@@ -331,12 +367,21 @@ def cases(model: Model, *, norms: bool) -> dict[str, Case]:
     return found
 
 
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    """The first devices, along one axis."""
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def sharded(model: Model, mesh: jax.sharding.Mesh, *, norms: bool) -> Case:
+    """One reduction over the devices."""
+    loss = model.make_loss()
+    pipeline = sc.update(adamw()) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
+    return pipeline, updated(over_devices(jax.value_and_grad(loss), mesh), norms=norms)
+
+
 def demo(model: Model, devices: int) -> tuple[Case, jax.sharding.Mesh]:
     """The demo's pipeline."""
-    loss, mesh = (
-        model.make_loss(),
-        jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]),
-    )
+    loss, mesh = model.make_loss(), mesh_of(devices)
     shared = sc.accumulate(K) @ sc.shard(sc.dp("data")) @ sc.grad(loss)
     pipeline = sc.skip_nonfinite() @ sc.update(adamw()) @ sc.clip(1.0) @ shared
     gradient = averaged(jax.value_and_grad(loss))
@@ -415,6 +460,10 @@ def main() -> None:
         {"model": small.name, "what": name, "bytes": temporaries(small, case, with_norms[name][1])}
         for name, case in cases(small, norms=False).items()
     ]
+    mesh = mesh_of(NUM_DEVICES)
+    alone, with_norms_alone = (sharded(small, mesh, norms=norms) for norms in (False, True))
+    what = f'shard(dp("data")), {NUM_DEVICES} devices'
+    results.append({"model": small.name, "what": what, "bytes": temporaries(small, alone, with_norms_alone[1], mesh)})
     for model in (small,) if quick else (small, small_gpt(DEMO, rows=16)):
         for devices in (1, NUM_DEVICES):
             case, mesh = demo(model, devices)
