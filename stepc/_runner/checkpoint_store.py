@@ -191,7 +191,9 @@ class CheckpointStore:
                 "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
                 "keys": _keys_with_slashes(state),
             }
-            rows, digests = _described(state), [_digest_later(leaf) for leaf in leaves]
+            pool = ThreadPoolExecutor(1, thread_name_prefix="stepc-digest")
+            rows, digests = _described(state), [_digest_in(pool, leaf) for leaf in leaves]
+            pool.shutdown(wait=False)  # its thread ends when they are computed
             args = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(dict(zip(_names(leaves), leaves, strict=True))),
                 meta=MetaArgs(
@@ -744,11 +746,10 @@ def _names(leaves: Sequence[object]) -> list[str]:
     return [f"leaf_{number:05}" for number in range(len(leaves))]
 
 
-def _digest_later(array: jax.Array | np.ndarray) -> Callable[[], int]:
-    """What gives the digest of an array without holding its buffer on a device; asked for once the run goes on."""
+def _digest_in(pool: ThreadPoolExecutor, array: jax.Array | np.ndarray) -> Callable[[], int]:
+    """What gives the digest of an array, which the pool computes while Orbax writes. No buffer on a device is held."""
     if _is_here(array):
-        on_host = np.asarray(array)
-        return lambda: leaf_crc32(on_host)
+        return pool.submit(leaf_crc32, np.asarray(array)).result
     digest = leaf_crc32(_on_host(array))  # all processes gather the array at the same point of the run
     return lambda: digest
 
