@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
+from stepc._compiler.padded_update import padded_update
 from stepc._language.state import leaves_by_path
 from stepc.testing import assert_equivalent
 from stepc.testing.strategies import tensor_rules
@@ -378,6 +379,87 @@ def test_shard_map_over_a_padded_axis_is_told_what_the_loss_is_given(mode: str) 
     ) in raised.value.__notes__
     step = step_of(source=sc.grad(mapped(3), wrt=("head", "wte")), mode=mode)
     assert_equivalent(step, step.init(params_of()), batch_of(), tolerance=1e-5)
+
+
+def by_leaf(change: Callable[[Any, Any], Any]) -> optax.GradientTransformation:
+    """Keeps the last gradient of each leaf, and changes parameters by a function of the gradient and the parameter."""
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return jax.tree.map(change, grads, params), grads
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def noised(grad: jax.Array, param: jax.Array) -> jax.Array:
+    return -0.1 * grad + 0.1 * jax.random.normal(jax.random.key(0), param.shape)
+
+
+ON_PADDED: dict[str, tuple[Callable[[], Any], bool]] = {
+    "adam": (lambda: optax.adam(1e-2), True),
+    "adamw": (lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 9), weight_decay=0.1, mask=is_matrix), True),
+    "nadam": (lambda: optax.nadam(1e-2), True),
+    "amsgrad": (lambda: optax.amsgrad(1e-2), True),
+    "lion": (lambda: optax.lion(1e-2), True),
+    "injected": (lambda: optax.inject_hyperparams(optax.sgd)(1e-2, momentum=0.9, nesterov=True), True),
+    "clipped elements": (lambda: optax.chain(optax.clip(0.01), optax.rmsprop(1e-2)), True),
+    "what it keeps has no NaN": (lambda: by_leaf(lambda grad, _: -0.1 * grad), True),
+    "compared": (lambda: by_leaf(lambda grad, param: -0.1 * grad * (param > 0)), True),
+    "another rate for each shape": (lambda: by_leaf(lambda grad, _: -grad / grad.shape[-1]), False),
+    "another sign for each shape": (lambda: by_leaf(lambda g, p: p * g - g if g.shape[0] % 2 else g - p * g), False),
+    "another number for each row": (
+        lambda: by_leaf(lambda g, _: -g * jnp.arange(g.size, dtype=g.dtype).reshape(g.shape)),
+        False,
+    ),
+    "random": (lambda: by_leaf(noised), False),
+    "mean": (lambda: by_leaf(lambda grad, _: -0.1 * (grad - jnp.mean(grad))), False),
+    "norm": (lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)), False),
+    "trust ratio": (lambda: optax.lamb(1e-2), False),
+    "factored": (lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4), False),
+    "line search": (lambda: optax.lbfgs(memory_size=2), False),
+}
+
+
+@pytest.mark.parametrize("name", ON_PADDED)
+def test_optimizer_runs_on_padded_leaves_only_where_that_changes_nothing(name: str) -> None:
+    made, is_on_padded = ON_PADDED[name]
+
+    def shapes(vocabulary: int) -> Any:
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params_of(vocabulary))
+        return params, jax.eval_shape(made().init, params)
+
+    found = padded_update(made(), *shapes(VOCABULARY), stored=shapes(16), written="update")
+    assert (found is not None) is is_on_padded
+
+
+@pytest.mark.parametrize("name", [name for name in ON_PADDED if name not in ("adam", "line search", "factored")])
+def test_padding_stays_nan_and_unseen_whatever_the_optimizer(name: str) -> None:
+    step = step_of(sc.ema(0.5) @ sc.update(ON_PADDED[name][0]()) @ sc.clip(1.0), zero=1)
+    state = step.init(params_of())
+    for seed in range(2):
+        assert_equivalent(step, state, batch_of(seed=seed), tolerance=2e-5)  # some divide by small numbers
+        state, _ = step(state, batch_of(seed=seed))
+    assert all(np.isnan(padding).all() for padding in paddings(state).values())
+
+
+@pytest.mark.parametrize(("k", "level"), [(4, {}), (1, {"zero": 1}), (1, {"zero": 3}), (1, {"mode": "auto"})], ids=str)
+def test_padding_takes_no_more_temporaries_than_one_masked_copy(k: int, level: dict[str, Any]) -> None:
+    """That of an embedding, of which a product over the vocabulary is made; before, up to two for each leaf."""
+    level, size = dict(level), 256
+
+    def tied(params: Any, rows: Any) -> jax.Array:
+        logits = jnp.tanh(params["wte"][rows["token"]]) @ params["wte"].T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, rows["next"]).mean()
+
+    def temporaries(vocabulary: int) -> int:
+        mode = level.get("mode", "manual")
+        data = sc.dp("data", **{name: value for name, value in level.items() if name != "mode"})
+        rules = sc.shard(data, sc.tp({"wte": P("model")}, pad=True), mode=mode)
+        step = sc.compile(ADAM @ sc.clip(1.0) @ sc.accumulate(k) @ rules @ sc.grad(tied), mesh=mesh_of(data=4, model=2))
+        state = step.init({"wte": jax.ShapeDtypeStruct((vocabulary, size), jnp.float32)})
+        return step.lower(state, jax.eval_shape(batch_of)).compile().memory().temporaries
+
+    shard = 4 * 1001 * size
+    assert temporaries(2001) - temporaries(2002) < 1.1 * shard
 
 
 def test_pad_is_a_boolean_and_prints() -> None:

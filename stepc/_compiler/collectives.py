@@ -27,6 +27,7 @@ from stepc._compiler.metrics import (
     mask_last_metrics,
     replace_extremes,
 )
+from stepc._compiler.padded_update import PaddedUpdate
 from stepc._compiler.padding import along_padding, cut_along, padded_along, padded_shape
 from stepc._compiler.schedule import (
     Across,
@@ -43,7 +44,7 @@ from stepc._core.sharding import sharded_spec
 from stepc._language.encoded import Encoded
 from stepc._language.kinds import Batch, BatchRows, Grads, Params
 from stepc._language.model_state import MEANS, part_of_mean
-from stepc._language.state import key_data, leaves_by_path, path_of, with_key_type
+from stepc._language.state import PADDING, key_data, leaves_by_path, path_of, with_key_type
 from stepc._language.terms import accumulation_dtype
 from stepc._text import by_pattern
 
@@ -70,6 +71,7 @@ class ManualRegion:
       opt_state_padding: of each leaf of the optimizer state, its spec and its own shape; None if it is not padded.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
+      padded_update: how the optimizer runs on padded leaves; None if it runs on those without padding.
       batch_specs: of each leaf of the batch that one step takes, the PartitionSpec over all axes.
       sites: the transforms of the pipeline as written, each with the user's line that made it.
       cut_from: by the id of an array without padding, that array and the padded one that it was cut from.
@@ -90,6 +92,7 @@ class ManualRegion:
     slot_specs: dict[str, Any]  # Any: a tree like the slot
     matrices: dict[int, int] = field(default_factory=dict)
     opt_state_padding: tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...] = ()
+    padded_update: PaddedUpdate | None = None
     batch_specs: tuple[PartitionSpec, ...] = ()
     sites: tuple[tuple[str, str], ...] = ()
     cut_from: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # Any: arrays
@@ -136,7 +139,7 @@ class ManualRegion:
 
         return jax.tree_util.tree_map_with_path(constrained, tree, self.grad_dimensions, self.grad_specs)
 
-    def padded(self, tree: Any, specs: Any) -> Any:  # Any: trees of one structure
+    def padded(self, tree: Any, specs: Any, filling: float = PADDING) -> Any:  # Any: trees of one structure
         """The tree with each leaf padded to what its axes divide: only such leaves stay sharded at the border."""
         sizes = {} if self.mesh is None else self.mesh.shape
 
@@ -144,7 +147,7 @@ class ManualRegion:
             shape = padded_shape(leaf.shape, spec, sizes) if any(spec) else leaf.shape
             own, source = self.cut_from.get(id(leaf), (None, None))
             # A leaf that nothing has changed since it was cut: a copy less.
-            return source if own is leaf and source.shape == shape else padded_along(leaf, spec, shape)
+            return source if own is leaf and source.shape == shape else padded_along(leaf, spec, shape, filling)
 
         return jax.tree.map(padded, tree, specs)
 

@@ -120,6 +120,7 @@ from stepc._language.terms import (
 
 SCAN_NAME = "microbatches"  # the named scope of the scan, by which it is found in compiled text
 STEPS_NAME = "steps"  # that of `repeat` and `epochs`
+ZERO = 0.0  # what padding is in a gradient: it changes no sum and no norm
 NORM_NAME = "gradient_norm"  # that of the norm by which a step is known to be finite: no transform asks for it
 
 
@@ -375,7 +376,12 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     # Up to the last division: the scan over microbatches, the loss in it, the reductions.
     division, final_maps = _final_maps(schedule)
     total, losses = _run_reduced(schedule[:division], microbatch, inputs, region)
-    total = replace(total, grads=region.constrain(total.grads, sharded=True))
+    # An optimizer that works element by element is given the padded gradient and parameters.
+    if not all(map(_keeps_padding, final_maps.maps)):
+        region = replace(region, padded_update=None)
+    specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=True)
+    grads = total.grads if region.padded_update is None else region.padded(total.grads, specs, ZERO)
+    total = replace(total, grads=region.constrain(grads, sharded=True))
 
     # The last division and the final maps, for the metrics and the norm.
     keys = tuple(_map_key(one, microbatch, inputs, region) for one in final_maps.maps)
@@ -390,6 +396,9 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     # The optimizer, in a branch if the step may be skipped; it runs the final maps again. It is given nothing frozen: a
     # branch may copy what it hands through.
     given = _trained_alone(state)
+    if region.padded_update is not None:
+        specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=region.has_sharded_params)
+        given = replace(given, params=region.padded(given.params, specs))
     loss_fn = None
     if optimize.evaluate is not None:
         loss_fn = _loss_of_whole_batch(optimize.evaluate, microbatch, inputs, region)
@@ -516,7 +525,7 @@ def _run_on_devices(
             inputs = replace(inputs, first_row=microbatch.numbers[0], rows_per_device=num_rows(microbatch.rows))
         total = _run(schedule[:end], None, microbatch, inputs, region)
         by_rows, others = (_only(total.model_state, region, "rows", others=others) for others in (False, True))
-        grads = region.padded(total.grads, region.grad_specs) if has_gradient else total.grads
+        grads = region.padded(total.grads, region.grad_specs, ZERO) if has_gradient else total.grads
         return replace(total, grads=(), finite=None, model_state=others), grads, by_rows, total.finite[None]
 
     rows, params = (
@@ -542,7 +551,9 @@ def _run_on_devices(
     total, grads, by_rows, losses = run(padded, replace(inputs, params=(), **padded_rest), microbatch)
     if has_gradient:
         specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=is_sharded)
-        grads = region.cut(grads, grads, trained, specs)
+        stored, grads = grads, region.cut(grads, grads, trained, specs)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(stored), strict=True)
+        region.cut_from.update({id(cut): (cut, whole) for cut, whole in pairs if cut is not whole})
     return replace(total, grads=grads, model_state=_either(total.model_state, by_rows)), losses
 
 
@@ -1066,15 +1077,19 @@ def _update(
     offered = {"value": loss, "grad": grads, **losses}
     with region.scope(node.written):
         moved = to_device(state.opt_state)
-        given = _cut_opt_state(moved, region)
+        given = moved if region.padded_update is not None else _cut_opt_state(moved, region)
         run = gathering(region.gathered_matrix) if region.matrices else None
         updates, opt_state = run_optimizer(node.optimizer, grads, given, params, offered, node.written, run)
-        opt_state = to_memory_of(_padded_opt_state(opt_state, given, moved, region), moved, state.opt_state)
+        stored = _padded_opt_state(_cut_where_filled(opt_state, region), given, moved, region)
+        opt_state = to_memory_of(stored, moved, state.opt_state)
         params = constrain(optax.apply_updates(params, updates), sharded=True)
-    slots = dict(state.slots)
+    slots, own = dict(state.slots), params
+    if region.padded_update is not None and optimize.follows:
+        specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=True)
+        own = region.cut(params, params, region.padded_update.shapes, specs)
     for name, node in optimize.follows:
         with region.scope(node.written):
-            slots[name] = node.advance(slots[name], params, state.step + 1, *node.arguments)
+            slots[name] = node.advance(slots[name], own, state.step + 1, *node.arguments)
     if not region.has_sharded_params:
         with nullcontext() if optimize.gather is None else region.scope(optimize.gather.written):
             params = constrain(params, sharded=False)
@@ -1089,6 +1104,19 @@ def _cut_opt_state(opt_state: Any, region: ManualRegion) -> Any:  # Any, twice: 
     leaves, tree = jax.tree.flatten(opt_state)
     pairs = zip(leaves, region.opt_state_padding, strict=True)
     return tree.unflatten([leaf if place is None else cut_along(leaf, *place) for leaf, place in pairs])
+
+
+def _cut_where_filled(new: Any, region: ManualRegion) -> Any:  # Any: as above
+    """What an optimizer that runs on padded leaves returns, without the padding that it has filled."""
+    if region.padded_update is None:
+        return new
+    leaves, tree = jax.tree.flatten(new)
+    rows = zip(leaves, region.opt_state_padding, region.padded_update.is_kept, strict=True)
+    return tree.unflatten([leaf if place is None or kept else cut_along(leaf, *place) for leaf, place, kept in rows])
+
+
+def _keeps_padding(one: Apply) -> bool:
+    return one.node.keeps_zeros and not one.node.reads_params
 
 
 def _padded_opt_state(new: Any, cut: Any, stored: Any, region: ManualRegion) -> Any:  # Any: as above

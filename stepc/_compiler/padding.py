@@ -25,19 +25,19 @@ def padded_shape(shape: tuple[int, ...], spec: Iterable[Entry], sizes: Mapping[s
     return tuple(-(-size // number) * number for size, number in zip(shape, parts, strict=True))
 
 
-def padded(leaf: Any, shape: tuple[int, ...]) -> Any:  # Any, twice: an array of numpy or jax
+def padded(leaf: Any, shape: tuple[int, ...], filling: float = PADDING) -> Any:  # Any, twice: of numpy or jax
     """The leaf, filled up to a shape."""
     if leaf.shape == shape:
         return leaf
     widths = [(0, size - own) for size, own in zip(shape, leaf.shape, strict=True)]
-    number = PADDING if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
+    number = filling if jnp.issubdtype(leaf.dtype, jnp.inexact) else 0
     module = np if isinstance(leaf, np.ndarray) else jnp
     return module.pad(leaf, widths, constant_values=module.asarray(number, leaf.dtype))
 
 
-def padded_along(leaf: jax.Array, spec: PartitionSpec, shape: tuple[int, ...]) -> jax.Array:
+def padded_along(leaf: jax.Array, spec: PartitionSpec, shape: tuple[int, ...], filling: float = PADDING) -> jax.Array:
     """The leaf of a program, filled up to a shape that its axes divide, and sharded along them."""
-    return leaf if leaf.shape == shape else jax.lax.with_sharding_constraint(padded(leaf, shape), spec)
+    return leaf if leaf.shape == shape else jax.lax.with_sharding_constraint(padded(leaf, shape, filling), spec)
 
 
 def along_padding(shape: tuple[int, ...], padded: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from stepc._compiler.memory import HOST, in_host_memory, is_on_host, to_device, 
 from stepc._compiler.metrics import Diagnostics, TurnDiagnostics
 from stepc._compiler.multihost import check_start
 from stepc._compiler.normalize import NormalForm, normalize
+from stepc._compiler.padded_update import PaddedUpdate, padded_update
 from stepc._compiler.placement import (
     BatchPlacement,
     cut_leaves,
@@ -57,6 +58,7 @@ from stepc._compiler.plan import (
 )
 from stepc._compiler.schedule import (
     LossStructure,
+    Optimize,
     Schedule,
     accumulator_is_sharded,
     draws,
@@ -87,7 +89,7 @@ from stepc._compiler.validation import (
     refused_option,
     type_changes,
 )
-from stepc._core.nodes import Turn
+from stepc._core.nodes import Turn, UpdateNode
 from stepc._jax import as_mesh_of_step, is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.names import names_by_path, unboxed
@@ -103,6 +105,7 @@ from stepc._language.state import (
     leaves_by_path,
     memory_of,
     own_shapes,
+    padded_places,
     state_of_turn,
     trained_leaves,
     unpadded_params,
@@ -524,10 +527,12 @@ class Step:
             cut = zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True)
             cut_from = {id(own): (own, leaf) for own, leaf in cut if own is not leaf}
             regions = tuple(replace(self._region(state, batch, *part), cut_from=cut_from) for part in parts)
+            if isinstance(update := schedule[-1], Optimize):  # in a loop, or before another turn, padding is cut off
+                regions = (replace(regions[0], padded_update=_padded_update(update.node, given)),)
             outputs, reordered = self._run(partial(lower_schedule(schedule, regions), state, batch), structures)
             new, metrics, diagnostics = outputs
             self._schedules[_signature(given, batch)] = schedule, structures, reordered
-            check_fixed_point(state, new)
+            check_fixed_point(own_shapes(state), own_shapes(new))
             new = replace(
                 jax.tree.map(_also_reads, replace(new, params=()), replace(state, params=())), params=new.params
             )
@@ -749,6 +754,14 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
     """A copy of a leaf of another state, padded and placed as a fresh one is."""
     padded = padded_arrays(leaf, made)
     return jax.device_put(jnp.copy(jax.device_put(padded, made.sharding)), made.sharding)
+
+
+def _padded_update(node: UpdateNode, state: State) -> PaddedUpdate | None:
+    """How the optimizer runs on the padded leaves of a state."""
+    if not padded_places(state.placement):
+        return None
+    own, stored = shapes_of(own_shapes(state)), shapes_of(state)
+    return padded_update(node.optimizer, own.trained, own.opt_state, (stored.trained, stored.opt_state), node.written)
 
 
 def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays

@@ -165,6 +165,7 @@ class MapNode:
       keeps_finite: the norm of the new gradient is finite if and only if that of the old one is.
       measure: what the function needs of the whole gradient, apart from what it does to each element:
         `measure(grads, *arguments)` returns a value and the metrics, `function(grads, value, *arguments)` the gradient.
+      keeps_zeros: zeros that are appended to a leaf stay zeros, and change nothing else.
       reads_params: the measurement reads the parameters: `measure(grads, params, *arguments)`.
     """
 
@@ -172,6 +173,7 @@ class MapNode:
     arguments: tuple[object, ...] = ()
     draws: bool = False
     keeps_finite: bool = False
+    keeps_zeros: bool = False
     measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of arrays)
     reads_params: bool = False
     name: str = "map"

@@ -42,6 +42,7 @@ class Clip(Transform):
                 multiply,
                 (self.max_norm, self.nonfinite),
                 keeps_finite=self.nonfinite == "nan",
+                keeps_zeros=True,
                 measure=clipping_factor,
                 written=repr(self),
             ),

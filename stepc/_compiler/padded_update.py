@@ -1,0 +1,180 @@
+"""Whether an optimizer can run on padded leaves, as they are stored: it works element by element, as Adam does.
+
+The operations of its `update` are read. Without padding XLA would compute the new state of such a leaf twice, once for
+the parameters and once to mask it, and copy the old one for that: a shard of each leaf in temporaries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from stepc._compiler.layers import programs_in
+from stepc._compiler.matrices import CALLS
+from stepc._compiler.rows import ELEMENTWISE
+from stepc._language.kinds import Params
+from stepc._language.optimizers import Optimizer, evaluates_loss, run_optimizer
+
+# The operations that make NaN of NaN, whatever the other operand is.
+KEEP_NAN = frozenset(
+    """
+    abs add add_any cbrt convert_element_type copy cos div erf exp exp2 expm1 log log1p logistic max min mul neg
+    reduce_precision rsqrt sign sin sqrt square stop_gradient sub tan tanh
+    """.split()
+)
+# What the shape of a leaf alone may change in an operation.
+SHAPES = frozenset(("shape", "sharding"))
+
+# Of a value while `update` is read. UNIFORM: one number, however often. NAN and PADDED: made element by element of a
+# padded leaf, with NaN in its padding or with anything. OTHER: what depends on the shape, or may.
+UNIFORM, NAN, PADDED, OTHER = "uniform", "nan", "padded", "other"
+
+
+@dataclass(frozen=True)
+class PaddedUpdate:
+    """An optimizer that runs on padded leaves.
+
+    Args:
+      shapes: a tree like the gradient, of the shapes without padding.
+      is_kept: of each leaf of the optimizer state, whether what comes out has NaN in its padding, or has none.
+    """
+
+    shapes: Any  # Any: a tree of jax.ShapeDtypeStruct
+    is_kept: tuple[bool, ...]
+
+
+def padded_update(
+    optimizer: Optimizer,
+    params: Params,
+    opt_state: Any,  # Any: the optimizer's own tree
+    stored: tuple[Params, Any],  # Any: as above
+    written: str,
+) -> PaddedUpdate | None:
+    """How an optimizer runs on padded leaves; None if it does not work element by element on them.
+
+    Args:
+      params: the shapes of those that are trained, without padding.
+      opt_state: the shapes of its state, without padding.
+      stored: both as they are stored.
+    """
+    if jax.tree.all(jax.tree.map(_is_like, params, stored[0])) or evaluates_loss(optimizer):
+        return None
+
+    def update(grads: Params, opt_state: Any, params: Params, value: jax.Array) -> Any:
+        return run_optimizer(optimizer, grads, opt_state, params, {"value": value, "grad": grads}, written)
+
+    def traced(params: Params, opt_state: Any) -> ClosedJaxpr:
+        return jax.make_jaxpr(update)(params, opt_state, params, jnp.zeros(()))
+
+    kinds = [
+        *(_kind(one, other, PADDED) for one, other in _pairs(params, stored[0])),
+        *(_kind(one, other, NAN) for one, other in _pairs(opt_state, stored[1])),
+        *(_kind(one, other, NAN) for one, other in _pairs(params, stored[0])),
+        UNIFORM,
+    ]
+    own = traced(params, opt_state)
+    results = _kinds(own.jaxpr, kinds)
+    if results is None:
+        return None
+    try:
+        on_stored = traced(*stored)
+    except (TypeError, ValueError):  # it has arrays of the own shapes, such as a mask
+        return None
+    # A number that it makes of a shape, such as a rate for each width, differs between the two.
+    if not _is_same_program(own, on_stored):
+        return None
+    leaves = jax.tree.leaves(stored)
+    if list(map(_shape, on_stored.jaxpr.outvars)) != [leaf.shape for leaf in leaves]:
+        return None
+    of_state = list(zip(_pairs(opt_state, stored[1]), results[len(jax.tree.leaves(params)) :], strict=True))
+    return PaddedUpdate(params, tuple(_is_like(*pair) or kind == NAN for pair, kind in of_state))
+
+
+def _pairs(own: Any, stored: Any) -> list[tuple[Any, Any]]:  # Any: trees of shapes of one structure; shapes
+    return list(zip(jax.tree.leaves(own), jax.tree.leaves(stored), strict=True))
+
+
+def _is_like(own: Any, stored: Any) -> bool:  # Any: shapes
+    return own.shape == stored.shape
+
+
+def _kind(own: Any, stored: Any, kind: str) -> str:  # Any: shapes
+    if _is_like(own, stored):
+        return OTHER if own.ndim else UNIFORM
+    return kind if jnp.issubdtype(own.dtype, jnp.inexact) else PADDED
+
+
+def _kinds(jaxpr: Jaxpr, kinds: Sequence[str]) -> list[str] | None:
+    """The kind of each result; None where a padded leaf meets an operation that is not element by element."""
+    known: dict[Any, str] = dict(zip(jaxpr.invars, kinds, strict=True))  # Any: a variable
+
+    def read(var: Any) -> str:  # Any: a variable, or a literal
+        return UNIFORM if not _shape(var) else OTHER if isinstance(var, Literal) else known.get(var, OTHER)
+
+    for equation in jaxpr.eqns:
+        given, name = list(map(read, equation.invars)), equation.primitive.name
+        shapes = {_shape(var) for var, kind in zip(equation.invars, given, strict=True) if kind in (NAN, PADDED)}
+        if not shapes:
+            is_uniform = OTHER not in given and (name in ELEMENTWISE or name == "broadcast_in_dim")
+            results = [UNIFORM if is_uniform else OTHER for _ in equation.outvars]
+        elif name in CALLS:
+            inner = _kinds(equation.params["jaxpr"].jaxpr, given)
+            if inner is None:
+                return None
+            results = inner
+        elif name in ELEMENTWISE and OTHER not in given and set(map(_shape, equation.outvars)) == shapes:
+            results = [NAN if _keeps_nan(equation, given) else PADDED for _ in equation.outvars]
+        else:
+            return None
+        known |= {var: kind if _shape(var) else UNIFORM for var, kind in zip(equation.outvars, results, strict=True)}
+    return list(map(read, jaxpr.outvars))
+
+
+def _keeps_nan(equation: Any, given: list[str]) -> bool:  # Any: a jax.extend.core.JaxprEqn
+    if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
+        return False
+    match equation.primitive.name:
+        case "select_n":
+            return all(kind == NAN for kind in given[1:])
+        case "integer_pow":
+            return given == [NAN] and equation.params["y"] != 0
+        case name:
+            return NAN in given and name in KEEP_NAN
+
+
+def _shape(var: Any) -> tuple[int, ...]:  # Any: a variable, or a literal
+    return var.aval.shape
+
+
+def _is_same_program(own: ClosedJaxpr, stored: ClosedJaxpr) -> bool:
+    """Whether two traces differ in shapes alone."""
+    consts = zip(own.consts, stored.consts, strict=False)
+    is_same = len(own.consts) == len(stored.consts) and all(np.array_equal(one, other) for one, other in consts)
+    return is_same and _has_same_operations(own.jaxpr, stored.jaxpr)
+
+
+def _has_same_operations(own: Jaxpr, stored: Jaxpr) -> bool:
+    inputs = zip((*own.constvars, *own.invars), (*stored.constvars, *stored.invars), strict=False)
+    same: dict[Any, Any] = dict(inputs)  # Any: variables
+
+    def is_same(one: Any, other: Any) -> bool:  # Any: a variable, or a literal
+        if isinstance(one, Literal) or isinstance(other, Literal):
+            return type(one) is type(other) and np.array_equal(one.val, other.val)
+        return same.get(one) is other
+
+    if len(own.eqns) != len(stored.eqns):
+        return False
+    for one, other in zip(own.eqns, stored.eqns, strict=True):
+        inner = list(zip(programs_in(one), programs_in(other), strict=False))
+        if one.primitive is not other.primitive or not all(map(is_same, one.invars, other.invars)):
+            return False
+        if any(program.constvars or not _has_same_operations(program, twin) for program, twin in inner):
+            return False
+        if not inner and any(one.params[name] != other.params[name] for name in one.params.keys() - SHAPES):
+            return False
+        same |= dict(zip(one.outvars, other.outvars, strict=True))
+    return all(map(is_same, own.outvars, stored.outvars))
