@@ -1,5 +1,6 @@
 """Shardings: by `zero` over the axis of the rows, by rules over model axes; and what they cost."""
 
+import re
 from collections import Counter
 from functools import reduce
 from typing import Any
@@ -257,6 +258,25 @@ def test_compiler_of_tpus_cannot_move_a_reduce_scatter_out_of_the_loop(level: st
     text = step.lower(step.init(mlp_params()), mlp_batch(256)).stablehlo()
     scatters_in_loop = LEVELS[level].get("zero") == 2 or "gather" in LEVELS[level]
     assert text.count("optimization_barrier") == (3 if scatters_in_loop else 0)  # one for each leaf
+
+
+@pytest.mark.parametrize("level", ["zero=1", "zero=3", "zero=3, layer"])
+def test_dimensions_of_size_1_are_not_scattered(level: str) -> None:
+    """With one in front, XLA for TPUs makes an all-reduce of a reduce-scatter."""
+    options = {"zero=1": {"zero": 1}, "zero=3": {"zero": 3}, "zero=3, layer": {"zero": 3, "gather": "layer"}}[level]
+
+    def loss(params: Any, rows: jax.Array) -> jax.Array:
+        def layer(stream: jax.Array, expert: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.einsum("bd,edf->bf", stream, expert), None
+
+        return jnp.mean(jax.lax.scan(layer, rows, params["layers"])[0] ** 2)
+
+    pipeline = sc.update(optax.sgd(0.5)) @ sc.accumulate(2) @ sc.shard(sc.dp("data", **options)) @ sc.grad(loss)
+    step = sc.compile(pipeline, mesh=mesh_of(data=4))
+    state, batch = step.init({"layers": jnp.ones((3, 1, 8, 8))}), jnp.arange(64.0).reshape(8, 8) % 3
+    assert_equivalent(step, state, batch)
+    shapes = re.findall(r":(\w+\[[\d,]*\]) = reduce_scatter\[", str(step.lower(state, batch).jaxpr()))
+    assert shapes == [{"zero=3, layer": "f32[2,8]"}.get(level, "f32[3,2,8]")]
 
 
 def test_transform_in_the_loop_that_needs_the_complete_gradient_gets_it() -> None:

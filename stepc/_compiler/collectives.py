@@ -307,7 +307,7 @@ def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegio
             return leaf
         narrow = leaf if instruction.dtype is None else leaf.astype(instruction.dtype)
         with region.leaves_scope([path_of(keys)]):
-            total = jax.lax.psum_scatter(narrow, instruction.axes, scatter_dimension=dim, tiled=True)
+            total = _scattered(narrow, instruction.axes, dim)
         return total.astype(leaf.dtype)
 
     with region.scope(instruction.written):
@@ -316,6 +316,26 @@ def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegio
             grads,
             region.grad_specs,
         )
+
+
+def _scattered(leaf: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """This device's own shard of the sum."""
+
+    def scatter(leaf: jax.Array, dim: int) -> jax.Array:
+        return jax.lax.psum_scatter(leaf, axes, scatter_dimension=dim, tiled=True)
+
+    return _without_ones(scatter, leaf, dim)
+
+
+def _without_ones(collective: Callable[[jax.Array, int], jax.Array], leaf: jax.Array, dim: int) -> jax.Array:
+    """A collective along a dimension, without the other dimensions that have size 1, such as that of an expert.
+
+    Why: XLA for TPUs makes an all-reduce of a reduce-scatter with one in front, which sends twice as much (measured in
+      compiled programs, libtpu 0.0.42.1).
+    """
+    ones = [place for place, size in enumerate(leaf.shape) if size == 1 and place != dim]
+    made = collective(jnp.squeeze(leaf, ones), dim - sum(one < dim for one in ones))
+    return jnp.expand_dims(made, ones)
 
 
 def all_gather(instruction: AllGather, params: Params, region: ManualRegion) -> Params:
@@ -400,8 +420,12 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
 
     def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype, path: str) -> jax.Array:
         def gather_shard(shard: jax.Array) -> jax.Array:
+            # Its transpose is a reduce-scatter.
+            def along(shard: jax.Array, dim: int) -> jax.Array:
+                return jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
+
             with region.scope(instruction.written), region.leaves_scope([path]):
-                return jax.lax.all_gather(shard.astype(dtype), axes, axis=dim, tiled=True)
+                return _without_ones(along, shard.astype(dtype), dim)
 
         if not region.is_manual(axes):
             of_grad = PartitionSpec(*sharded_spec(tuple(spec), dim, axes))
@@ -417,7 +441,7 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
         def scatter_grad(grad: jax.Array) -> jax.Array:
             wider = grad.astype(wide)
             with region.scope(instruction.written), region.leaves_scope([path]):
-                total = jax.lax.psum_scatter(wider, axes, scatter_dimension=dim, tiled=True)
+                total = _scattered(wider, axes, dim)
             return total.astype(leaf.dtype)
 
         @jax.custom_vjp
