@@ -118,17 +118,17 @@ def interleaved(samples: Mapping[str, Callable[[], T]], *, rounds: int, discarde
     return taken
 
 
-def spreads(taken: Mapping[str, Sequence[Taken]], place: int = SECONDS) -> dict[str, Spread]:
+def spreads(taken: Mapping[str, Sequence[tuple[float, ...]]], place: int = SECONDS) -> dict[str, Spread]:
     """The spread of every variant."""
     return {name: Spread.of([one[place] for one in many]) for name, many in taken.items()}
 
 
-def ratio(taken: Mapping[str, Sequence[Taken]], over: str, under: str, place: int = SECONDS) -> Spread:
+def ratio(taken: Mapping[str, Sequence[tuple[float, ...]]], over: str, under: str, place: int = SECONDS) -> Spread:
     """The ratio of two variants, round by round: a slow round slows both."""
     return Spread.of([a[place] / b[place] for a, b in zip(taken[over], taken[under], strict=True)])
 
 
-def difference(taken: Mapping[str, Sequence[Taken]], of: str, to: str, place: int = SECONDS) -> Spread:
+def difference(taken: Mapping[str, Sequence[tuple[float, ...]]], of: str, to: str, place: int = SECONDS) -> Spread:
     """The difference of two variants, round by round."""
     return Spread.of([a[place] - b[place] for a, b in zip(taken[of], taken[to], strict=True)])
 

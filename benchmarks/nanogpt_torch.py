@@ -1,4 +1,4 @@
-"""nanoGPT's model and its step in PyTorch, for `nanogpt.py`, which imports it if torch is installed."""
+"""nanoGPT's model and its step in PyTorch, for `nanogpt.py` and `gpu.py`, which import it if torch is installed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(width, bias=False)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        stream = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        stream = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for layer in self.layers:
             stream = layer(stream)
         logits = F.linear(self.ln_f(stream), self.wte.weight)
@@ -57,9 +57,10 @@ class GPT(nn.Module):
     def params(self) -> Arrays:
         """The parameters in the layout of JAX."""
         layers = [
-            {name: module.weight.detach().numpy().T for name, module in layer.named_children()} for layer in self.layers
+            {name: module.weight.detach().cpu().numpy().T for name, module in layer.named_children()}
+            for layer in self.layers
         ]
-        own = {name: getattr(self, name).weight.detach().numpy() for name in ("wte", "wpe", "ln_f")}
+        own = {name: getattr(self, name).weight.detach().cpu().numpy() for name in ("wte", "wpe", "ln_f")}
         return {**own, "layers": layers}
 
 
@@ -73,8 +74,15 @@ def make_step(
     max_norm: float,
     compiled: bool,
     fused: bool,
+    k: int = 1,
+    bfloat16: bool = False,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:  # Any: as in `measuring.Step`; the state is in the model
-    """One step as nanoGPT's loop makes it: matrices and embeddings are decayed, scales are not."""
+    """One step as nanoGPT's loop makes it: matrices and embeddings are decayed, scales are not.
+
+    Args:
+      k: the number of microbatches.
+      bfloat16: whether products are computed in it.
+    """
     params = list(model.parameters())
     groups = [
         {"params": [one for one in params if one.dim() >= 2], "weight_decay": weight_decay},
@@ -84,11 +92,15 @@ def make_step(
     forward = torch.compile(model) if compiled else model
 
     def step(state: Any, batch: Any) -> tuple[Any, Any]:
-        loss = forward(*batch)
-        loss.backward()
+        value = torch.zeros((), device=params[0].device)
+        for part in zip(*(one.chunk(k) for one in batch), strict=True):
+            with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bfloat16):
+                loss = forward(*part) / k
+            loss.backward()
+            value += loss.detach()
         nn.utils.clip_grad_norm_(params, max_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return state, loss.detach()
+        return state, value
 
     return step

@@ -4,6 +4,7 @@ Times are never asserted. The steps are those of `benchmarks/deferred_reduce.py`
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ REORDERED = {"mlp": 0, "resnet": 5}
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, Any]]:  # Any: modules
     """The benchmarks by name; they import each other as scripts do, and broadcast as jax does by default."""
-    names = ("deferred_reduce", "by_hand", "memory", "input", "models", "memory_search", "page", "measuring")
+    names = (
+        "deferred_reduce", "by_hand", "memory", "input", "models", "memory_search", "page", "measuring", "nanogpt",
+        "gpu",
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
         patch.syspath_prepend(str(BENCHMARKS))
         for name in names:  # a folder of tests may have a module of that name
@@ -104,6 +108,40 @@ def test_transform_needs_no_more_than_by_hand_with_norms(scripts: dict[str, Any]
 def test_batch_of_a_run_is_copied_once_or_not_at_all(scripts: dict[str, Any]) -> None:
     copies = {"writable": 1, "writable, aligned": 1, "read-only, aligned": 0, "of jax": 0}
     assert scripts["input"].copies(1024, 64) == copies
+
+
+def test_step_for_a_gpu_runs_in_small_on_a_cpu(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick"])
+    monkeypatch.setattr(scripts["measuring"], "SHOWN", scripts["measuring"].Page())
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    scripts["gpu"].main()
+    told = capsys.readouterr().out
+    found = json.loads(told.splitlines()[-1])
+    steps = {"stepc, attention of xla", "by hand, attention of xla"}
+    assert set(found["results"]["differences"]) - {"torch.compile, fused AdamW"} == steps
+    assert set(found["results"]["host_seconds"]) == set(found["results"]["differences"])
+    assert {name for name, _, _ in found["ratios"]} == {*found["results"]["differences"], "sc.run"}
+    assert importlib.util.find_spec("torch") or "torch is not installed: no row of PyTorch." in told
+    assert "The peak of 'cpu' is not known, so there is no MFU." in told
+
+
+def test_step_for_a_gpu_says_that_there_is_none(
+    scripts: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with pytest.raises(SystemExit):
+        scripts["gpu"].main()
+    assert "it needs a GPU, and JAX has found none: its backend is 'cpu'. See --quick." in capsys.readouterr().err
+
+
+def test_mfu_is_of_the_peak_in_the_data_sheet_and_of_the_products_that_the_model_needs(scripts: dict[str, Any]) -> None:
+    gpu, size = scripts["gpu"], scripts["nanogpt"].Size(2, 2, 8, 4, 16, 3)
+    blocks = 2 * (3 + 1 + 4 + 4) * 8 * 8
+    assert gpu.model_flops(size) == 12 * (6 * (16 * 8 + blocks + (2 * 2 + 1) * 8) + 12 * 2 * 8 * 4)
+    assert gpu.peak_of("NVIDIA H200") == gpu.peak_of("NVIDIA H100 80GB HBM3") == 989e12
 
 
 def test_page_shows_the_newest_result_its_plot_and_what_is_said_of_it(
