@@ -197,7 +197,7 @@ def run(
     _check_state(state, ours)
     with ExitStack() as at_the_end:
         peers = at_the_end.enter_context(closing(peers_for(state)))
-        is_placed = peers.are_many or data.prefetch > 0 and not _is_on_one_cpu(state)
+        is_placed = peers.are_many or data.prefetch > 0 and not _takes_numpy(state)
         place = data.place or (ours.put if is_placed else lambda batch: batch)
         source = Source(data.loader, place, data.short_batches, has_many=data.signatures == "many")
         is_positioned = isinstance(source.batches, Positioned)
@@ -485,10 +485,14 @@ def _needs_snapshots(policies: Mapping[str, Policy]) -> bool:
     return any(not isinstance(policies[kind], Raise) for kind in ("nonfinite", "device"))
 
 
-def _is_on_one_cpu(state: Any) -> bool:  # Any: a state
-    """Whether a program takes arrays of numpy where they are: to put them on the device first takes time alone."""
+def _takes_numpy(state: Any) -> bool:  # Any: a state
+    """Whether a program takes arrays of numpy where they are: to put them on the device first takes time alone.
+
+    That is on one CPU, unless the user has a guard against transfers that are not asked for.
+    """
     devices = {device for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array) for device in leaf.devices()}
-    return {device.platform for device in devices} == {"cpu"} and len(devices) == 1
+    is_one_cpu = [device.platform for device in devices] == ["cpu"]
+    return is_one_cpu and jax.config.jax_transfer_guard_host_to_device in (None, "allow")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _keeper(

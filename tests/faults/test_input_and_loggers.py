@@ -295,6 +295,7 @@ def test_loggers_do_not_share_the_facts_of_an_event() -> None:
 
 def test_transfer_guard_is_no_fault_of_the_device() -> None:
     run_with()  # compiled
+    right = digest(by_a_plain_loop(PLAIN))
     with jax.transfer_guard("disallow"):
         with pytest.raises(sc.StepError, match="Step 1 was stopped by `jax.transfer_guard`") as raised:
             sc.run(step(), fresh_outside_the_guard(), FaultPlan().batches(9), on_error="retry")
@@ -308,9 +309,9 @@ def test_transfer_guard_is_no_fault_of_the_device() -> None:
             raised.value.suggestion
             == "`run` puts batches on the devices itself with `sc.Data(loader, place=step.put)`."
         )
-        data = sc.Data(FaultPlan().batches(9), place=step().put)  # the remedy
-        run = sc.run(step(), fresh_outside_the_guard(), data)
-    assert digest(run.state) == digest(by_a_plain_loop(PLAIN))
+        for options in ({"place": step().put}, {"prefetch": 2}):  # the remedy; a thread that reads ahead places too
+            run = sc.run(step(), fresh_outside_the_guard(), sc.Data(FaultPlan().batches(9), **options))
+            assert digest(run.state) == right
 
 
 def fresh_outside_the_guard() -> sc.State:
