@@ -68,6 +68,7 @@ class ManualRegion:
       slot_specs: for each slot, a tree like it of the PartitionSpec along the automatic axes.
       matrices: the places, among the trained parameters, of those that an optimizer multiplies as matrices and that are
         sharded inside of a matrix; each with the dimension that is sharded while they are multiplied, or -1.
+      matrices_alone: of those that are in no stack that divides, the spec along the automatic axes.
       opt_state_padding: of each leaf of the optimizer state, its spec and its own shape; None if it is not padded.
       model_state_specs: of each, the number of dimensions and the PartitionSpec along the automatic axes.
       has_row_numbers: whether rows need to know their position in the batch.
@@ -91,6 +92,7 @@ class ManualRegion:
     has_row_numbers: bool
     slot_specs: dict[str, Any]  # Any: a tree like the slot
     matrices: dict[int, int] = field(default_factory=dict)
+    matrices_alone: dict[int, PartitionSpec] = field(default_factory=dict)
     opt_state_padding: tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...] = ()
     padded_update: PaddedUpdate | None = None
     batch_specs: tuple[PartitionSpec, ...] = ()
@@ -177,6 +179,35 @@ class ManualRegion:
         with self.leaves_scope([path]):
             spec = sharded_spec(tuple(specs[place]), self.matrices[place], self.shard_axes)
             return jax.lax.with_sharding_constraint(value, PartitionSpec(*spec))
+
+    def shared_matrices(
+        self,
+        function: Callable[..., Any],  # Any: of the arrays of one matrix, and of those of all; a list of arrays
+        own: list[list[jax.Array]],
+        common: list[jax.Array],
+        place: int,
+    ) -> list[list[jax.Array]]:
+        """A function of each of several matrices, which are given whole to one device each, in turn."""
+        axes, number = self.shard_axes, len(own[0])
+        (path, dim), spec = leaves_by_path(self.grad_dimensions)[place], self.matrices_alone[place]
+        filled = [
+            *range(number),
+            *[0] * (-number % self.num_devices(axes)),
+        ]  # a matrix again, and its result is dropped
+
+        def along(leaf: jax.Array) -> jax.Array:
+            kept = tuple(spec) if leaf.shape[1:] == own[0][0].shape else ()
+            return jax.lax.with_sharding_constraint(leaf, PartitionSpec(axes, *kept))
+
+        with self.leaves_scope([path]):
+            stacks = [along(jnp.stack([leaves[index] for index in filled])) for leaves in own]
+            made = list(map(along, jax.vmap(function, in_axes=(0, None))(stacks, common)))
+            as_before = PartitionSpec(None, *sharded_spec(tuple(spec), dim, axes))
+            shape = own[0][0].shape
+            made = [
+                jax.lax.with_sharding_constraint(leaf, as_before) if leaf.shape[1:] == shape else leaf for leaf in made
+            ]
+        return [[leaf[index] for index in range(number)] for leaf in made]
 
     def axis_index(self, axis: str, device: jax.Array) -> jax.Array:
         """The position along one axis of the `device`-th one, as rows are split."""

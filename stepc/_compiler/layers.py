@@ -133,6 +133,52 @@ def stacked_inputs(jaxpr: Jaxpr) -> set[int]:
     return found
 
 
+def has_same_operations(
+    ones: Sequence[Any],  # Any, here and below: jax.extend.core.JaxprEqn, and variables
+    others: Sequence[Any],
+    same: dict[Any, Any],
+    outputs: tuple[Sequence[Any], Sequence[Any]],
+    *,
+    but: frozenset[str] = frozenset(),
+) -> bool:
+    """Whether two lists of operations make the same of the same inputs, by their parameters but for some.
+
+    Args:
+      same: the variables of the second for those of the first that are the same before.
+      outputs: variables of both that are to be the same after.
+    """
+    same = dict(same)
+
+    def is_same(one: Any, other: Any) -> bool:  # Any: a variable, or a literal
+        if isinstance(one, Literal) or isinstance(other, Literal):
+            return type(one) is type(other) and bool(np.array_equal(one.val, other.val))
+        return same.get(one) is other
+
+    if len(ones) != len(others):
+        return False
+    for one, other in zip(ones, others, strict=True):
+        if one.primitive is not other.primitive or not all(map(is_same, one.invars, other.invars)):
+            return False
+        inner = list(zip(programs_in(one), programs_in(other), strict=False))
+        for program, twin in inner:
+            inputs = dict(zip(program.invars, twin.invars, strict=False))
+            if program.constvars or not has_same_operations(
+                program.eqns, twin.eqns, inputs, (program.outvars, twin.outvars), but=but
+            ):
+                return False
+        # Programs are compared above, and functions are derivatives of what is not differentiated here.
+        names = [name for name, value in one.params.items() if name not in but and not (inner and _is_code(value))]
+        if any(one.params[name] != other.params[name] for name in names):
+            return False
+        same |= dict(zip(one.outvars, other.outvars, strict=True))
+    return all(map(is_same, *outputs))
+
+
+def _is_code(value: Any) -> bool:  # Any: a parameter of an operation
+    held = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(one, Jaxpr | ClosedJaxpr) or callable(one) for one in held)
+
+
 def programs_in(equation: Any) -> Iterator[Jaxpr]:  # Any: an equation
     """The programs that an operation runs."""
     for value in equation.params.values():

@@ -1078,7 +1078,9 @@ def _update(
     with region.scope(node.written):
         moved = to_device(state.opt_state)
         given = moved if region.padded_update is not None else _cut_opt_state(moved, region)
-        run = gathering(region.gathered_matrix) if region.matrices else None
+        run = None
+        if region.matrices:
+            run = gathering(region.gathered_matrix, region.shared_matrices, region.matrices_alone)
         updates, opt_state = run_optimizer(node.optimizer, grads, given, params, offered, node.written, run)
         stored = _padded_opt_state(_cut_where_filled(opt_state, region), given, moved, region)
         opt_state = to_memory_of(stored, moved, state.opt_state)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from stepc._compiler.layers import programs_in
+from stepc._compiler.layers import has_same_operations
 from stepc._compiler.matrices import CALLS
 from stepc._compiler.rows import ELEMENTWISE
 from stepc._language.kinds import Params
@@ -154,27 +154,8 @@ def _is_same_program(own: ClosedJaxpr, stored: ClosedJaxpr) -> bool:
     """Whether two traces differ in shapes alone."""
     consts = zip(own.consts, stored.consts, strict=False)
     is_same = len(own.consts) == len(stored.consts) and all(np.array_equal(one, other) for one, other in consts)
-    return is_same and _has_same_operations(own.jaxpr, stored.jaxpr)
-
-
-def _has_same_operations(own: Jaxpr, stored: Jaxpr) -> bool:
-    inputs = zip((*own.constvars, *own.invars), (*stored.constvars, *stored.invars), strict=False)
-    same: dict[Any, Any] = dict(inputs)  # Any: variables
-
-    def is_same(one: Any, other: Any) -> bool:  # Any: a variable, or a literal
-        if isinstance(one, Literal) or isinstance(other, Literal):
-            return type(one) is type(other) and np.array_equal(one.val, other.val)
-        return same.get(one) is other
-
-    if len(own.eqns) != len(stored.eqns):
-        return False
-    for one, other in zip(own.eqns, stored.eqns, strict=True):
-        inner = list(zip(programs_in(one), programs_in(other), strict=False))
-        if one.primitive is not other.primitive or not all(map(is_same, one.invars, other.invars)):
-            return False
-        if any(program.constvars or not _has_same_operations(program, twin) for program, twin in inner):
-            return False
-        if not inner and any(one.params[name] != other.params[name] for name in one.params.keys() - SHAPES):
-            return False
-        same |= dict(zip(one.outvars, other.outvars, strict=True))
-    return all(map(is_same, own.outvars, stored.outvars))
+    inputs = zip(
+        (*own.jaxpr.constvars, *own.jaxpr.invars), (*stored.jaxpr.constvars, *stored.jaxpr.invars), strict=False
+    )
+    outputs = (own.jaxpr.outvars, stored.jaxpr.outvars)
+    return is_same and has_same_operations(own.jaxpr.eqns, stored.jaxpr.eqns, dict(inputs), outputs, but=SHAPES)

@@ -338,6 +338,13 @@ def matrices_in_parts(params: Params, placement: Placement, rules: BoundRules) -
     }
 
 
+def matrices_alone(params: Params, placement: Placement, rules: BoundRules) -> dict[int, PartitionSpec]:
+    """Of those, the ones that are in no stack that divides, with their spec along other axes."""
+    specs, _ = shard_dimensions(params, placement, rules)
+    flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+    return {place: flat[place] for place, dim in matrices_in_parts(params, placement, rules).items() if dim < 0}
+
+
 def sharded_along_rows(params: Params, placement: Placement) -> tuple[str, ...]:
     """The parameters that rules shard along an axis of the rows. Those that `zero` shards are gathered again."""
     along_rows = {path for path, place in placement if place.is_along_rows}

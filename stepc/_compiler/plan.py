@@ -3,7 +3,7 @@
 Texts are compared with golden files, and read by people.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -301,12 +301,14 @@ def notes_of_matrices(
     trained: Sequence[tuple[str, Any]],  # Any: the shape of a leaf
     placement: Placement,
     in_parts: Mapping[int, int],
+    shared: Collection[int],
 ) -> tuple[str, ...]:
     """What becomes of the matrices that an optimizer multiplies.
 
     Args:
       update: the last instruction of a turn.
       in_parts: as `matrices_in_parts` finds it.
+      shared: as `matrices_shared` finds it.
     """
     matrices = {path for path, place in placement if place.is_matrix}
     if not isinstance(update, Optimize):
@@ -314,7 +316,7 @@ def notes_of_matrices(
     found: dict[str, list[int]] = {}
     for place, (path, _) in enumerate(trained):
         if f"params/{path}" in matrices:
-            kind = {None: "whole", 0: "moved", -1: "gathered"}[in_parts.get(place)]
+            kind = "shared" if place in shared else {None: "whole", 0: "moved", -1: "gathered"}[in_parts.get(place)]
             found.setdefault(kind, []).append(place)
 
     def size(kind: str) -> str:
@@ -322,6 +324,9 @@ def notes_of_matrices(
 
     become = {
         "whole": lambda: "each device has whole ones",
+        "shared": lambda: (
+            f"an all-to-all of {size('shared')} gives each device some, whole, and another takes them back"
+        ),
         "moved": lambda: f"an all-to-all of {size('moved')} gives each device whole ones, and another takes them back",
         "gathered": lambda: f"{size('gathered')} are gathered once a step, and every device computes all of it",
     }

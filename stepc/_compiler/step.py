@@ -17,6 +17,7 @@ from stepc._compiler.autotune import Autotuner, autotune_request, replace_reques
 from stepc._compiler.collectives import ManualRegion
 from stepc._compiler.convolutions import channels_last_in_loops
 from stepc._compiler.lowering import StepOutputs, lower_schedule
+from stepc._compiler.matrices import matrices_shared
 from stepc._compiler.memory import HOST, in_host_memory, is_on_host, to_device, to_memory, to_memory_of, with_memory
 from stepc._compiler.metrics import Diagnostics, TurnDiagnostics
 from stepc._compiler.multihost import check_start
@@ -26,6 +27,7 @@ from stepc._compiler.placement import (
     BatchPlacement,
     cut_leaves,
     gradient_shapes,
+    matrices_alone,
     matrices_in_parts,
     model_axis_specs,
     names_in,
@@ -578,6 +580,7 @@ class Step:
             model_state_tree=jax.tree.structure(state.model_state),
             slot_specs=of_slots,
             matrices=matrices_in_parts(state.trained, state.placement, rules),
+            matrices_alone=matrices_alone(state.trained, state.placement, rules),
             opt_state_padding=opt_state,
             has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
             batch_specs=self._batches.minibatch_specs(batch),
@@ -604,7 +607,14 @@ class Step:
                 num_values = sum(leaf.size for leaf in reduced)
                 told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows)
                 parts = matrices_in_parts(trained, state.placement, rules)
-                told += notes_of_matrices(part[-1], leaves_by_path(trained), state.placement, parts)
+                shared: tuple[int, ...] = ()
+                if isinstance(update := part[-1], Optimize) and (
+                    alone := matrices_alone(trained, state.placement, rules)
+                ):
+                    own = state.opt_state[turn.name] if turn.name else state.opt_state
+                    params, own = shapes_of((trained, own))
+                    shared = matrices_shared(update.node.optimizer, params, own, alone, update.node.written)
+                told += notes_of_matrices(part[-1], leaves_by_path(trained), state.placement, parts, shared)
                 notes += tuple(f"{prefix}{note}" for note in told)
                 is_sharded = accumulator_is_sharded(part)
                 sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
