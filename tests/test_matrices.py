@@ -132,6 +132,14 @@ def mixing() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def halved() -> optax.GradientTransformation:
+    """All gradients in one call, as newer versions of optax correct a bias."""
+    update = jax.jit(lambda grads: jax.tree.map(lambda leaf: leaf / 2, grads))
+    return optax.GradientTransformation(
+        lambda params: optax.EmptyState(), lambda grads, state, _: (update(grads), state)
+    )
+
+
 def by_label(*steps: int) -> optax.GradientTransformation:
     """Two optimizers of matrices, with so many steps of Newton and Schulz each; the second of `layer2` alone."""
     named = {str(place): muon(0.1, ns_steps=number) for place, number in enumerate(steps)}
@@ -147,10 +155,21 @@ def by_label(*steps: int) -> optax.GradientTransformation:
         (lambda: muon(0.1, adam_b1=0.8, weight_decay=0.1), 3, {"zero": 1, "offload": "optimizer"}),
         (lambda: shampoo(0.1), 3, {"zero": 2}),
         (mixing, 0, {"zero": 1}),
+        (lambda: optax.chain(halved(), muon(0.1)), 3, {"zero": 1}),
         (lambda: by_label(5, 4), 2, {"zero": 1}),
         (lambda: by_label(5, 5), 3, {"zero": 1}),
     ],
-    ids=["muon", "zero=3, skip", "model", "decay, offload", "shampoo", "mixing", "other steps", "two labels"],
+    ids=[
+        "muon",
+        "zero=3, skip",
+        "model",
+        "decay, offload",
+        "shampoo",
+        "mixing",
+        "one call",
+        "other steps",
+        "two labels",
+    ],
 )
 def test_matrices_of_one_shape_are_shared_by_the_devices(optimizer: Any, shared: int, options: Any) -> None:
     step, state, rows = step_of_layers(optimizer(), **options)

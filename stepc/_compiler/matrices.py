@@ -173,8 +173,12 @@ def _cores(jaxpr: Jaxpr, images: dict[Any, int]) -> dict[int, _Core]:  # Any: a 
         places = {whole[var] for var in read if var in whole}
         if not places:
             if of_images and _is_elementwise(equation):
-                images |= dict.fromkeys(equation.outvars, min(of_images))
-                mixed |= of_images if len(of_images) > 1 else set()
+                given = [
+                    set() if isinstance(var, Literal) or var not in images else {images[var]} for var in equation.invars
+                ]
+                for var, made_of in zip(equation.outvars, _made_of(equation, given), strict=True):
+                    images |= {var: min(made_of)} if made_of else {}
+                    mixed |= made_of if len(made_of) > 1 else set()
                 continue
             if not of_images or not (_multiplies(equation) or any(var in multiplied for var in equation.outvars)):
                 continue
@@ -190,6 +194,21 @@ def _cores(jaxpr: Jaxpr, images: dict[Any, int]) -> dict[int, _Core]:  # Any: a 
             own.pop()
         found |= {place: _core(jaxpr, own)} if own else {}
     return found
+
+
+def _made_of(equation: Any, given: Sequence[set[int]]) -> list[set[int]]:  # Any: a jax.extend.core.JaxprEqn
+    """The places of the matrices that each result of an operation is made of, element by element."""
+    if equation.primitive.name not in CALLS:
+        return [set().union(*given)] * len(equation.outvars)
+    program = equation.params["jaxpr"].jaxpr
+    known: dict[Any, set[int]] = dict(zip(program.invars, given, strict=True))  # Any: a variable
+
+    def read(var: Any) -> set[int]:  # Any: a variable, or a literal
+        return set() if isinstance(var, Literal) else known.get(var, set())
+
+    for one in program.eqns:
+        known |= dict(zip(one.outvars, _made_of(one, list(map(read, one.invars))), strict=True))
+    return list(map(read, program.outvars))
 
 
 def _core(jaxpr: Jaxpr, positions: list[int]) -> _Core:
