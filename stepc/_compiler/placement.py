@@ -327,8 +327,10 @@ def matrices_in_parts(params: Params, placement: Placement, rules: BoundRules) -
 
     For each the dimension along which matrices are sharded while they are multiplied: 0 of a stack that divides, or -1.
     """
-    specs, dims = shard_dimensions(params, placement, rules)
     matrices = {path for path, place in placement if place.is_matrix}
+    if not matrices:
+        return {}
+    specs, dims = shard_dimensions(params, placement, rules)
     flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
     leaves = enumerate(zip(leaves_by_path(params), flat, jax.tree.leaves(dims), strict=True))
     return {
@@ -340,9 +342,12 @@ def matrices_in_parts(params: Params, placement: Placement, rules: BoundRules) -
 
 def matrices_alone(params: Params, placement: Placement, rules: BoundRules) -> dict[int, PartitionSpec]:
     """Of those, the ones that are in no stack that divides, with their spec along other axes."""
+    alone = [place for place, dim in matrices_in_parts(params, placement, rules).items() if dim < 0]
+    if not alone:
+        return {}
     specs, _ = shard_dimensions(params, placement, rules)
     flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
-    return {place: flat[place] for place, dim in matrices_in_parts(params, placement, rules).items() if dim < 0}
+    return {place: flat[place] for place in alone}
 
 
 def sharded_along_rows(params: Params, placement: Placement) -> tuple[str, ...]:
