@@ -1,5 +1,7 @@
 """Rung 3: the lowered program equals the core program, and the long way round: the compiled step, its reference."""
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ from stepc._compiler.normalize import normalize
 from stepc._core.laws import LAWS
 from stepc.testing import assert_equal_trees, assert_equivalent
 from stepc.testing.evaluate import evaluate
-from stepc.testing.strategies import batches, meshes, pipelines, source_of
+from stepc.testing.strategies import MAX_MICROBATCHES, batches, meshes, num_parts, pipelines, source_of
 from stepc.testing.transforms import compared_leaves, evaluation_state
 
 SGD = sc.update(optax.sgd(0.5))
@@ -113,6 +115,11 @@ def test_compiled_update_equals_its_reference_over_three_steps(name: str) -> Non
         state, _ = step(state, probe_batch(32, seed=number))
     assert int(state.step) == 3
     assert step.traces == 1
+
+
+@given(pipeline=pipelines(axes={"data": 4, "replica": 8}, exact=True))
+def test_random_pipeline_splits_a_batch_into_parts_that_a_reference_can_call_one_by_one(pipeline: sc.Pipeline) -> None:
+    assert prod(num_parts(one, {"data": 4, "replica": 8}) for one in pipeline.transforms) <= MAX_MICROBATCHES
 
 
 def climb(data: st.DataObject, *, exact: bool, tolerance: float) -> None:
