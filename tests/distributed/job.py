@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -161,11 +162,10 @@ class Rows:
             case "int":
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.05)
-            case "read-only" | "read-only later":
-                while self.fault == "read-only later" and not (self.folder / "kept" / "3").is_dir():
+            case "read-only later":
+                while not (self.folder / "kept" / "3").is_dir():
                     time.sleep(0.01)  # until the first checkpoint is committed
-                (self.folder / "kept").chmod(0o555)
-                os.setuid(65534)  # nothing is read-only to root
+                make_read_only(self.folder / "kept")
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
@@ -244,6 +244,16 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     options.pop("differs", None)
     if options.pop("dies", "") and int(on) == jax.process_index():
         GroupCommit.barrier = GroupCommit.gather = kill  # pyright: ignore[reportAttributeAccessIssue]
+    if fault == "read-only" and int(on) == jax.process_index():
+        wait = GroupCommit.barrier
+
+        def wait_and_make_read_only(commit: GroupCommit, **more: Any) -> None:
+            wait(commit, **more)
+            # In the thread that commits every leaf is written. Earlier, what the storage has begun may hang.
+            if threading.current_thread().name != "stepc-save":
+                make_read_only(folder / "kept")
+
+        GroupCommit.barrier = wait_and_make_read_only
     prefetch, on_error = int(options.pop("prefetch", 0)), STRICT[options.pop("on_error", "raise")]
     watchdog = sc.Watchdog(
         warn_seconds=max(float(options["warn_seconds"]), seconds_to_warm_up(failing.step))
@@ -282,6 +292,12 @@ def run(folder: Path, *, fault: str = "", at: str = "7", on: str = "1", **option
     if run is not None and run.state is not None:
         found |= {"digest": digest(gathered(run.state)), "step": int(run.state.step), "steps": run.steps}
     return {**found, "told": told.told, "events": told.names(), "given": rows.given}
+
+
+def make_read_only(folder: Path) -> None:
+    """For this process, from now on."""
+    folder.chmod(0o555)
+    os.setuid(65534)  # nothing is read-only to root
 
 
 def kill(*about: Any, **more: Any) -> Any:

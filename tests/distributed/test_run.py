@@ -358,7 +358,7 @@ def test_directory_that_becomes_read_only_fails_on_all(kind: str) -> None:
         job = done(folder, fault=kind, at=4, on=0, checkpoint=3)
         mine, other = (job.found(process)["error"].partition("\n")[0] for process in (0, 1))
         what = mine.partition(" could not be saved: ")[0]
-        assert what == "CheckpointError: Step 6" or kind == "read-only" and what == "CheckpointError: Step 3"
+        assert what == f"CheckpointError: Step {3 if kind == 'read-only' else 6}"
         assert other.startswith(f"{what} could not be saved: OSError: process 0: ")
 
 
