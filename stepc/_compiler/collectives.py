@@ -190,10 +190,8 @@ class ManualRegion:
         """A function of each of several matrices, which are given whole to one device each, in turn."""
         axes, number = self.shard_axes, len(own[0])
         (path, dim), spec = leaves_by_path(self.grad_dimensions)[place], self.matrices_alone[place]
-        filled = [
-            *range(number),
-            *[0] * (-number % self.num_devices(axes)),
-        ]  # a matrix again, and its result is dropped
+        # Up to a multiple of the devices with the first again, whose further results are dropped.
+        filled = [*range(number), *[0] * (-number % self.num_devices(axes))]
 
         def along(leaf: jax.Array) -> jax.Array:
             kept = tuple(spec) if leaf.shape[1:] == own[0][0].shape else ()

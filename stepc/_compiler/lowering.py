@@ -379,8 +379,10 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     # An optimizer that works element by element is given the padded gradient and parameters.
     if not all(map(_keeps_padding, final_maps.maps)):
         region = replace(region, padded_update=None)
-    specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=True)
-    grads = total.grads if region.padded_update is None else region.padded(total.grads, specs, ZERO)
+    grads = total.grads
+    if region.padded_update is not None:
+        specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=True)
+        grads = region.padded(grads, specs, ZERO)
     total = replace(total, grads=region.constrain(grads, sharded=True))
 
     # The last division and the final maps, for the metrics and the norm.
