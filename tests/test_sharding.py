@@ -351,6 +351,24 @@ def test_leaves_of_the_batch_are_sharded_over_a_sequence_axis_too(level: str) ->
     assert step.traces == 1
 
 
+@pytest.mark.parametrize("level", [name for name in LEVELS if name != "zero0"])
+def test_devices_along_a_sequence_each_scatter_a_part_of_the_gradient(level: str) -> None:
+    def loss(params: Any, rows: Any) -> jax.Array:
+        return attention(params, rows) + jnp.mean((rows["tokens"] @ params["odd"]) ** 2)
+
+    transform = sc.shard(sc.dp("data", batch={"*": P("data", "seq")}, **LEVELS[level]))
+    step = sc.compile(SGD @ sc.accumulate(2) @ transform @ sc.grad(loss), mesh=mesh_of(data=4, seq=2))
+    random = np.random.default_rng(0)
+    batch = {name: random.normal(size=(16, 8, 4)).astype(np.float32) for name in ("tokens", "labels")}
+    state = step.init({"w": random.normal(size=(4, 4)).astype(np.float32), "odd": np.ones((4, 3), np.float32)})
+    assert_equivalent(step, state, batch)
+    made = step.lower(state, batch).compile()
+    sent = 4 * (4 * 4 // 2 + 4 * 3)  # half of the first, and all of the second, whose 3 columns do not divide by 2
+    in_loop = level in ("zero2", "zero3_microbatch", "zero3_layer")
+    assert traffic(made)["reduce-scatter", in_loop] == (2 if in_loop else 1) * sent
+    assert "no parameter is sharded over seq: where a dimension divides, each device there" in str(made.plan)
+
+
 def test_automatic_mode_leaves_the_sum_to_xla_and_the_plan_says_what_that_costs() -> None:
     transform = sc.shard(sc.dp("data"), sc.tp({"in/*": P(), "out/*": P()}), mode="auto")
     step = compiled(transform, mesh_of(data=8))

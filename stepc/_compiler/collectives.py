@@ -66,6 +66,7 @@ class ManualRegion:
       model_state: the leaves of the model state.
       model_state_tree: its structure.
       slot_specs: for each slot, a tree like it of the PartitionSpec along the automatic axes.
+      activation_axes: those that shard neither rows nor parameters.
       matrices: the places, among the trained parameters, of those that an optimizer multiplies as matrices and that are
         sharded inside of a matrix; each with the dimension that is sharded while they are multiplied, or -1.
       matrices_alone: of those that are in no stack that divides, the spec along the automatic axes.
@@ -91,6 +92,7 @@ class ManualRegion:
     model_state_tree: Any  # Any: a jax.tree_util.PyTreeDef
     has_row_numbers: bool
     slot_specs: dict[str, Any]  # Any: a tree like the slot
+    activation_axes: tuple[str, ...] = ()
     matrices: dict[int, int] = field(default_factory=dict)
     matrices_alone: dict[int, PartitionSpec] = field(default_factory=dict)
     opt_state_padding: tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...] = ()
@@ -212,18 +214,45 @@ class ManualRegion:
         inner = self.batch_axes[self.batch_axes.index(axis) + 1 :]
         return device // self.num_devices(inner) % self.num_devices((axis,))
 
-    def fully_manual(self, function: Callable[[Any], Any], tree: Any, specs: Any) -> Any:  # Any: trees of one structure
+    def fully_manual(
+        self,
+        function: Callable[[Any], Any],
+        tree: Any,  # Any, here and below: trees of one structure
+        specs: Any,
+        given_specs: Any = None,
+    ) -> Any:
         """Call the function in an inner region that is manual over all axes.
 
         It takes the mesh of the context, as jax demands of a region inside another. Only there are leaves padded.
+
+        Args:
+          given_specs: the specs of what the function is given, if they are not those of what it returns.
         """
         if not self.automatic_axes or not jax.tree.leaves(tree):
             return function(tree)
         padded = self.padded(tree, specs)
         made = jax.shard_map(
-            function, in_specs=(specs,), out_specs=specs, axis_names=set(self.automatic_axes), check_vma=False
-        )(padded)
+            function, in_specs=(specs if given_specs is None else given_specs,), out_specs=specs,
+            axis_names=set(self.automatic_axes), check_vma=False,
+        )(padded)  # fmt: skip
         return self.cut(made, padded, tree, specs)
+
+    def dimension_of_parts(self, leaf: jax.Array, dim: int, spec: PartitionSpec) -> int:
+        """The dimension along which a gradient is in parts over `activation_axes` while it is scattered along `dim`.
+
+        It is the largest that divides; -1 if the gradient is not scattered, or if there is none.
+        """
+        number = self.num_devices(self.activation_axes)
+        sharded = {dim, *(place for place, entry in enumerate(spec) if entry is not None)}
+        sizes = {
+            place: size for place, size in enumerate(leaf.shape) if place not in sharded and size and not size % number
+        }
+        return max(sizes, key=lambda place: (sizes[place], -place)) if number > 1 and dim >= 0 and sizes else -1
+
+    def spec_of_parts(self, leaf: jax.Array, dim: int, spec: PartitionSpec) -> PartitionSpec:
+        """The spec along the automatic axes of a gradient in such parts."""
+        along = self.dimension_of_parts(leaf, dim, spec)
+        return PartitionSpec(*sharded_spec(tuple(spec), along, self.activation_axes))
 
 
 def on_every_device(function: Callable[..., Any], mesh: Mesh, axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -330,30 +359,44 @@ def _extreme(kind: str, axes: tuple[str, ...], tree: Any) -> Any:  # Any: trees 
 
 def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegion) -> Grads:
     """Each device's own shard of the sum of each sharded leaf."""
+    dimensions = region.grad_dimensions
+    along = jax.tree.map(region.dimension_of_parts, grads, dimensions, region.grad_specs)
+    given_specs = jax.tree.map(region.spec_of_parts, grads, dimensions, region.grad_specs)
 
-    def scatter(keys: Any, leaf: jax.Array, dim: int) -> jax.Array:  # Any: as in path_of
+    def scatter(keys: Any, leaf: jax.Array, dim: int, along: int) -> jax.Array:  # Any: as in path_of
         if dim < 0:
             return leaf
         narrow = leaf if instruction.dtype is None else leaf.astype(instruction.dtype)
         with region.leaves_scope([path_of(keys)]):
-            total = _scattered(narrow, instruction.axes, dim)
+            total = _scattered(narrow, instruction.axes, dim, region.activation_axes, along)
         return total.astype(leaf.dtype)
 
     with region.scope(instruction.written):
         return region.fully_manual(
-            lambda tree: jax.tree_util.tree_map_with_path(scatter, tree, region.grad_dimensions),
+            lambda tree: jax.tree_util.tree_map_with_path(scatter, tree, dimensions, along),
             grads,
             region.grad_specs,
+            given_specs,
         )
 
 
-def _scattered(leaf: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-    """This device's own shard of the sum."""
+def _scattered(leaf: jax.Array, axes: tuple[str, ...], dim: int, other_axes: tuple[str, ...], along: int) -> jax.Array:
+    """This device's own shard of the sum.
+
+    Args:
+      along: if the leaf is the part of one device along `other_axes`, the dimension that is in parts; they gather the
+        shard there. Over `axes` each then sends its part alone, and XLA adds up the gradient over the others with a
+        reduce-scatter instead of an all-reduce.
+    """
 
     def scatter(leaf: jax.Array, dim: int) -> jax.Array:
         return jax.lax.psum_scatter(leaf, axes, scatter_dimension=dim, tiled=True)
 
-    return _without_ones(scatter, leaf, dim)
+    def gather(shard: jax.Array, dim: int) -> jax.Array:
+        return jax.lax.all_gather(shard, other_axes, axis=dim, tiled=True)
+
+    shard = _without_ones(scatter, leaf, dim)
+    return shard if along < 0 else _without_ones(gather, shard, along)
 
 
 def _without_ones(collective: Callable[[jax.Array, int], jax.Array], leaf: jax.Array, dim: int) -> jax.Array:
@@ -468,18 +511,21 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
             return gather_shard(leaf)
 
         def scatter_grad(grad: jax.Array) -> jax.Array:
-            wider = grad.astype(wide)
-            with region.scope(instruction.written), region.leaves_scope([path]):
-                total = _scattered(wider, axes, dim)
-            return total.astype(leaf.dtype)
+            along = region.dimension_of_parts(grad, dim, spec)
+
+            def scatter(part: jax.Array) -> jax.Array:
+                wider = part.astype(wide)
+                with region.scope(instruction.written), region.leaves_scope([path]):
+                    total = _scattered(wider, axes, dim, region.activation_axes, along)
+                return total.astype(leaf.dtype)
+
+            return region.fully_manual(scatter, grad, spec, region.spec_of_parts(grad, dim, spec))
 
         @jax.custom_vjp
         def gathered(shard: jax.Array) -> jax.Array:
             return region.fully_manual(gather_shard, shard, spec)
 
-        gathered.defvjp(
-            lambda shard: (gathered(shard), None), lambda _, grad: (region.fully_manual(scatter_grad, grad, spec),)
-        )
+        gathered.defvjp(lambda shard: (gathered(shard), None), lambda _, grad: (scatter_grad(grad),))
         return gathered(leaf)
 
     def gathered_shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:

@@ -356,6 +356,14 @@ def sharded_along_rows(params: Params, placement: Placement) -> tuple[str, ...]:
     return tuple(path for path, _ in leaves_by_path(params) if _in("params", path) in along_rows)
 
 
+def activation_axes(placement: Placement, rules: BoundRules) -> tuple[str, ...]:
+    """The axes that shard neither rows nor parameters; they may shard activations, such as those of a sequence."""
+    of_params = {
+        axis for path, place in placement if path.partition("/")[0] == "params" for axis in axes_of(place.spec)
+    }
+    return tuple(axis for axis, size in rules.sizes if size > 1 and axis not in {*rules.rows, *of_params})
+
+
 def gradient_shapes(
     params: Params, placement: Placement, rules: BoundRules, *, sharded: bool
 ) -> tuple[jax.ShapeDtypeStruct, ...]:

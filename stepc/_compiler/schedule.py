@@ -997,7 +997,12 @@ def exchange_notes(schedule: Schedule, minibatch_bytes: int) -> tuple[str, ...]:
 
 
 def sharding_notes(
-    schedule: Schedule, rules: BoundRules, gradient_bytes: int, num_values: int, along_rows: tuple[str, ...]
+    schedule: Schedule,
+    rules: BoundRules,
+    gradient_bytes: int,
+    num_values: int,
+    along_rows: tuple[str, ...],
+    of_activations: tuple[str, ...],
 ) -> tuple[str, ...]:
     """What the sharding costs, where that is not what one would expect; and a cheaper choice, where there is one.
 
@@ -1005,6 +1010,7 @@ def sharding_notes(
       gradient_bytes: the bytes of the gradient that is reduced, on one device, sharded over automatic axes alone.
       num_values: how many numbers that gradient has.
       along_rows: the parameters that rules shard along an axis of the rows: their gradient is not reduced over it.
+      of_activations: the axes that shard neither rows nor parameters.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)
@@ -1028,6 +1034,12 @@ def sharding_notes(
     elif iterations > 1 and (layout.zero == 2 or layout.gather != "step"):
         notes.append(
             f"the accumulator takes {part} instead of {size}, for {iterations} reduce-scatters of {size} instead of 1"
+        )
+    if of_activations and gradient_is_sharded(schedule):
+        over, axes = ", ".join(rules.shard_axes), ", ".join(of_activations)
+        notes.append(
+            f"no parameter is sharded over {axes}: where a dimension divides, each device there scatters a part of the "
+            f"gradient over {over}, and its shards are gathered over {axes}"
         )
     return (*notes, *_notes_of_gather(schedule, rules))
 

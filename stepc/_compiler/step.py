@@ -25,6 +25,7 @@ from stepc._compiler.normalize import NormalForm, normalize
 from stepc._compiler.padded_update import PaddedUpdate, padded_update
 from stepc._compiler.placement import (
     BatchPlacement,
+    activation_axes,
     cut_leaves,
     gradient_shapes,
     matrices_alone,
@@ -579,6 +580,7 @@ class Step:
             model_state_specs=specs_of_model_state(state, rules),
             model_state_tree=jax.tree.structure(state.model_state),
             slot_specs=of_slots,
+            activation_axes=activation_axes(state.placement, rules),
             matrices=matrices_in_parts(state.trained, state.placement, rules),
             matrices_alone=matrices_alone(state.trained, state.placement, rules),
             opt_state_padding=opt_state,
@@ -605,7 +607,9 @@ class Step:
                 gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in reduced)
                 prefix = f"{turn.name}: " if turn.name else ""
                 num_values = sum(leaf.size for leaf in reduced)
-                told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows)
+                told = sharding_notes(
+                    part, rules, gradient_bytes, num_values, along_rows, activation_axes(state.placement, rules)
+                )
                 parts = matrices_in_parts(trained, state.placement, rules)
                 shared: tuple[int, ...] = ()
                 if isinstance(update := part[-1], Optimize) and (
