@@ -44,6 +44,7 @@ from stepc._compiler.metrics import (
     zero_metrics,
 )
 from stepc._compiler.padding import cut_along, padded_along
+from stepc._compiler.placement import cut_leaves, padded_leaves
 from stepc._compiler.schedule import (
     Across,
     AllGather,
@@ -100,6 +101,8 @@ from stepc._language.state import (
     blank_metric,
     is_trained,
     leaves_by_path,
+    own_shapes,
+    padded_places,
     state_of_turn,
     trained_leaves,
     values_read,
@@ -305,11 +308,12 @@ def _take_turns(instruction: TakeTurns, regions: tuple[ManualRegion, ...], state
             name = slot_name(turn.name, rescale[0])
             always[name] = now.slots[name]
 
-    slots = dict(now.slots)
+    own = _cut_state(now)
+    slots = dict(own.slots)
     for name, node in instruction.follows:
         with regions[0].scope(node.written):
-            slots[name] = node.advance(slots[name], now.trained, number, *node.arguments)
-    new = replace(now, step=number, slots=slots)
+            slots[name] = node.advance(slots[name], own.trained, number, *node.arguments)
+    new = replace(_padded_state(replace(own, slots=slots), own, now), step=number)
     metrics = {"loss": loss, **metrics}
     if instruction.guard is not None:
         name, _ = instruction.guard
@@ -360,10 +364,13 @@ def _either_state(condition: jax.Array, one: State, other: State) -> State:
     return jax.lax.cond(condition, lambda one, other: one, lambda one, other: other, one, other)
 
 
-def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) -> StepOutputs:
+def _step(schedule: Schedule, region: ManualRegion, stored: State, batch: Batch) -> StepOutputs:
     optimize = schedule[-1]
     if not isinstance(optimize, Optimize):
         raise ValueError("a schedule ends with the optimizer")
+    state = _cut_state(stored)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(stored), strict=True)
+    region = replace(region, cut_from={id(own): (own, leaf) for own, leaf in pairs if own is not leaf})
     key = jax.random.fold_in(state.rng, state.step) if draws(schedule) else None
     scale = None if optimize.rescale is None else _scale_of(state, optimize.rescale[0])
     numbers = jnp.arange(num_rows(batch), dtype=jnp.int32) if region.has_row_numbers else None
@@ -376,13 +383,11 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     # Up to the last division: the scan over microbatches, the loss in it, the reductions.
     division, final_maps = _final_maps(schedule)
     total, losses = _run_reduced(schedule[:division], microbatch, inputs, region)
-    # An optimizer that works element by element is given the padded gradient and parameters.
-    if not all(map(_keeps_padding, final_maps.maps)):
-        region = replace(region, padded_update=None)
+    # An optimizer that works element by element is given the padded gradient and parameters. So are the maps before it
+    # that see no padding.
     grads = total.grads
-    if region.padded_update is not None:
-        specs = region.all_specs(region.grad_specs, region.grad_dimensions, sharded=True)
-        grads = region.padded(grads, specs, ZERO)
+    if all(map(_keeps_padding, final_maps.maps)):
+        grads = _padded_for_update(grads, region)
     total = replace(total, grads=region.constrain(grads, sharded=True))
 
     # The last division and the final maps, for the metrics and the norm.
@@ -443,8 +448,22 @@ def _step(schedule: Schedule, region: ManualRegion, state: State, batch: Batch) 
     injected = to_device(injected_hyperparameters(new.opt_state))
     check_metric_names(optimize.node.written, injected, metrics)
     paths, sums = zip(*leaves_by_path(squares), strict=True)
-    return StepOutputs(
-        replace(new, slots=slots), {**metrics, **injected}, Diagnostics(is_fine, losses, jnp.stack(sums), paths)
+    new = _padded_state(replace(new, slots=slots), state, stored)
+    return StepOutputs(new, {**metrics, **injected}, Diagnostics(is_fine, losses, jnp.stack(sums), paths))
+
+
+def _cut_state(stored: State) -> State:
+    """The state in its own shapes. The optimizer cuts its part, where it runs on that."""
+    return replace(cut_leaves(replace(stored, opt_state=()), stored.placement), opt_state=stored.opt_state)
+
+
+def _padded_state(new: State, own: State, stored: State) -> State:
+    """The inverse, for what was made of `own`, which is `stored` cut. What is handed through is the stored leaf."""
+    if not padded_places(stored.placement):
+        return new
+    check_fixed_point(own_shapes(own), own_shapes(new))
+    return jax.tree.map(
+        lambda new, own, filled, stored: stored if new is own else filled, new, own, padded_leaves(new, stored), stored
     )
 
 
@@ -1074,7 +1093,7 @@ def _update(
     for one, measured, key in zip(final_maps.maps, gradient.measured, gradient.keys, strict=True):
         with region.scope(one.node.written):
             value = _apply(one, value, measured, {}, key)
-    grads = narrowed(value.grads, params)
+    grads = _padded_for_update(narrowed(value.grads, params), region)
     node, losses = optimize.node, dict.fromkeys(WHOLE_BATCH_LOSSES, loss_fn)
     offered = {"value": loss, "grad": grads, **losses}
     with region.scope(node.written):
@@ -1101,6 +1120,13 @@ def _update(
     # What is not changed is taken here: the same array on both sides of a branch.
     leaves, tree = jax.tree.flatten(state.model_state)
     return replace(new, model_state=tree.unflatten(_either(gradient.total.model_state, tuple(leaves))))
+
+
+def _padded_for_update(grads: Grads, region: ManualRegion) -> Grads:
+    """The gradient as an optimizer takes it: padded, if it runs on padded leaves."""
+    if region.padded_update is None:
+        return grads
+    return region.padded(grads, region.all_specs(region.grad_specs, region.grad_dimensions, sharded=True), ZERO)
 
 
 def _cut_opt_state(opt_state: Any, region: ManualRegion) -> Any:  # Any, twice: the optimizer's own tree

@@ -92,7 +92,7 @@ from stepc._compiler.validation import (
     refused_option,
     type_changes,
 )
-from stepc._core.nodes import Turn, UpdateNode
+from stepc._core.nodes import Turn
 from stepc._jax import as_mesh_of_step, is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.names import names_by_path, unboxed
@@ -521,33 +521,20 @@ class Step:
             check_batch(shapes_of(batch), self.normal_form.core)
             if _types_of(state) not in self._made:
                 check_state(state, self._transform_state, self.normal_form.wrt)
-            # The optimizer moves its own state, after the loss, and cuts off its padding.
-            given, moved = state, to_device(replace(state, opt_state=()))
-            state = replace(cut_leaves(moved, state.placement), opt_state=state.opt_state)
-            moved = replace(moved, opt_state=given.opt_state)
-            schedule, structures = self.normal_form.schedule(state, batch)
+            # The optimizer moves its own state, after the loss.
+            moved = replace(to_device(replace(state, opt_state=())), opt_state=state.opt_state)
+            own = own_shapes(moved)
+            schedule, structures = self.normal_form.schedule(own, batch)
             parts = zip(self.normal_form.turns, schedules_of_turns(schedule), structures, strict=True)
-            cut = zip(jax.tree.leaves(state), jax.tree.leaves(moved), strict=True)
-            cut_from = {id(own): (own, leaf) for own, leaf in cut if own is not leaf}
-            regions = tuple(replace(self._region(state, batch, *part), cut_from=cut_from) for part in parts)
-            if isinstance(update := schedule[-1], Optimize):  # in a loop, or before another turn, padding is cut off
-                regions = (replace(regions[0], padded_update=_padded_update(update.node, given)),)
-            outputs, reordered = self._run(partial(lower_schedule(schedule, regions), state, batch), structures)
+            regions = tuple(self._region(state, batch, *part) for part in parts)
+            outputs, reordered = self._run(partial(lower_schedule(schedule, regions), moved, batch), structures)
             new, metrics, diagnostics = outputs
-            self._schedules[_signature(given, batch)] = schedule, structures, reordered
-            check_fixed_point(own_shapes(state), own_shapes(new))
+            self._schedules[_signature(state, batch)] = schedule, structures, reordered
+            check_fixed_point(moved, new)
             new = replace(
-                jax.tree.map(_also_reads, replace(new, params=()), replace(state, params=())), params=new.params
+                jax.tree.map(_also_reads, replace(new, params=()), replace(moved, params=())), params=new.params
             )
-            # What is handed through is the leaf that was given, which is aliased.
-            new = jax.tree.map(
-                lambda stored, new, old, moved: moved if new is old else stored,
-                padded_leaves(new, given),
-                new,
-                state,
-                moved,
-            )
-            return to_memory_of(new, moved, given), metrics, diagnostics
+            return to_memory_of(new, moved, state), metrics, diagnostics
 
     def _run(
         self, lowered: Callable[[], StepOutputs], structures: tuple[LossStructure, ...]
@@ -563,8 +550,10 @@ class Step:
     ) -> ManualRegion:
         """The mesh, and how the trees of one turn are sharded there."""
         rules, opt_state = self.normal_form.rules, opt_state_padding(state, turn.name)
+        stored, state = state, own_shapes(state)
         of_slots = slot_specs(state, turn, rules)
-        state = state_of_turn(state, turn, state.rng) if turn.name else state
+        if turn.name:
+            stored, state = (state_of_turn(one, turn, one.rng) for one in (stored, state))
         specs, dimensions = shard_dimensions(state.params, state.placement, rules)
         grad_specs, grad_dimensions = shard_dimensions(state.trained, state.placement, rules)
         return ManualRegion(
@@ -584,6 +573,7 @@ class Step:
             matrices=matrices_in_parts(state.trained, state.placement, rules),
             matrices_alone=matrices_alone(state.trained, state.placement, rules),
             opt_state_padding=opt_state,
+            padded_update=_padded_update(schedule, state, stored),
             has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
             batch_specs=self._batches.minibatch_specs(batch),
             sites=self.normal_form.sites,
@@ -770,11 +760,12 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
     return jax.device_put(jnp.copy(jax.device_put(padded, made.sharding)), made.sharding)
 
 
-def _padded_update(node: UpdateNode, state: State) -> PaddedUpdate | None:
-    """How the optimizer runs on the padded leaves of a state."""
-    if not padded_places(state.placement):
+def _padded_update(schedule: Schedule, own: State, stored: State) -> PaddedUpdate | None:
+    """How the optimizer runs on padded leaves; `own` has the shapes without padding."""
+    update = schedule[-1]
+    if not padded_places(stored.placement) or not isinstance(update, Optimize):
         return None
-    own, stored = shapes_of(own_shapes(state)), shapes_of(state)
+    node, (own, stored) = update.node, shapes_of((own, stored))
     return padded_update(node.optimizer, own.trained, own.opt_state, (stored.trained, stored.opt_state), node.written)
 
 
