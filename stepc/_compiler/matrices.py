@@ -5,7 +5,9 @@ that gradient. The first other operation that leads to a product of matrices nee
 XLA would gather or reduce something in every product, so it is gathered there, once.
 
 Matrices of one shape to which the same operations happen are not gathered: they are stacked, and each device is given
-some of them, whole.
+some of them, whole. One that is alone in its shape is computed on every device: a step waits for it either way. To give
+each of several such to one device would pay for the two embeddings of GPT-2 124M: 851 GFLOP on the busiest of 8 devices
+with Muon instead of 1,465. Left to Adam, as Muon's authors do, they make it 254, and no matrix is alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
