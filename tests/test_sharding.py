@@ -351,6 +351,21 @@ def test_leaves_of_the_batch_are_sharded_over_a_sequence_axis_too(level: str) ->
     assert step.traces == 1
 
 
+def test_experts_along_a_model_axis_are_sharded_along_their_last_dimension() -> None:
+    shapes = {"up": (2, 2, 32, 64), "down": (2, 2, 64, 32), "dense": (2, 64, 32)}
+
+    def loss(params: Any, rows: jax.Array) -> jax.Array:
+        return jnp.mean(rows) * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
+
+    data, experts = sc.dp("data", zero=3, gather="layer"), P(None, "model")
+    transform = sc.shard(data, sc.tp({"up": experts, "down": experts}, default=P()))
+    step = sc.compile(SGD @ transform @ sc.grad(loss), mesh=mesh_of(data=4, model=2))
+    state = step.init({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    assert {name: leaf.sharding.spec for name, leaf in state.params.items()} == {
+        "up": P(None, "model", None, "data"), "down": P(None, "model", None, "data"), "dense": P(None, "data"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("level", [name for name in LEVELS if name != "zero0"])
 def test_devices_along_a_sequence_each_scatter_a_part_of_the_gradient(level: str) -> None:
     def loss(params: Any, rows: Any) -> jax.Array:

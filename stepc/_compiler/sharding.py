@@ -245,19 +245,22 @@ def shard_dimension(
     """The dimension that `zero` shards; -1 if the leaf stays replicated.
 
     It is one that no other axis shards and that divides evenly, of a leaf that rules shard along none of the axes of
-    `zero`: an expert. Among several: one that a TPU scatters without a
-    relayout (a major one, or one whose shard fills tiles of 32 bytes), then the largest, then the first. Where layers
-    are gathered one at a time, the first dimension may count layers, so it comes last: a scan over layers gathers a
-    stack that is sharded along it whole. Otherwise it comes first in a stack of matrices that an optimizer multiplies,
-    so that each device has whole ones.
+    `zero`: an expert. Among several: one that a TPU scatters without a relayout (a major one, or one whose shard fills
+    tiles of 32 bytes), then the largest, then the first. Of a stack that another axis shards, such as experts, the last
+    instead of the largest: XLA for TPUs puts the other dimension of the gradient of x @ w along the lanes of tiles, and
+    makes an all-reduce of a reduce-scatter along these. Where layers are gathered one at a time, the first dimension
+    may count layers, so it comes last: a scan over layers gathers a stack that is sharded along it whole. Otherwise it
+    comes first in a stack of matrices that an optimizer multiplies, so that each device has whole ones.
     """
     num_shards, may_be_stack = rules.num_parts, rules.layout.gather == "layer" and leaf.ndim > 1
     rows_of_a_tile = max(32 // leaf.dtype.itemsize, 1)
+    is_sharded_stack = any(spec[: max(leaf.ndim - 2, 0)])
     ranks = [
         (
             not (may_be_stack and dim == 0),
             is_matrix and counts_matrices(leaf, dim),
             dim < leaf.ndim - 2 or (size // num_shards) % rows_of_a_tile == 0,
+            is_sharded_stack and dim == leaf.ndim - 1,
             size,
             -dim,
         )
