@@ -491,6 +491,33 @@ def test_padding_stays_where_it_is_in_loops_and_turns(outer: Any, options: dict[
     assert shards_of_padding(outer, **options) < most
 
 
+def doubled(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return grads, jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), state)
+
+
+def widened(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return grads, grads
+
+
+@pytest.mark.parametrize("outer", [None, sc.repeat(2), sc.skip_nonfinite(limit=3)], ids=repr)
+@pytest.mark.parametrize(("update", "after"), [(doubled, "bfloat16[26]"), (widened, "float32[13]")])
+def test_optimizer_state_that_changes_its_type_is_told_in_its_own_shape(outer: Any, update: Any, after: str) -> None:
+    optimizer = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), params), update
+    )
+    made = sc.update(optimizer)
+    step = step_of(made if outer is None else outer @ made, source=sc.grad(loss, wrt="bias"), zero=1)
+    batch = batch_of()
+    if isinstance(outer, type(sc.repeat(2))):
+        batch = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), batch)
+    with pytest.raises(sc.ConfigError) as refused:
+        step(step.init(params_of()), batch)
+    assert str(refused.value) == (
+        f"`opt_state/bias` goes in as bfloat16[13] and comes out as {after}.\n\n"
+        "  reason  a state whose type changes is retraced every step, and its buffers cannot be reused"
+    )
+
+
 def test_pad_is_a_boolean_and_prints() -> None:
     assert repr(tensor()).endswith("default=P(), pad=True)")
     assert sc.tp(RULES) == sc.tp(RULES, pad=False) != sc.tp(RULES, pad=True)

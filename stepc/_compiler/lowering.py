@@ -263,7 +263,9 @@ def _steps(
     # What is frozen is no carry: a loop may copy what it carries.
     def one_step(carry: State, rows: Batch) -> tuple[State, tuple[Metrics, Any]]:  # Any: diagnostics
         outputs = step(_with_frozen_of(state, carry), rows)
-        return _trained_alone(outputs.state), (outputs.metrics, outputs.diagnostics)
+        after = _trained_alone(outputs.state)
+        check_fixed_point(carry, after)
+        return after, (outputs.metrics, outputs.diagnostics)
 
     def one_epoch(carry: State, epoch: jax.Array) -> tuple[State, tuple[Metrics, Any]]:  # Any: as above
         key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), draw_tag("epochs"))
@@ -1103,6 +1105,7 @@ def _update(
         if region.matrices:
             run = gathering(region.gathered_matrix, region.shared_matrices, region.matrices_alone)
         updates, opt_state = run_optimizer(node.optimizer, grads, given, params, offered, node.written, run)
+        _check_padded_opt_state(moved, opt_state, region)
         stored = _padded_opt_state(_cut_where_filled(opt_state, region), given, moved, region)
         opt_state = to_memory_of(stored, moved, state.opt_state)
         params = constrain(optax.apply_updates(params, updates), sharded=True)
@@ -1134,6 +1137,14 @@ def _cut_opt_state(opt_state: Any, region: ManualRegion) -> Any:  # Any, twice: 
     leaves, tree = jax.tree.flatten(opt_state)
     pairs = zip(leaves, region.opt_state_padding, strict=True)
     return tree.unflatten([leaf if place is None else cut_along(leaf, *place) for leaf, place in pairs])
+
+
+def _check_padded_opt_state(stored: Any, new: Any, region: ManualRegion) -> None:  # Any, twice: as above
+    """Refuse a new state of another type before it is padded: in its own shapes, as `init` made them."""
+    if any(region.opt_state_padding):
+        cut = partial(_cut_opt_state, region=region)
+        own = new if region.padded_update is None else jax.eval_shape(cut, new)
+        check_fixed_point({"opt_state": jax.eval_shape(cut, stored)}, {"opt_state": own})
 
 
 def _cut_where_filled(new: Any, region: ManualRegion) -> Any:  # Any: as above

@@ -628,7 +628,7 @@ def check_metric_names(written: str, added: Metrics, before: Mapping[str, object
         raise ConfigError(f"`{written}` adds a metric whose name is taken.", facts=facts)
 
 
-def check_fixed_point(old: State, new: State) -> None:
+def check_fixed_point(old: Any, new: Any) -> None:  # Any, twice: a state, or a part of it
     """Refuse a step whose new state has another type than the old one: every step would be retraced.
 
     Errors: ConfigError with every leaf whose shape or dtype changes.

@@ -40,3 +40,16 @@ def test_every_leaf_is_donated_through_the_loop() -> None:
     batch = jax.tree.map(lambda leaf: np.stack([leaf] * 4), probe_batch(8))
     program = step.lower(step.init(probe_params()), batch).compile()
     assert all(leaf.donated and leaf.aliased for leaf in program.donated())
+
+
+def test_optimizer_whose_state_changes_type_is_refused_in_a_loop() -> None:
+    """As without one. The loop of jax would refuse it in its own words."""
+    optimizer = optax.GradientTransformation(lambda params: np.int32(0), lambda grads, state, params=None: (grads, 0.5))
+    step = sc.compile(sc.repeat(2) @ sc.update(optimizer) @ sc.grad(drawing, rng="example"))
+    batch = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), probe_batch(16))
+    with pytest.raises(sc.ConfigError) as refused:
+        step(step.init(probe_params()), batch)
+    assert str(refused.value) == (
+        "`opt_state` goes in as int32[] and comes out as float32[].\n\n"
+        "  reason  a state whose type changes is retraced every step, and its buffers cannot be reused"
+    )
