@@ -136,7 +136,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
     stream = params["embedding"][tokens] + params["position"]
     stream, _ = jax.lax.scan(jax.checkpoint(block), stream, params["layers"])
     scores = jnp.einsum("btd,vd->btv", norm(stream, params["norm"]), params["embedding"]).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+    return llama.mean_cross_entropy(scores, labels)
 
 
 def rows_of(mesh: Mesh) -> tuple[str, ...]:
