@@ -415,7 +415,14 @@ ON_PADDED: dict[str, tuple[Callable[[], Any], bool]] = {
     ),
     "random": (lambda: by_leaf(noised), False),
     "mean": (lambda: by_leaf(lambda grad, _: -0.1 * (grad - jnp.mean(grad))), False),
-    "norm": (lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)), False),
+    "norm of the gradient": (lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)), True),
+    "norm of each leaf": (lambda: by_leaf(lambda g, _: -0.1 * g / jnp.sqrt(1e-3 + jnp.sum(g * g))), True),
+    "norm of the parameters": (lambda: by_leaf(lambda g, p: -0.1 * g * jnp.sum(p * p)), False),
+    "norm of each row": (lambda: by_leaf(lambda g, _: -0.1 * g * jnp.sum(g * g, axis=0, keepdims=True)), False),
+    "sum of no zeros": (lambda: by_leaf(lambda g, _: -1e-3 * g * jnp.sum(jnp.exp(g))), False),
+    "sum of zeros and one": (lambda: by_leaf(lambda g, _: -1e-3 * g * jnp.sum(g + 1)), False),
+    "sum of a choice": (lambda: by_leaf(lambda g, _: -1e-3 * g * jnp.sum(jnp.where(g == 0, 1, g))), False),
+    "product with a parameter": (lambda: by_leaf(lambda g, p: -0.1 * g * jnp.sum(g * p)), False),
     "trust ratio": (lambda: optax.lamb(1e-2), False),
     "factored": (lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4), False),
     "line search": (lambda: optax.lbfgs(memory_size=2), False),
@@ -479,13 +486,14 @@ def test_padding_takes_no_more_temporaries_than_one_masked_copy(k: int, level: d
 # In a loop XLA keeps the masks, of a byte an element: a quarter of a shard each.
 @pytest.mark.parametrize(("outer", "options", "most"), [
     (ADAM @ sc.noise(0.1), {"k": 4}, 0.1),
+    (sc.update(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))), {"k": 4}, 0.1),
     (sc.repeat(2) @ ADAM, {"k": 4, "steps": 2}, 0.6),
     (sc.repeat(2) @ ADAM, {"zero": 1, "steps": 2}, 1.6),
     (sc.epochs(2, minibatches=2) @ ADAM, {"zero": 1}, 1.6),
     (sc.alternate, {"mode": "auto"}, 0.1),
     (partial(sc.alternate, every={"head": 2}), {"mode": "auto"}, 0.1),
     (lambda **turns: sc.skip_nonfinite(limit=3) @ sc.ema(0.5) @ sc.alternate(**turns), {"k": 4}, 0.1),
-], ids=["noise", "repeat", "repeat zero", "epochs", "alternate", "alternate every", "alternate ema"])  # fmt: skip
+], ids=["noise", "norm", "repeat", "repeat zero", "epochs", "turns", "turns every", "turns ema"])  # fmt: skip
 def test_padding_stays_where_it_is_in_loops_and_turns(outer: Any, options: dict[str, Any], most: float) -> None:
     """No leaf is cut and filled in each step or turn: that took one shard to four."""
     assert shards_of_padding(outer, **options) < most

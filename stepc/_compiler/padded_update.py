@@ -1,7 +1,8 @@
 """Whether an optimizer can run on padded leaves, as they are stored: it works element by element, as Adam does.
 
-The operations of its `update` are read. Without padding XLA would compute the new state of such a leaf twice, once for
-the parameters and once to mask it, and copy the old one for that: a shard of each leaf in temporaries.
+The operations of its `update` are read. The padding of a gradient is zero, so that a sum over all of it is right too,
+as in `optax.clip_by_global_norm`. Without padding XLA would compute the new state of such a leaf twice, once for the
+parameters and once to mask it, and copy the old one for that: a shard of each leaf in temporaries.
 """
 
 from collections.abc import Sequence
@@ -26,12 +27,15 @@ KEEP_NAN = frozenset(
     reduce_precision rsqrt sign sin sqrt square stop_gradient sub tan tanh
     """.split()
 )
+# The operations of one operand that make zero of zero.
+KEEP_ZERO = frozenset(("abs", "convert_element_type", "copy", "neg", "sign", "sqrt", "square", "stop_gradient"))
 # What the shape of a leaf alone may change in an operation.
 SHAPES = frozenset(("shape", "sharding"))
 
-# Of a value while `update` is read. UNIFORM: one number, however often. NAN and PADDED: made element by element of a
-# padded leaf, with NaN in its padding or with anything. OTHER: what depends on the shape, or may.
-UNIFORM, NAN, PADDED, OTHER = "uniform", "nan", "padded", "other"
+# Of a value while `update` is read. UNIFORM: one number, however often; NOTHING if it is zero. ZERO, NAN and PADDED:
+# made element by element of a padded leaf, with zero in its padding (where all uniform numbers are finite), with NaN,
+# or with anything. OTHER: what depends on the shape, or may.
+UNIFORM, NOTHING, ZERO, NAN, PADDED, OTHER = "uniform", "nothing", "zero", "nan", "padded", "other"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def padded_update(
         return jax.make_jaxpr(update)(params, opt_state, params, jnp.zeros(()))
 
     kinds = [
-        *(_kind(one, other, PADDED) for one, other in _pairs(params, stored[0])),
+        *(_kind(one, other, ZERO) for one, other in _pairs(params, stored[0])),
         *(_kind(one, other, NAN) for one, other in _pairs(opt_state, stored[1])),
         *(_kind(one, other, NAN) for one, other in _pairs(params, stored[0])),
         UNIFORM,
@@ -113,21 +117,27 @@ def _kinds(jaxpr: Jaxpr, kinds: Sequence[str]) -> list[str] | None:
     known: dict[Any, str] = dict(zip(jaxpr.invars, kinds, strict=True))  # Any: a variable
 
     def read(var: Any) -> str:  # Any: a variable, or a literal
-        return UNIFORM if not _shape(var) else OTHER if isinstance(var, Literal) else known.get(var, OTHER)
+        if isinstance(var, Literal):
+            return OTHER if _shape(var) else NOTHING if var.val == 0 else UNIFORM
+        return known.get(var, OTHER) if _shape(var) else UNIFORM
 
     for equation in jaxpr.eqns:
         given, name = list(map(read, equation.invars)), equation.primitive.name
-        shapes = {_shape(var) for var, kind in zip(equation.invars, given, strict=True) if kind in (NAN, PADDED)}
+        shapes = {_shape(var) for var, kind in zip(equation.invars, given, strict=True) if kind in (ZERO, NAN, PADDED)}
         if not shapes:
             is_uniform = OTHER not in given and (name in ELEMENTWISE or name == "broadcast_in_dim")
-            results = [UNIFORM if is_uniform else OTHER for _ in equation.outvars]
+            is_nothing = given == [NOTHING] and (name in KEEP_ZERO or name == "broadcast_in_dim")
+            results = [NOTHING if is_nothing else UNIFORM if is_uniform else OTHER for _ in equation.outvars]
         elif name in CALLS:
             inner = _kinds(equation.params["jaxpr"].jaxpr, given)
             if inner is None:
                 return None
             results = inner
+        elif name == "reduce_sum" and given == [ZERO] and not _shape(equation.outvars[0]):
+            results = [UNIFORM]
         elif name in ELEMENTWISE and OTHER not in given and set(map(_shape, equation.outvars)) == shapes:
-            results = [NAN if _keeps_nan(equation, given) else PADDED for _ in equation.outvars]
+            kept = NAN if _keeps_nan(equation, given) else ZERO if _keeps_zero(equation, given) else PADDED
+            results = [kept for _ in equation.outvars]
         else:
             return None
         known |= {var: kind if _shape(var) else UNIFORM for var, kind in zip(equation.outvars, results, strict=True)}
@@ -144,6 +154,24 @@ def _keeps_nan(equation: Any, given: list[str]) -> bool:  # Any: a jax.extend.co
             return given == [NAN] and equation.params["y"] != 0
         case name:
             return NAN in given and name in KEEP_NAN
+
+
+def _keeps_zero(equation: Any, given: list[str]) -> bool:  # Any: as above
+    if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
+        return False
+    match equation.primitive.name:
+        case "mul":
+            return {*given} <= {ZERO, UNIFORM, NOTHING}
+        case "div":
+            return given == [ZERO, UNIFORM]
+        case "select_n":
+            return {*given[1:]} <= {ZERO, NOTHING}
+        case "integer_pow":
+            return given == [ZERO] and equation.params["y"] > 0
+        case "add" | "add_any" | "sub":
+            return {*given} <= {ZERO, NOTHING}
+        case name:
+            return given == [ZERO] and name in KEEP_ZERO
 
 
 def _shape(var: Any) -> tuple[int, ...]:  # Any: a variable, or a literal
