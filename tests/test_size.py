@@ -95,3 +95,9 @@ def test_gradient_is_known_to_reach_all_parameters_without_tangents(monkeypatch:
 
     monkeypatch.setattr(jax, "jvp", traced)
     lowered(1, {})
+
+
+def test_step_takes_the_sum_of_squares_of_each_leaf_once() -> None:
+    step, _ = lowered(5, {})
+    squares = [one for one in equations(step.traced.jaxpr.jaxpr) if one.primitive.name == "square"]
+    assert len(squares) == 5 * 2  # the step asks whether they are finite, and `clip` for their norm

@@ -406,6 +406,8 @@ def _without_ones(collective: Callable[[jax.Array, int], jax.Array], leaf: jax.A
       compiled programs, libtpu 0.0.42.1).
     """
     ones = [place for place, size in enumerate(leaf.shape) if size == 1 and place != dim]
+    if not ones:
+        return collective(leaf, dim)
     made = collective(jnp.squeeze(leaf, ones), dim - sum(one < dim for one in ones))
     return jnp.expand_dims(made, ones)
 

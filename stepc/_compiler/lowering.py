@@ -117,6 +117,7 @@ from stepc._language.terms import (
     is_static,
     merge_terms,
     power_of_two,
+    squares_of,
     sum_arrays,
     sum_of_squares,
 )
@@ -637,7 +638,7 @@ def _run_one(
         case Apply(node):
             key = _map_key(instruction, microbatch, inputs, region)
             with region.scope(node.written):
-                measured, added = node.measured(total.grads, inputs.trained)
+                measured, added = node.measured(total.grads, inputs.trained, partial(squares_of, total.grads))
                 return _apply(instruction, total, measured, added, key)
         case Perturb():
             return _perturb(instruction, microbatch, inputs, region)
@@ -1054,11 +1055,12 @@ def _measure(
     """The first run of the final maps: what the second needs, the value with all metrics, the sums of squares."""
     value = _divide(final_maps.division, total)
     with jax.named_scope(NORM_NAME):
-        squares = jax.tree.map(sum_of_squares, value.grads)
-    all_measured: list[Any] = []
+        squares = squares_of(value.grads)
+    all_measured, first = list[Any](), value.grads
     for one, key in zip(final_maps.maps, keys, strict=True):
         with region.scope(one.node.written):
-            measured, added = one.node.measured(value.grads, params)
+            own = partial(squares_of, value.grads) if value.grads is not first else lambda: squares
+            measured, added = one.node.measured(value.grads, params, own)
             value = _apply(one, value, measured, added, key)
         all_measured.append(measured)
     with jax.named_scope(NORM_NAME):

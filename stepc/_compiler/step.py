@@ -531,9 +531,8 @@ class Step:
             new, metrics, diagnostics = outputs
             self._schedules[_signature(state, batch)] = schedule, structures, reordered
             check_fixed_point(moved, new)
-            new = replace(
-                jax.tree.map(_also_reads, replace(new, params=()), replace(moved, params=())), params=new.params
-            )
+            rest = tuple(replace(one, params=()) for one in (new, moved))
+            new = replace(jax.tree.map(partial(_also_reads, jnp.bool_(True)), *rest), params=new.params)
             return to_memory_of(new, moved, state), metrics, diagnostics
 
     def _run(
@@ -769,13 +768,13 @@ def _padded_update(schedule: Schedule, own: State, stored: State) -> PaddedUpdat
     return padded_update(node.optimizer, own.trained, own.opt_state, (stored.trained, stored.opt_state), node.written)
 
 
-def _also_reads(new: Any, old: Any) -> Any:  # Any: arrays
+def _also_reads(true: jax.Array, new: Any, old: Any) -> Any:  # Any: arrays
     """The new leaf of a state, by an operation that reads the old one and that XLA removes.
 
     jax drops an argument that nothing reads. A leaf that is only written, such as what a line search keeps of itself,
     would then reuse no buffer. Every loss reads the parameters.
     """
-    return new if new is old or is_on_host(old) else jax.lax.select(True, new, old)
+    return new if new is old or is_on_host(old) else jax.lax.select_n(true, old, new)
 
 
 def _shardings_of_outputs(state: State, host: frozenset[str], mesh: Mesh) -> tuple[Any, NamedSharding]:

@@ -167,6 +167,8 @@ class MapNode:
         `measure(grads, *arguments)` returns a value and the metrics, `function(grads, value, *arguments)` the gradient.
       keeps_zeros: zeros that are appended to a leaf stay zeros, and change nothing else.
       reads_params: the measurement reads the parameters: `measure(grads, params, *arguments)`.
+      reads_squares: it reads the sum of squares of each leaf, which a step takes anyway: `measure(squares,
+        *arguments)`.
     """
 
     function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of arrays)
@@ -176,16 +178,24 @@ class MapNode:
     keeps_zeros: bool = False
     measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of arrays)
     reads_params: bool = False
+    reads_squares: bool = False
     name: str = "map"
     written: Written = field(default="map", compare=False)
 
     def __str__(self) -> str:
         return self.written
 
-    def measured(self, grads: Any, params: Any) -> tuple[Any, dict[str, Any]]:  # Any: trees of arrays, and arrays
+    def measured(
+        self,
+        grads: Any,  # Any, here and below: trees of arrays, and arrays
+        params: Any,
+        squares: Callable[[], Any],
+    ) -> tuple[Any, dict[str, Any]]:
         """The value that `measure` takes of the whole gradient, and the metrics; nothing without `measure`."""
         if self.measure is None:
             return None, {}
+        if self.reads_squares:
+            return self.measure(squares(), *self.arguments)
         return self.measure(grads, *((params,) if self.reads_params else ()), *self.arguments)
 
     def applied(self, grads: Any, value: Any, *key: Any) -> Any:  # Any: as above; checked by the caller

@@ -294,6 +294,11 @@ def sum_of_squares(leaf: jax.Array) -> jax.Array:
     return jax.lax.reduce_sum(jax.lax.square(wide), tuple(range(wide.ndim)))
 
 
+def squares_of(grads: Any) -> Any:  # Any, twice: trees of arrays
+    """The sum of squares of each leaf."""
+    return jax.tree.map(sum_of_squares, grads)
+
+
 def accumulation_dtype(dtype: Any) -> Any:  # Any, twice: whatever numpy takes for a dtype
     """The dtype in which values of this dtype are added up: at least float32 for floats, int32 for integers."""
     if jnp.issubdtype(dtype, jnp.floating):

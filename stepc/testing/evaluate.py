@@ -50,6 +50,7 @@ from stepc._language.terms import (
     loss_outcome,
     metric_value,
     power_of_two,
+    squares_of,
     sum_arrays,
     sum_of_squares,
 )
@@ -279,7 +280,7 @@ def _gradient_of_rows(
             summed = _gradient_of_rows(inner, state, batch, rows, factor).complete()
             value = summed.value()
             key = (_key(state, draw_tag(_name(program, node)), rows[0]),) if node.draws else ()
-            measured, before = node.measured(value, _trained(inner, state))
+            measured, before = node.measured(value, _trained(inner, state), partial(squares_of, value))
             grads, after = node.applied(value, measured, *key)
             added = {name: Mean(metric, 1) for name, metric in {**before, **after}.items()}
             return replace(summed, terms=((_widened(grads), 1),), metrics={**summed.metrics, **added})

@@ -1,7 +1,7 @@
 """`clip`: bound the global norm of the gradient."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from stepc._language.kinds import Grads, Kind, Metrics
 from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn, Gradient, Microbatch
 from stepc._language.state import State
-from stepc._language.terms import sum_arrays, sum_of_squares
+from stepc._language.terms import squares_of, sum_arrays
 
 NONFINITE = ("nan", "zero")  # what becomes of a gradient whose norm is not finite
 
@@ -44,6 +44,7 @@ class Clip(Transform):
                 keeps_finite=self.nonfinite == "nan",
                 keeps_zeros=True,
                 measure=clipping_factor,
+                reads_squares=True,
                 written=repr(self),
             ),
         )
@@ -54,13 +55,13 @@ def clip_to_norm(grads: Grads, max_norm: float, nonfinite: str = "nan") -> tuple
 
     A norm that is not finite makes the gradient NaN in every leaf, or zero.
     """
-    factor, added = clipping_factor(grads, max_norm, nonfinite)
+    factor, added = clipping_factor(squares_of(grads), max_norm, nonfinite)
     return multiply(grads, factor, max_norm, nonfinite), added
 
 
-def clipping_factor(grads: Grads, max_norm: float, _: str) -> tuple[jax.Array, Metrics]:
-    """What to multiply the gradient by, NaN if its norm is not finite; and its norm before."""
-    norm = jnp.sqrt(sum_arrays([sum_of_squares(leaf) for leaf in jax.tree.leaves(grads)]))
+def clipping_factor(squares: Any, max_norm: float, _: str) -> tuple[jax.Array, Metrics]:  # Any: a tree like Grads
+    """From the sums of squares: what to multiply the gradient by, NaN if its norm is not finite; and its norm."""
+    norm = jnp.sqrt(sum_arrays(jax.tree.leaves(squares)))
     # An infinite norm would give a factor of 0: an update of zero, and nobody would see why.
     finite = jnp.where(jnp.isfinite(norm), norm, jnp.nan)
     return jnp.where(norm <= max_norm, jnp.ones_like(norm), max_norm / finite), {"grad_norm": norm}
