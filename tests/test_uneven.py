@@ -397,6 +397,7 @@ def noised(grad: jax.Array, param: jax.Array) -> jax.Array:
     return -0.1 * grad + 0.1 * jax.random.normal(jax.random.key(0), param.shape)
 
 
+RATES = {(13, 8): 0.1, (8, 13): 0.2, (13,): 0.1, (8,): 0.1, (2, 8, 13): 0.2, (2, 13, 8): 0.1}
 ON_PADDED: dict[str, tuple[Callable[[], Any], bool]] = {
     "adam": (lambda: optax.adam(1e-2), True),
     "adamw": (lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 9), weight_decay=0.1, mask=is_matrix), True),
@@ -423,6 +424,21 @@ ON_PADDED: dict[str, tuple[Callable[[], Any], bool]] = {
     "sum of zeros and one": (lambda: by_leaf(lambda g, _: -1e-3 * g * jnp.sum(g + 1)), False),
     "sum of a choice": (lambda: by_leaf(lambda g, _: -1e-3 * g * jnp.sum(jnp.where(g == 0, 1, g))), False),
     "product with a parameter": (lambda: by_leaf(lambda g, p: -0.1 * g * jnp.sum(g * p)), False),
+    "number of elements": (lambda: by_leaf(lambda g, _: -g / jnp.sum(jnp.ones_like(g))), False),
+    "largest of a range": (lambda: by_leaf(lambda g, _: -1e-2 * g * jnp.max(jnp.arange(1.0, 1 + g.shape[0]))), False),
+    "no gradient": (
+        lambda: by_leaf(lambda g, _: -1e-3 * jnp.arange(g.size, dtype=g.dtype).reshape(g.shape)),
+        False,
+    ),
+    "another rate in a table of shapes": (lambda: by_leaf(lambda g, _: -RATES[g.shape] * g), False),
+    "one random number": (
+        lambda: by_leaf(lambda g, _: -0.1 * g * jax.random.normal(jax.random.key(0), g.shape).sum()),
+        False,
+    ),
+    "one random number for all": (
+        lambda: by_leaf(lambda g, _: -0.1 * g * jax.random.normal(jax.random.key(0), (3,)).sum()),
+        True,
+    ),
     "trust ratio": (lambda: optax.lamb(1e-2), False),
     "factored": (lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4), False),
     "line search": (lambda: optax.lbfgs(memory_size=2), False),

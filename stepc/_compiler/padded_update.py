@@ -34,8 +34,8 @@ SHAPES = frozenset(("shape", "sharding"))
 
 # Of a value while `update` is read. UNIFORM: one number, however often; NOTHING if it is zero. ZERO, NAN and PADDED:
 # made element by element of a padded leaf, with zero in its padding (where all uniform numbers are finite), with NaN,
-# or with anything. OTHER: what depends on the shape, or may.
-UNIFORM, NOTHING, ZERO, NAN, PADDED, OTHER = "uniform", "nothing", "zero", "nan", "padded", "other"
+# or with anything. SAME: an array that is the same without padding. OTHER: what depends on the shape, or may.
+UNIFORM, NOTHING, ZERO, NAN, PADDED, SAME, OTHER = "uniform", "nothing", "zero", "nan", "padded", "same", "other"
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ def padded_update(
         UNIFORM,
     ]
     own = traced(params, opt_state)
-    results = _kinds(own.jaxpr, kinds)
-    if results is None:
-        return None
     try:
         on_stored = traced(*stored)
-    except (TypeError, ValueError):  # it has arrays of the own shapes, such as a mask
+    except (TypeError, ValueError, LookupError, AssertionError):  # it has arrays of the own shapes, or demands these
         return None
     # A number that it makes of a shape, such as a rate for each width, differs between the two.
     if not _is_same_program(own, on_stored):
         return None
     leaves = jax.tree.leaves(stored)
     if list(map(_shape, on_stored.jaxpr.outvars)) != [leaf.shape for leaf in leaves]:
+        return None
+    results = _kinds(own.jaxpr, on_stored.jaxpr, kinds)
+    if results is None or OTHER in results:
         return None
     of_state = list(zip(_pairs(opt_state, stored[1]), results[len(jax.tree.leaves(params)) :], strict=True))
     return PaddedUpdate(params, tuple(_is_like(*pair) or kind == NAN for pair, kind in of_state))
@@ -108,40 +108,63 @@ def _is_like(own: Any, stored: Any) -> bool:  # Any: shapes
 
 def _kind(own: Any, stored: Any, kind: str) -> str:  # Any: shapes
     if _is_like(own, stored):
-        return OTHER if own.ndim else UNIFORM
+        return SAME if own.ndim else UNIFORM
     return kind if jnp.issubdtype(own.dtype, jnp.inexact) else PADDED
 
 
-def _kinds(jaxpr: Jaxpr, kinds: Sequence[str]) -> list[str] | None:
-    """The kind of each result; None where a padded leaf meets an operation that is not element by element."""
+def _kinds(jaxpr: Jaxpr, stored: Jaxpr, kinds: Sequence[str]) -> list[str] | None:
+    """The kind of each result; None where a padded leaf meets an operation that is not element by element.
+
+    Args:
+      stored: the same program of the shapes that are stored.
+    """
     known: dict[Any, str] = dict(zip(jaxpr.invars, kinds, strict=True))  # Any: a variable
+    known |= {var: SAME if _shape(var) else UNIFORM for var in jaxpr.constvars}
 
     def read(var: Any) -> str:  # Any: a variable, or a literal
         if isinstance(var, Literal):
-            return OTHER if _shape(var) else NOTHING if var.val == 0 else UNIFORM
-        return known.get(var, OTHER) if _shape(var) else UNIFORM
+            return SAME if _shape(var) else NOTHING if var.val == 0 else UNIFORM
+        return known[var]
 
-    for equation in jaxpr.eqns:
+    for equation, twin in zip(jaxpr.eqns, stored.eqns, strict=True):
         given, name = list(map(read, equation.invars)), equation.primitive.name
         shapes = {_shape(var) for var, kind in zip(equation.invars, given, strict=True) if kind in (ZERO, NAN, PADDED)}
-        if not shapes:
-            is_uniform = OTHER not in given and (name in ELEMENTWISE or name == "broadcast_in_dim")
-            is_nothing = given == [NOTHING] and (name in KEEP_ZERO or name == "broadcast_in_dim")
-            results = [NOTHING if is_nothing else UNIFORM if is_uniform else OTHER for _ in equation.outvars]
-        elif name in CALLS:
-            inner = _kinds(equation.params["jaxpr"].jaxpr, given)
+        if name in CALLS:
+            inner = _kinds(equation.params["jaxpr"].jaxpr, twin.params["jaxpr"].jaxpr, given)
             if inner is None:
                 return None
             results = inner
+        elif not shapes:
+            results = [_kind_without_padding(equation, twin, given)] * len(equation.outvars)
         elif name == "reduce_sum" and given == [ZERO] and not _shape(equation.outvars[0]):
             results = [UNIFORM]
-        elif name in ELEMENTWISE and OTHER not in given and set(map(_shape, equation.outvars)) == shapes:
+        elif name in ELEMENTWISE and not {*given} & {SAME, OTHER} and set(map(_shape, equation.outvars)) == shapes:
             kept = NAN if _keeps_nan(equation, given) else ZERO if _keeps_zero(equation, given) else PADDED
             results = [kept for _ in equation.outvars]
         else:
             return None
-        known |= {var: kind if _shape(var) else UNIFORM for var, kind in zip(equation.outvars, results, strict=True)}
+        pairs = zip(equation.outvars, results, strict=True)
+        known |= {var: UNIFORM if kind == SAME and not _shape(var) else kind for var, kind in pairs}
     return list(map(read, jaxpr.outvars))
+
+
+def _kind_without_padding(equation: Any, twin: Any, given: list[str]) -> str:  # Any, twice: a jax.extend.core.JaxprEqn
+    """The kind of the results of an operation that is given no padded leaf; `twin` is it in the stored shapes."""
+    name = equation.primitive.name
+    if {*given} <= {UNIFORM, NOTHING} and (name in ELEMENTWISE or name == "broadcast_in_dim"):
+        is_nothing = given == [NOTHING] and (name in KEEP_ZERO or name == "broadcast_in_dim")
+        return NOTHING if is_nothing else UNIFORM
+    # One number may depend on a shape too: how many ones there are, the largest of a range, a sum of what is drawn.
+    return SAME if OTHER not in given and _is_same_operation(equation, twin) else OTHER
+
+
+def _is_same_operation(own: Any, stored: Any) -> bool:  # Any, twice: as above
+    """Whether an operation makes the same of the same in both programs, shapes included."""
+    pairs = list(zip((*own.invars, *own.outvars), (*stored.invars, *stored.outvars), strict=True))
+    inputs = {one: other for one, other in pairs if not isinstance(one, Literal)}
+    return all(_shape(one) == _shape(other) for one, other in pairs) and has_same_operations(
+        [own], [stored], inputs, ((), ())
+    )
 
 
 def _keeps_nan(equation: Any, given: list[str]) -> bool:  # Any: a jax.extend.core.JaxprEqn
