@@ -384,6 +384,29 @@ def test_devices_along_a_sequence_each_scatter_a_part_of_the_gradient(level: str
     assert "no parameter is sharded over seq: where a dimension divides, each device there" in str(made.plan)
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("level", [name for name in LEVELS if name != "zero0"])
+def test_axis_that_nothing_names_shards_nothing(level: str, *, is_named: bool) -> None:
+    """Nor does the gradient enter its reduction in parts along it, for which XLA would partition the loss."""
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        spec = P(None, "seq" if is_named else None)
+        return attention(params, jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec), rows))
+
+    transform = sc.shard(sc.dp("data", **LEVELS[level]))
+    step = sc.compile(SGD @ sc.accumulate(2) @ transform @ sc.grad(loss), mesh=mesh_of(data=4, seq=2))
+    random = np.random.default_rng(0)
+    batch = {name: random.normal(size=(16, 8, 4)).astype(np.float32) for name in ("tokens", "labels")}
+    state = step.init({"w": random.normal(size=(4, 4)).astype(np.float32)})
+    assert_equivalent(step, state, batch)
+    made = step.lower(state, batch).compile()
+    sent = 4 * 4 * 4 // (2 if is_named else 1)
+    in_loop = level in ("zero2", "zero3_microbatch", "zero3_layer")
+    assert traffic(made)["reduce-scatter", in_loop] == (2 if in_loop else 1) * sent
+    assert any(one.axes == ("seq",) for one in made.collectives()) is is_named
+    assert ("no parameter is sharded over seq" in str(made.plan)) is is_named
+
+
 def test_automatic_mode_leaves_the_sum_to_xla_and_the_plan_says_what_that_costs() -> None:
     transform = sc.shard(sc.dp("data"), sc.tp({"in/*": P(), "out/*": P()}), mode="auto")
     step = compiled(transform, mesh_of(data=8))

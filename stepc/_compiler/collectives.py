@@ -66,7 +66,7 @@ class ManualRegion:
       model_state: the leaves of the model state.
       model_state_tree: its structure.
       slot_specs: for each slot, a tree like it of the PartitionSpec along the automatic axes.
-      activation_axes: those that shard neither rows nor parameters.
+      activation_axes: those that shard activations, and neither rows nor parameters.
       matrices: the places, among the trained parameters, of those that an optimizer multiplies as matrices and that are
         sharded inside of a matrix; each with the dimension that is sharded while they are multiplied, or -1.
       matrices_alone: of those that are in no stack that divides, the spec along the automatic axes.

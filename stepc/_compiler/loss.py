@@ -241,7 +241,12 @@ def trace_loss_structure(
     if manual_axes:
         _check_regions(traced, node, manual_axes)
     has_convolutions = any(equation.primitive.name == CONVOLUTION for equation in _equations(traced.jaxpr))
-    structure = replace(structure, names_axes=bool(named), has_convolutions=has_convolutions)
+    structure = replace(
+        structure,
+        names_mesh=bool(named),
+        named_axes=frozenset(axis for _, axes, _ in named for axis in axes),
+        has_convolutions=has_convolutions,
+    )
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)

@@ -356,12 +356,19 @@ def sharded_along_rows(params: Params, placement: Placement) -> tuple[str, ...]:
     return tuple(path for path, _ in leaves_by_path(params) if _in("params", path) in along_rows)
 
 
-def activation_axes(placement: Placement, rules: BoundRules) -> tuple[str, ...]:
-    """The axes that shard neither rows nor parameters; they may shard activations, such as those of a sequence."""
+def activation_axes(placement: Placement, rules: BoundRules, named: frozenset[str]) -> tuple[str, ...]:
+    """The axes that shard activations, such as those of a sequence, and neither rows nor parameters.
+
+    Args:
+      named: those that the loss names. One that neither it nor a rule of the batch names shards nothing: for a gradient
+        in parts along it XLA would partition the loss along it too, with collectives in the loop.
+    """
+    of_batch = {axis for _, spec in rules.layout.batch for axis in axes_of(spec)}
     of_params = {
         axis for path, place in placement if path.partition("/")[0] == "params" for axis in axes_of(place.spec)
     }
-    return tuple(axis for axis, size in rules.sizes if size > 1 and axis not in {*rules.rows, *of_params})
+    found = (named | of_batch) - {*rules.rows, *of_params}
+    return tuple(axis for axis, size in rules.sizes if size > 1 and axis in found)
 
 
 def gradient_shapes(

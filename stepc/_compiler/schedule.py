@@ -102,7 +102,8 @@ class LossStructure:
       row_use: what it does with the rows that it is given; None where the batch is not split.
       head: of a loss of the whole batch, what its head is given.
       stacks: the paths of the parameters that a scan takes one slice of at a time.
-      names_axes: whether it names a mesh, or axes of one, in a sharding constraint or a `shard_map`.
+      names_mesh: whether it names a mesh, or axes of one, in a sharding constraint or a `shard_map`.
+      named_axes: the axes that it names there, or in a collective.
       has_convolutions: whether it computes a convolution.
     """
 
@@ -113,7 +114,8 @@ class LossStructure:
     row_use: RowUse | None = None
     head: HeadStructure | None = None
     stacks: tuple[str, ...] = ()
-    names_axes: bool = False
+    names_mesh: bool = False
+    named_axes: frozenset[str] = frozenset()
     has_convolutions: bool = False
 
     @property
@@ -1010,7 +1012,7 @@ def sharding_notes(
       gradient_bytes: the bytes of the gradient that is reduced, on one device, sharded over automatic axes alone.
       num_values: how many numbers that gradient has.
       along_rows: the parameters that rules shard along an axis of the rows: their gradient is not reduced over it.
-      of_activations: the axes that shard neither rows nor parameters.
+      of_activations: the axes that shard activations, and neither rows nor parameters.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)

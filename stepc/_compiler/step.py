@@ -207,7 +207,7 @@ class Step:
         # Of each program also how many convolutions are computed in another order of dimensions.
         self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...], int]] = {}
         self._made: set[StateTypes] = set()  # of the states that `init` has made
-        self._names_axes: dict[BatchSignature, bool] = {}  # whether a loss names axes of the mesh
+        self._names_mesh: dict[BatchSignature, bool] = {}  # whether a loss names the mesh, or axes of it
         self._has_several_devices = mesh is not None and mesh.size > 1
         # The state that the last call returned, if it is alive.
         self._returned: Callable[[], State | None] = lambda: None
@@ -568,7 +568,7 @@ class Step:
             model_state_specs=specs_of_model_state(state, rules),
             model_state_tree=jax.tree.structure(state.model_state),
             slot_specs=of_slots,
-            activation_axes=activation_axes(state.placement, rules),
+            activation_axes=activation_axes(state.placement, rules, structure.named_axes),
             matrices=matrices_in_parts(state.trained, state.placement, rules),
             matrices_alone=matrices_alone(state.trained, state.placement, rules),
             opt_state_padding=opt_state,
@@ -587,7 +587,7 @@ class Step:
             leaves, state = sharding_table(state, rules, self.mesh).rows, own_shapes(state)
             notes = exchange_notes(schedule, self._batches.minibatch_bytes(batch))
             sums: list[tuple[jax.ShapeDtypeStruct, ...]] = []
-            for turn, part in zip(form.turns, schedules_of_turns(schedule), strict=True):
+            for turn, part, structure in zip(form.turns, schedules_of_turns(schedule), structures, strict=True):
                 trained = trained_leaves(state.params, turn.loss.wrt)
                 gradient = gradient_shapes(trained, state.placement, rules, sharded=False)
                 along_rows = sharded_along_rows(trained, state.placement)
@@ -596,9 +596,8 @@ class Step:
                 gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in reduced)
                 prefix = f"{turn.name}: " if turn.name else ""
                 num_values = sum(leaf.size for leaf in reduced)
-                told = sharding_notes(
-                    part, rules, gradient_bytes, num_values, along_rows, activation_axes(state.placement, rules)
-                )
+                of_activations = activation_axes(state.placement, rules, structure.named_axes)
+                told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows, of_activations)
                 parts = matrices_in_parts(trained, state.placement, rules)
                 shared: tuple[int, ...] = ()
                 if isinstance(update := part[-1], Optimize) and (
@@ -647,11 +646,11 @@ class Step:
         if self.mesh is None or set(self.mesh.axis_names) == set(self.normal_form.batch_axes):
             return None
         signature = _signature(state, batch)
-        if signature not in self._names_axes:
+        if signature not in self._names_mesh:
             with self._own_mesh():
                 _, structures = self.normal_form.schedule(*shapes_of((own_shapes(state), batch)))
-            self._names_axes[signature] = any(one.names_axes for one in structures)
-        return self.mesh if self._names_axes[signature] else None
+            self._names_mesh[signature] = any(one.names_mesh for one in structures)
+        return self.mesh if self._names_mesh[signature] else None
 
     def _pipeline_for(self, state: State, batch: Batch) -> Transform | Pipeline:
         if self._autotuner is not None:
