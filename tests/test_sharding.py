@@ -727,3 +727,47 @@ def test_axis_of_the_rows_in_a_rule_names_the_axes_that_are_free() -> None:
     with pytest.raises(sc.ShardingError) as raised:
         sc.compile(pipeline, mesh=mesh_of(data=8))
     assert raised.value.suggestion == automatic
+
+
+# A transform, and the meshes that give some of its axes the size 1.
+OF_SEQUENCE, OF_MATRICES = {"*": P("data", "seq")}, {"w": P(None, "model"), "v": P("model")}
+DATA_SEQ = ({"data": 1, "seq": 1}, {"data": 1, "seq": 2}, {"data": 2, "seq": 1})
+DATA_MODEL = ({"data": 1, "model": 1}, {"data": 1, "model": 2}, {"data": 2, "model": 1})
+REPLICA_DATA = ({"replica": 1, "data": 1}, {"replica": 1, "data": 2}, {"replica": 2, "data": 1})
+OF_SIZE_1: dict[str, tuple[sc.Transform, tuple[dict[str, int], ...]]] = {
+    "batch": (sc.shard(sc.dp("data", batch=OF_SEQUENCE)), DATA_SEQ),
+    "batch_zero": (sc.shard(sc.dp("data", zero=3, batch=OF_SEQUENCE)), DATA_SEQ),
+    "batch_auto": (sc.shard(sc.dp("data", batch=OF_SEQUENCE), mode="auto"), DATA_SEQ),
+    "batch_replica": (sc.shard(sc.dp(("replica", "data"), zero=3, batch={"*": P(("replica", "data"))})), REPLICA_DATA),
+    "batch_two": (
+        sc.shard(sc.dp("replica", batch={"*": P(("replica", "data"))})) @ sc.shard(sc.dp("data")), REPLICA_DATA,
+    ),
+    "tp": (sc.shard(sc.dp("data"), sc.tp(OF_MATRICES)), DATA_MODEL),
+    "tp_zero": (sc.shard(sc.dp("data", zero=3), sc.tp(OF_MATRICES)), DATA_MODEL),
+    "tp_auto": (sc.shard(sc.dp("data", zero=3), sc.tp(OF_MATRICES), mode="auto"), DATA_MODEL),
+    "pad": (sc.shard(sc.dp("data"), sc.tp(OF_MATRICES, pad=True)), DATA_MODEL),
+    "zero": (sc.shard(sc.dp("data", zero=3, gather="layer")), ({"data": 1},)),
+    "zero_axes": (sc.shard(sc.dp(("replica", "data"), zero=3, zero_axes=("replica", "data"))), REPLICA_DATA),
+    "reduce_dtype": (sc.shard(sc.dp("data", reduce_dtype="bfloat16", zero=2)), ({"data": 1},)),
+    "experts": (
+        sc.shard(sc.dp("data", zero=3), sc.tp({"w": P("data")}, default=P()), mode="auto"), ({"data": 1}, DATA_SEQ[1]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_SIZE_1)
+def test_rules_on_axes_of_size_1_equal_the_reference_and_compile_once(name: str) -> None:
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return jnp.mean(((batch["x"] @ params["w"] @ params["v"]).sum(-1) - batch["y"]) ** 2)
+
+    transform, meshes_of_size_1 = OF_SIZE_1[name]
+    params = {"w": jnp.ones((6, 6)), "v": jnp.ones((6, 4))}
+    batch = {"x": jnp.arange(192.0).reshape(8, 4, 6) % 5, "y": jnp.arange(32.0).reshape(8, 4)}
+    optimizer = sc.update(optax.sgd(2.0**-10, momentum=0.5))
+    for sizes in meshes_of_size_1:
+        step = sc.compile(optimizer @ sc.accumulate(2) @ transform @ sc.grad(loss), mesh=mesh_of(**sizes))
+        assert_equivalent(step, step.init(params), batch)
+        state = step.init(params)
+        for _ in range(3):
+            state, _ = step(state, batch)
+        assert step.traces == 1

@@ -329,16 +329,19 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
     Errors: ShardingError with every rule that matches no leaf, and every spec that does not fit.
     """
     rows = rules.rows[0] if len(rules.rows) == 1 else rules.rows or None
+    sizes = dict(rules.sizes)
     found: dict[str, Spec] = {}
     faults: list[str] = []
     hints: list[str | None] = []
     for path, leaf in batch:
         rule = next((rule for rule in rules.layout.batch if path_matches(rule[0], path)), None)
         spec = (rows,) if rule is None else rule[1]
-        if rule is not None and (spec[0] if spec else None) != rows:
+        if rule is not None and _sharding_axes(spec[:1], sizes) != _sharding_axes((rows,), sizes):
             over = "no axis" if rows is None else " and ".join(map(repr, rules.rows))
             faults.append(f"{_rule(*rule, of='batch ')} must shard dimension 0, the rows, over {over}.")
             hints.append(f"Write `{spec_text((rows, *spec[1:]))}`.")
+        else:
+            spec = (rows, *spec[1:])  # the normal form drops axes of size 1 from the rows
         spec = (*([None] * leading), *spec)
         if rule is not None or rules.layout.automatic:
             by = f"{spec_text(spec)}, the sharding of the rows," if rule is None else _rule(*rule, of="batch ")
@@ -349,8 +352,13 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
             faults.append(f"{_rule(pattern, spec, of='batch ')} matches no leaf of the batch.")
             hints.append(pattern_hint(pattern, [path for path, _ in batch]))
     if faults:
-        raise _error(faults, dict(rules.sizes), of="the sharding of the batch", hints=hints)
+        raise _error(faults, sizes, of="the sharding of the batch", hints=hints)
     return found
+
+
+def _sharding_axes(spec: Spec, sizes: Mapping[str, int]) -> list[str]:
+    """The axes that a spec names and that shard something: those of size 1 do not."""
+    return [axis for axis in axes_of(spec) if sizes[axis] > 1]
 
 
 def _rank_faults(path: str, leaf: Any, spec: Spec, by: str) -> list[str]:  # Any: as in Shapes
