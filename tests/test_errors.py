@@ -627,6 +627,10 @@ COMPILING: dict[str, tuple[type, Callable[[], object]]] = {
         sc.ShardingError,
         lambda: laid_by(sc.shard(sc.dp("data", batch={"x": P("model", "model"), "z": P("data")}))),
     ),
+    "batch_rule_that_swaps_the_rows": (
+        sc.ShardingError,
+        lambda: laid_by(sc.shard(sc.dp("data", batch={"x": P("model", "data"), "y": P("replica")}))),
+    ),
     "rows_that_do_not_divide_automatically": (
         sc.ShardingError,
         lambda: laid_by(sc.shard(sc.dp(("data", "replica")), mode="auto"), num_rows=6),

@@ -339,7 +339,8 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
         if rule is not None and _sharding_axes(spec[:1], sizes) != _sharding_axes((rows,), sizes):
             over = "no axis" if rows is None else " and ".join(map(repr, rules.rows))
             faults.append(f"{_rule(*rule, of='batch ')} must shard dimension 0, the rows, over {over}.")
-            hints.append(f"Write `{spec_text((rows, *spec[1:]))}`.")
+            rest = (None if {*axes_of((entry,))} & {*rules.rows} else entry for entry in spec[1:])
+            hints.append(f"Write `{spec_text(normalized_spec((rows, *rest)))}`.")
         else:
             spec = (rows, *spec[1:])  # the normal form drops axes of size 1 from the rows
         spec = (*([None] * leading), *spec)
