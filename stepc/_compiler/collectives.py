@@ -249,9 +249,8 @@ class ManualRegion:
         }
         return max(sizes, key=lambda place: (sizes[place], -place)) if number > 1 and dim >= 0 and sizes else -1
 
-    def spec_of_parts(self, leaf: jax.Array, dim: int, spec: PartitionSpec) -> PartitionSpec:
-        """The spec along the automatic axes of a gradient in such parts."""
-        along = self.dimension_of_parts(leaf, dim, spec)
+    def spec_of_parts(self, along: int, spec: PartitionSpec) -> PartitionSpec:
+        """The spec along the automatic axes of a gradient in such parts along a dimension, or -1."""
         return PartitionSpec(*sharded_spec(tuple(spec), along, self.activation_axes))
 
 
@@ -361,7 +360,7 @@ def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegio
     """Each device's own shard of the sum of each sharded leaf."""
     dimensions = region.grad_dimensions
     along = jax.tree.map(region.dimension_of_parts, grads, dimensions, region.grad_specs)
-    given_specs = jax.tree.map(region.spec_of_parts, grads, dimensions, region.grad_specs)
+    given_specs = jax.tree.map(region.spec_of_parts, along, region.grad_specs)
 
     def scatter(keys: Any, leaf: jax.Array, dim: int, along: int) -> jax.Array:  # Any: as in path_of
         if dim < 0:
@@ -521,7 +520,7 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
                     total = _scattered(wider, axes, dim, region.activation_axes, along)
                 return total.astype(leaf.dtype)
 
-            return region.fully_manual(scatter, grad, spec, region.spec_of_parts(grad, dim, spec))
+            return region.fully_manual(scatter, grad, spec, region.spec_of_parts(along, spec))
 
         @jax.custom_vjp
         def gathered(shard: jax.Array) -> jax.Array:
