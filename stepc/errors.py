@@ -260,6 +260,11 @@ def faults_in_one(faults: Sequence[str], *, of: str) -> str:
     return f"{len(faults):,} faults in {of}:\n\n" + "\n".join(lines)
 
 
+def leaf_text(path: str, whole: str) -> str:
+    """A leaf of a tree as a message names it: by its path, or `whole` for a tree that is one array."""
+    return f"`{path}`" if path else whole
+
+
 def listed(items: Iterable[str], *, separator: str = ", ") -> str:
     """Items in one line, each with a path at its start: at most eight, like ones as one, the rest counted."""
     shown, num_left = by_pattern(list(items), most=_MOST_SHOWN)

@@ -1331,6 +1331,44 @@ def test_facts_of_every_error_are_few(kind: type[sc.StepcError]) -> None:
         assert len(text.splitlines()) < 20
 
 
+def of_one_array(rule: Any = None, batch: Any = None) -> None:
+    """A step of parameters and a batch that are one array each."""
+    sharded = sc.shard(sc.dp("data", batch=batch or {}), *([] if rule is None else [sc.tp(rule)]))
+    bare = sc.grad(lambda params, rows: jnp.mean(rows) * jnp.sum(params))
+    step = sc.compile(sc.update(tx) @ sharded @ bare, mesh=mesh_of(data=2, model=2))
+    step(step.init(np.ones(3, np.float32)), np.ones((4, 3), np.float32))
+
+
+def stacked(rows: Any) -> None:
+    step = sc.compile(sc.repeat(2) @ sc.update(tx) @ sc.grad(lambda params, rows: jnp.mean(rows) * params))
+    step(step.init(np.float32(1.0)), rows)
+
+
+ONE_ARRAY = {
+    "rank of parameters": (lambda: of_one_array({"*": P(None, "model")}), "The parameter (float32[3]) has too few"),
+    "division": (lambda: of_one_array({"*": P("model")}), "The parameter (float32[3]): dimension 0"),
+    "rank of a batch": (lambda: of_one_array(batch={"*": P("data", None, "model")}), "The batch (float32[4, 3]) has"),
+    "batch": (lambda: of_one_array(batch={"*": P("data", "model")}), "The batch (float32[4, 3]): dimension 1"),
+    "repeat": (lambda: stacked(np.ones(4, np.float32)), "The batch is float32[4]: `repeat(2)` takes"),
+    "padding": (lambda: sc.pad_batch(np.ones(8), 4), "The batch has 8 rows; expected"),
+    "scalar": (lambda: sc.pad_batch(np.float32(1), 4), "The batch is a scalar"),
+    "difference": (
+        lambda: assert_equal_trees(np.ones(2), np.zeros(2), tolerance=0.0, of="two"),
+        "The array differs by 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", ONE_ARRAY)
+def test_one_array_is_named_in_words(mistake: str) -> None:
+    fails, expected = ONE_ARRAY[mistake]
+    with pytest.raises(sc.StepcError) as raised:
+        fails()
+    text = str(raised.value)
+    assert expected in text
+    assert "``" not in text
+
+
 def test_few_leaves_are_named_and_many_are_a_pattern() -> None:
     few, many = ([f"`layers/{n}/w/0` is text." for n in range(count)] for count in (3, 48))
     assert "2. `layers/1/w/0` is text." in faults_in_one(few, of="a")

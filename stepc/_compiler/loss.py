@@ -48,7 +48,7 @@ from stepc._language.terms import (
     merge_terms,
     sum_arrays,
 )
-from stepc.errors import LossError, ShardingError, StepcError, faults_in_one, listed
+from stepc.errors import LossError, ShardingError, StepcError, faults_in_one, leaf_text, listed
 
 # The metrics that a step reports itself.
 RESERVED = ("loss", "grad_norm", "skipped", "loss_scale")
@@ -420,7 +420,7 @@ def _check_reached(traced: ClosedJaxpr, totals: range, params: Params, node: Dif
         raise LossError(
             f"No gradient of `{node.written}` reaches {len(unreached)} of its {len(trained)} trained parameters.",
             facts=(
-                ("parameters", listed(f"`{path}`" if path else "the only one" for path in unreached)),
+                ("parameters", listed(leaf_text(path, "the only one") for path in unreached)),
                 ("reason", "the loss does not depend on them, or only through `stop_gradient` or whole numbers"),
                 ("what for", "an optimizer with weight decay would change them silently"),
             ),

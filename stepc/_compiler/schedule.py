@@ -41,7 +41,7 @@ from stepc._core.nodes import (
 from stepc._core.sharding import Spec, axes_of
 from stepc._language.encoded import EncodedTree
 from stepc._language.optimizers import evaluates_loss
-from stepc.errors import ConfigError, listed
+from stepc.errors import ConfigError, leaf_text, listed
 
 
 @dataclass(frozen=True)
@@ -1024,7 +1024,7 @@ def sharding_notes(
         told = [f"XLA partitions the loss and sums the gradient of {size} over {over} at least {times}{to_shards}"]
         if along_rows:
             are, their = ("is", "its") if len(along_rows) == 1 else ("are", "their")
-            named = listed(f"`{path}`" for path in along_rows)
+            named = listed(leaf_text(path, "the parameter") for path in along_rows)
             told.append(f"{named} {are} sharded over an axis of the rows, and {their} gradient is not reduced over it")
         return (*told, *_notes_of_gather(schedule, rules))
     notes = _narrower_reduction(instructions, gradient_bytes, 2 * num_values)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from stepc._core.nodes import MeanNode, OverMesh, Program, Turn
 from stepc._core.sharding import Entry, Rules, ShardingRules, Spec, axes_of, entry_text, normalized_spec, spec_text
 from stepc._language.state import describe_leaf, is_typed_key, path_matches, pattern_hint
-from stepc.errors import ShardingError, did_you_mean, faults_in_one, misspelt_axes
+from stepc.errors import ShardingError, did_you_mean, faults_in_one, leaf_text, misspelt_axes
 
 Shapes: TypeAlias = Sequence[tuple[str, Any]]  # (path, leaf) pairs. Any: a leaf has a shape and a dtype
 
@@ -194,6 +194,7 @@ def specs_of_params(rules: BoundRules, params: Shapes, given: Mapping[str, Spec]
         faults += [f"{_logical_rule(name, logical[name])} names no dimension of a parameter." for name in unused]
         hints.append("Leave out rules for names that no parameter has.")
     for path, leaf in params:
+        shown = f"{leaf_text(path, 'the parameter')} ({describe_leaf(leaf)})"
         rule = next((rule for rule in rules.layout.params if path_matches(rule[0], path)), None)
         if rule is not None:
             applied.add(rule[0])
@@ -203,19 +204,19 @@ def specs_of_params(rules: BoundRules, params: Shapes, given: Mapping[str, Spec]
             spec = normalized_spec(spec)
             by = f"{spec_text(spec)}, of its names {spec_text(read[path])},"
             faults += [
-                f"`{path}` ({describe_leaf(leaf)}): {by} names the axis {axis!r} twice."
+                f"{shown}: {by} names the axis {axis!r} twice."
                 for axis, often in Counter(axes_of(spec)).items()
                 if often > 1
             ]
         else:
             by, spec = f"the default, {spec_text(rules.layout.default or ())},", rules.layout.default
         if spec is None:
-            faults.append(f"`{path}` ({describe_leaf(leaf)}) matches no rule.")
+            faults.append(f"{shown} matches no rule.")
             hints.append("`tp(..., default=P())` replicates what matches no rule.")
         else:
-            faults += (misfits := _rank_faults(path, leaf, spec, by))
+            faults += (misfits := _rank_faults(shown, leaf, spec, by))
             if not misfits and not rules.layout.pad:
-                faults += (uneven := _division_faults(path, leaf, spec, rules, by))
+                faults += (uneven := _division_faults(shown, leaf, spec, rules, by))
                 hints += ["`tp(..., pad=True)` pads dimensions that do not divide."] if uneven else []
             found[path] = normalized_spec(spec)
     for pattern, names in rules.layout.names:
@@ -346,7 +347,8 @@ def specs_of_batch(rules: BoundRules, batch: Shapes, leading: int) -> dict[str, 
         spec = (*([None] * leading), *spec)
         if rule is not None or rules.layout.automatic:
             by = f"{spec_text(spec)}, the sharding of the rows," if rule is None else _rule(*rule, of="batch ")
-            faults += _rank_faults(path, leaf, spec, by) or _division_faults(path, leaf, spec, rules, by)
+            shown = f"{leaf_text(path, 'the batch')} ({describe_leaf(leaf)})"
+            faults += _rank_faults(shown, leaf, spec, by) or _division_faults(shown, leaf, spec, rules, by)
         found[path] = normalized_spec(spec)
     for pattern, spec in rules.layout.batch:
         if not any(path_matches(pattern, path) for path, _ in batch):
@@ -362,15 +364,15 @@ def _sharding_axes(spec: Spec, sizes: Mapping[str, int]) -> list[str]:
     return [axis for axis in axes_of(spec) if sizes[axis] > 1]
 
 
-def _rank_faults(path: str, leaf: Any, spec: Spec, by: str) -> list[str]:  # Any: as in Shapes
+def _rank_faults(shown: str, leaf: Any, spec: Spec, by: str) -> list[str]:  # Any: as in Shapes
     fits = len(normalized_spec(spec)) <= len(leaf.shape)
-    return [] if fits else [f"`{path}` ({describe_leaf(leaf)}) has too few dimensions for {by.removesuffix(',')}."]
+    return [] if fits else [f"{shown} has too few dimensions for {by.removesuffix(',')}."]
 
 
-def _division_faults(path: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes
-    sizes, described = dict(rules.sizes), f"`{path}` ({describe_leaf(leaf)})"
+def _division_faults(shown: str, leaf: Any, spec: Spec, rules: BoundRules, by: str) -> list[str]:  # Any: as in Shapes
+    sizes = dict(rules.sizes)
     return [
-        f"{described}: dimension {dim}, of size {size}, does not divide by {_product(entry, sizes)}, as {by} requires."
+        f"{shown}: dimension {dim}, of size {size}, does not divide by {_product(entry, sizes)}, as {by} requires."
         for dim, (size, entry) in enumerate(zip(leaf.shape, spec, strict=False))
         if size % prod(sizes[axis] for axis in axes_of((entry,)))
     ]

@@ -113,7 +113,7 @@ from stepc._language.state import (
     trained_leaves,
     unpadded_params,
 )
-from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError, listed
+from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError, leaf_text, listed
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
@@ -417,7 +417,11 @@ class Step:
             return
         if "evenly divisible" in str(error):  # of jax, for a `shard_map` in the loss
             pairs = zip(leaves_by_path(own_shapes(state).params), leaves_by_path(state.params), strict=True)
-            given = [f"`{path}` as {describe_leaf(own)}" for (path, own), (_, leaf) in pairs if own.shape != leaf.shape]
+            given = [
+                f"{leaf_text(path, 'the parameter')} as {describe_leaf(own)}"
+                for (path, own), (_, leaf) in pairs
+                if own.shape != leaf.shape
+            ]
             told = f"stepc: `tp(..., pad=True)` pads the state alone; the loss is given {listed(given)}"
             if given:
                 error.add_note(f"{told}. `jnp.pad` it there to what divides, before the `shard_map`.")

@@ -53,6 +53,7 @@ from stepc.errors import (
     FieldTypeError,
     ShardingError,
     faults_in_one,
+    leaf_text,
     listed,
     misspelt_axes,
 )
@@ -100,10 +101,10 @@ def _memory(kind: str | None) -> str:
 
 def type_changes(before: ArgumentTypes, after: ArgumentTypes) -> list[str]:
     """Each leaf that differs, as it was and as it is."""
-    changes = [f"`{path}` is gone" for path in before if path not in after]
+    changes = [f"{leaf_text(path, 'the batch')} is gone" for path in before if path not in after]
     for path, (kind, place) in after.items():
         old_kind, old_place = before.get(path, ("", ""))
-        shown = f"`{path}`" if path else "the batch"
+        shown = leaf_text(path, "the batch")
         if path not in before:
             changes.append(f"{shown} is new")
         elif old_kind != kind:
@@ -228,7 +229,7 @@ def check_params(params: Params, wrt: tuple[str, ...]) -> None:
     faults = [] if leaves else ["the tree of parameters has no leaves."]
     hints: list[str | None] = []
     for path, leaf in leaves:
-        shown = f"`{path}`" if path else "the parameter"
+        shown = leaf_text(path, "the parameter")
         if not isinstance(leaf, (*_ARRAYS, np.generic, float, int)):
             faults.append(f"{shown} is {_a(type(leaf).__name__)}, not an array.")
         elif isinstance(leaf, jax.Array) and leaf.is_deleted():
@@ -465,7 +466,7 @@ def _refuse_arrays(state: State, batch: Batch) -> None:
         copy = "Copy the arrays that another state or another leaf keeps: `jax.tree.map(jnp.copy, params)`."
         raise ConfigError(_all(faults, of="the state"), suggestion=copy)
     shared = [
-        f"`{path or 'batch'}` is the array `{same}` of the state, which the step donates."
+        f"{leaf_text(path, 'the batch')} is the array `{same}` of the state, which the step donates."
         for path, leaf in leaves_by_path(batch)
         if isinstance(leaf, jax.Array) and not leaf.is_deleted() and (same := paths.get(_buffer(leaf)))
     ]
@@ -511,15 +512,15 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
     if isinstance(batch, State):
         raise BatchError("This batch is a State.", suggestion="Write `step(state, batch)`.")
     leaves = leaves_by_path(batch)
-    faults = [fault for path, leaf in leaves if (fault := _leaf_fault(f"`{path}`" if path else "the batch", leaf))]
+    faults = [fault for path, leaf in leaves if (fault := _leaf_fault(leaf_text(path, "the batch"), leaf))]
     if not leaves:
         faults = ["the batch has no leaves."]
     axis = rows_axis(program)
     if axis and not faults:
         node = next(node for node in program if isinstance(node, RepeatNode))
         faults = [
-            f"`{path}` is {describe_leaf(leaf)}: `{node.written}` takes {node.size} stacked batches, "
-            f"[{node.size}, batch, ...]."
+            f"{leaf_text(path, 'the batch')} is {describe_leaf(leaf)}: `{node.written}` takes {node.size} stacked "
+            f"batches, [{node.size}, batch, ...]."
             for path, leaf in leaves
             if leaf.ndim < 2 or leaf.shape[0] != node.size or not leaf.shape[1]
         ]

@@ -15,7 +15,7 @@ import numpy as np
 
 from stepc._language.state import ARRAY_LIKE, describe_leaf, path_of
 from stepc._language.terms import Last, Max, Mean, Min, Sum, accumulation_dtype
-from stepc.errors import LossError, faults_in_one, listed
+from stepc.errors import LossError, faults_in_one, leaf_text, listed
 
 _TERMS = (Sum, Mean, Max, Min, Last)
 
@@ -101,7 +101,7 @@ def _wide(value: Any) -> Any:  # Any, twice: an array, or a number
 
 
 def _check_leaves(leaves: list[tuple[str, Any]], num_rows: int, written: str) -> None:
-    faults = [fault for path, leaf in leaves if (fault := _fault(f"`{path}`" if path else "it", leaf, num_rows))]
+    faults = [fault for path, leaf in leaves if (fault := _fault(leaf_text(path, "it"), leaf, num_rows))]
     if not leaves:
         faults = ["it has no leaves."]
     if faults:

@@ -18,7 +18,7 @@ import optax
 
 from stepc._language.kinds import Grads, Params
 from stepc._language.state import ARRAY_LIKE, describe_leaf, leaves_by_path
-from stepc.errors import ConfigError, FieldTypeError, faults_in_one
+from stepc.errors import ConfigError, FieldTypeError, faults_in_one, leaf_text
 
 # Functions of the parameters that a step has to offer to the `update` of an optimizer: the loss of the whole batch.
 WHOLE_BATCH_LOSSES = ("value_fn", "obj_fn")
@@ -201,14 +201,14 @@ def _injected_integers(optimizer: Optimizer) -> Iterator[str]:
 
 def _check_updates(updates: Grads, params: Params, written: str) -> None:
     wanted, found = ({path: jnp.shape(leaf) for path, leaf in leaves_by_path(tree)} for tree in (params, updates))
-    faults = [f"`{path}` has no update." for path in wanted if path not in found]
+    faults = [f"{leaf_text(path, 'the parameter')} has no update." for path in wanted if path not in found]
     faults += [
         f"`{path}` is no parameter." if path else "one array is returned in place of a tree."
         for path in found
         if path not in wanted
     ]
     faults += [
-        f"`{path}` is {list(wanted[path])}, and its update {list(found[path])}."
+        f"{leaf_text(path, 'the parameter')} is {list(wanted[path])}, and its update {list(found[path])}."
         for path in wanted
         if path in found and wanted[path] != found[path]
     ]

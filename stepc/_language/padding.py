@@ -8,7 +8,7 @@ from jaxtyping import Bool
 
 from stepc._language.fields import is_positive_integer
 from stepc._language.state import as_arrays, leaves_by_path
-from stepc.errors import BatchError, faults_in_one, listed
+from stepc.errors import BatchError, faults_in_one, leaf_text, listed
 
 Mask: TypeAlias = Bool[np.ndarray, " rows"]
 Tree = TypeVar("Tree")  # whatever the user makes a batch of
@@ -40,12 +40,15 @@ def pad_batch(batch: Tree, rows: int) -> tuple[Tree, Mask]:
     faults = [] if leaves else ["the batch has no leaves."]
     if is_positive_integer(rows):
         wrong = {path: size for path, size in sizes.items() if not 1 <= size <= rows}
-        faults += [f"`{path}` has {size} rows; expected 1 to {rows}." for path, size in wrong.items()]
+        faults += [
+            f"{leaf_text(path, 'the batch')} has {size} rows; expected 1 to {rows}." for path, size in wrong.items()
+        ]
     else:
         faults.append(f"rows must be a positive integer, got {rows!r}.")
-    faults += [f"`{path}` is a scalar: it has no rows on axis 0." for path, _ in leaves if path not in sizes]
-    masked = [path for path, leaf in leaves if isinstance(leaf, np.ma.MaskedArray)]
-    faults += [f"`{path}` is a masked array; give its mask as a leaf of its own." for path in masked]
+    scalars = [leaf_text(path, "the batch") for path, _ in leaves if path not in sizes]
+    faults += [f"{shown} is a scalar: it has no rows on axis 0." for shown in scalars]
+    masked = [leaf_text(path, "the batch") for path, leaf in leaves if isinstance(leaf, np.ma.MaskedArray)]
+    faults += [f"{shown} is a masked array; give its mask as a leaf of its own." for shown in masked]
     if len(set(sizes.values())) > 1:
         counts = listed(f"`{path}` has {size}" for path, size in sizes.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")

@@ -25,7 +25,7 @@ from stepc._language.reference import complete_transforms, fold_references
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, whole_batch
 from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
 from stepc._language.transforms.alternate import Alternate
-from stepc.errors import ConfigError, EquivalenceError, faults_in_one, listed
+from stepc.errors import ConfigError, EquivalenceError, faults_in_one, leaf_text, listed
 from stepc.inspect.budget import Budget
 
 _NUM_STEPS = 3
@@ -235,8 +235,9 @@ def assert_equal_trees(
 def _difference(
     path: str, got: np.ndarray, expected: np.ndarray, tolerance: float, moved: Sequence[np.ndarray] = ()
 ) -> str | None:
+    shown = leaf_text(path, "The array")
     if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-        return f"`{path}` is {describe_leaf(got)}, expected {describe_leaf(expected)}."
+        return f"{shown} is {describe_leaf(got)}, expected {describe_leaf(expected)}."
     if np.array_equal(got, expected, equal_nan=got.dtype.kind in "fc"):
         return None
     wide, found, *others = (np.asarray(one, np.float64) for one in (expected, got, *moved))
@@ -247,7 +248,7 @@ def _difference(
     allowed = sum((np.abs(other - wide) for other in others), np.zeros_like(wide))
     if np.all(differences <= tolerance * magnitude + allowed):
         return None
-    return f"`{path}` differs by {largest_difference:.3g}; its largest magnitude is {magnitude:.3g}."
+    return f"{shown} differs by {largest_difference:.3g}; its largest magnitude is {magnitude:.3g}."
 
 
 def assert_within_budget(budget: Budget, step: Step, state: State, batch: Batch) -> None:

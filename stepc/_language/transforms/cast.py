@@ -15,7 +15,7 @@ from stepc._language.pipeline import Transform
 from stepc._language.semantics import Fn
 from stepc._language.state import State, leaves_by_path
 from stepc._language.terms import accumulation_dtype
-from stepc.errors import ConfigError, faults_in_one
+from stepc.errors import ConfigError, faults_in_one, leaf_text
 
 FLOAT32 = np.dtype("float32")
 
@@ -78,7 +78,7 @@ def _of_dtype(given: Any, returned: Any, widened: Any) -> Any:
 def check_master_parameters(trained: Params, _: np.dtype, master: np.dtype | None) -> None:
     """Refuse trained parameters of another dtype than `master`."""
     faults = [
-        f"`{path}` is {leaf.dtype}, expected {master}."
+        f"{leaf_text(path, 'The parameter')} is {leaf.dtype}, expected {master}."
         for path, leaf in leaves_by_path(trained)
         if master is not None and leaf.dtype != master
     ]
