@@ -1159,7 +1159,7 @@ def _cut_where_filled(new: Any, region: ManualRegion) -> Any:  # Any: as above
 
 
 def _keeps_padding(one: Apply) -> bool:
-    return one.node.keeps_zeros and not one.node.reads_params
+    return one.node.keeps_zeros and one.node.reads != "params"
 
 
 def _padded_opt_state(new: Any, cut: Any, stored: Any, region: ManualRegion) -> Any:  # Any: as above

@@ -10,7 +10,7 @@ right neighbour gives; the last one computes a gradient from rows.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stepc._core.sharding import ShardingRules
 
@@ -166,9 +166,9 @@ class MapNode:
       measure: what the function needs of the whole gradient, apart from what it does to each element:
         `measure(grads, *arguments)` returns a value and the metrics, `function(grads, value, *arguments)` the gradient.
       keeps_zeros: zeros that are appended to a leaf stay zeros, and change nothing else.
-      reads_params: the measurement reads the parameters: `measure(grads, params, *arguments)`.
-      reads_squares: it reads the sum of squares of each leaf, which a step takes anyway: `measure(squares,
-        *arguments)`.
+      reads: what the measurement takes: the gradient; "params", the parameters too: `measure(grads, params,
+        *arguments)`; or "squares", the sum of squares of each leaf of the gradient, which a step takes anyway:
+        `measure(squares, *arguments)`.
     """
 
     function: Callable[..., Any]  # Any: (grads, *arguments) -> (grads, dict of arrays)
@@ -177,8 +177,7 @@ class MapNode:
     keeps_finite: bool = False
     keeps_zeros: bool = False
     measure: Callable[..., Any] | None = None  # Any: (grads, *arguments) -> (value, dict of arrays)
-    reads_params: bool = False
-    reads_squares: bool = False
+    reads: Literal["gradient", "params", "squares"] = "gradient"
     name: str = "map"
     written: Written = field(default="map", compare=False)
 
@@ -194,9 +193,13 @@ class MapNode:
         """The value that `measure` takes of the whole gradient, and the metrics; nothing without `measure`."""
         if self.measure is None:
             return None, {}
-        if self.reads_squares:
-            return self.measure(squares(), *self.arguments)
-        return self.measure(grads, *((params,) if self.reads_params else ()), *self.arguments)
+        match self.reads:
+            case "gradient":
+                return self.measure(grads, *self.arguments)
+            case "params":
+                return self.measure(grads, params, *self.arguments)
+            case "squares":
+                return self.measure(squares(), *self.arguments)
 
     def applied(self, grads: Any, value: Any, *key: Any) -> Any:  # Any: as above; checked by the caller
         """The new gradient, given the measured value; and the metrics, if there was no `measure`."""

@@ -44,7 +44,7 @@ class Clip(Transform):
                 keeps_finite=self.nonfinite == "nan",
                 keeps_zeros=True,
                 measure=clipping_factor,
-                reads_squares=True,
+                reads="squares",
                 written=repr(self),
             ),
         )

@@ -43,7 +43,7 @@ class Measure(Transform):
                 (self.fn.value, repr(self)),
                 keeps_finite=True,
                 measure=metrics_of,
-                reads_params=True,
+                reads="params",
                 written=repr(self),
             ),
         )
