@@ -1,6 +1,7 @@
 """Eight simulated devices, strict jax, annotations checked at run time, golden files."""
 
 import fcntl
+import functools
 import os
 import re
 
@@ -13,10 +14,11 @@ os.environ["XLA_FLAGS"] = f"{FAST_COMPILES} {os.environ.get('XLA_FLAGS', '')} --
 from collections.abc import Callable
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import pytest
+from annotations import check_annotations
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
 # The doors check what they are given themselves, with errors of ours; test_errors.py tries them with everything
 # wrong. What stands behind them is checked by its annotations.
@@ -47,9 +49,8 @@ DOORS = (
 )
 PACKAGE = Path(__file__).parent.parent / "stepc"
 MODULES = [".".join(("stepc", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")]
-install_import_hook(
-    [name for name in MODULES if not name.startswith(DOORS) and not name.endswith(("__init__", "__main__"))],
-    "beartype.beartype",
+check_annotations(
+    [name for name in MODULES if not name.startswith(DOORS) and not name.endswith(("__init__", "__main__"))]
 )
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -60,6 +61,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("nightly", deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+from stepc._language.semantics import Fn  # noqa: E402, once annotations are checked
+from stepc._language.transforms.grad import Grad  # noqa: E402
+
+REFERENCE = Grad.reference
+
+
+def reference_of_jitted_probes(self: Grad, inner: Fn) -> Fn:
+    """The reference, with a jitted probe.
+
+    It calls a loss for each part of the batch, on each device, for each term: op by op that took a fifth of the tests'
+    time. The steps that are compared with it are given the probes as they are.
+    """
+    return REFERENCE(
+        self.with_loss(lambda loss: jitted(loss) if loss.__module__ == "stepc.testing.probes" else loss), inner
+    )
+
+
+@functools.cache
+def jitted(loss: Callable[..., object]) -> Callable[..., object]:
+    """A loss that is jitted, but for the counts that it returns as Python's numbers."""
+    call = eqx.filter_jit(loss)
+    return functools.wraps(loss)(lambda *args, **options: call(*args, **options))
+
+
+Grad.reference = reference_of_jitted_probes
 
 GOLDEN = Path(__file__).parent / "golden"
 
