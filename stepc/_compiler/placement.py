@@ -251,8 +251,9 @@ def specs_by_path(
 ) -> Any:  # Any, twice: trees of one structure
     """A tree of PartitionSpec, without some axes; what the placement does not name is replicated."""
     specs = {path: _without(without, spec) if without else spec for path, spec in specs_in(placement).items()}
-    paths = (_in(prefix, path) for path, _ in leaves_by_path(tree))
-    return jax.tree.structure(tree).unflatten([specs.get(path, PartitionSpec()) for path in paths])
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, _: specs.get(_in(prefix, path_of(keys)), PartitionSpec()), tree
+    )
 
 
 def specs_of_model_state(state: State, rules: BoundRules) -> tuple[tuple[int, PartitionSpec], ...]:

@@ -241,24 +241,9 @@ def path_of(keys: tuple[Any, ...]) -> str:  # Any: the key types of jax.tree_uti
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-# The paths of trees of a structure: a compilation asks for those of the same few trees again and again.
-_PATHS: dict[Any, tuple[str, ...]] = {}  # Any: a jax.tree_util.PyTreeDef
-MOST_STRUCTURES = 128
-
-
 def leaves_by_path(tree: object) -> list[tuple[str, Any]]:  # Any: leaves of the user
     """Every leaf of a tree with its path, in the order of `jax.tree.leaves`."""
-    leaves, structure = jax.tree.flatten(tree)
-    try:
-        paths = _PATHS.get(structure)
-    except TypeError:  # what cannot be hashed, in a node of the user's own
-        return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    if paths is None:
-        paths = tuple(path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree))
-        if len(_PATHS) == MOST_STRUCTURES:
-            _PATHS.clear()
-        _PATHS[structure] = paths
-    return list(zip(paths, leaves, strict=True))
+    return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def path_matches(pattern: str, path: str) -> bool:
