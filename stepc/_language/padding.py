@@ -35,22 +35,19 @@ def pad_batch(batch: Tree, rows: int) -> tuple[Tree, Mask]:
     Source: ours; padded batches as in jax_privacy.
     """
     batch = as_arrays(batch)
-    leaves = leaves_by_path(batch)
-    sizes = {path: np.shape(leaf)[0] for path, leaf in leaves if np.ndim(leaf)}
+    leaves = [(leaf_text(path, "the batch"), leaf) for path, leaf in leaves_by_path(batch)]
+    sizes = {shown: np.shape(leaf)[0] for shown, leaf in leaves if np.ndim(leaf)}
     faults = [] if leaves else ["the batch has no leaves."]
     if is_positive_integer(rows):
-        wrong = {path: size for path, size in sizes.items() if not 1 <= size <= rows}
-        faults += [
-            f"{leaf_text(path, 'the batch')} has {size} rows; expected 1 to {rows}." for path, size in wrong.items()
-        ]
+        wrong = {shown: size for shown, size in sizes.items() if not 1 <= size <= rows}
+        faults += [f"{shown} has {size} rows; expected 1 to {rows}." for shown, size in wrong.items()]
     else:
         faults.append(f"rows must be a positive integer, got {rows!r}.")
-    scalars = [leaf_text(path, "the batch") for path, _ in leaves if path not in sizes]
-    faults += [f"{shown} is a scalar: it has no rows on axis 0." for shown in scalars]
-    masked = [leaf_text(path, "the batch") for path, leaf in leaves if isinstance(leaf, np.ma.MaskedArray)]
+    faults += [f"{shown} is a scalar: it has no rows on axis 0." for shown, _ in leaves if shown not in sizes]
+    masked = [shown for shown, leaf in leaves if isinstance(leaf, np.ma.MaskedArray)]
     faults += [f"{shown} is a masked array; give its mask as a leaf of its own." for shown in masked]
     if len(set(sizes.values())) > 1:
-        counts = listed(f"`{path}` has {size}" for path, size in sizes.items())
+        counts = listed(f"{shown} has {size}" for shown, size in sizes.items())
         faults.append(f"the leaves differ in their number of rows: {counts}.")
     if faults:
         what = faults_in_one(faults, of="the batch to pad")
