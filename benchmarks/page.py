@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 HERE = Path(__file__).parent
 LONGEST = 12  # rows of a table that is not folded
@@ -63,7 +64,11 @@ def plot(name: str, ratios: list[list[Any]]) -> str:
     axes.set_ylim(len(ratios) - 0.5, -0.5)
     if max(spread["high"] for _, spread, _ in ratios) > 3:
         axes.set_xscale("log")
-    figure.supxlabel("ratios of times: median and quartiles; red: target", fontsize=9)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    has_target = any(target is not None for _, _, target in ratios)
+    figure.supxlabel("ratios of times: median and quartiles" + "; red: target" * has_target, fontsize=9)
     path = HERE / "plots" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
