@@ -88,7 +88,9 @@ DECODERS = {
         "gpu:h100:32x8": ({"data": 16, "seq": 16}, (4,)), "tpu:v5p:8x8x4": ({"data": 16, "seq": 16}, (4,)),
     }, ring=True),
 }  # fmt: skip
-GATHERS: dict[str, dict[str, Any]] = {"layer": {"gather": "layer"}, "step": {"gather": "step"}}
+GATHERS: dict[str, dict[str, Any]] = {
+    "layer": {"gather": "layer"}, "layer, step": {"gather": ("layer", "step")}, "step": {"gather": "step"},
+}  # fmt: skip
 LEVELS: dict[str, dict[str, Any]] = {
     "zero=0": {}, "zero=1": {"zero": 1}, "zero=2": {"zero": 2}, "zero=3": {"zero": 3},
     "zero=3, layer": {"zero": 3, "gather": "layer"},

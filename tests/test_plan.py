@@ -76,6 +76,11 @@ PLANS: dict[str, tuple[sc.Pipeline, dict[str, int] | None]] = {
         sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather="layer")) @ sc.grad(WIDE["over_rows"]),
         {"data": 8},
     ),
+    "zero3_layer_step": (
+        sc.update(tx) @ sc.accumulate(4) @ sc.shard(sc.dp("data", zero=3, gather=("layer", "step")))
+        @ sc.grad(WIDE["over_rows"]),
+        {"data": 8},
+    ),
     "zero1_inside": (
         sc.update(tx) @ sc.accumulate(4) @ sc.clip(1.0) @ sc.shard(sc.dp("data", zero=1)) @ sc.grad(WIDE["over_rows"]),
         {"data": 8},

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import reduce
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import stepc as sc
+from stepc._compiler.layers import programs_in
 from stepc._language.state import leaves_by_path
 from stepc.testing import assert_equivalent
 from stepc.testing.probes import WIDE, wide, wide_params
@@ -27,6 +29,7 @@ from stepc.testing.strategies import batches, meshes, pipelines, tensor_rules
 LEVELS: dict[str, dict[str, Any]] = {
     "zero0": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}, "zero3": {"zero": 3},
     "zero3_microbatch": {"zero": 3, "gather": "microbatch"}, "zero3_layer": {"zero": 3, "gather": "layer"},
+    "zero3_layer_step": {"zero": 3, "gather": ("layer", "step")},
 }  # fmt: skip
 SGD = sc.update(optax.sgd(0.5, momentum=0.5))
 OPTIMIZERS: dict[str, optax.GradientTransformation] = {
@@ -379,7 +382,7 @@ def test_devices_along_a_sequence_each_scatter_a_part_of_the_gradient(level: str
     assert_equivalent(step, state, batch)
     made = step.lower(state, batch).compile()
     sent = 4 * (4 * 4 // 2 + 4 * 3)  # half of the first, and all of the second, whose 3 columns do not divide by 2
-    in_loop = level in ("zero2", "zero3_microbatch", "zero3_layer")
+    in_loop = level == "zero2" or "gather" in LEVELS[level]
     assert traffic(made)["reduce-scatter", in_loop] == (2 if in_loop else 1) * sent
     assert "no parameter is sharded over seq: where a dimension divides, each device there" in str(made.plan)
 
@@ -401,7 +404,7 @@ def test_axis_that_nothing_names_shards_nothing(level: str, *, is_named: bool) -
     assert_equivalent(step, state, batch)
     made = step.lower(state, batch).compile()
     sent = 4 * 4 * 4 // (2 if is_named else 1)
-    in_loop = level in ("zero2", "zero3_microbatch", "zero3_layer")
+    in_loop = level == "zero2" or "gather" in LEVELS[level]
     assert traffic(made)["reduce-scatter", in_loop] == (2 if in_loop else 1) * sent
     assert any(one.axes == ("seq",) for one in made.collectives()) is is_named
     assert ("no parameter is sharded over seq" in str(made.plan)) is is_named
@@ -595,13 +598,14 @@ LOSSES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("gather", ["layer", ("layer", "step")], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_layers_gathered_one_at_a_time_equal_the_reference(name: str) -> None:
+def test_layers_gathered_one_at_a_time_equal_the_reference(name: str, gather: Any) -> None:
     for mesh, rules in (
         (mesh_of(data=8), ()),
         (mesh_of(data=4, model=2), (sc.tp({"layers/up": P(None, None, "model")}, default=P()),)),
     ):
-        transform = sc.shard(sc.dp("data", zero=3, gather="layer"), *rules)
+        transform = sc.shard(sc.dp("data", zero=3, gather=gather), *rules)
         step = sc.compile(SGD @ sc.clip(1.0) @ sc.accumulate(2) @ transform @ sc.grad(LOSSES[name]), mesh=mesh)
         state = step.init(deep_params())
         # bfloat16 holds 8 bits, and XLA keeps more of them where it fuses.
@@ -621,6 +625,76 @@ def test_layers_gathered_one_at_a_time_cost_traffic_and_save_memory() -> None:
     moved = found["layer"][1]
     assert moved["all-gather", True] in (2 * 4 * stack, 2 * 4 * stack + 4 * head)  # forward, and again for the gradient
     assert moved["reduce-scatter", True] == 4 * (stack + head)
+
+
+def equations_in(jaxpr: Any, loops: int = 0) -> Iterator[tuple[Any, int]]:
+    """The operations of a program, each with the number of loops that it is in."""
+    for equation in jaxpr.eqns:
+        yield equation, loops
+        for inner in programs_in(equation):
+            yield from equations_in(inner, loops + (equation.primitive.name == "scan"))
+
+
+def moved_leaves(step: sc.Step, state: sc.State, kind: str) -> Counter[tuple[str, bool]]:
+    """How often a step moves each leaf of `deep_params`, before XLA; and whether in the loop over microbatches."""
+    found = Counter[tuple[str, bool]]()
+    for equation, loops in equations_in(step.lower(state, mlp_batch(64)).traced.jaxpr.jaxpr):
+        if equation.primitive.name == kind:
+            leaf = (equation.outvars if kind == "all_gather" else equation.invars)[0].aval
+            found[f"{leaf.dtype.name}[{', '.join(map(str, leaf.shape))}]", loops > 0] += 1
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "remat_of_all", "bfloat16"])
+@pytest.mark.parametrize("model", [1, 2])
+def test_parameters_outside_of_the_layers_are_gathered_once_a_step(name: str, model: int) -> None:
+    rules = sc.tp({"layers/up": P(None, None, "model")}, default=P())
+    dtype = "bfloat16" if name == "bfloat16" else "float32"
+    layers = {f"{dtype}[64, {128 // model}]", f"{dtype}[128, 64]"}
+    programs = {}
+    for gather in ("layer", ("layer", "step")):
+        transform = sc.shard(sc.dp("data", zero=3, gather=gather), rules)
+        step = sc.compile(
+            SGD @ sc.accumulate(4) @ transform @ sc.grad(LOSSES[name]), mesh=mesh_of(data=8 // model, model=model)
+        )
+        state = step.init(deep_params())
+        programs[gather] = moved_leaves(step, state, "all_gather")
+        assert {leaf for leaf, in_loop in programs[gather] if in_loop} >= layers
+        scattered = moved_leaves(step, state, "reduce_scatter")
+        assert scattered and all(in_loop for _, in_loop in scattered)
+        assert any(leaf == "float32[64, 32]" for leaf, _ in scattered)
+    head = f"{dtype}[64, 32]"
+    assert programs["layer"][head, True] and not programs["layer"][head, False]
+    assert programs["layer", "step"][head, False] == 1 and not programs["layer", "step"][head, True]
+
+
+def test_plan_says_what_is_held_and_in_which_dtypes() -> None:
+    """An embedding that the loss uses in two dtypes is held in both; layers are not, nor replicas."""
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        stream = rows["x"].astype(jnp.bfloat16) @ params["table"].astype(jnp.bfloat16)
+        stream, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.astype(x.dtype)), None), stream, params["layers"])
+        return jnp.mean((stream.astype(jnp.float32) @ params["table"] * params["scale"]) ** 2)
+
+    params = {"table": np.eye(64, dtype=np.float32), "layers": np.ones((3, 64, 64), np.float32) / 64}
+    params["scale"] = np.ones((1, 1), np.float32)
+    transform = sc.shard(sc.dp("data", zero=3, gather=("layer", "step")))
+    step = sc.compile(SGD @ sc.accumulate(4) @ transform @ sc.grad(loss), mesh=mesh_of(data=8))
+    state = step.init(params)
+    batch = {"x": mlp_batch(64)["x"]}
+    assert_equivalent(step, state, batch, tolerance=5e-2)  # bfloat16 holds 8 bits
+    plan = str(step.lower(state, batch).plan)
+    assert f"those outside of that scan are held for the step: {64 * 64 * (4 + 2):,} B beside their shards" in plan
+    assert step.lower(state, batch).plan.collectives[0].reason.startswith("those outside of any scan over layers")
+
+
+def test_a_step_of_one_microbatch_gathers_in_the_loss_either_way() -> None:
+    texts = []
+    for gather in ("layer", ("layer", "step")):
+        transform = sc.shard(sc.dp("data", zero=3, gather=gather))
+        step = sc.compile(SGD @ transform @ sc.grad(deep()), mesh=mesh_of(data=8))
+        texts.append(moved_leaves(step, step.init(deep_params()), "all_gather"))
+    assert texts[0] == texts[1] and texts[0]["float32[64, 32]", False] == 1
 
 
 def test_layers_that_a_loss_rematerialises_stay_so() -> None:

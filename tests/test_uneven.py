@@ -33,6 +33,7 @@ RULES = {
 ADAM = sc.update(optax.adam(1e-2))
 LEVELS = [
     {}, {"zero": 1}, {"zero": 2}, {"zero": 3}, {"zero": 3, "gather": "microbatch"}, {"zero": 3, "gather": "layer"},
+    {"zero": 3, "gather": ("layer", "step")},
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from stepc._language.state import PADDING, key_data, leaves_by_path, path_of, wi
 from stepc._language.terms import accumulation_dtype
 from stepc._text import by_pattern
 
+HeldParams: TypeAlias = dict[tuple[str, str], jax.Array]  # gathered parameters, by path and dtype
 Z_OF_HEAD = "z of the head"  # what a collective carries that is no parameter and no gradient
 
 
@@ -75,6 +76,7 @@ class ManualRegion:
       has_row_numbers: whether rows need to know their position in the batch.
       padded_update: how the optimizer runs on padded leaves; None if it runs on those without padding.
       batch_specs: of each leaf of the batch that one step takes, the PartitionSpec over all axes.
+      outside: of each parameter that no scan over layers takes, the dtypes that the loss uses it in, by name.
       sites: the transforms of the pipeline as written, each with the user's line that made it.
       cut_from: by the id of an array without padding, that array and the padded one that it was cut from.
     """
@@ -98,6 +100,7 @@ class ManualRegion:
     opt_state_padding: tuple[tuple[PartitionSpec, tuple[int, ...]] | None, ...] = ()
     padded_update: PaddedUpdate | None = None
     batch_specs: tuple[PartitionSpec, ...] = ()
+    outside: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sites: tuple[tuple[str, str], ...] = ()
     cut_from: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # Any: arrays
 
@@ -485,30 +488,59 @@ def shard_gradient(instruction: ShardGradient, grads: Grads, region: ManualRegio
         return region.constrain(grads, sharded=True)
 
 
-def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, region: ManualRegion) -> LossFunction:
-    """The loss as a function of sharded parameters, if it gathers them itself: one layer at a time in a scan."""
+def gather_outside(instruction: AllGather, params: Params, region: ManualRegion) -> HeldParams:
+    """The parameters that no scan over layers takes, in each dtype that the loss uses them in."""
+    held = HeldParams()
+    specs = jax.tree.leaves(region.specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
+    leaves = zip(leaves_by_path(params), jax.tree.leaves(region.dimensions), specs, strict=True)
+    for (path, leaf), dim, spec in leaves:
+        for dtype in region.outside.get(path, ()) if dim >= 0 else ():
+            with region.scope(instruction.written), region.leaves_scope([path]):
+                gathered = partial(_gathered, axes=instruction.axes, dim=dim, dtype=jnp.dtype(dtype))
+                if region.is_manual(instruction.axes):
+                    held[path, dtype] = region.fully_manual(gathered, leaf, spec)
+                else:
+                    held[path, dtype] = jax.lax.with_sharding_constraint(leaf.astype(dtype), spec)
+    return held
+
+
+def _gathered(shard: jax.Array, axes: tuple[str, ...], dim: int, dtype: np.dtype) -> jax.Array:
+    """A shard, converted and then gathered. Its transpose is a reduce-scatter."""
+
+    def along(shard: jax.Array, dim: int) -> jax.Array:
+        return jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
+
+    return _without_ones(along, shard.astype(dtype), dim)
+
+
+def gathering_loss(
+    instruction: Compute, loss: LossFunction, params: Params, held: HeldParams, region: ManualRegion
+) -> LossFunction:
+    """The loss as a function of sharded parameters, if it gathers them itself: one layer at a time in a scan.
+
+    Args:
+      held: parameters that are gathered already. Their gradient is scattered all the same.
+    """
     axes = instruction.layered
     if not axes:
         return loss
 
     def gather(leaf: jax.Array, dim: int, spec: PartitionSpec, dtype: np.dtype, path: str) -> jax.Array:
-        def gather_shard(shard: jax.Array) -> jax.Array:
-            # Its transpose is a reduce-scatter.
-            def along(shard: jax.Array, dim: int) -> jax.Array:
-                return jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
+        whole = held.get((path, dtype.name))
 
+        def gather_shard(shard: jax.Array) -> jax.Array:
             with region.scope(instruction.written), region.leaves_scope([path]):
-                return _without_ones(along, shard.astype(dtype), dim)
+                return _gathered(shard, axes, dim, dtype)
 
         if not region.is_manual(axes):
             of_grad = PartitionSpec(*sharded_spec(tuple(spec), dim, axes))
             with region.scope(instruction.written), region.leaves_scope([path]):
-                return _constrained_both_ways(leaf.astype(dtype), spec, of_grad)
+                return _constrained_both_ways(leaf.astype(dtype), whole, spec, of_grad)
 
         # jax traces a derivative of ours again in each of its passes. Its own is the same where nothing is converted;
         # in a region inside another it would add up what is replicated along the inner axes.
         wide = jnp.dtype(instruction.dtype or accumulation_dtype(leaf.dtype))
-        if dtype == wide and not region.automatic_axes:
+        if whole is None and dtype == wide and not region.automatic_axes:
             return gather_shard(leaf)
 
         def scatter_grad(grad: jax.Array) -> jax.Array:
@@ -523,11 +555,11 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
             return region.fully_manual(scatter, grad, spec, region.spec_of_parts(along, spec))
 
         @jax.custom_vjp
-        def gathered(shard: jax.Array) -> jax.Array:
-            return region.fully_manual(gather_shard, shard, spec)
+        def gathered(shard: jax.Array, whole: jax.Array | None) -> jax.Array:
+            return region.fully_manual(gather_shard, shard, spec) if whole is None else whole
 
-        gathered.defvjp(lambda shard: (gathered(shard), None), lambda _, grad: (scatter_grad(grad),))
-        return gathered(leaf)
+        gathered.defvjp(lambda shard, whole: (gathered(shard, whole), None), lambda _, grad: (scatter_grad(grad), None))
+        return gathered(leaf, whole)
 
     def gathered_shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
         times = region.num_devices(axes) if region.is_manual(axes) else 1
@@ -538,15 +570,17 @@ def gathering_loss(instruction: Compute, loss: LossFunction, params: Params, reg
     return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _constrained_both_ways(leaf: jax.Array, spec: PartitionSpec, of_grad: PartitionSpec) -> jax.Array:
-    """The leaf with a sharding constraint, and its gradient with another."""
-    return jax.lax.with_sharding_constraint(leaf, spec)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _constrained_both_ways(
+    leaf: jax.Array, whole: jax.Array | None, spec: PartitionSpec, of_grad: PartitionSpec
+) -> jax.Array:
+    """The leaf with a sharding constraint, or `whole`, which has it; and its gradient with another."""
+    return jax.lax.with_sharding_constraint(leaf, spec) if whole is None else whole
 
 
 _constrained_both_ways.defvjp(
-    lambda leaf, spec, _: (jax.lax.with_sharding_constraint(leaf, spec), None),
-    lambda _, of_grad, residuals, grad: (jax.lax.with_sharding_constraint(grad, of_grad),),
+    lambda leaf, whole, spec, of_grad: (_constrained_both_ways(leaf, whole, spec, of_grad), None),
+    lambda _, of_grad, residuals, grad: (jax.lax.with_sharding_constraint(grad, of_grad), None),
 )
 
 

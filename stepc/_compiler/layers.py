@@ -29,6 +29,7 @@ DONE_AGAIN = (
     "reshape", "squeeze", "broadcast_in_dim",
 )  # fmt: skip
 REMATERIALISED = ("checkpoint", "remat2")
+INLINED = ("jit", "pjit", "closed_call")
 
 LossFunction: TypeAlias = Callable[..., Any]  # Any: of parameters, and of other trees of the user's
 # Gathers a shard: along its dimension, with its automatic axes, in the dtype that the loss wants; of that parameter.
@@ -130,6 +131,36 @@ def stacked_inputs(jaxpr: Jaxpr) -> set[int]:
             if len(inner.invars) == len(inputs):
                 within = [inputs[place] for place in stacked_inputs(inner) if place < num_whole]
                 found |= {position for position in within if position is not None}
+    return found
+
+
+def whole_inputs(jaxpr: Jaxpr) -> dict[int, set[str]]:
+    """The positions of the inputs of a program that it takes whole, each with the dtypes that it takes them in."""
+    origins: dict[Any, int] = {var: position for position, var in enumerate(jaxpr.invars)}  # Any: a variable
+    found: dict[int, set[str]] = {}
+
+    def take(var: Any, dtypes: set[str] | None = None) -> None:  # Any: a variable, or a literal
+        if not isinstance(var, Literal) and var in origins:
+            found.setdefault(origins[var], set()).update(dtypes or {var.aval.dtype.name})
+
+    for equation in jaxpr.eqns:
+        inputs: list[Any] = equation.invars  # Any: variables, and literals
+        params = equation.params
+        match equation.primitive.name:
+            case name if name in INLINED or name in REMATERIALISED:
+                for position, dtypes in whole_inputs(next(programs_in(equation))).items():
+                    take(inputs[position], dtypes)
+            case "convert_element_type" if _is_conversion(params, inputs[0].aval.dtype):
+                if not isinstance(inputs[0], Literal) and inputs[0] in origins:
+                    origins[equation.outvars[0]] = origins[inputs[0]]
+            case "scan":
+                for var in inputs[: sum(scan_counts(params))]:
+                    take(var)
+            case _:
+                for var in inputs:
+                    take(var)
+    for var in jaxpr.outvars:
+        take(var)
     return found
 
 
@@ -261,11 +292,10 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
         return apply_equation(equation, values, jaxpr)
     params = equation.params
     match equation.primitive.name:
-        # A frozen whole number is gathered as it is, and converted then: it is the smaller of the two.
-        case "convert_element_type" if _is_floating(params["new_dtype"]) and _is_floating(values[0].dtype):
+        case "convert_element_type" if _is_conversion(params, values[0].dtype):
             (shard,) = values
             return [_Shard(shard.value, shard.dim, shard.spec, params["new_dtype"], shard.path)]
-        case "jit" | "pjit" | "closed_call":
+        case name if name in INLINED:
             return _run(params["jaxpr"], values, gather)
         case name if name in REMATERIALISED:
             inner = params["jaxpr"]
@@ -277,8 +307,12 @@ def _results(equation: Any, values: list[_Value], jaxpr: Jaxpr, gather: Gather) 
             return apply_equation(equation, [_gathered(value, gather) for value in values], jaxpr)
 
 
-def _is_floating(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
+def _is_conversion(params: Any, dtype: np.dtype) -> bool:  # Any: of the operation
+    """Whether a shard is converted before it is gathered.
+
+    A frozen whole number is gathered as it is, and converted then: it is the smaller of the two.
+    """
+    return jnp.issubdtype(params["new_dtype"], jnp.floating) and jnp.issubdtype(dtype, jnp.floating)
 
 
 def apply_equation(equation: Any, values: list[Any], jaxpr: Jaxpr) -> Sequence[Any]:  # Any: an equation; arrays

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from stepc._compiler.collectives import on_every_device
 from stepc._compiler.convolutions import CONVOLUTION
-from stepc._compiler.layers import programs_in, stacked_inputs
+from stepc._compiler.layers import programs_in, stacked_inputs, whole_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, is_of_jax, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
@@ -251,7 +251,14 @@ def trace_loss_structure(
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)
     paths, stacked = [path for path, _ in leaves_by_path(params)], stacked_inputs(traced.jaxpr)
-    structure = replace(structure, stacks=tuple(path for place, path in enumerate(paths) if place in stacked))
+    whole_ones = whole_inputs(traced.jaxpr)
+    structure = replace(
+        structure,
+        stacks=tuple(path for place, path in enumerate(paths) if place in stacked),
+        outside=tuple(
+            (path, tuple(sorted(whole_ones.get(place, ())))) for place, path in enumerate(paths) if place not in stacked
+        ),
+    )
     if node.model_state is not None:
         leaves = _model_state_leaves(node, traced, (params, model_state, rows, keys), whole)
         structure = replace(structure, model_state=leaves)

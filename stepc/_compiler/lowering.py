@@ -17,10 +17,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from stepc._compiler.collectives import (
+    HeldParams,
     ManualRegion,
     all_gather,
     all_reduce,
     gather_encoded,
+    gather_outside,
     gathering_loss,
     reduce_model_state,
     reduce_scatter,
@@ -172,6 +174,7 @@ class StepInputs:
       reads: the values of the state that the loss reads, by name.
       cotangents: of a loss of the whole batch, of each sum over rows through which a gradient flows.
       head_grads: its share of the gradient of the head, by the path of each parameter that the head reads.
+      held: parameters that are gathered already, beside their shards in `params`.
     """
 
     params: Params
@@ -186,6 +189,7 @@ class StepInputs:
     reads: dict[str, Any] = field(default_factory=dict)  # Any: a slot, or the number of the step
     cotangents: tuple[Any, ...] = ()  # Any: arrays
     head_grads: dict[str, Any] = field(default_factory=dict)  # Any: arrays
+    held: HeldParams = field(default_factory=dict)
 
     @property
     def trained(self) -> Params:
@@ -591,6 +595,8 @@ def _run(
                 counts = _run(body, None, microbatch, inputs, region)
                 values = tuple(counts.metrics[str(index)][0].value for index in range(len(counts.metrics)))
                 inputs = replace(inputs, total_counts=values, microbatches=int(counts.count))
+            case AllGather(is_outside=True):
+                inputs = replace(inputs, held=gather_outside(instruction, inputs.params, region))
             case AllGather():
                 inputs = replace(inputs, params=all_gather(instruction, inputs.params, region))
             case _:
@@ -654,7 +660,7 @@ def _compute(
     if instruction.pulls_back:
         return _pull_back(instruction, microbatch, inputs, region)
     node = instruction.node
-    loss = gathering_loss(instruction, checked_loss(node, inputs.reads), inputs.params, region)
+    loss = gathering_loss(instruction, checked_loss(node, inputs.reads), inputs.params, inputs.held, region)
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
@@ -778,7 +784,7 @@ def _pull_back(
         floats = [leaf for leaf in (*arrays.rows, *arrays.sums) if is_floating(leaf)]
         return [*floats, *(leaves[path] for path in inputs.head_grads)], after
 
-    gathered = gathering_loss(instruction, encode, inputs.params, region)
+    gathered = gathering_loss(instruction, encode, inputs.params, inputs.held, region)
 
     def outputs(trained: Params) -> tuple[list[Any], tuple[Any, Any]]:  # Any: arrays
         params = with_frozen(trained, inputs.params, inputs.wrt)

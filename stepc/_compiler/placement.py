@@ -1,6 +1,6 @@
 """How a state and a batch are placed on a mesh: from specs to shardings, shard shapes and arrays on devices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -387,6 +387,18 @@ def gradient_shapes(
 
     flat = jax.tree.leaves(specs, is_leaf=lambda one: isinstance(one, PartitionSpec))
     return tuple(map(local, jax.tree.leaves(params), flat, jax.tree.leaves(dims)))
+
+
+def held_bytes(params: Params, placement: Placement, rules: BoundRules, outside: Mapping[str, Sequence[str]]) -> int:
+    """The bytes on one device of parameters that are gathered beside their shards, in the dtypes that are named."""
+    held = jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: leaf if outside.get(path_of(keys)) and not is_typed_key(leaf) else None, params
+    )
+    shapes = gradient_shapes(held, placement, rules, sharded=False)
+    _, dims = shard_dimensions(held, placement, rules)
+    rows = zip(leaves_by_path(held), shapes, jax.tree.leaves(dims), strict=True)
+    sizes = [(shape.size, outside[path]) for (path, _), shape, dim in rows if dim >= 0]
+    return sum(size * jnp.dtype(name).itemsize for size, names in sizes for name in names)
 
 
 def _is_taken(leaf: object) -> bool:

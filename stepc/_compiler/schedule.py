@@ -102,6 +102,7 @@ class LossStructure:
       row_use: what it does with the rows that it is given; None where the batch is not split.
       head: of a loss of the whole batch, what its head is given.
       stacks: the paths of the parameters that a scan takes one slice of at a time.
+      outside: of each parameter that none takes so, the dtypes that it is used in, by name.
       names_mesh: whether it names a mesh, or axes of one, in a sharding constraint or a `shard_map`.
       named_axes: the axes that it names there, or in a collective.
       has_convolutions: whether it computes a convolution.
@@ -114,6 +115,7 @@ class LossStructure:
     row_use: RowUse | None = None
     head: HeadStructure | None = None
     stacks: tuple[str, ...] = ()
+    outside: tuple[tuple[str, tuple[str, ...]], ...] = ()
     names_mesh: bool = False
     named_axes: frozenset[str] = frozenset()
     has_convolutions: bool = False
@@ -284,12 +286,16 @@ class ShardGradient:
 
 @dataclass(frozen=True)
 class AllGather:
-    """Gather the parameters that are sharded over some axes."""
+    """Gather the parameters that are sharded over some axes.
+
+    `is_outside`: those alone that no scan over layers takes, in the dtypes that the loss uses, beside their shards.
+    """
 
     axes: tuple[str, ...]
     num_devices: int
     reason: str
     written: str = ""
+    is_outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -796,7 +802,11 @@ def _shard(schedule: Schedule, rules: BoundRules) -> Schedule:
     if layout.gather == "step":
         return (replace(gather, reason=f"{gather.reason}: once a step"), *schedule)
     if layout.gather == "layer" and _is_linear(schedule):
-        return _gather_by_layer(schedule, gather, layout.reduce_dtype)
+        by_layer = _gather_by_layer(schedule, gather, layout.reduce_dtype)
+        if layout.outside == "microbatch" or _num_iterations(schedule) == 1:
+            return by_layer
+        reason = "those outside of any scan over layers, once a step"
+        return (replace(gather, reason=reason, is_outside=True), *by_layer)
     return _gather_by_microbatch(schedule, gather)
 
 
@@ -1005,6 +1015,7 @@ def sharding_notes(
     num_values: int,
     along_rows: tuple[str, ...],
     of_activations: tuple[str, ...],
+    held_bytes: int,
 ) -> tuple[str, ...]:
     """What the sharding costs, where that is not what one would expect; and a cheaper choice, where there is one.
 
@@ -1013,6 +1024,7 @@ def sharding_notes(
       num_values: how many numbers that gradient has.
       along_rows: the parameters that rules shard along an axis of the rows: their gradient is not reduced over it.
       of_activations: the axes that shard activations, and neither rows nor parameters.
+      held_bytes: of parameters that are gathered beside their shards, on one device.
     """
     layout, instructions = rules.layout, all_instructions(schedule)
     iterations = _num_iterations(schedule)
@@ -1026,7 +1038,7 @@ def sharding_notes(
             are, their = ("is", "its") if len(along_rows) == 1 else ("are", "their")
             named = listed(leaf_text(path, "the parameter") for path in along_rows)
             told.append(f"{named} {are} sharded over an axis of the rows, and {their} gradient is not reduced over it")
-        return (*told, *_notes_of_gather(schedule, rules))
+        return (*told, *_notes_of_gather(schedule, rules, held_bytes))
     notes = _narrower_reduction(instructions, gradient_bytes, 2 * num_values)
     if layout.zero and not gradient_is_sharded(schedule):
         why = next(
@@ -1043,15 +1055,18 @@ def sharding_notes(
             f"no parameter is sharded over {axes}: where a dimension divides, each device there scatters a part of the "
             f"gradient over {over}, and its shards are gathered over {axes}"
         )
-    return (*notes, *_notes_of_gather(schedule, rules))
+    return (*notes, *_notes_of_gather(schedule, rules, held_bytes))
 
 
-def _notes_of_gather(schedule: Schedule, rules: BoundRules) -> list[str]:
+def _notes_of_gather(schedule: Schedule, rules: BoundRules, held_bytes: int) -> list[str]:
     if rules.layout.gather == "step" or not rules.shard_axes:
         return []
     often = f"for {_num_iterations(schedule)} all-gathers instead of 1"
     if any(isinstance(one, Compute) and one.layered for one in all_instructions(schedule)):
-        return [f"parameters are gathered one layer at a time where the loss scans over layers, {often} and back"]
+        notes = [f"parameters are gathered one layer at a time where the loss scans over layers, {often} and back"]
+        if any(isinstance(one, AllGather) and one.is_outside for one in schedule):
+            notes.append(f"those outside of that scan are held for the step: {held_bytes:,} B beside their shards")
+        return notes
     return [f"gathered parameters are kept for a microbatch, not for the step, {often}"]
 
 

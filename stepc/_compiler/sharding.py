@@ -78,6 +78,7 @@ def bind_rules(program: Program, sizes: Mapping[str, int], rows: tuple[str, ...]
         zero=sharded[0][0].layout.zero if sharded else 0,
         zero_axes=sharded[0][0].layout.zero_axes if sharded else (),
         gather=sharded[0][0].layout.gather if sharded else "step",
+        outside=sharded[0][0].layout.outside if sharded else "microbatch",
         offload=next((layout.offload for layout in layouts if layout.offload), ""),
         reduce_dtype=dtypes[0] if dtypes else None,
         params=tuple(rule for layout in layouts for rule in layout.params),

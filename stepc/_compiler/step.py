@@ -28,6 +28,7 @@ from stepc._compiler.placement import (
     activation_axes,
     cut_leaves,
     gradient_shapes,
+    held_bytes,
     matrices_alone,
     matrices_in_parts,
     model_axis_specs,
@@ -579,6 +580,7 @@ class Step:
             padded_update=_padded_update(schedule, state, stored),
             has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
             batch_specs=self._batches.minibatch_specs(batch),
+            outside=dict(structure.outside),
             sites=self.normal_form.sites,
         )
 
@@ -601,7 +603,8 @@ class Step:
                 prefix = f"{turn.name}: " if turn.name else ""
                 num_values = sum(leaf.size for leaf in reduced)
                 of_activations = activation_axes(state.placement, rules, structure.named_axes)
-                told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows, of_activations)
+                held = held_bytes(state.params, state.placement, rules, dict(structure.outside))
+                told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows, of_activations, held)
                 parts = matrices_in_parts(trained, state.placement, rules)
                 shared: tuple[int, ...] = ()
                 if isinstance(update := part[-1], Optimize) and (

@@ -19,6 +19,7 @@ class ShardingRules:
         too; 3, the parameters too.
       zero_axes: which of them, the outermost first; the innermost alone, if none are named.
       gather: "step", "microbatch" or "layer": how often sharded parameters are gathered.
+      outside: "microbatch" or "step": with "layer", how often those are that no scan over layers takes.
       offload: "optimizer", if the optimizer state is kept in the memory of the host; "" for nothing.
       reduce_dtype: in which gradients are added up over devices, by name; None for the dtype they are accumulated in.
       params: for a path pattern, how parameters are sharded along other axes; the first pattern that matches applies.
@@ -33,6 +34,7 @@ class ShardingRules:
     zero: int = 0
     zero_axes: tuple[str, ...] = ()
     gather: str = "step"
+    outside: str = "microbatch"
     offload: str = ""
     reduce_dtype: str | None = None
     params: Rules = ()

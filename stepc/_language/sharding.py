@@ -12,7 +12,7 @@ from stepc._language.fields import axis_name, boolean, floating_dtype, one_of
 from stepc._language.state import leaves_by_path
 from stepc.errors import FieldTypeError, FieldValueError
 
-GATHERS: Final = ("step", "microbatch", "layer")
+GATHERS: Final = ("step", "microbatch", "layer", ("layer", "step"))
 OFFLOADS: Final = (None, "optimizer")
 
 
@@ -23,16 +23,17 @@ class DataParallel:
     axes: tuple[str, ...]
     zero: int = 0
     zero_axes: tuple[str, ...] = ()
-    gather: str = "step"
+    gather: str | tuple[str, str] = "step"
     offload: str | None = None
     reduce_dtype: np.dtype | None = None
     batch: Rules = ()
 
     def __repr__(self) -> str:
-        given = [_axes_text(self.axes)]
+        given = [_strings_text(self.axes)]
         given += [f"zero={self.zero}"] if self.zero else []
-        given += [f"zero_axes={_axes_text(self.zero_axes)}"] if self.zero_axes else []
-        given += [f'gather="{self.gather}"'] if self.gather != "step" else []
+        given += [f"zero_axes={_strings_text(self.zero_axes)}"] if self.zero_axes else []
+        gather = (self.gather,) if isinstance(self.gather, str) else self.gather
+        given += [f"gather={_strings_text(gather)}"] if self.gather != "step" else []
         given += [f'offload="{self.offload}"'] if self.offload is not None else []
         given += [f"reduce_dtype=jnp.{self.reduce_dtype.name}"] if self.reduce_dtype is not None else []
         given += [f"batch={_rules_text(self.batch)}"] if self.batch else []
@@ -74,7 +75,7 @@ def dp(
     *,
     zero: int = 0,
     zero_axes: str | tuple[str, ...] | None = None,
-    gather: str = "step",
+    gather: str | tuple[str, str] = "step",
     offload: str | None = None,
     reduce_dtype: Any = None,  # Any: whatever jnp.dtype takes
     batch: Mapping[str, PartitionSpec] | None = None,
@@ -100,6 +101,8 @@ def dp(
       gather: with `zero=3`, when the parameters are gathered. "step": once a step. "microbatch": once a microbatch,
         with a sharded accumulator, which takes less memory and more traffic. "layer": one layer at a time where the
         loss is a `lax.scan` over stacked layers, and again for the gradient: the least memory and the most traffic.
+        ("layer", "step") does so with those layers, and gathers the other parameters, such as embeddings, once a step
+        instead of once a microbatch: it holds them, and scatters their gradient once a microbatch, as the others'.
       offload: "optimizer" keeps the optimizer state in pinned memory of the host, scalars apart. A call moves it to the
         device for the update and back, once in each direction: at the price of that traffic, the state of the optimizer
         takes no memory of the device but for the update. None keeps it on the device.
@@ -132,8 +135,8 @@ def dp(
     along = () if zero_axes is None else zero_axes if isinstance(zero_axes, tuple) else (zero_axes,)
     along = tuple(axis_name("dp", "zero_axes", one) for one in along)
     if zero_axes is not None and (not along or axes[-len(along) :] != along or not zero):
-        facts = (("axes", _axes_text(axes)), ("zero", str(zero)), ("got", repr(zero_axes)))
-        text = _axes_text(axes)
+        facts = (("axes", _strings_text(axes)), ("zero", str(zero)), ("got", repr(zero_axes)))
+        text = _strings_text(axes)
         raise FieldValueError(
             "`dp`: zero_axes must be the last of its axes, in their order, and goes with `zero`.",
             facts=facts,
@@ -260,9 +263,10 @@ def _spec(transform: str, field: str, spec: object) -> Spec:
     return tuple(spec)
 
 
-def _axes_text(axes: tuple[str, ...]) -> str:
-    named = ", ".join(f'"{axis}"' for axis in axes)
-    return named if len(axes) == 1 else f"({named})"
+def _strings_text(strings: tuple[str, ...]) -> str:
+    """As Python writes one of them, or a tuple of several."""
+    quoted = ", ".join(f'"{one}"' for one in strings)
+    return quoted if len(strings) == 1 else f"({quoted})"
 
 
 def _rules_text(rules: Rules) -> str:

@@ -216,7 +216,7 @@ def _gradient_transforms(
 def _shards(axes: list[str], levels: list[int], offloads: tuple[str | None, ...]) -> st.SearchStrategy[Shard]:
     """`shard(dp(axis, ...))` over one of these axes, with one of these levels of `zero`."""
 
-    def made(axis: str, zero: int, gather: str, offload: str | None) -> Shard:
+    def made(axis: str, zero: int, gather: str | tuple[str, str], offload: str | None) -> Shard:
         return shard(dp(axis, zero=zero, gather=gather if zero == 3 else "step", offload=offload))
 
     choices = map(st.sampled_from, (axes, levels, GATHERS, offloads))
@@ -226,7 +226,7 @@ def _shards(axes: list[str], levels: list[int], offloads: tuple[str | None, ...]
 def _hybrid(pairs: list[tuple[str, str]]) -> st.SearchStrategy[Shard]:
     """`shard(dp((axis, axis), ...))` over one of these pairs, with the state sharded along both, or along the last."""
 
-    def made(both: tuple[str, ...], zero: int, gather: str, along: int) -> Shard:
+    def made(both: tuple[str, ...], zero: int, gather: str | tuple[str, str], along: int) -> Shard:
         return shard(dp(both, zero=zero, zero_axes=both[along:], gather=gather if zero == 3 else "step"))
 
     return st.builds(

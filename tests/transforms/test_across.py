@@ -34,6 +34,7 @@ WIDE_SOURCE = sc.grad(sc.across(wide(over_pairs)) @ wide(encoding))
 LEVELS: dict[str, dict[str, Any]] = {
     "zero0": {}, "zero1": {"zero": 1}, "zero2": {"zero": 2}, "zero3": {"zero": 3},
     "zero3_microbatch": {"zero": 3, "gather": "microbatch"}, "zero3_layer": {"zero": 3, "gather": "layer"},
+    "zero3_layer_step": {"zero": 3, "gather": ("layer", "step")},
 }  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def test_levels_equal_the_reference_where_the_optimizer_evaluates(level: str) ->
     assert_equivalent(step, step.init(wide_params()), probe_batch(32))
 
 
-@pytest.mark.parametrize("level", ["zero1", "zero2", "zero3", "zero3_microbatch", "zero3_layer"])
+@pytest.mark.parametrize("level", ["zero1", "zero2", "zero3", "zero3_microbatch", "zero3_layer", "zero3_layer_step"])
 def test_levels_equal_the_reference_under_clip_and_sam(level: str) -> None:
     data = sc.shard(sc.dp("data", **LEVELS[level]))
     for middle in (sc.clip(1.0) @ sc.accumulate(2) @ data, sc.sam(0.125) @ sc.accumulate(2) @ data):

@@ -32,6 +32,7 @@ LEVELS = {
     "3": sc.dp("data", zero=3),
     "3_microbatch": sc.dp("data", zero=3, gather="microbatch"),
     "3_layer": sc.dp("data", zero=3, gather="layer"),
+    "3_layer_step": sc.dp("data", zero=3, gather=("layer", "step")),
 }
 
 

@@ -74,8 +74,9 @@ class Shard(Transform):
                 case DataParallel(axes, zero, zero_axes, gather, offload, dtype, batch):
                     reduce_dtype = None if dtype is None else dtype.name
                     automatic = axes if self.mode == "auto" else ()
+                    gather, outside = (gather, "microbatch") if isinstance(gather, str) else gather
                     rules = replace(
-                        rules, zero=zero, zero_axes=zero_axes, gather=gather, offload=offload or "",
+                        rules, zero=zero, zero_axes=zero_axes, gather=gather, outside=outside, offload=offload or "",
                         reduce_dtype=reduce_dtype, batch=batch, automatic=automatic,
                     )  # fmt: skip
                 case TensorParallel(params, logical, default, pad):
