@@ -241,16 +241,16 @@ class ManualRegion:
         return self.cut(made, padded, tree, specs)
 
     def dimension_of_parts(self, leaf: jax.Array, dim: int, spec: PartitionSpec) -> int:
-        """The dimension along which a gradient is in parts over `activation_axes` while it is scattered along `dim`.
+        """The dimension along which a gradient is in parts over `activation_axes` while it is reduced.
 
-        It is the largest that divides; -1 if the gradient is not scattered, or if there is none.
+        It is the largest that divides, and not `dim`, along which the gradient is scattered; -1 if there is none.
         """
         number = self.num_devices(self.activation_axes)
         sharded = {dim, *(place for place, entry in enumerate(spec) if entry is not None)}
         sizes = {
             place: size for place, size in enumerate(leaf.shape) if place not in sharded and size and not size % number
         }
-        return max(sizes, key=lambda place: (sizes[place], -place)) if number > 1 and dim >= 0 and sizes else -1
+        return max(sizes, key=lambda place: (sizes[place], -place)) if number > 1 and sizes else -1
 
     def spec_of_parts(self, along: int, spec: PartitionSpec) -> PartitionSpec:
         """The spec along the automatic axes of a gradient in such parts along a dimension, or -1."""
@@ -314,14 +314,21 @@ def all_reduce(
         metrics = mask_last_metrics(metrics, index == region.num_devices(axes) - 1)
     extremes = extreme_values(metrics)
     paths = [path for path, _ in leaves_by_path(grads)]
-    dimensions = jax.tree.leaves(region.grad_dimensions) if jax.tree.leaves(grads) else []
+    leaves, tree = jax.tree.flatten(grads)
+    dimensions, specs = (region.grad_dimensions, region.grad_specs) if leaves else ((), ())
+    is_scattered = [bool(instruction.scattered) and dim >= 0 for dim in jax.tree.leaves(dimensions)]
+    # Over an axis of activations each device reduces a part of what is not scattered, and they gather the sums there.
+    along = [
+        -1 if scattered else region.dimension_of_parts(leaf, -1, spec)
+        for leaf, spec, scattered in zip(leaves, tree.flatten_up_to(specs), is_scattered, strict=True)
+    ]
+    given_specs = tree.unflatten(map(region.spec_of_parts, along, tree.flatten_up_to(specs)))
 
     def reduce(sums: tuple[MetricAccumulators, Grads]) -> tuple[MetricAccumulators, Grads]:
         """One collective for everything that is reduced over all axes, one for what is scattered over some of them."""
         metrics, grads = sums
         leaves, tree = jax.tree.flatten(grads)
         narrow = leaves if instruction.dtype is None else [leaf.astype(instruction.dtype) for leaf in leaves]
-        is_scattered = [bool(instruction.scattered) and dim >= 0 for dim in dimensions]
         pairs = list(zip(narrow, is_scattered, strict=True))
         replicated_paths = [path for path, scattered in zip(paths, is_scattered, strict=True) if not scattered]
         with region.leaves_scope(replicated_paths) if replicated_paths else nullcontext():
@@ -330,12 +337,13 @@ def all_reduce(
         other_axes = tuple(axis for axis in axes if axis not in instruction.scattered)
         shards = jax.lax.psum(shards, other_axes) if other_axes and shards else shards
         reduced = (iter(replicated), iter(shards))
-        totals = [next(reduced[scattered]) for scattered in is_scattered]
+        parts = [next(reduced[scattered]) for scattered in is_scattered]
+        totals = [_whole(part, region.activation_axes, dim) for part, dim in zip(parts, along, strict=True)]
         return metrics, tree.unflatten([new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)])
 
-    specs = (_replicated(metrics), region.grad_specs if jax.tree.leaves(grads) else ())
+    of_metrics = _replicated(metrics)
     with region.scope(instruction.written):
-        metrics, grads = region.fully_manual(reduce, (metrics, grads), specs)
+        metrics, grads = region.fully_manual(reduce, (metrics, grads), (of_metrics, specs), (of_metrics, given_specs))
         for kind, values in extremes.items():
             extremes[kind] = region.fully_manual(partial(_extreme, kind, axes), values, _replicated(values))
     return replace_extremes(metrics, extremes), grads
@@ -362,7 +370,10 @@ def _extreme(kind: str, axes: tuple[str, ...], tree: Any) -> Any:  # Any: trees 
 def reduce_scatter(instruction: ReduceScatter, grads: Grads, region: ManualRegion) -> Grads:
     """Each device's own shard of the sum of each sharded leaf."""
     dimensions = region.grad_dimensions
-    along = jax.tree.map(region.dimension_of_parts, grads, dimensions, region.grad_specs)
+    along = jax.tree.map(
+        lambda leaf, dim, spec: region.dimension_of_parts(leaf, dim, spec) if dim >= 0 else -1,
+        grads, dimensions, region.grad_specs,
+    )  # fmt: skip
     given_specs = jax.tree.map(region.spec_of_parts, along, region.grad_specs)
 
     def scatter(keys: Any, leaf: jax.Array, dim: int, along: int) -> jax.Array:  # Any: as in path_of
@@ -394,11 +405,16 @@ def _scattered(leaf: jax.Array, axes: tuple[str, ...], dim: int, other_axes: tup
     def scatter(leaf: jax.Array, dim: int) -> jax.Array:
         return jax.lax.psum_scatter(leaf, axes, scatter_dimension=dim, tiled=True)
 
-    def gather(shard: jax.Array, dim: int) -> jax.Array:
-        return jax.lax.all_gather(shard, other_axes, axis=dim, tiled=True)
+    return _whole(_without_ones(scatter, leaf, dim), other_axes, along)
 
-    shard = _without_ones(scatter, leaf, dim)
-    return shard if along < 0 else _without_ones(gather, shard, along)
+
+def _whole(part: jax.Array, axes: tuple[str, ...], along: int) -> jax.Array:
+    """The parts along a dimension, one on each device along some axes, gathered; for -1 there are none."""
+
+    def gather(part: jax.Array, dim: int) -> jax.Array:
+        return jax.lax.all_gather(part, axes, axis=dim, tiled=True)
+
+    return part if along < 0 else _without_ones(gather, part, along)
 
 
 def _without_ones(collective: Callable[[jax.Array, int], jax.Array], leaf: jax.Array, dim: int) -> jax.Array:

@@ -1049,11 +1049,17 @@ def sharding_notes(
         notes.append(
             f"the accumulator takes {part} instead of {size}, for {iterations} reduce-scatters of {size} instead of 1"
         )
-    if of_activations and gradient_is_sharded(schedule):
-        over, axes = ", ".join(rules.shard_axes), ", ".join(of_activations)
+    if of_activations:
+        axes, times = ", ".join(of_activations), "once a step"
+        if iterations > 1:
+            times = f"once a microbatch, {iterations} times a step"
+        if gradient_is_sharded(schedule):
+            over, does, what = ", ".join(rules.shard_axes), "scatters", "its shards are"
+        else:
+            over, does, what = ", ".join(rules.rows), "reduces", "the sums are"
         notes.append(
-            f"no parameter is sharded over {axes}: where a dimension divides, each device there scatters a part of the "
-            f"gradient over {over}, and its shards are gathered over {axes}"
+            f"no parameter is sharded over {axes}: XLA adds up the gradient of {size} there {times}; where a dimension "
+            f"divides, each device {does} a part of it over {over}, and {what} gathered over {axes}"
         )
     return (*notes, *_notes_of_gather(schedule, rules, held_bytes))
 
