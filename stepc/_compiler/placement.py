@@ -213,12 +213,12 @@ def names_in(placement: Placement) -> dict[str, Spec]:
 def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> ShardingTable:
     """The sharding of every leaf of a state, in the order in which jax flattens them, and why it is what it is."""
     own = own_shapes(state)
-    params, shapes = dict(leaves_by_path(own.params)), dict(leaves_by_path(own))
-    names = mirrored_params(list(shapes), params)
+    params, shapes = dict(leaves_by_path(own.params)), leaves_by_path(own)
+    names = mirrored_params([path for path, _ in shapes], params)
     specs = specs_in(state.placement)
 
-    def row(path: str, leaf: Any) -> LeafSharding:  # Any: an array, or its shape
-        shape, spec = shapes[path].shape, specs.get(path, PartitionSpec())
+    def row(path: str, own: Any, leaf: Any) -> LeafSharding:  # Any, twice: an array, or its shape
+        shape, spec = own.shape, specs.get(path, PartitionSpec())
         shard = leaf.shape if mesh is None else NamedSharding(mesh, spec).shard_shape(leaf.shape)
         total = _num_bytes(leaf)
         bytes_ = total * prod(shard) // max(prod(leaf.shape), 1)
@@ -232,13 +232,13 @@ def sharding_table(state: State, rules: BoundRules, mesh: Mesh | None) -> Shardi
                 mirrors = "" if field == "params" else f"like params/{name}"
                 level = 3 if field == "params" else 1
                 if rules.layout.zero >= level and not {*rules.shard_axes} & {*axes_of(spec)}:
-                    unsharded = why_unsharded(shapes[path], tuple(spec), rules)
+                    unsharded = why_unsharded(own, tuple(spec), rules)
         return LeafSharding(
             path, leaf.shape, str(leaf.dtype), spec, bytes_, total, mirrors, unsharded, memory=memory_of(leaf),
             own_shape=shape,
         )  # fmt: skip
 
-    return ShardingTable(tuple(row(path, leaf) for path, leaf in leaves_by_path(state)), mesh)
+    return ShardingTable(tuple(row(*one, leaf) for one, leaf in zip(shapes, jax.tree.leaves(state), strict=True)), mesh)
 
 
 def _num_bytes(leaf: Any) -> int:  # Any: an array, or its shape
@@ -353,7 +353,7 @@ def matrices_alone(params: Params, placement: Placement, rules: BoundRules) -> d
 def sharded_along_rows(params: Params, placement: Placement) -> tuple[str, ...]:
     """The parameters that rules shard along an axis of the rows. Those that `zero` shards are gathered again."""
     along_rows = {path for path, place in placement if place.is_along_rows}
-    return tuple(path for path, _ in leaves_by_path(params) if _in("params", path) in along_rows)
+    return tuple(path for path, _ in leaves_by_path(params) if _in("params", path) in along_rows) if along_rows else ()
 
 
 def activation_axes(placement: Placement, rules: BoundRules, named: frozenset[str]) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ from stepc._language.state import (
     memory_of,
     own_shapes,
     padded_places,
+    path_of,
     state_of_turn,
     trained_leaves,
     unpadded_params,
@@ -466,7 +467,8 @@ class Step:
         """The program that returns a state as this one is stored: sharded as it is, and in the same memory."""
         if type(state) is not State:
             check_state(state, self._transform_state, self.normal_form.wrt)
-        host = frozenset(path for path, leaf in leaves_by_path(state) if memory_of(leaf) == HOST)
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        host = frozenset(path_of(keys) for keys, leaf in leaves if memory_of(leaf) == HOST)
         stored = jax.tree.structure(state), host
         if stored not in self._programs:
             shardings = None if self.mesh is None else (*_shardings_of_outputs(state, host, self.mesh), None)

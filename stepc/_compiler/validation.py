@@ -39,12 +39,14 @@ from stepc._language.state import (
     check_goes_on,
     describe_leaf,
     describe_tied_leaves,
+    have_same_shapes,
     is_numeric,
     is_trained,
     is_typed_key,
     leaves_by_path,
     own_shapes,
     path_matches,
+    path_of,
     pattern_hint,
 )
 from stepc.errors import (
@@ -612,9 +614,9 @@ def check_gradient(written: str, returned: Any, like: Any) -> None:  # Any: what
                 f"`{written}` does not return a gradient.",
                 facts=(("expected", "(gradient, dict of metrics)"), ("got", repr(returned)[:200])),
             )
-    wanted, found = ([(path, jnp.shape(leaf)) for path, leaf in leaves_by_path(tree)] for tree in (like, grads))
-    if wanted != found or jax.tree.structure(like) != jax.tree.structure(grads):
-        shown = (listed(f"{path} {list(shape)}" for path, shape in rows) or "no leaves" for rows in (wanted, found))
+    if not have_same_shapes(like, grads):
+        both = map(leaves_by_path, (like, grads))
+        shown = (listed(f"{path} {list(jnp.shape(leaf))}" for path, leaf in rows) or "no leaves" for rows in both)
         facts = tuple(zip(("expected", "got"), shown, strict=True))
         raise ConfigError(f"`{written}` changes the tree or the shapes of the gradient.", facts=facts)
 
@@ -636,10 +638,10 @@ def check_fixed_point(old: Any, new: Any) -> None:  # Any, twice: a state, or a 
     """
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise ConfigError("The step returns a state with another tree than the one it takes.")
-    pairs = zip(leaves_by_path(old), jax.tree.leaves(new), strict=True)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True)
     faults = [
-        f"`{path}` goes in as {describe_leaf(before)} and comes out as {describe_leaf(after)}."
-        for (path, before), after in pairs
+        f"`{path_of(keys)}` goes in as {describe_leaf(before)} and comes out as {describe_leaf(after)}."
+        for (keys, before), after in pairs
         if (before.shape, before.dtype) != (after.shape, after.dtype)
     ]
     if faults:

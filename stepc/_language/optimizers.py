@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from stepc._language.kinds import Grads, Params
-from stepc._language.state import ARRAY_LIKE, describe_leaf, leaves_by_path
+from stepc._language.state import ARRAY_LIKE, describe_leaf, have_same_shapes, leaves_by_path
 from stepc.errors import ConfigError, FieldTypeError, faults_in_one, leaf_text
 
 # Functions of the parameters that a step has to offer to the `update` of an optimizer: the loss of the whole batch.
@@ -200,6 +200,8 @@ def _injected_integers(optimizer: Optimizer) -> Iterator[str]:
 
 
 def _check_updates(updates: Grads, params: Params, written: str) -> None:
+    if have_same_shapes(updates, params):
+        return
     wanted, found = ({path: jnp.shape(leaf) for path, leaf in leaves_by_path(tree)} for tree in (params, updates))
     faults = [f"{leaf_text(path, 'the parameter')} has no update." for path in wanted if path not in found]
     faults += [
@@ -222,6 +224,8 @@ def _check_updates(updates: Grads, params: Params, written: str) -> None:
 
 
 def _check_state(new: Any, old: Any, written: str) -> None:  # Any, twice: the optimizer's own tree
+    if jax.tree.structure(new) == jax.tree.structure(old):
+        return
     before, after = (dict(leaves_by_path(tree)) for tree in (old, new))
     faults = [
         f"`opt_state/{path}` is {describe_leaf(after[path])}, and was not there." for path in after.keys() - before

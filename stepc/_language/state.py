@@ -246,6 +246,12 @@ def leaves_by_path(tree: object) -> list[tuple[str, Any]]:  # Any: leaves of the
     return [(path_of(keys), leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def have_same_shapes(one: object, other: object) -> bool:
+    """Whether two trees have one structure, and leaves of the same shapes."""
+    (leaves, tree), (other_leaves, other_tree) = map(jax.tree.flatten, (one, other))
+    return tree == other_tree and list(map(jnp.shape, leaves)) == list(map(jnp.shape, other_leaves))
+
+
 def path_matches(pattern: str, path: str) -> bool:
     """Whether a path matches: `*` stands for anything within a key, `**` across keys."""
     parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
