@@ -339,7 +339,7 @@ def _turn(
     if not isinstance(seen, Diagnostics):
         raise ValueError("a turn has no turns")
     if is_guarded:  # an overflow that a scale of the loss adapts to is skipped all the same
-        is_finite = jnp.isfinite(outputs.metrics["loss"]) & jnp.isfinite(sum_arrays(list(seen.squares)))
+        is_finite = jnp.isfinite(outputs.metrics["loss"]) & jnp.isfinite(seen.squares.sum())
         seen = replace(seen, finite=is_finite)
     return _trained_alone(replace(outputs.state, step=trained.step)), outputs.metrics, seen
 
@@ -418,7 +418,9 @@ def _step(schedule: Schedule, region: ManualRegion, stored: State, batch: Batch)
         loss_fn = _loss_of_whole_batch(optimize.evaluate, microbatch, inputs, region)
     update = partial(_update, optimize, final_maps, region, loss_fn)
     loss_is_finite = jnp.isfinite(metrics["loss"])
-    gradient_is_finite = jnp.isfinite(sum_arrays(jax.tree.leaves(squares)))
+    paths, sums = zip(*leaves_by_path(squares), strict=True)
+    sums = jnp.stack(sums)
+    gradient_is_finite = jnp.isfinite(sums.sum())
     is_finite = loss_is_finite & gradient_is_finite
     if optimize.guard is not None:
         new = _update_if(is_finite, update, gradient, metrics["loss"], given)
@@ -454,9 +456,8 @@ def _step(schedule: Schedule, region: ManualRegion, stored: State, batch: Batch)
         is_fine = is_finite
     injected = to_device(injected_hyperparameters(new.opt_state))
     check_metric_names(optimize.node.written, injected, metrics)
-    paths, sums = zip(*leaves_by_path(squares), strict=True)
     new = _padded_state(replace(new, slots=slots), state, stored)
-    return StepOutputs(new, {**metrics, **injected}, Diagnostics(is_fine, losses, jnp.stack(sums), paths))
+    return StepOutputs(new, {**metrics, **injected}, Diagnostics(is_fine, losses, sums, paths))
 
 
 def _cut_state(stored: State) -> State:
