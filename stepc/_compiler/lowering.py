@@ -929,7 +929,7 @@ def _add(total: GradientSum, one: GradientSum, scan: ScanMicrobatches, region: M
     return replace(
         total,
         metrics=add_metrics(total.metrics, one.metrics),
-        grads=jax.tree.map(jnp.add, total.grads, grads),
+        grads=jax.tree.map(jax.lax.add, total.grads, grads),
         model_state=model_state,
     )
 

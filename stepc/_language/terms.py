@@ -267,7 +267,7 @@ def divide_by_count(total: Any, count: Number) -> jax.Array:  # Any: an array or
     total = jnp.asarray(total)
     total = total.astype(accumulation_dtype(total.dtype))
     if is_static(count):
-        return total / count if count else jnp.zeros_like(total)
+        return jax.lax.div(total, np.asarray(count, total.dtype)) if count else jnp.zeros_like(total)
     count = jnp.asarray(count).astype(total.dtype)
     return jnp.where(count == 0, jnp.zeros_like(total), total / jnp.where(count == 0, jnp.ones_like(count), count))
 

@@ -70,7 +70,7 @@ def clipping_factor(squares: Any, max_norm: float, _: str) -> tuple[jax.Array, M
 def multiply(grads: Grads, factor: jax.Array, _: float, nonfinite: str) -> Grads:
     """The gradient times the factor."""
     if nonfinite == "nan":
-        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), grads)
+        return jax.tree.map(lambda leaf: jax.lax.mul(leaf, factor.astype(leaf.dtype)), grads)
     is_finite = jnp.isfinite(factor)  # a selection: zero times NaN is NaN
     return jax.tree.map(lambda leaf: jnp.where(is_finite, leaf * factor.astype(leaf.dtype), 0), grads)
 
