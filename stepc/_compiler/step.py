@@ -11,6 +11,8 @@ from typing import Any, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
@@ -124,6 +126,11 @@ StateTypes: TypeAlias = tuple[Any, tuple[str, ...]]
 
 _LOG = logging.getLogger("stepc")
 
+_FIRST = Primitive("first")  # of its operands; it reads them all
+_FIRST.def_impl(lambda first, *_: first)
+_FIRST.def_abstract_eval(lambda first, *_: first)
+mlir.register_lowering(_FIRST, lambda _, first, *__: [first])
+
 
 def compile(
     pipeline: Transform | Pipeline,
@@ -218,7 +225,7 @@ class Step:
             state: State, batch: Batch
         ) -> tuple[State, Metrics, Diagnostics | TurnDiagnostics]:  # the name of the program in HLO
             self._traces += 1
-            return self._trace(state, batch)
+            return _also_reads(state, *self._trace(state, batch))
 
         self._jitted = partial(
             jax.jit,
@@ -538,8 +545,6 @@ class Step:
             new, metrics, diagnostics = outputs
             self._schedules[_signature(state, batch)] = schedule, structures, reordered
             check_fixed_point(moved, new)
-            rest = tuple(replace(one, params=()) for one in (new, moved))
-            new = replace(jax.tree.map(partial(_also_reads, jnp.bool_(True)), *rest), params=new.params)
             return to_memory_of(new, moved, state), metrics, diagnostics
 
     def _run(
@@ -776,13 +781,16 @@ def _padded_update(schedule: Schedule, own: State, stored: State) -> PaddedUpdat
     return padded_update(node.optimizer, own.trained, own.opt_state, (stored.trained, stored.opt_state), node.written)
 
 
-def _also_reads(true: jax.Array, new: Any, old: Any) -> Any:  # Any: arrays
-    """The new leaf of a state, by an operation that reads the old one and that XLA removes.
+def _also_reads(
+    old: State, new: State, metrics: Metrics, diagnostics: Diagnostics | TurnDiagnostics
+) -> tuple[State, Metrics, Diagnostics | TurnDiagnostics]:
+    """What a step returns, by one operation that reads every leaf of the old state and is lowered to nothing.
 
     jax drops an argument that nothing reads. A leaf that is only written, such as what a line search keeps of itself,
-    would then reuse no buffer. Every loss reads the parameters.
+    would then reuse no buffer. `keep_unused` would transfer the leaves of a batch that the loss does not read.
     """
-    return new if new is old or is_on_host(old) else jax.lax.select_n(true, old, new)
+    loss = _FIRST.bind(metrics["loss"], *jax.tree.leaves(old))
+    return new, {**metrics, "loss": loss}, diagnostics
 
 
 def _shardings_of_outputs(state: State, host: frozenset[str], mesh: Mesh) -> tuple[Any, NamedSharding]:
