@@ -59,6 +59,8 @@ def to_device(tree: Any) -> Any:  # Any, twice: a tree of a program
 
 def to_memory(state: State, host: frozenset[str]) -> State:
     """The state, with the leaves of these paths in the memory of the host."""
+    if not host:
+        return state
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: jax.device_put(leaf, Space.Host) if path_of(keys) in host else leaf, state
     )

@@ -129,11 +129,13 @@ def placement_of_state(
 
 def stored_shapes(shapes: State, rules: BoundRules) -> State:
     """The shapes of a state as it is stored, padded, from those of its leaves by themselves."""
-    places, sizes = dict(shapes.placement), dict(rules.sizes)
+    places, sizes = {path: place for path, place in shapes.placement if place.shape}, dict(rules.sizes)
+    if not places:
+        return shapes
 
     def stored(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:  # Any: as in path_of
-        place = places.get(path_of(keys), Place())
-        return jax.ShapeDtypeStruct(padded_shape(leaf.shape, place.spec, sizes), leaf.dtype) if place.shape else leaf
+        place = places.get(path_of(keys))
+        return jax.ShapeDtypeStruct(padded_shape(leaf.shape, place.spec, sizes), leaf.dtype) if place else leaf
 
     return jax.tree_util.tree_map_with_path(stored, shapes)
 
@@ -293,12 +295,14 @@ def without_weak_types(tree: Any) -> Any:  # Any, twice: trees of one structure
 
 
 def place_on_devices(tree: Any, shardings: Any | None) -> Any:  # Any: trees of one structure
-    """The leaves as arrays with these shardings. They may share the caller's buffers: copy before donating.
+    """The leaves as arrays with these shardings; without any, what is on the host stays there.
+
+    They may share the caller's buffers: copy before donating.
 
     Where a sharding spans several processes, every process holds the same leaf and places its own shards of it.
     """
     if all(one.is_fully_addressable for one in jax.tree.leaves(shardings)):
-        arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(np.asarray(leaf)), tree)
+        arrays = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree)
         return arrays if shardings is None else jax.device_put(arrays, shardings)
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:  # Any: an array, or a number

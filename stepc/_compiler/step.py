@@ -324,8 +324,9 @@ class Step:
         sizes = dict(rules.sizes)
         check_model_state(model_state, self.normal_form.core, prod(sizes[axis] for axis in rules.rows))
         specs = model_axis_specs(params, names, self.mesh, rules)
-        # Jitted, so that the shapes and the program share one trace of the optimizer's `init`.
-        fresh_state = jax.jit(lambda params, model_state: self._fresh(params, seed, model_state))
+        # Jitted, so that the shapes and the program share one trace of the optimizer's `init`; inline, because XLA
+        # would take a quarter longer to compile a call with 500 arguments.
+        fresh_state = jax.jit(lambda params, model_state: self._fresh(params, seed, model_state), inline=True)
         with self._own_mesh():
             shapes = shapes_of(fresh_state.eval_shape(*self._shapes_on_mesh((params, model_state))))
         matrices = self.normal_form.matrices(shapes.params, shapes.opt_state) if rules.layout.zero else ()

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from stepc._core.sharding import Entry, Spec
-from stepc._language.state import leaves_by_path, path_of
+from stepc._language.state import ARRAY_LIKE, leaves_by_path, path_of
 
 # Where NNX keeps the names, newest first.
 _METADATA = ("out_sharding", "sharding_names", "sharding")
@@ -33,9 +33,8 @@ class Variable(Protocol):
 def names_by_path(tree: Any) -> dict[str, Spec]:  # Any: a tree of the user's
     """The names of the dimensions of each leaf that has some. Its path is that without the box."""
     found: dict[str, Spec] = {}
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Box | Variable))
-    for keys, node in nodes:
-        path = path_of(keys)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    for path, node in [(path_of(keys), node) for keys, node in nodes if _is_box(node)]:
         match node:
             case Box():
                 found[path] = _as_spec(node.names)
@@ -57,10 +56,15 @@ def unboxed(tree: Any) -> Any:  # Any, twice: trees of the user's
     they are manual there. A variable of NNX constrains nothing, and its module needs it.
     """
 
-    def value(node: Any) -> Any:  # Any, twice: a leaf, or a box
-        return jax.tree.leaves(node)[0] if isinstance(node, Box) else node
+    def is_of_linen(node: object) -> bool:
+        return _is_box(node) and isinstance(node, Box)
 
-    return jax.tree.map(value, tree, is_leaf=lambda node: isinstance(node, Box))
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_of_linen(node) else node, tree, is_leaf=is_of_linen)
+
+
+def _is_box(node: object) -> bool:
+    # Arrays come first: Python takes as long to compare a value with a protocol as jax to trace an operation.
+    return not isinstance(node, (*ARRAY_LIKE, jax.ShapeDtypeStruct)) and isinstance(node, Box | Variable)
 
 
 def _as_spec(names: Any) -> Spec:  # Any: as in `Box`, or a sharding

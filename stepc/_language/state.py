@@ -348,11 +348,14 @@ def describe_leaf(leaf: object) -> str:
 
 def describe_tied_leaves(tree: object) -> str | None:
     """Which leaves of a tree are the same array, with its bytes, for a message; None if none are."""
-    by_identity: dict[int, list[tuple[str, Any]]] = {}
-    for path, leaf in leaves_by_path(tree):
-        by_identity.setdefault(id(leaf), []).append((path, leaf))
+    by_identity: dict[int, list[tuple[Any, Any]]] = {}  # Any, twice: as in path_of; a leaf
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        by_identity.setdefault(id(leaf), []).append((keys, leaf))
     tied = [same for same in by_identity.values() if len(same) > 1 and getattr(same[0][1], "nbytes", 0)]
-    texts = [f"{listed((path for path, _ in same), separator=' and ')} ({same[0][1].nbytes:,} bytes)" for same in tied]
+    texts = [
+        f"{listed((path_of(keys) for keys, _ in same), separator=' and ')} ({same[0][1].nbytes:,} bytes)"
+        for same in tied
+    ]
     return listed(texts) or None
 
 
