@@ -227,6 +227,12 @@ def called_under_jit() -> None:
     jax.jit(step)(step.init(probe_params()), probe_batch(64))
 
 
+def called_in_a_jit(name: str) -> None:
+    step = step_on()
+    given = (step.init(probe_params()), *(() if name == "shardings" else (probe_batch(64),)))
+    jax.jit(lambda *given: getattr(step, name)(*given))(*given)
+
+
 def donated_batch() -> None:
     batch = jax.tree.map(jnp.asarray, probe_batch(64))
     jax.block_until_ready(jax.jit(jnp.negative, donate_argnums=0)(batch["x"]))
@@ -815,6 +821,15 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "donated_leaves": (sc.ConfigError, lambda: shared_state(donated=True)),
     "array_twice": (sc.ConfigError, lambda: shared_state(donated=False)),
     "called_under_jit": (sc.ConfigError, called_under_jit),
+    "init_under_eval_shape": (sc.ConfigError, lambda: jax.eval_shape(step_on().init, probe_params())),
+    "init_under_vmap_of_a_seed": (
+        sc.ConfigError,
+        lambda: jax.vmap(lambda seed: step_on().init(probe_params(), seed=seed))(jnp.arange(2)),
+    ),
+    **{
+        f"{name}_under_jit": (sc.ConfigError, partial(called_in_a_jit, name))
+        for name in ("lower", "shardings", "reference")
+    },
     "donated_batch": (sc.BatchError, donated_batch),
     "array_of_the_state": (sc.BatchError, state_in_the_batch),
     "shapes_of_a_state": (sc.ConfigError, lambda: step_on()(step_on().init(SHAPES), probe_batch(64))),

@@ -312,6 +312,11 @@ class Step:
           more than 64 bits; FieldTypeError for a seed that is neither an integer nor a typed key.
         On several processes each passes the same: pipeline, parameters, seed and model state are compared first.
         """
+        _check_not_transformed(
+            "init", (params, seed, model_state, like),
+            "Call it outside. For the shapes of a state, give it those of the parameters: "
+            "`step.init(jax.eval_shape(make_params))`.",
+        )  # fmt: skip
         names, params, model_state = names_by_path(params), unboxed(params), unboxed(model_state)
         check_params(params, self.normal_form.wrt)
         if like is not None:
@@ -454,6 +459,7 @@ class Step:
 
         Trace and compilation are those of a call: whichever comes first, the other makes neither again.
         """
+        _check_not_transformed("lower", (state, batch), "Call it outside.")
         batch = as_arrays(batch)
         if self._autotuner is not None:
             tuned = self._autotuner.tune(state, batch)
@@ -488,6 +494,7 @@ class Step:
 
         The state may be shapes, as `init` makes them of shapes. Errors: ConfigError for another step's state.
         """
+        _check_not_transformed("shardings", state, "Call it outside: it reads where the arrays of a state are.")
         check_state(state, self._transform_state, self.normal_form.wrt)
         return sharding_table(state, self.normal_form.rules, self.mesh)
 
@@ -740,6 +747,7 @@ class StepReference:
 
         Errors: BatchError for a batch that does not divide; ConfigError for a state with a deleted array.
         """
+        _check_not_transformed("reference", (state, batch), "Call it outside, or use `step.function` there.")
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             check_arrays(state, (), (), compare_buffers=False)
         semantics = reference(self.pipeline_for(state, as_arrays(batch)), axes=self.axes)
@@ -771,6 +779,13 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
     """A copy of a leaf of another state, padded and placed as a fresh one is."""
     padded = padded_arrays(leaf, made)
     return jax.device_put(jnp.copy(jax.device_put(padded, made.sharding)), made.sharding)
+
+
+def _check_not_transformed(name: str, tree: object, suggestion: str) -> None:
+    """Refuse a call in a function that jax transforms, where its arguments are no arrays. Errors: ConfigError."""
+    if is_transforming(tree):
+        what = f"`step.{name}` was called in a `jit`, `vmap`, `grad` or `eval_shape`; it needs arrays, or shapes."
+        raise ConfigError(what, suggestion=suggestion)
 
 
 def _padded_update(schedule: Schedule, own: State, stored: State) -> PaddedUpdate | None:
