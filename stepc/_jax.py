@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 from jax.core import Tracer
 from jax.extend import backend
+from jax.extend.core import Primitive
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from stepc.errors import ConfigError, ShardingError
@@ -40,6 +41,10 @@ try:
 except ImportError:  # fallback: a loss that passes its mesh to `shard_map` is refused, with the remedy
     pjit = shard_map = None
 try:
+    from jax.interpreters.mlir import register_lowering
+except ImportError:  # fallback: a leaf that a step only writes reuses no buffer
+    register_lowering = None
+try:
     from jaxlib._jax import make_gloo_tcp_collectives
 except ImportError:  # error: `bind_cpu_collectives` says that this jax cannot choose an address
     make_gloo_tcp_collectives = None
@@ -62,6 +67,18 @@ def buffer_address(array: jax.Array) -> int:
         return array.addressable_data(0).unsafe_buffer_pointer() if array.size else -id(array)
     except (AttributeError, NotImplementedError, RuntimeError):  # a typed key, a backend without addresses
         return -id(array)
+
+
+_FIRST = Primitive("first")  # of its operands
+_FIRST.def_impl(lambda first, *_: first)
+_FIRST.def_abstract_eval(lambda first, *_: first)
+if register_lowering is not None:
+    register_lowering(_FIRST, lambda _, first, *__: [first])
+
+
+def first_of(first: jax.Array, *others: Any) -> jax.Array:  # Any: arrays
+    """The first of them, by one operation of a program that reads them all and is compiled to nothing."""
+    return first if register_lowering is None else _FIRST.bind(first, *others)
 
 
 def is_transforming(tree: object) -> bool:

@@ -11,8 +11,6 @@ from typing import Any, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
@@ -96,7 +94,7 @@ from stepc._compiler.validation import (
     type_changes,
 )
 from stepc._core.nodes import Turn
-from stepc._jax import as_mesh_of_step, is_transforming
+from stepc._jax import as_mesh_of_step, first_of, is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.names import names_by_path, unboxed
 from stepc._language.pipeline import Pipeline, Transform, settings_of, transforms_of
@@ -125,11 +123,6 @@ MOST_CHANGES = 8  # that a warning lists
 StateTypes: TypeAlias = tuple[Any, tuple[str, ...]]
 
 _LOG = logging.getLogger("stepc")
-
-_FIRST = Primitive("first")  # of its operands; it reads them all
-_FIRST.def_impl(lambda first, *_: first)
-_FIRST.def_abstract_eval(lambda first, *_: first)
-mlir.register_lowering(_FIRST, lambda _, first, *__: [first])
 
 
 def compile(
@@ -800,12 +793,12 @@ def _padded_update(schedule: Schedule, own: State, stored: State) -> PaddedUpdat
 def _also_reads(
     old: State, new: State, metrics: Metrics, diagnostics: Diagnostics | TurnDiagnostics
 ) -> tuple[State, Metrics, Diagnostics | TurnDiagnostics]:
-    """What a step returns, by one operation that reads every leaf of the old state and is lowered to nothing.
+    """What a step returns, of a program that reads every leaf of the old state.
 
     jax drops an argument that nothing reads. A leaf that is only written, such as what a line search keeps of itself,
     would then reuse no buffer. `keep_unused` would transfer the leaves of a batch that the loss does not read.
     """
-    loss = _FIRST.bind(metrics["loss"], *jax.tree.leaves(old))
+    loss = first_of(metrics["loss"], *jax.tree.leaves(old))
     return new, {**metrics, "loss": loss}, diagnostics
 
 
