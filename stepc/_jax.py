@@ -85,6 +85,11 @@ def is_transforming(tree: object) -> bool:
     """Whether a `jit`, `vmap`, `grad` or the like is running, which would make tracers of what this tree gives."""
     if trace_state_clean is not None:
         return not trace_state_clean()
+    return has_tracers(tree)
+
+
+def has_tracers(tree: object) -> bool:
+    """Whether a leaf is what a transformed function is given in place of an array."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 

@@ -94,7 +94,7 @@ from stepc._compiler.validation import (
     type_changes,
 )
 from stepc._core.nodes import Turn
-from stepc._jax import as_mesh_of_step, first_of, is_transforming
+from stepc._jax import as_mesh_of_step, first_of, has_tracers, is_transforming
 from stepc._language.kinds import Batch, Metrics, Params
 from stepc._language.names import names_by_path, unboxed
 from stepc._language.pipeline import Pipeline, Transform, settings_of, transforms_of
@@ -305,7 +305,7 @@ class Step:
           more than 64 bits; FieldTypeError for a seed that is neither an integer nor a typed key.
         On several processes each passes the same: pipeline, parameters, seed and model state are compared first.
         """
-        _check_not_transformed(
+        _check_no_tracers(
             "init", (params, seed, model_state, like),
             "Call it outside. For the shapes of a state, give it those of the parameters: "
             "`step.init(jax.eval_shape(make_params))`.",
@@ -452,7 +452,7 @@ class Step:
 
         Trace and compilation are those of a call: whichever comes first, the other makes neither again.
         """
-        _check_not_transformed("lower", (state, batch), "Call it outside.")
+        _check_no_tracers("lower", (state, batch), "Call it outside.")
         batch = as_arrays(batch)
         if self._autotuner is not None:
             tuned = self._autotuner.tune(state, batch)
@@ -487,7 +487,7 @@ class Step:
 
         The state may be shapes, as `init` makes them of shapes. Errors: ConfigError for another step's state.
         """
-        _check_not_transformed("shardings", state, "Call it outside: it reads where the arrays of a state are.")
+        _check_no_tracers("shardings", state, "Call it outside: it reads where the arrays of a state are.")
         check_state(state, self._transform_state, self.normal_form.wrt)
         return sharding_table(state, self.normal_form.rules, self.mesh)
 
@@ -740,7 +740,7 @@ class StepReference:
 
         Errors: BatchError for a batch that does not divide; ConfigError for a state with a deleted array.
         """
-        _check_not_transformed("reference", (state, batch), "Call it outside, or use `step.function` there.")
+        _check_no_tracers("reference", (state, batch), "Call it outside, or use `step.function` there.")
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             check_arrays(state, (), (), compare_buffers=False)
         semantics = reference(self.pipeline_for(state, as_arrays(batch)), axes=self.axes)
@@ -774,9 +774,9 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
     return jax.device_put(jnp.copy(jax.device_put(padded, made.sharding)), made.sharding)
 
 
-def _check_not_transformed(name: str, tree: object, suggestion: str) -> None:
-    """Refuse a call in a function that jax transforms, where its arguments are no arrays. Errors: ConfigError."""
-    if is_transforming(tree):
+def _check_no_tracers(name: str, tree: object, suggestion: str) -> None:
+    """Refuse the tracers that the arguments of a transformed function are. Errors: ConfigError."""
+    if has_tracers(tree):
         what = f"`step.{name}` was called in a `jit`, `vmap`, `grad` or `eval_shape`; it needs arrays, or shapes."
         raise ConfigError(what, suggestion=suggestion)
 
