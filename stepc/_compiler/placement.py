@@ -477,7 +477,8 @@ class BatchPlacement:
 
         def shape(leaf: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:  # Any: an array, or its shape
             is_placed = isinstance(leaf, jax.Array) or self._by_leaf
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if is_placed else None)
+            dtype = shape_of(leaf).dtype  # int32 of int64, as in a call: jax 0.11 warns of shapes that it narrows
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding if is_placed else None)
 
         leaves, tree = jax.tree.flatten(batch)
         shardings = jax.tree.leaves(self.shardings(batch), is_leaf=lambda one: one is None)

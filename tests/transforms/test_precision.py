@@ -13,6 +13,7 @@ from conftest import mesh_of
 from jax.ad_checkpoint import checkpoint_name
 
 import stepc as sc
+from stepc._jax import scan_counts
 from stepc.testing import assert_equivalent
 from stepc.testing.probes import over_rows
 
@@ -36,8 +37,8 @@ def carried(jaxpr: Any) -> set[str]:
     found: set[str] = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
-            start = equation.params["num_consts"]
-            kept = equation.invars[start : start + equation.params["num_carry"]]
+            start, num_carried = scan_counts(equation.params)
+            kept = equation.invars[start : start + num_carried]
             found |= {str(var.aval.dtype) for var in kept if var.aval.ndim == 2}
         for part in equation.params.values():
             inner = getattr(part, "jaxpr", part)
