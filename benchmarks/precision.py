@@ -28,7 +28,7 @@ def final_loss(job: Job, source: text.Text) -> tuple[float, float]:
     """The validation loss after a run, in nats per byte, and the seconds that the run took."""
     step = sc.compile(pipeline_of(job), mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]))
     state = step.init(gpt.init(jax.random.key(job.seed), job.size), seed=job.seed)
-    data = text.batches(source.train, rows=job.batch, context=job.context, seed=job.seed)
+    data = text.Batches(source.train, rows=job.batch, context=job.context, seed=job.seed)
     started = time.perf_counter()
     state = sc.run(step, state, data, steps=job.steps).state
     seconds = time.perf_counter() - started

@@ -3,6 +3,7 @@
 Times are never asserted. The steps are those of `benchmarks/deferred_reduce.py` and `by_hand.py`, on small models.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -29,7 +30,7 @@ def scripts() -> Iterator[dict[str, Any]]:  # Any: modules
     """The benchmarks by name; they import each other as scripts do, and broadcast as jax does by default."""
     names = (
         "deferred_reduce", "by_hand", "memory", "input", "models", "memory_search", "page", "measuring", "nanogpt",
-        "gpu",
+        "gpu", "precision",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
         patch.syspath_prepend(str(BENCHMARKS))
@@ -125,6 +126,15 @@ def test_step_for_a_gpu_runs_in_small_on_a_cpu(
     assert {name for name, _, _ in found["ratios"]} == {*found["results"]["differences"], "sc.run"}
     assert importlib.util.find_spec("torch") or "torch is not installed: no row of PyTorch." in told
     assert "The peak of 'cpu' is not known, so there is no MFU." in told
+
+
+def test_precision_learns_from_the_text_of_the_demo(scripts: dict[str, Any]) -> None:
+    """It asked the demo for a function that had another name since, and nothing ran it."""
+    precision = scripts["precision"]
+    job = dataclasses.replace(precision.JOB, steps=1, batch=2, text_bytes=100_000, layers=1, context=8)
+    (first, second) = precision.measure(job, (0, 1))["runs"]
+    assert first["float32"] != second["float32"]
+    assert abs(first["bfloat16"] - first["float32"]) < 0.1
 
 
 def test_step_for_a_gpu_says_that_there_is_none(
