@@ -512,21 +512,13 @@ def gather_outside(instruction: AllGather, params: Params, region: ManualRegion)
     for (path, leaf), dim, spec in leaves:
         for dtype in region.outside.get(path, ()) if dim >= 0 else ():
             with region.scope(instruction.written), region.leaves_scope([path]):
-                gathered = partial(_gathered, axes=instruction.axes, dim=dim, dtype=jnp.dtype(dtype))
+                shard = leaf.astype(dtype)
                 if region.is_manual(instruction.axes):
-                    held[path, dtype] = region.fully_manual(gathered, leaf, spec)
+                    gathered = partial(_whole, axes=instruction.axes, along=dim)
+                    held[path, dtype] = region.fully_manual(gathered, shard, spec)
                 else:
-                    held[path, dtype] = jax.lax.with_sharding_constraint(leaf.astype(dtype), spec)
+                    held[path, dtype] = jax.lax.with_sharding_constraint(shard, spec)
     return held
-
-
-def _gathered(shard: jax.Array, axes: tuple[str, ...], dim: int, dtype: np.dtype) -> jax.Array:
-    """A shard, converted and then gathered. Its transpose is a reduce-scatter."""
-
-    def along(shard: jax.Array, dim: int) -> jax.Array:
-        return jax.lax.all_gather(shard, axes, axis=dim, tiled=True)
-
-    return _without_ones(along, shard.astype(dtype), dim)
 
 
 def gathering_loss(
@@ -546,7 +538,7 @@ def gathering_loss(
 
         def gather_shard(shard: jax.Array) -> jax.Array:
             with region.scope(instruction.written), region.leaves_scope([path]):
-                return _gathered(shard, axes, dim, dtype)
+                return _whole(shard.astype(dtype), axes, dim)  # its transpose is a reduce-scatter
 
         if not region.is_manual(axes):
             of_grad = PartitionSpec(*sharded_spec(tuple(spec), dim, axes))

@@ -611,7 +611,8 @@ class Step:
                 prefix = f"{turn.name}: " if turn.name else ""
                 num_values = sum(leaf.size for leaf in reduced)
                 of_activations = activation_axes(state.placement, rules, structure.named_axes)
-                held = held_bytes(state.params, state.placement, rules, dict(structure.outside))
+                outside = dict(structure.outside) if rules.layout.outside == "step" else {}
+                held = held_bytes(state.params, state.placement, rules, outside) if outside else 0
                 told = sharding_notes(part, rules, gradient_bytes, num_values, along_rows, of_activations, held)
                 parts = matrices_in_parts(trained, state.placement, rules)
                 shared: tuple[int, ...] = ()
