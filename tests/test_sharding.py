@@ -658,17 +658,16 @@ def moved_leaves(step: sc.Step, state: sc.State, kind: str) -> Counter[tuple[str
 
 
 @pytest.mark.parametrize("name", ["plain", "remat_of_all", "bfloat16"])
-@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize("model", [0, 1, 2])
 def test_parameters_outside_of_the_layers_are_gathered_once_a_step(name: str, model: int) -> None:
-    rules = sc.tp({"layers/up": P(None, None, "model")}, default=P())
+    rules = (sc.tp({"layers/up": P(None, None, "model")}, default=P()),) if model else ()
+    axes, model = ({"data": 8 // model, "model": model}, model) if model else ({"data": 8}, 1)
     dtype = "bfloat16" if name == "bfloat16" else "float32"
     layers = {f"{dtype}[64, {128 // model}]", f"{dtype}[128, 64]"}
     programs = {}
     for gather in ("layer", ("layer", "step")):
-        transform = sc.shard(sc.dp("data", zero=3, gather=gather), rules)
-        step = sc.compile(
-            SGD @ sc.accumulate(4) @ transform @ sc.grad(LOSSES[name]), mesh=mesh_of(data=8 // model, model=model)
-        )
+        transform = sc.shard(sc.dp("data", zero=3, gather=gather), *rules)
+        step = sc.compile(SGD @ sc.accumulate(4) @ transform @ sc.grad(LOSSES[name]), mesh=mesh_of(**axes))
         state = step.init(deep_params())
         programs[gather] = moved_leaves(step, state, "all_gather")
         assert {leaf for leaf, in_loop in programs[gather] if in_loop} >= layers
