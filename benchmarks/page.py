@@ -79,7 +79,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     """One benchmark."""
     setting = result["setting"]
     question = setting["question"]
-    parts = [f"## `{name}`: {question[:1].lower()}{question[1:]}", setting_text(setting)]
+    sentence = f"{question[:1].upper()}{question[1:]}{'' if question.endswith('?') else '.'}"
+    parts = [f"## `{name}`", sentence, setting_text(setting)]
     if result["ratios"]:
         parts.append(f"![Ratios of {name}]({plot(name, result['ratios'])})")
     parts += [table_text(title, rows) for title, rows in result["tables"]]

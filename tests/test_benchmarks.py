@@ -174,8 +174,8 @@ def test_page_shows_the_newest_result_its_plot_and_what_is_said_of_it(
     del old["tables"]
     (tmp_path / "results" / "2025-01-01-older.json").write_text(json.dumps({**old, "benchmark": "older"}))
     page.main()
-    head, section, when, picture, table, said = (tmp_path / "README.md").read_text().strip().split("\n\n", 5)
-    assert (head, section) == ("# Benchmarks", "## `small`: is it small?")
+    head, section, question, when, picture, table, said = (tmp_path / "README.md").read_text().strip().split("\n\n", 6)
+    assert (head, section, question) == ("# Benchmarks", "## `small`", "Is it small?")
     assert when.startswith("2026-01-02; commit ")
     assert picture == "![Ratios of small](plots/small.png)"
     assert (table, said) == ("**Sizes**", "|  | ratio |\n|---|---|\n| a\\|b | 1.00 (0.90-1.20) |\n\nIt is small.")
