@@ -5,12 +5,12 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from functools import cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 from jax.core import Tracer
 from jax.extend import backend
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 from stepc.errors import ConfigError, ShardingError
@@ -99,6 +99,21 @@ def scan_counts(params: Any) -> tuple[int, int]:  # Any: those of an equation
         return params["num_consts"], params["num_carry"]
     constants, carried, _ = params["ft_in"].unpack()  # since jax 0.11
     return len(constants), len(carried)
+
+
+# Any: the parameters of an operation
+InlinedCall: TypeAlias = Callable[[ClosedJaxpr], tuple[Primitive, dict[str, Any]]]
+
+
+def inlined_call(num_inputs: int) -> InlinedCall | None:
+    """How the functions of `jax.numpy` run their programs: of a program with one result, a primitive and parameters.
+
+    None if this jax runs them otherwise: operations are then not shared.
+    """
+    equation = jax.make_jaxpr(jax.jit(lambda *numbers: sum(numbers)))(*[0.0] * num_inputs).eqns[0]
+    if not {"jaxpr", "name", "inline"} <= equation.params.keys():
+        return None
+    return lambda program: (equation.primitive, {**equation.params, "jaxpr": program, "inline": True})
 
 
 def is_compiling(thread: int) -> bool:

@@ -73,7 +73,7 @@ def test_constraints_say_nothing_that_the_shardings_of_the_results_say(
 
 def test_lowering_traces_loss_and_gradient_once_and_the_optimizer_once() -> None:
     _, calls = lowered(1, {})
-    assert calls == {"loss": 2, "update": 1}
+    assert calls == {"loss": 1, "update": 1}
 
 
 def test_init_traces_the_init_of_the_optimizer_once() -> None:

@@ -121,7 +121,7 @@ def test_loss_is_called_by_the_first_trace_alone(uses: tuple[Callable[..., None]
     for use in uses:
         use(step, state, batch)
     assert step.traces == 1
-    assert len(calls) == 2  # once to see what it returns, which the schedule depends on; once for its gradient
+    assert len(calls) == 1
 
 
 def test_complete_pipeline_is_checked_once_in_a_compile(monkeypatch: pytest.MonkeyPatch) -> None:

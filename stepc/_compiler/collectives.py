@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from stepc._compiler.layers import LossFunction, gather_by_layer
+from stepc._compiler.layers import LossFunction, TracedFunction, gather_by_layer
 from stepc._compiler.metrics import (
     MetricAccumulators,
     extreme_values,
@@ -41,6 +41,7 @@ from stepc._compiler.schedule import (
     ShardGradient,
 )
 from stepc._core.sharding import sharded_spec
+from stepc._jax import mesh_of_step
 from stepc._language.encoded import Encoded
 from stepc._language.kinds import Batch, BatchRows, Grads, Params
 from stepc._language.model_state import MEANS, part_of_mean
@@ -77,6 +78,7 @@ class ManualRegion:
       padded_update: how the optimizer runs on padded leaves; None if it runs on those without padding.
       batch_specs: of each leaf of the batch that one step takes, the PartitionSpec over all axes.
       outside: of each parameter that no scan over layers takes, the dtypes that the loss uses it in, by name.
+      loss: the operations of the loss, for one local microbatch; None if it is to be called instead.
       sites: the transforms of the pipeline as written, each with the user's line that made it.
       cut_from: by the id of an array without padding, that array and the padded one that it was cut from.
     """
@@ -101,6 +103,7 @@ class ManualRegion:
     padded_update: PaddedUpdate | None = None
     batch_specs: tuple[PartitionSpec, ...] = ()
     outside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    loss: TracedFunction | None = None
     sites: tuple[tuple[str, str], ...] = ()
     cut_from: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # Any: arrays
 
@@ -261,6 +264,15 @@ def on_every_device(function: Callable[..., Any], mesh: Mesh, axes: tuple[str, .
     """The function in a region that is manual over these axes, with the same arguments on every device."""
     same = PartitionSpec()
     return jax.shard_map(function, mesh=mesh, in_specs=same, out_specs=same, axis_names=set(axes), check_vma=False)
+
+
+def as_on_one_device(axes: tuple[str, ...]) -> AbstractContextManager[Any]:  # Any: whatever jax gives
+    """Trace under the mesh of the step as a region does that is manual over these axes, whose names are not known."""
+    mesh = mesh_of_step()
+    if mesh is None or not axes:
+        return nullcontext()
+    types = dict.fromkeys(axes, AxisType.Manual)
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update_axis_types(types))
 
 
 def take_rows(instruction: RepeatSteps, batch: Batch, numbers: jax.Array, region: ManualRegion) -> BatchRows:
@@ -522,11 +534,16 @@ def gather_outside(instruction: AllGather, params: Params, region: ManualRegion)
 
 
 def gathering_loss(
-    instruction: Compute, loss: LossFunction, params: Params, held: HeldParams, region: ManualRegion
+    instruction: Compute,
+    loss: LossFunction | TracedFunction,
+    params: Params,
+    held: HeldParams,
+    region: ManualRegion,
 ) -> LossFunction:
     """The loss as a function of sharded parameters, if it gathers them itself: one layer at a time in a scan.
 
     Args:
+      loss: its operations, if they are known; else it is traced for them.
       held: parameters that are gathered already. Their gradient is scattered all the same.
     """
     axes = instruction.layered
@@ -569,13 +586,22 @@ def gathering_loss(
         gathered.defvjp(lambda shard, whole: (gathered(shard, whole), None), lambda _, grad: (scatter_grad(grad), None))
         return gathered(leaf, whole)
 
+    shapes = gathered_shapes(instruction, params, region)
+    return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
+
+
+def gathered_shapes(instruction: Compute, params: Params, region: ManualRegion) -> Params:
+    """The parameters that the loss is given, as shapes where it gathers them itself."""
+    axes = instruction.layered
+    if not axes:
+        return params
+
     def gathered_shape(leaf: jax.Array, dim: int) -> jax.ShapeDtypeStruct:
         times = region.num_devices(axes) if region.is_manual(axes) else 1
         sizes = tuple(size * times if number == dim else size for number, size in enumerate(leaf.shape))
         return jax.ShapeDtypeStruct(sizes, leaf.dtype)
 
-    shapes = jax.tree.map(gathered_shape, params, region.dimensions)
-    return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
+    return jax.tree.map(gathered_shape, params, region.dimensions)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -8,8 +8,10 @@ Gathered parameters are not kept for the gradient; they are gathered again. What
 stays that way: shards go into its own `jax.checkpoint`, because a second one around it would override what it keeps.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -19,7 +21,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
-from stepc._jax import scan_counts
+from stepc._jax import inlined_call, scan_counts
 from stepc._language.state import leaves_by_path
 
 # What a layer does to gathered parameters before it uses them. It is recomputed for the gradient: otherwise the
@@ -71,7 +73,7 @@ _Value: TypeAlias = Any  # an array, or a `_Shard`
 
 
 def gather_by_layer(
-    function: LossFunction,
+    function: "LossFunction | TracedFunction",
     shapes: Any,  # Any, here and below: trees like the parameters
     dimensions: Any,
     specs: Any,
@@ -88,14 +90,7 @@ def gather_by_layer(
     """
 
     def on_shards(params: Any, *rest: Any) -> Any:
-        static: list[Any] = []
-
-        def arrays(params: Any, *rest: Any) -> list[Any]:
-            leaves, tree = jax.tree.flatten(function(params, *rest))
-            static[:] = [tree, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]]
-            return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-
-        traced = jax.make_jaxpr(arrays)(shapes, *rest)
+        traced = function if isinstance(function, TracedFunction) else trace_function(function, shapes, *rest)
         leaves = zip(
             leaves_by_path(params),
             jax.tree.leaves(dimensions),
@@ -103,11 +98,101 @@ def gather_by_layer(
             strict=True,
         )
         values = [leaf if dim < 0 else _Shard(leaf, dim, spec, leaf.dtype, path) for (path, leaf), dim, spec in leaves]
-        results = iter(_run(traced, [*values, *jax.tree.leaves(rest)], gather))
-        tree, others = static
-        return tree.unflatten([next(results) if other is None else other for other in others])
+        return traced.result(_run(traced.program, [*values, *jax.tree.leaves(rest)], gather))
 
     return on_shards
+
+
+@dataclass(frozen=True)
+class TracedFunction:
+    """A function of arrays, as the operations that a trace of it has found.
+
+    Args:
+      program: of the leaves of its arguments. What the function returns are the last of its results.
+      tree: the structure of what the function returns.
+      others: for each leaf of that, what it is if it is no array, such as a static count; None for an array.
+    """
+
+    program: ClosedJaxpr
+    tree: Any  # Any: a jax.tree_util.PyTreeDef
+    others: tuple[Any, ...]  # Any: what the function returned
+
+    def __call__(self, *args: Any) -> Any:  # Any, twice: trees of the user's
+        return self.result(jaxpr_as_fun(_with_shared_calls(self.program))(*jax.tree.leaves(args)))
+
+    def result(self, results: Sequence[Any]) -> Any:  # Any, twice: arrays; a tree of the user's
+        """What the function returns, of the results of the program."""
+        arrays = iter(results[len(results) - sum(other is None for other in self.others) :])
+        return self.tree.unflatten([next(arrays) if other is None else other for other in self.others])
+
+    def takes(self, *args: Any) -> bool:  # Any: trees of the user's, of arrays or of shapes
+        """Whether it was traced for arguments of these types."""
+        leaves = jax.tree.leaves(args)
+        types = [leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf) for leaf in leaves]
+        return list(map(_type_of, types)) == list(map(_type_of, self.program.in_avals))
+
+
+def _with_shared_calls(traced: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program, where operations that are the same but for their inputs are calls of one program.
+
+    jax derives the derivative of a program once, and of an operation each time that it comes. Functions of `jax.numpy`
+    are such programs; when they are traced, only their operations are left.
+    """
+    jaxpr, keys = traced.jaxpr, [_key_of(equation) for equation in traced.jaxpr.eqns]
+    times = Counter(key for key in keys if key is not None)
+    kinds = cache(inlined_call)  # one for each number of inputs, in the mesh of this trace
+    calls: dict[Any, Any] = {}  # Any, twice: what `_key_of` gives; a primitive and its parameters
+
+    def shared(equation: Any, key: Any) -> Any:  # Any: equations, and a key
+        if key is None or times[key] == 1:
+            return equation
+        program = _program_of([equation], jaxpr, equation.outvars)
+        call = kinds(len(program.in_avals))
+        if call is None:
+            return equation
+        if key not in calls:
+            calls[key] = call(program)
+        primitive, params = calls[key]
+        return equation.replace(primitive=primitive, params=params, invars=program.jaxpr.invars)
+
+    equations = list(map(shared, jaxpr.eqns, keys))
+    return ClosedJaxpr(jaxpr.replace(eqns=equations), traced.consts)
+
+
+def _key_of(equation: Any) -> Any:  # Any: an equation; something to compare
+    """What two operations are to have in common to be one program; None for one that is a program of its own."""
+    if equation.effects or len(equation.outvars) != 1 or next(programs_in(equation), None) is not None:
+        return None
+    places: dict[Any, int] = {}
+    inputs = [
+        # The bits of a number: 0.0 is not -0.0.
+        (np.asarray(one.val).tobytes() if isinstance(one, Literal) else places.setdefault(one, len(places)))
+        for one in equation.invars
+    ]
+    types = tuple(_type_of(one.aval) for one in equation.invars)
+    key = equation.primitive, tuple(equation.params.items()), tuple(inputs), types, equation.ctx
+    try:
+        hash(key)
+    except TypeError:  # an array among its parameters
+        return None
+    return key
+
+
+def _type_of(aval: Any) -> tuple[Any, ...]:  # Any: a shape, of jax or of ours
+    return aval.shape, aval.dtype, aval.weak_type
+
+
+def trace_function(function: LossFunction, *shapes: Any) -> TracedFunction:
+    """Trace a function for arguments of these shapes."""
+    returned: list[Any] = []
+
+    def arrays(*args: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(function(*args))
+        returned[:] = [tree, tuple(None if isinstance(leaf, jax.Array) else leaf for leaf in leaves)]
+        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+    program = jax.make_jaxpr(arrays)(*shapes)
+    return TracedFunction(program, *returned)
 
 
 def stacked_inputs(jaxpr: Jaxpr) -> set[int]:

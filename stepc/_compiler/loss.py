@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
-from stepc._compiler.collectives import on_every_device
+from stepc._compiler.collectives import as_on_one_device, on_every_device
 from stepc._compiler.convolutions import CONVOLUTION
-from stepc._compiler.layers import programs_in, stacked_inputs, whole_inputs
+from stepc._compiler.layers import TracedFunction, programs_in, stacked_inputs, trace_function, whole_inputs
 from stepc._compiler.rows import RowUse, encoder_row_use, is_of_jax, loss_row_use, row_uses, user_line
 from stepc._compiler.schedule import HeadStructure, LossStructure, ModelStateLeaf
 from stepc._core.nodes import DifferentiateNode
@@ -85,27 +85,27 @@ class WholeBatch:
 
 
 # Any: as of `Call`, and arrays.
-EncoderCall = Callable[[Params, BatchRows, Any, Any], tuple[EncodedTree, Encoded, Any]]
+EncoderCall = Callable[[Params, Any, BatchRows, Any, "Reads"], tuple[EncodedTree, Encoded, Any]]
 HeadCall = Callable[[Params, EncodedTree, Encoded], LossOutcome]
 NamedAxes: TypeAlias = tuple[str, tuple[str, ...], str]  # what names mesh axes, the axes, the user's line
 Reads: TypeAlias = Mapping[str, Any]  # Any: a slot of the state, or the number of the step
-Call = Callable[[Params, BatchRows, Any, Any], LossOutcome]  # Any, twice: typed keys, and a tree of the user's; or None
+# Any, twice: the model state, a tree of the user's, and typed keys; or None. `Reads` are what is passed by keyword.
+Call = Callable[[Params, Any, BatchRows, Any, Reads], LossOutcome]
 
 
-def checked_loss(node: DifferentiateNode, reads: Reads, *, times: int = 1) -> Call:
+def checked_loss(node: DifferentiateNode, *, times: int = 1) -> Call:
     """The loss as a function whose arguments and results do not depend on the node's options.
 
     Args:
-      reads: the values of the state that it takes by keyword. They are bound to the function: constants of it.
       times: of a loss of the whole batch: how often the head is given what the encoder makes of the rows.
     Errors: LossError for what it takes and returns; what it raises passes through unchanged, with a note.
     """
     if node.head is not None:
-        return _checked_composition(node, reads, times)
+        return _checked_composition(node, times)
     _check_arguments(node)
 
-    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
-        returned = _returned(node, params, rows, keys, model_state, reads)
+    def call(params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads) -> LossOutcome:
+        returned = _returned(node, params, model_state, rows, keys, reads)
         _check_returned(returned, node)
         outcome = loss_outcome(returned, has_aux=node.has_aux, model_state=node.model_state is not None)
         if node.model_state is not None:
@@ -115,7 +115,7 @@ def checked_loss(node: DifferentiateNode, reads: Reads, *, times: int = 1) -> Ca
     return call
 
 
-def checked_encoder(node: DifferentiateNode, reads: Reads) -> EncoderCall:
+def checked_encoder(node: DifferentiateNode) -> EncoderCall:
     """The encoder of a loss of the whole batch, likewise; it returns the structure of z, its arrays, the model state.
 
     Errors: as of `checked_loss`.
@@ -123,8 +123,10 @@ def checked_encoder(node: DifferentiateNode, reads: Reads) -> EncoderCall:
     _check_arguments(node)
     has_state = node.model_state is not None
 
-    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> tuple[EncodedTree, Encoded, Any]:
-        returned = _returned(node, params, rows, keys, model_state, reads)
+    def call(
+        params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
+    ) -> tuple[EncodedTree, Encoded, Any]:
+        returned = _returned(node, params, model_state, rows, keys, reads)
         if has_state and not (isinstance(returned, tuple) and len(returned) == 2):
             facts = (("expected", "a tuple (z, model_state)"), ("got", described(returned)))
             what = f"The encoder of `{node.written}` does not return what its options ask for."
@@ -160,12 +162,12 @@ def checked_head(node: DifferentiateNode) -> HeadCall:
     return call
 
 
-def _checked_composition(node: DifferentiateNode, reads: Reads, times: int) -> Call:
+def _checked_composition(node: DifferentiateNode, times: int) -> Call:
     """The head of what the encoder makes of the rows, given it several times over."""
-    encoder, head = checked_encoder(node, reads), checked_head(node)
+    encoder, head = checked_encoder(node), checked_head(node)
 
-    def call(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> LossOutcome:
-        tree, arrays, after = encoder(params, rows, keys, model_state)
+    def call(params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads) -> LossOutcome:
+        tree, arrays, after = encoder(params, model_state, rows, keys, reads)
         if times > 1:
             arrays = Encoded(tuple(jnp.concatenate([leaf] * times) for leaf in arrays.rows), arrays.sums)
         return head(params, tree, arrays)._replace(model_state=after)
@@ -174,7 +176,7 @@ def _checked_composition(node: DifferentiateNode, reads: Reads, times: int) -> C
 
 
 def _returned(
-    node: DifferentiateNode, params: Params, rows: BatchRows, keys: Any, model_state: Any, reads: Reads
+    node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
 ) -> Any:
     """What the user's own function returns, in its wraps."""
     options = (
@@ -201,8 +203,11 @@ def trace_loss_structure(
     whole: WholeBatch,
     *,
     is_split: bool,
-) -> LossStructure:
-    """What a loss returns for one local microbatch, from the shapes of its arguments.
+) -> tuple[LossStructure, TracedFunction | None]:
+    """What a loss returns for one local microbatch, from the shapes of its arguments; and its operations.
+
+    The step runs these operations. They are None where it calls the loss instead: for a loss of the whole batch, and
+    where there is no trace of it as it runs.
 
     Args:
       key: the state's, or its shape.
@@ -222,31 +227,36 @@ def trace_loss_structure(
     if node.model_state is not None:
         model_state = _rows_of_model_state(node, model_state, whole, num_rows(rows))
         _check_sizes(node, (params, model_state, rows, keys), reads, whole)
-    try:
-        structure, traced, outputs = _trace(node, params, model_state, rows, keys, reads, times=whole.calls)
-    except ValueError as error:  # rows of one device that are split once more do not divide
-        found = re.search(r"to mesh ax[ei]s (.*?) \(of .* does not evenly divide", str(error))
-        axes = re.findall(r"'(\w+)'", found.group(1)) if found else ()
-        if not set(axes) & set(manual_axes):
-            raise
-        raise _names_axes_of_rows([("shard_map", tuple(axes), "")], node, manual_axes) from error
+    given = (params, model_state, rows, keys, reads)
+    loss = _trace_in_region(node, given, manual_axes, whole.calls)
+    is_of_region = loss is not None
+    loss = loss or _trace_under_mesh(node, given, manual_axes, whole.calls)
+    traced = loss.function.program
     named = list(named_axes(traced))
     has_own_derivative = any(equation.primitive.name == "custom_vjp_call" for equation in _equations(traced.jaxpr))
     if has_own_derivative and mesh_of_step() is not None:
         # What a derivative of the user's own does is in no jaxpr of the loss itself.
-        given = (params, model_state, rows, keys, reads)
         named += [one for one in named_axes(_trace_gradient(node, given, manual_axes, whole.calls)) if one[1]]
     if any(axis in manual_axes for _, axes, _ in named for axis in axes):
         raise _names_axes_of_rows(named, node, manual_axes)
     if manual_axes:
         _check_regions(traced, node, manual_axes)
+    # The operations are read, and run on shapes, where they were traced.
+    with as_on_one_device(manual_axes if is_of_region else ()):
+        structure = _structure_of(loss, node, given, whole, is_split=is_split)
+    named_in_it = frozenset(axis for _, axes, _ in named for axis in axes)
+    structure = replace(structure, names_mesh=bool(named), named_axes=named_in_it)
+    return structure, loss.function if is_of_region and node.head is None else None
+
+
+def _structure_of(
+    loss: "_TracedLoss", node: DifferentiateNode, given: tuple[Any, ...], whole: WholeBatch, *, is_split: bool
+) -> LossStructure:
+    """What the operations of a loss say; `given` are the shapes that it was traced for."""
+    params, model_state, rows, keys, reads = given
+    structure, traced, outputs = loss.structure, loss.function.program, loss.counts
     has_convolutions = any(equation.primitive.name == CONVOLUTION for equation in _equations(traced.jaxpr))
-    structure = replace(
-        structure,
-        names_mesh=bool(named),
-        named_axes=frozenset(axis for _, axes, _ in named for axis in axes),
-        has_convolutions=has_convolutions,
-    )
+    structure = replace(structure, has_convolutions=has_convolutions)
     if outputs:
         _check_counts(depends_on(traced, outputs=outputs)[0], params, model_state, node)
     _check_reached(traced, range(outputs.start), params, node)
@@ -284,7 +294,7 @@ def _structure_of_head(
     trees: list[EncodedTree] = []
 
     def encode(params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads) -> Encoded:
-        tree, arrays, _ = checked_encoder(node, reads)(params, rows, keys, model_state)
+        tree, arrays, _ = checked_encoder(node)(params, model_state, rows, keys, reads)
         trees.append(tree)
         return arrays
 
@@ -321,28 +331,34 @@ def counts_of(
     node: DifferentiateNode, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
 ) -> list[jax.Array]:
     """The counts that the rows decide, one per term. The rest of the loss is dead code, and is not run."""
-    _, traced, outputs = _trace(node, params, model_state, rows, keys, reads)
-    counts = depends_on(traced, outputs=outputs)[1](jax.tree.leaves((params, model_state, rows, keys, reads)))
+    loss = _trace(node, (params, model_state, rows, keys, reads))
+    _, run = depends_on(loss.function.program, outputs=loss.counts)
+    counts = run(jax.tree.leaves((params, model_state, rows, keys, reads)))
     return [jnp.asarray(count) for count in counts]
 
 
-def _trace(
-    node: DifferentiateNode,
-    params: Params,
-    model_state: Any,
-    rows: BatchRows,
-    keys: Any,
-    reads: Reads,
-    *,
-    times: int = 1,
-) -> tuple[LossStructure, ClosedJaxpr, range]:
-    """What the loss returned, its jaxpr, and which outputs of that are counts that the rows decide."""
-    structures: list[LossStructure] = []
+@dataclass(frozen=True)
+class _TracedLoss:
+    """The operations of a loss, and what it returned.
 
-    def results(
-        params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads
-    ) -> tuple[list[Any], list[Any], list[Any]]:  # Any: arrays
-        outcome = checked_loss(node, reads, times=times)(params, rows, keys, model_state)
+    Args:
+      function: of parameters, model state, rows, keys and what is read. Its program also returns the merged totals and
+        counts, first.
+      counts: which results of the program are counts that the rows decide.
+      structure: what it returned, as far as its types say it.
+    """
+
+    function: TracedFunction
+    counts: range
+    structure: LossStructure
+
+
+def _trace(node: DifferentiateNode, given: tuple[Any, ...], *, times: int = 1) -> _TracedLoss:
+    structures: list[LossStructure] = []
+    loss = checked_loss(node, times=times)
+
+    def results(*given: Any) -> tuple[list[jax.Array], list[jax.Array], LossOutcome]:
+        outcome = loss(*given)
         terms, metrics = merge_terms(outcome.terms), outcome.metrics.values()
         structures.append(
             LossStructure(
@@ -351,11 +367,42 @@ def _trace(
                 has_last=any(isinstance(metric, Last) for metric in metrics),
             )
         )
-        counts = [term.count for term in terms if not is_static(term.count)]
-        return [term.total for term in terms], counts, jax.tree.leaves(outcome.model_state)
+        totals = [jnp.asarray(term.total) for term in terms]
+        counts = [jnp.asarray(term.count) for term in terms if not is_static(term.count)]
+        return totals, counts, outcome._replace(model_state=jax.tree.map(jnp.asarray, outcome.model_state))
 
-    traced, (totals, counts, _) = jax.make_jaxpr(results, return_shape=True)(params, model_state, rows, keys, reads)
-    return structures[0], traced, range(len(totals), len(totals) + len(counts))
+    whole = trace_function(results, *given)
+    of_totals, of_counts, of_outcome = whole.tree.children()
+    first = of_totals.num_leaves + of_counts.num_leaves
+    function = replace(whole, tree=of_outcome, others=whole.others[first:])
+    return _TracedLoss(function, range(of_totals.num_leaves, first), structures[0])
+
+
+def _trace_in_region(
+    node: DifferentiateNode, given: tuple[Any, ...], manual_axes: tuple[str, ...], times: int
+) -> _TracedLoss | None:
+    """Trace the loss as it runs: on one device, along the axes of the rows. So the operations can be run there.
+
+    None if that raises: what is wrong with a loss is told of a trace under the mesh, where all axes have names.
+    """
+    try:
+        with as_on_one_device(manual_axes):
+            return _trace(node, given, times=times)
+    except Exception:  # of the user's own code, whatever it is, or of jax
+        return None
+
+
+def _trace_under_mesh(
+    node: DifferentiateNode, given: tuple[Any, ...], manual_axes: tuple[str, ...], times: int
+) -> _TracedLoss:
+    try:
+        return _trace(node, given, times=times)
+    except ValueError as error:  # rows of one device that are split once more do not divide
+        found = re.search(r"to mesh ax[ei]s (.*?) \(of .* does not evenly divide", str(error))
+        axes = re.findall(r"'(\w+)'", found.group(1)) if found else ()
+        if not set(axes) & set(manual_axes):
+            raise
+        raise _names_axes_of_rows([("shard_map", tuple(axes), "")], node, manual_axes) from error
 
 
 def _why_separate(metric: Metric) -> str | None:
@@ -376,7 +423,7 @@ def _trace_gradient(
 
     def total(trained: Any, params: Params, model_state: Any, rows: BatchRows, keys: Any, reads: Reads) -> Any:
         params = with_frozen(trained, params, node.wrt)
-        outcome = checked_loss(node, reads, times=times)(params, rows, keys, model_state)
+        outcome = checked_loss(node, times=times)(params, model_state, rows, keys, reads)
         return sum_arrays([term.total for term in outcome.terms])
 
     gradient, mesh = jax.grad(total), mesh_of_step()
@@ -721,7 +768,7 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], read
             lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * times, *leaf.shape[1:]), leaf.dtype), tree
         )
 
-    function = checked_loss if node.head is None else checked_encoder
+    call = checked_loss(node) if node.head is None else checked_encoder(node)
 
     @cache
     def is_accepted(times: int) -> bool:
@@ -730,8 +777,7 @@ def _check_sizes(node: DifferentiateNode, given: tuple[Any, Any, Any, Any], read
         by_rule = zip(rules_by_leaf(node.model_state or (), model_state), leaves, strict=True)
         state = tree.unflatten([with_rows(times, leaf) if rule == "rows" else leaf for rule, leaf in by_rule])
         try:
-            call = (params, with_rows(times, rows), more, state)
-            jax.eval_shape(lambda reads, call: function(node, reads)(*call), reads, call)
+            jax.eval_shape(call, params, state, with_rows(times, rows), more, reads)
         except Exception:  # whatever the user's own code raises for a leaf of the wrong size
             return False
         return True

@@ -23,6 +23,7 @@ from stepc._compiler.collectives import (
     all_reduce,
     gather_encoded,
     gather_outside,
+    gathered_shapes,
     gathering_loss,
     reduce_model_state,
     reduce_scatter,
@@ -661,15 +662,18 @@ def _compute(
     if instruction.pulls_back:
         return _pull_back(instruction, microbatch, inputs, region)
     node = instruction.node
-    loss = gathering_loss(instruction, checked_loss(node, inputs.reads), inputs.params, inputs.held, region)
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
+    params = gathered_shapes(instruction, inputs.params, region)
+    is_traced = region.loss is not None and region.loss.takes(params, given, microbatch.rows, keys, inputs.reads)
+    loss = region.loss if region.loss is not None and is_traced else checked_loss(node)
+    loss = gathering_loss(instruction, loss, inputs.params, inputs.held, region)
 
     def scaled_loss(
         trained: Params, overwritten: list[Any]
     ) -> tuple[jax.Array, tuple[LossOutcome, Any]]:  # Any: arrays; a number, or an array
         params = with_frozen(trained, inputs.params, inputs.wrt)
-        outcome: LossOutcome = loss(params, microbatch.rows, keys, overwrite(given, overwritten))
+        outcome: LossOutcome = loss(params, overwrite(given, overwritten), microbatch.rows, keys, inputs.reads)
         terms = merge_terms(outcome.terms)
         # What is differentiated is about as large as a mean over these rows, whatever the loss adds up.
         if instruction.counts_first:
@@ -705,8 +709,8 @@ def _encode(instruction: Encode, microbatch: LocalMicrobatch, inputs: StepInputs
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = _given_model_state(microbatch, inputs, region)
     with region.scope(node.written):
-        encoder = checked_encoder(node, inputs.reads)
-        _, arrays, after = encoder(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
+        model_state = region.model_state_tree.unflatten(given)
+        _, arrays, after = checked_encoder(node)(inputs.params, model_state, microbatch.rows, keys, inputs.reads)
     results = _model_state_results(given, after, region)
     return GradientSum({}, arrays.sums, results, jnp.ones(1, bool), encoded=arrays.rows)
 
@@ -779,8 +783,8 @@ def _pull_back(
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
 
-    def encode(params: Params, rows: BatchRows, keys: Any, model_state: Any) -> tuple[list[Any], Any]:  # Any: arrays
-        _, arrays, after = checked_encoder(node, inputs.reads)(params, rows, keys, model_state)
+    def encode(params: Params, *rest: Any) -> tuple[list[Any], Any]:  # Any: as of an encoder, and arrays
+        _, arrays, after = checked_encoder(node)(params, *rest)
         leaves = dict(leaves_by_path(params))
         floats = [leaf for leaf in (*arrays.rows, *arrays.sums) if is_floating(leaf)]
         return [*floats, *(leaves[path] for path in inputs.head_grads)], after
@@ -789,7 +793,7 @@ def _pull_back(
 
     def outputs(trained: Params) -> tuple[list[Any], tuple[Any, Any]]:  # Any: arrays
         params = with_frozen(trained, inputs.params, inputs.wrt)
-        outputs, after = gathered(params, microbatch.rows, keys, given)
+        outputs, after = gathered(params, given, microbatch.rows, keys, inputs.reads)
         floats = outputs[: len(outputs) - len(inputs.head_grads)]
         return outputs, (after, jnp.isfinite(sum_arrays([jnp.sum(leaf.astype(jnp.float32)) for leaf in floats])))
 
@@ -808,8 +812,8 @@ def _value(instruction: Value, microbatch: LocalMicrobatch, inputs: StepInputs, 
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = _given_model_state(microbatch, inputs, region)
     with region.scope(node.written):
-        loss = checked_loss(node, inputs.reads)
-        outcome = loss(inputs.params, microbatch.rows, keys, region.model_state_tree.unflatten(given))
+        model_state = region.model_state_tree.unflatten(given)
+        outcome = checked_loss(node)(inputs.params, model_state, microbatch.rows, keys, inputs.reads)
     results = _model_state_results(given, outcome.model_state, region)
     metrics = {"loss": accumulate_metric(Sums(outcome.terms))}
     return GradientSum(metrics, (), results, jnp.ones(1, bool), instruction.count)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from stepc._compiler.layers import TracedFunction
 from stepc._compiler.loss import WholeBatch, trace_loss_structure
 from stepc._compiler.matrices import matrices_read
 from stepc._compiler.schedule import LossStructure, Schedule, batch_axes, make_schedule
@@ -157,13 +158,18 @@ class NormalForm:
                     pass  # it draws, and keeps nothing
         return slots
 
-    def schedule(self, state: State, batch: Batch) -> tuple[Schedule, tuple[LossStructure, ...]]:
-        """The schedule for such a state and batch, and what the loss of each turn returns there: it is traced."""
+    def schedule(
+        self, state: State, batch: Batch
+    ) -> tuple[Schedule, tuple[LossStructure, ...], tuple[TracedFunction | None, ...]]:
+        """The schedule for such a state and batch, and what the loss of each turn returns and does: it is traced."""
         pairs = zip(self.turns, turns_of(self.program), strict=True)
-        structures = tuple(self._loss_structure(state, batch, turn, normal.program) for turn, normal in pairs)
-        return make_schedule(self.program, structures, self.rules), structures
+        traced = [self._trace_loss(state, batch, turn, normal.program) for turn, normal in pairs]
+        structures, losses = (tuple(each) for each in zip(*traced, strict=True))
+        return make_schedule(self.program, structures, self.rules), structures, losses
 
-    def _loss_structure(self, state: State, batch: Batch, turn: Turn, program: Program) -> LossStructure:
+    def _trace_loss(
+        self, state: State, batch: Batch, turn: Turn, program: Program
+    ) -> tuple[LossStructure, TracedFunction | None]:
         state = state_of_turn(state, turn, state.rng) if turn.name else state
         loss, means = turn.loss, [node for node in program if isinstance(node, MeanNode)]
         num_microbatches = prod(node.size for node in means if not isinstance(node.place, UnderVmap))

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
 from stepc._compiler.collectives import ManualRegion
 from stepc._compiler.convolutions import channels_last_in_loops
+from stepc._compiler.layers import TracedFunction
 from stepc._compiler.lowering import StepOutputs, lower_schedule
 from stepc._compiler.matrices import matrices_shared
 from stepc._compiler.memory import HOST, in_host_memory, is_on_host, to_device, to_memory, to_memory_of, with_memory
@@ -539,8 +540,8 @@ class Step:
             # The optimizer moves its own state, after the loss.
             moved = replace(to_device(replace(state, opt_state=())), opt_state=state.opt_state)
             own = own_shapes(moved)
-            schedule, structures = self.normal_form.schedule(own, batch)
-            parts = zip(self.normal_form.turns, schedules_of_turns(schedule), structures, strict=True)
+            schedule, structures, losses = self.normal_form.schedule(own, batch)
+            parts = zip(self.normal_form.turns, schedules_of_turns(schedule), structures, losses, strict=True)
             regions = tuple(self._region(state, batch, *part) for part in parts)
             outputs, reordered = self._run(partial(lower_schedule(schedule, regions), moved, batch), structures)
             new, metrics, diagnostics = outputs
@@ -558,7 +559,13 @@ class Step:
         return lowered(), 0
 
     def _region(
-        self, state: State, batch: Batch, turn: Turn, schedule: Schedule, structure: LossStructure
+        self,
+        state: State,
+        batch: Batch,
+        turn: Turn,
+        schedule: Schedule,
+        structure: LossStructure,
+        loss: TracedFunction | None,
     ) -> ManualRegion:
         """The mesh, and how the trees of one turn are sharded there."""
         rules, opt_state = self.normal_form.rules, opt_state_padding(state, turn.name)
@@ -589,6 +596,7 @@ class Step:
             has_row_numbers=draws(schedule) or gathers_rows(schedule) or structure.has_last or structure.has_keys,
             batch_specs=self._batches.minibatch_specs(batch),
             outside=dict(structure.outside),
+            loss=loss,
             sites=self.normal_form.sites,
         )
 
@@ -664,7 +672,7 @@ class Step:
         signature = _signature(state, batch)
         if signature not in self._names_mesh:
             with self._own_mesh():
-                _, structures = self.normal_form.schedule(*shapes_of((own_shapes(state), batch)))
+                _, structures, _ = self.normal_form.schedule(*shapes_of((own_shapes(state), batch)))
             self._names_mesh[signature] = any(one.names_mesh for one in structures)
         return self.mesh if self._names_mesh[signature] else None
 

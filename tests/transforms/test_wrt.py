@@ -245,7 +245,7 @@ def test_reference_goes_on_as_the_step_does() -> None:
 
 WRONG = {
     "frozen leaves that are not the state's": lambda trained, params, wrt: with_frozen(
-        trained, jax.tree.map(lambda leaf: leaf if is_typed_key(leaf) else leaf * 0, params), wrt
+        trained, jax.tree.map(lambda leaf: leaf if is_typed_key(leaf) else jnp.zeros_like(leaf), params), wrt
     ),
     "trained leaves that stay": lambda trained, params, wrt: params,
 }
