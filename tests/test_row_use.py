@@ -432,12 +432,12 @@ ENDS: dict[str, Callable[[jax.Array, Tree, Tree], Any]] = {
 Program = tuple[list[tuple[str, int, int]], str]
 
 
-def loss_of(program: Program) -> tuple[Callable[[Tree, Tree], Any], list[list[tuple[str, int]]]]:
+def loss_of(program: Program) -> tuple[Callable[[Tree, Tree], Any], list[list[tuple[str, tuple[bool, ...]]]]]:
     """A random loss, and a list that gets what each call of it did: an operation that does not fit is left out."""
-    calls: list[list[tuple[str, int]]] = []
+    calls: list[list[tuple[str, tuple[bool, ...]]]] = []
 
     def loss(params: Tree, rows: Tree) -> Any:
-        done: list[tuple[str, int]] = []
+        done: list[tuple[str, tuple[bool, ...]]] = []
         values = [params["c"], params["w"], rows["y"], rows["x"]]
         for name, first, second in program[0]:
             try:
@@ -446,7 +446,8 @@ def loss_of(program: Program) -> tuple[Callable[[Tree, Tree], Any], list[list[tu
                 continue
             if jnp.issubdtype(value.dtype, jnp.floating) and 0 < value.size < 2000:
                 values.append(value)
-                done.append((name, value.ndim))
+                # Along an axis of size 1 there is no place, and nothing to couple.
+                done.append((name, tuple(size == 1 for size in value.shape)))
         calls.append(done)
         return ENDS[program[1]](jnp.atleast_1d(values[-1]), params, rows)
 
