@@ -62,7 +62,7 @@ docs-outputs: $(VENV)/dev.stamp
 
 # Every benchmark that a CPU can run, then the page of their results, benchmarks/README.md. Most of an hour, on a machine
 # that does nothing else; `make benchmarks BENCHMARK_OPTIONS=--quick` sees in minutes that they run, and writes nothing.
-BENCHMARKS := by_hand deferred_reduce dispatch independent_of_k import_time cost_of_transforms precision \
+BENCHMARKS := by_hand deferred_reduce dispatch lowering independent_of_k import_time cost_of_transforms precision \
   runner_overhead memory_search checkpoints nanogpt memory input \
   first_step size
 BENCHMARK_OPTIONS ?= --save

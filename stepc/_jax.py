@@ -113,7 +113,8 @@ def inlined_call(num_inputs: int) -> InlinedCall | None:
     equation = jax.make_jaxpr(jax.jit(lambda *numbers: sum(numbers)))(*[0.0] * num_inputs).eqns[0]
     if not {"jaxpr", "name", "inline"} <= equation.params.keys():
         return None
-    return lambda program: (equation.primitive, {**equation.params, "jaxpr": program, "inline": True})
+    inline = getattr(type(equation.params["inline"]), "JAX_EARLY", True)  # an enumeration since jax 0.11
+    return lambda program: (equation.primitive, {**equation.params, "jaxpr": program, "inline": inline})
 
 
 def is_compiling(thread: int) -> bool:
