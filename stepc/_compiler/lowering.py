@@ -665,9 +665,10 @@ def _compute(
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
     params = gathered_shapes(instruction, inputs.params, region)
-    is_traced = region.loss is not None and region.loss.takes(params, given, microbatch.rows, keys, inputs.reads)
-    loss = region.loss if region.loss is not None and is_traced else checked_loss(node)
-    loss = gathering_loss(instruction, loss, inputs.params, inputs.held, region)
+    traced = region.loss
+    if traced is not None and not traced.takes(params, given, microbatch.rows, keys, inputs.reads):
+        traced = None  # it was traced for other types: rows may be of a weak one
+    loss = gathering_loss(instruction, traced or checked_loss(node), inputs.params, inputs.held, region)
 
     def scaled_loss(
         trained: Params, overwritten: list[Any]
