@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from measuring import CPU_SECONDS, arguments, begin, finish, interleaved, ratio, require_equal, show, spreads, verdict
 from models import Loss, Model, adamw, small_gpt
-from size import MAX_NORM, NUM_DEVICES, K, mean_gradient, optimizer, staged
+from size import MAX_NORM, NUM_DEVICES, K, optimizer, replicated_step, staged
 
 import stepc as sc
 from examples.gpt.model import Size
@@ -119,26 +119,6 @@ def by_stepc(loss: Loss, mesh: Mesh | None) -> sc.Step:
     return sc.compile(sc.update(adamw()) @ sc.clip(MAX_NORM) @ sc.accumulate(K) @ gradient, mesh=mesh)
 
 
-def by_hand(loss: Loss, mesh: Mesh | None) -> Any:  # Any: a jitted function
-    rule = optimizer()
-
-    def gradient(params: Any, batch: Any) -> Any:
-        found = mean_gradient(loss, params, batch)
-        return found if mesh is None else jax.lax.pmean(found, "data")
-
-    if mesh is not None:
-        specs = (PartitionSpec(), PartitionSpec("data"))
-        gradient = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-
-    def step(state: Any, batch: Any) -> tuple[Any, Any]:
-        params, moments = state
-        value, grads = gradient(params, batch)
-        updates, moments = rule.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments), {"loss": value}
-
-    return jax.jit(step, donate_argnums=0)
-
-
 def measure(model: Model, mesh: Mesh | None, *, rounds: int) -> dict[str, Any]:
     """Both steps, side by side; and whether they are the same step."""
     params, batch = (jax.eval_shape(lambda tree: tree, tree) for tree in (model.params, model.batch))
@@ -151,13 +131,13 @@ def measure(model: Model, mesh: Mesh | None, *, rounds: int) -> dict[str, Any]:
 
     def theirs() -> tuple[Any, Any]:
         losses["by hand"] = Counted(model.make_loss())
-        return by_hand(losses["by hand"], mesh), (params, jax.eval_shape(optimizer().init, params))
+        return replicated_step(losses["by hand"], mesh), (params, jax.eval_shape(optimizer().init, params))
 
     makers: dict[str, Callable[[], tuple[Any, Any]]] = {"stepc": ours, "by hand": theirs}
     samples = {name: staged(make, batch, compiles=False) for name, make in makers.items()}
     taken = {name: [one[0] for one in many] for name, many in interleaved(samples, rounds=rounds).items()}
     calls = {name: loss.calls for name, loss in losses.items()}
-    step, hand = by_stepc(model.make_loss(), mesh), by_hand(model.make_loss(), mesh)
+    step, hand = by_stepc(model.make_loss(), mesh), replicated_step(model.make_loss(), mesh)
     state, _ = step(step.init(model.params), model.batch)
     copies = jax.tree.map(jnp.copy, model.params)
     (others, _), _ = hand((copies, optimizer().init(copies)), model.batch)

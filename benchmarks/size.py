@@ -109,12 +109,20 @@ def mean_gradient(loss: Loss, params: Any, batch: Any, constrain: Callable[[Any]
 
 def replicated_by_hand(model: Blocks, mesh: Mesh) -> Any:  # Any: a jitted function
     """Each device its own rows, one reduction."""
-    loss, rule = model.loss(), optimizer()
+    return replicated_step(model.loss(), mesh)
 
-    def local(params: Any, batch: Any) -> Any:
-        return jax.lax.pmean(mean_gradient(loss, params, batch), "data")
 
-    reduced = jax.shard_map(local, mesh=mesh, in_specs=(REPLICATED, DATA), out_specs=REPLICATED, check_vma=False)
+def replicated_step(loss: Loss, mesh: Mesh | None) -> Any:  # Any: as above
+    """The same of any loss; without a mesh on one device."""
+    rule = optimizer()
+
+    def reduced(params: Any, batch: Any) -> Any:
+        found = mean_gradient(loss, params, batch)
+        return found if mesh is None else jax.lax.pmean(found, "data")
+
+    if mesh is not None:
+        specs = (REPLICATED, DATA)
+        reduced = jax.shard_map(reduced, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: Any, batch: Any) -> tuple[Any, Any]:

@@ -134,8 +134,7 @@ def test_whatever_a_loss_takes_and_returns_is_in_its_one_trace(
     step = sc.compile(SGD @ sc.accumulate(2) @ (data() @ gradient if devices else gradient), mesh=mesh_with(devices))
     state = step.init(PARAMS, model_state=model_state)
     step.lower(state, BATCH)
-    # Counts that the rows decide are computed in a pass of their own, where the terms have several.
-    assert loss.calls <= 2 if returned is RETURNED["two terms"][1] else loss.calls == 1
+    assert loss.calls == 1
     assert_equivalent(step, state, BATCH)
 
 
@@ -217,7 +216,7 @@ def test_operations_of_many_layers_are_differentiated_once(monkeypatch: pytest.M
 
     def function(x: jax.Array) -> jax.Array:
         for _ in range(10):
-            x = jnp.tanh(x)
+            x = jax.lax.tanh(x)
         return x.sum()
 
     def counted(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -229,5 +228,5 @@ def test_operations_of_many_layers_are_differentiated_once(monkeypatch: pytest.M
     jax.make_jaxpr(jax.grad(traced))(jnp.ones(3))
     assert len(differentiated) == 1
     differentiated.clear()
-    jax.make_jaxpr(jax.grad(function))(jnp.full(4, 2.0))
-    assert len(differentiated) in (1, 10)  # `jnp.tanh` is a program too
+    jax.make_jaxpr(jax.grad(function))(jnp.ones(3))
+    assert len(differentiated) == 10

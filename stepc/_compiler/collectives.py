@@ -536,7 +536,7 @@ def gather_outside(instruction: AllGather, params: Params, region: ManualRegion)
 def gathering_loss(
     instruction: Compute,
     loss: LossFunction | TracedFunction,
-    params: Params,
+    shapes: Params,
     held: HeldParams,
     region: ManualRegion,
 ) -> LossFunction:
@@ -544,6 +544,7 @@ def gathering_loss(
 
     Args:
       loss: its operations, if they are known; else it is traced for them.
+      shapes: the `gathered_shapes`.
       held: parameters that are gathered already. Their gradient is scattered all the same.
     """
     axes = instruction.layered
@@ -586,7 +587,6 @@ def gathering_loss(
         gathered.defvjp(lambda shard, whole: (gathered(shard, whole), None), lambda _, grad: (scatter_grad(grad), None))
         return gathered(leaf, whole)
 
-    shapes = gathered_shapes(instruction, params, region)
     return gather_by_layer(loss, shapes, region.dimensions, region.specs, gather)
 
 

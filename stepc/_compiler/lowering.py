@@ -664,11 +664,11 @@ def _compute(
     node = instruction.node
     keys = keys_of(node, inputs.key, microbatch.numbers)
     given = region.model_state_tree.unflatten(_given_model_state(microbatch, inputs, region))
-    params = gathered_shapes(instruction, inputs.params, region)
+    shapes = gathered_shapes(instruction, inputs.params, region)
     traced = region.loss
-    if traced is not None and not traced.takes(params, given, microbatch.rows, keys, inputs.reads):
+    if traced is not None and not traced.takes(shapes, given, microbatch.rows, keys, inputs.reads):
         traced = None  # it was traced for other types: rows may be of a weak one
-    loss = gathering_loss(instruction, traced or checked_loss(node), inputs.params, inputs.held, region)
+    loss = gathering_loss(instruction, traced or checked_loss(node), shapes, inputs.held, region)
 
     def scaled_loss(
         trained: Params, overwritten: list[Any]
@@ -790,7 +790,8 @@ def _pull_back(
         floats = [leaf for leaf in (*arrays.rows, *arrays.sums) if is_floating(leaf)]
         return [*floats, *(leaves[path] for path in inputs.head_grads)], after
 
-    gathered = gathering_loss(instruction, encode, inputs.params, inputs.held, region)
+    shapes = gathered_shapes(instruction, inputs.params, region)
+    gathered = gathering_loss(instruction, encode, shapes, inputs.held, region)
 
     def outputs(trained: Params) -> tuple[list[Any], tuple[Any, Any]]:  # Any: arrays
         params = with_frozen(trained, inputs.params, inputs.wrt)
