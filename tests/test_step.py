@@ -19,6 +19,11 @@ import stepc as sc
 from stepc._language.reference import complete_transforms
 from stepc.testing import assert_equal_trees, assert_equivalent
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 LOSS = PROBES["over_rows"]
 ADAM = sc.update(optax.adam(1e-3))
 DATA = sc.shard(sc.dp("data"))
@@ -56,6 +61,34 @@ def test_ten_steps_are_one_trace_and_one_compilation() -> None:
     assert step.traces == 1
     assert len(compilations) == 1
     assert int(state.step) == 10
+
+
+@pytest.mark.skipif(resource is None, reason="this system does not count page faults")
+def test_no_call_in_a_trace_maps_memory_for_its_frame() -> None:
+    faults: list[int] = []
+
+    def page_faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def call() -> None: ...
+
+    call.__code__ = call.__code__.replace(co_stacksize=100)  # the first frame that does not fit at the end of a chunk
+
+    def call_at_every_depth(depth: int) -> None:
+        before = page_faults()
+        for _ in range(500):
+            call()
+        faults.append(page_faults() - before)
+        if depth:
+            call_at_every_depth(depth - 1)
+
+    def loss(params: Any, rows: Any) -> jax.Array:
+        call_at_every_depth(400)
+        return jnp.mean((rows["x"] @ params["w"]) ** 2)
+
+    step = sc.compile(sc.update(optax.sgd(0.1)) @ sc.grad(loss))
+    step.lower(step.init({"w": np.ones((4, 1), np.float32)}), {"x": np.ones((8, 4), np.float32)})
+    assert max(faults) < 500
 
 
 @pytest.mark.parametrize("k", [sc.accumulate(4), sc.accumulate(memory="1 GB")], ids=["k", "memory"])

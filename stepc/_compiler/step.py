@@ -120,6 +120,7 @@ from stepc.errors import BatchError, ConfigError, FieldTypeError, StepcError, le
 from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
+FRAME_SIZE = 1 << 15  # of the function that is traced, in words
 # The tree of a state, with what is trained and where it is placed, and its leaves. Any: a jax.tree_util.PyTreeDef.
 StateTypes: TypeAlias = tuple[Any, tuple[str, ...]]
 
@@ -221,6 +222,10 @@ class Step:
             self._traces += 1
             return _also_reads(state, *self._trace(state, batch))
 
+        # CPython keeps frames in chunks of 16 KiB. A call at the end of one maps the next, and its return unmaps it: a
+        # trace makes a million calls, and takes up to half as long again if many are there. The chunk of a large frame
+        # has room for all frames of a trace.
+        stepc_step.__code__ = stepc_step.__code__.replace(co_stacksize=FRAME_SIZE)
         self._jitted = partial(
             jax.jit,
             stepc_step,
