@@ -739,6 +739,35 @@ def test_batch_that_is_on_the_mesh_already_is_no_new_program(devices: int, kind:
     assert not [one for one in compilations if "stepc_step" in one]
 
 
+def with_extras(params: Any, rows: Any) -> jax.Array:
+    return LOSS(params, {"x": rows["x"], "y": rows["y"] + rows["extras"].sum(axis=1)})
+
+
+def encode_extras(params: Any, rows: Any) -> Any:
+    return {"errors": jnp.matmul(rows["x"], params["w"]) + params["b"] - rows["y"], "extras": rows["extras"]}
+
+
+def mean_of_errors(params: Any, z: Any) -> jax.Array:
+    return jnp.mean(z["errors"] ** 2) + jnp.sum(z["extras"])
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+@pytest.mark.parametrize(
+    ("outer", "source"),
+    [
+        (sc.accumulate(2), sc.grad(with_extras)),
+        (sc.accumulate(2), sc.grad(sc.across(mean_of_errors) @ encode_extras)),
+    ],
+    ids=["accumulate", "across"],
+)
+def test_leaf_of_a_batch_without_columns_is_split_too(outer: Any, source: Any, devices: int | None) -> None:
+    # Features of which a data set has none. `reshape(-1, ...)` cannot tell their number of rows.
+    pipeline = ADAM @ outer @ (DATA @ source if devices else source)
+    step = sc.compile(pipeline, mesh=devices and mesh_of(data=devices))
+    batch = {**probe_batch(8), "extras": np.zeros((8, 0), np.float32)}
+    assert_equivalent(step, step.init(probe_params()), batch)
+
+
 def test_batch_of_another_byte_order_or_library_is_no_new_program() -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(distance))
     for kind in (np.asarray, KINDS["big_endian"], Exported, Tensor):

@@ -473,10 +473,10 @@ def gather_encoded(instruction: Across, encoded: Encoded, region: ManualRegion) 
     of_sums = [name for name, kind in named if kind != "rows" for _ in range(2 if kind == "mean" else 1)]
 
     def gather(leaves: list[jax.Array]) -> list[jax.Array]:
-        columns = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
+        columns = [jax.lax.collapse(leaf, 1) for leaf in leaves]
         rows = jax.lax.all_gather(_joined(columns, axis=1), axes, axis=0, tiled=True)
         parts = _parted(rows, columns, axis=1)
-        return [part.reshape(-1, *leaf.shape[1:]) for part, leaf in zip(parts, leaves, strict=True)]
+        return [part.reshape(len(part), *leaf.shape[1:]) for part, leaf in zip(parts, leaves, strict=True)]
 
     def add(leaves: list[jax.Array]) -> list[jax.Array]:
         flat = [leaf.reshape(-1) for leaf in leaves]

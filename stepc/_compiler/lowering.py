@@ -870,7 +870,7 @@ def _scan(
 ) -> GradientSum:
     size, dtype = instruction.size, instruction.dtype
     # [n, ...] -> [n / size, size, ...]: microbatch j is the rows i with i mod size = j, and no row moves.
-    split = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), microbatch)
+    split = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), microbatch)
 
     def part(index: jax.Array) -> LocalMicrobatch:
         take = partial(jax.lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False, allow_negative_indices=False)
@@ -912,7 +912,7 @@ def _scan(
         carry = (first, start, _only(inputs.model_state, region, "sequential"))
         (_, total, handed_on), (finite, rows, encoded) = jax.lax.scan(add_one, carry, None, length=size)
     # [size, n / size, ...] -> [n, ...]
-    rows, encoded = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), (rows, encoded))
+    rows, encoded = jax.tree.map(lambda leaf: jax.lax.collapse(leaf.swapaxes(0, 1), 0, 2), (rows, encoded))
     model_state = _either(_either(total.model_state, handed_on), rows)
     return _times(replace(total, model_state=model_state, finite=finite.reshape(-1), encoded=encoded), size)
 
@@ -961,7 +961,7 @@ def _over_rows(leaf: ModelStateLeaf, each: Any) -> Any:  # Any: arrays, or None
         return None
     match leaf.rule:
         case "rows":
-            return each.reshape(-1, *each.shape[2:])
+            return jax.lax.collapse(each, 0, 2)
         case "max":
             return each.max(axis=0)
         case "sum":
