@@ -11,6 +11,7 @@ from typing import Any, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepc._compiler.autotune import Autotuner, autotune_request, replace_request
@@ -396,6 +397,8 @@ class Step:
             # XLA refuses on one device what it cannot donate; on several it crashes.
             if not is_returned or self._has_several_devices or state.step.is_deleted():
                 check_arrays(state, batch, placed, compare_buffers=not is_returned)
+            if not is_returned:
+                state = self._on_mesh(state)
             tuned = None if self._autotuner is None else self._autotuner.tune(state, placed)
             if self._gate is not None:
                 self._gate.check(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
@@ -475,6 +478,21 @@ class Step:
         if before < self._traces:
             self._traced.append((argument_types(state), argument_types(batch)))
         return Lowered(traced, self._plan(state, shapes), self.mesh)
+
+    def _on_mesh(self, state: State) -> State:
+        """The state with copies of the arrays that the caller has put elsewhere, each in its place on the mesh.
+
+        jax takes no arrays of other devices or of explicit axes, and XLA donates none that it shards as it likes.
+        """
+        mesh = self.mesh
+        if mesh is None or not any(_is_elsewhere(leaf, mesh) for leaf in jax.tree.leaves(state)):
+            return state
+        check_state(state, self._transform_state, self.normal_form.wrt)
+        return jax.tree.map(
+            lambda leaf, place: _copy_at(leaf, place) if _is_elsewhere(leaf, mesh) else leaf,
+            state,
+            shardings_of(state, state.placement, mesh),
+        )
 
     def _program_for(self, state: State) -> Any:  # Any: a jitted function
         """The program that returns a state as this one is stored: sharded as it is, and in the same memory."""
@@ -784,8 +802,20 @@ class StepReference:
 
 def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
     """A copy of a leaf of another state, padded and placed as a fresh one is."""
-    padded = padded_arrays(leaf, made)
-    return jax.device_put(jnp.copy(jax.device_put(padded, made.sharding)), made.sharding)
+    return _copy_at(padded_arrays(leaf, made), made.sharding)
+
+
+def _copy_at(leaf: Any, sharding: Any) -> jax.Array:  # Any, twice: an array of numpy or jax; a sharding of jax
+    return jax.device_put(jnp.copy(jax.device_put(leaf, sharding)), sharding)
+
+
+def _is_elsewhere(leaf: Any, mesh: Mesh) -> bool:  # Any: an array, a shape or a number
+    """Whether it is an array of the host, of another device or of another mesh."""
+    match leaf:
+        case jax.Array(sharding=NamedSharding(mesh=one)):
+            return one != mesh
+        case _:
+            return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def _check_no_tracers(name: str, tree: object, suggestion: str) -> None:
