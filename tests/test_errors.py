@@ -798,6 +798,7 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
     "ragged": (sc.BatchError, lambda: call({"x": np.ones((64, 3), np.float32), "y": np.ones(32, np.float32)})),
     "scalar_leaf": (sc.BatchError, lambda: call({**probe_batch(64), "temperature": np.float32(1.0)})),
     "zero_dimensional": (sc.BatchError, lambda: call({**probe_batch(64), "t": jnp.ones(())})),
+    "key_without_rows": (sc.BatchError, lambda: call({**probe_batch(64), "key": jax.random.key(0)})),
     "several": (sc.BatchError, lambda: call({"x": np.ones((0, 3)), "y": 1, "z": "text", "t": np.array(["a"])})),
     "empty": (sc.BatchError, lambda: call({})),
     "none": (sc.BatchError, lambda: call(None)),
@@ -906,6 +907,7 @@ CALLING: dict[str, tuple[type, Callable[[], object]]] = {
             lambda p, b: (loss(p, b), {"loss": 1.0, "y": "y", "s": sc.Mean(1.0, b["y"])}), has_aux=True
         ),
     ),
+    "aux_names": (sc.LossError, lambda: trained_with(lambda p, b: (loss(p, b), {0: 1.0, "y": 2.0}), has_aux=True)),
     "keys_not_stable": (sc.LossError, lambda: trained_with(drawing, seed=jax.random.key(0, impl="rbg"), rng="example")),
     "carry_changes": (
         sc.LossError,

@@ -614,7 +614,8 @@ def _check_arguments(node: DifferentiateNode) -> None:
     if needed > len(passed) == 2:
         suggestion = (
             'Either write `grad(loss, rng="example")`, if the third is one key per row, or '
-            "`grad(loss, model_state=True)`, if it is the model's own state, or bind it by `functools.partial`."
+            "`grad(loss, model_state=True)`, if it is the model's own state, or `x, y = rows` in the loss, if it is a "
+            "part of the batch, or bind it by `functools.partial`."
         )
     facts = (("passed", ", ".join(passed)), ("taken", ", ".join(one.name for one in taken) or "nothing"))
     raise LossError(f"The {who} of `{node.written}` takes other arguments.", facts=facts, suggestion=suggestion)
@@ -688,7 +689,13 @@ def _check_metrics(metrics: Any, node: DifferentiateNode) -> None:
     if not isinstance(metrics, dict):
         facts = (("expected", "a dict of arrays by name"), ("got", described(metrics)))
         raise LossError(f"The metrics of `{node.written}` are not a dict.", facts=facts)
-    faults = [f"`{name}` is the name of a metric that the step itself reports." for name in metrics if name in RESERVED]
+    faults = [
+        f"the name `{name!r}` is {described(name)}; a metric is named by a string."
+        for name in metrics
+        if not isinstance(name, str)
+    ]
+    taken = [name for name in metrics if name in RESERVED]
+    faults += [f"`{name}` is the name of a metric that the step itself reports." for name in taken]
     for name, metric in metrics.items():
         numbers = jax.tree.leaves(metric) if isinstance(metric, Metric) else [metric]
         faults += [

@@ -543,7 +543,7 @@ def check_batch(batch: Batch, program: Program, *, shapes_too: bool = True) -> N
 
 
 def _remedies_of_numbers(tree: Any, written: str, rows: set[int]) -> Iterator[str]:  # Any: a part of a batch
-    """What to write for numbers that have no rows: a list of them as an array, a single one once per row."""
+    """What to write for what has no rows: numbers in a list as an array, one number or key as one per row."""
     match tree:
         case list() if all(isinstance(leaf, _NUMBERS) for leaf in jax.tree.leaves(tree)):
             yield f"Write `np.asarray({written})`."
@@ -551,6 +551,9 @@ def _remedies_of_numbers(tree: Any, written: str, rows: set[int]) -> Iterator[st
             parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
             for key, part in parts:
                 yield from _remedies_of_numbers(part, f"{written}[{key!r}]", rows)
+        case jax.Array() if not tree.ndim and is_typed_key(tree):
+            if len(rows) == 1:
+                yield f"Write `jax.random.split({written}, {next(iter(rows))})`: one key per row."
         case _ if isinstance(tree, _NUMBERS) or isinstance(tree, _ARRAYS) and not tree.ndim:
             if len(rows) == 1:
                 yield f"Write `np.full({next(iter(rows))}, {written})`: the number once per row."
