@@ -46,7 +46,7 @@ from rich.console import Console as Terminal
 import stepc as sc
 from stepc._runner.pending import copy_state
 
-TARGET_MICROSECONDS, TARGET_RATIO = 50.0, 0.01
+TARGET_MICROSECONDS, TARGET_RATIO = 20.0, 0.01
 BLOCK = 10  # steps
 WARM_UP = 20  # steps before the clock starts; as many are left when it stops
 SECONDS_BETWEEN_SAVES = 60.0
