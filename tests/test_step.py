@@ -453,6 +453,24 @@ def test_init_neither_deletes_nor_aliases_the_arrays_of_the_caller() -> None:
         given["b"][...] = 1.0
 
 
+@pytest.mark.parametrize("devices", [None, 4])
+def test_step_runs_operation_by_operation_with_jit_disabled(devices: int | None) -> None:
+    mean = sc.accumulate(2) if devices is None else sc.accumulate(2) @ sc.shard(sc.dp("data", zero=3))
+    pipeline = ADAM @ mean @ sc.grad(lambda params, rows, key: LOSS(params, rows), rng="microbatch")
+    step = sc.compile(pipeline, mesh=None if devices is None else mesh_of(data=devices))
+    expected, batch = step.init(probe_params()), probe_batch(16)
+    with jax.disable_jit():
+        state = step.init(probe_params())
+        made = [(type(leaf), leaf.sharding) for leaf in jax.tree.leaves(state)]
+        assert made == [(type(leaf), leaf.sharding) for leaf in jax.tree.leaves(expected)]
+        state, _ = step(state, batch)
+    expected, _ = step(expected, batch)
+    assert_equal_trees(state, expected, tolerance=1e-6, of="a step with jit disabled")
+    state, _ = step(state, batch)
+    expected, _ = step(expected, batch)
+    assert_equal_trees(state, expected, tolerance=1e-6, of="the step after it")
+
+
 def test_init_separates_tied_leaves_and_parameters_kept_by_the_optimizer() -> None:
     tied = jnp.ones(3)
 

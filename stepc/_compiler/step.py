@@ -363,7 +363,8 @@ class Step:
             # Without a mesh nothing says where a result is to be.
             return state if shardings is not None else to_memory(state, host)
 
-        state = jax.jit(fresh, out_shardings=shardings)(*placed)
+        with jax.disable_jit(False):  # the program is what copies and places: operations alone do neither
+            state = jax.jit(fresh, out_shardings=shardings)(*placed)
         if like is not None:
             state = jax.tree.map(
                 lambda made, shape, one: made if one is shape else _moved(one, made),
