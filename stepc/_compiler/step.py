@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, Never, TypeAlias
+from typing import Any, Never
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +122,6 @@ from stepc.inspect.budget import Budget
 
 MOST_CHANGES = 8  # that a warning lists
 FRAME_SIZE = 1 << 15  # of the function that is traced, in words
-# The tree of a state, with what is trained and where it is placed, and its leaves. Any: a jax.tree_util.PyTreeDef.
-StateTypes: TypeAlias = tuple[Any, tuple[str, ...]]
 
 _LOG = logging.getLogger("stepc")
 
@@ -211,7 +209,7 @@ class Step:
         self._traced: list[tuple[ArgumentTypes, ArgumentTypes]] = []  # the states and batches that it was traced for
         # Of each program also how many convolutions are computed in another order of dimensions.
         self._schedules: dict[BatchSignature, tuple[Schedule, tuple[LossStructure, ...], int]] = {}
-        self._made: set[StateTypes] = set()  # of the states that `init` has made
+        self._made: set[BatchSignature] = set()  # of the states that `init` has made
         self._names_mesh: dict[BatchSignature, bool] = {}  # whether a loss names the mesh, or axes of it
         self._has_several_devices = mesh is not None and mesh.size > 1
         # The state that the last call returned, if it is alive.
@@ -339,7 +337,7 @@ class Step:
         shapes = replace(shapes, placement=placement)
         stored = stored_shapes(shapes, rules)
         check_padding(placement)
-        self._made.add(_types_of(stored))
+        self._made.add(batch_signature(stored))
         host = in_host_memory(shapes, params, model_state, rules)
         shardings = None if self.mesh is None else with_memory(shardings_of(shapes, placement, self.mesh), host)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -559,7 +557,7 @@ class Step:
         """What the program does, while jax traces it."""
         with self._own_mesh():
             check_batch(shapes_of(batch), self.normal_form.core)
-            if _types_of(state) not in self._made:
+            if batch_signature(state) not in self._made:
                 check_state(state, self._transform_state, self.normal_form.wrt)
             # The optimizer moves its own state, after the loss.
             moved = replace(to_device(replace(state, opt_state=())), opt_state=state.opt_state)
@@ -878,11 +876,6 @@ class BudgetGate:
         compiled().check(self.budget, traces=traces())
         self._passed.add(signature)
         self._traces = traces()
-
-
-def _types_of(state: State) -> StateTypes:
-    leaves, tree = jax.tree.flatten(state)
-    return tree, tuple(map(describe_leaf, leaves))
 
 
 def _signature(state: State, batch: Batch) -> BatchSignature:
