@@ -141,19 +141,19 @@ def _with_shared_calls(traced: ClosedJaxpr) -> ClosedJaxpr:
     jaxpr, keys = traced.jaxpr, [_key_of(equation) for equation in traced.jaxpr.eqns]
     times = Counter(key for key in keys if key is not None)
     kinds = cache(inlined_call)  # one for each number of inputs, in the mesh of this trace
-    calls: dict[Any, Any] = {}  # Any, twice: what `_key_of` gives; a primitive and its parameters
+    calls: dict[Any, Any] = {}  # Any, twice: what `_key_of` gives; a primitive and its parameters, or None
 
     def shared(equation: Any, key: Any) -> Any:  # Any: equations, and a key
         if key is None or times[key] == 1:
             return equation
-        program = _program_of([equation], jaxpr, equation.outvars)
-        call = kinds(len(program.in_avals))
-        if call is None:
-            return equation
+        inputs = list(dict.fromkeys(var for var in equation.invars if not isinstance(var, Literal)))
         if key not in calls:
-            calls[key] = call(program)
+            call = kinds(len(inputs))
+            calls[key] = call and call(_program_of([equation], jaxpr, equation.outvars))
+        if calls[key] is None:
+            return equation
         primitive, params = calls[key]
-        return equation.replace(primitive=primitive, params=params, invars=program.jaxpr.invars)
+        return equation.replace(primitive=primitive, params=params, invars=inputs)
 
     equations = list(map(shared, jaxpr.eqns, keys))
     return ClosedJaxpr(jaxpr.replace(eqns=equations), traced.consts)
