@@ -635,8 +635,8 @@ class Step:
                 trained = trained_leaves(state.params, turn.loss.wrt)
                 gradient = gradient_shapes(trained, state.placement, rules, sharded=False)
                 along_rows = sharded_along_rows(trained, state.placement)
-                by_path = zip(leaves_by_path(trained), gradient, strict=True)
-                reduced = [leaf for (path, _), leaf in by_path if path not in along_rows]
+                by_path = leaves_by_path(trained)
+                reduced = [leaf for (path, _), leaf in zip(by_path, gradient, strict=True) if path not in along_rows]
                 gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in reduced)
                 prefix = f"{turn.name}: " if turn.name else ""
                 num_values = sum(leaf.size for leaf in reduced)
@@ -652,10 +652,11 @@ class Step:
                     own = state.opt_state[turn.name] if turn.name else state.opt_state
                     params, own = shapes_of((trained, own))
                     shared = matrices_shared(update.node.optimizer, params, own, alone, update.node.written)
-                told += notes_of_matrices(part[-1], leaves_by_path(trained), state.placement, parts, shared)
+                told += notes_of_matrices(part[-1], by_path, state.placement, parts, shared)
                 notes += tuple(f"{prefix}{note}" for note in told)
-                is_sharded = accumulator_is_sharded(part)
-                sums.append(gradient_shapes(trained, state.placement, rules, sharded=is_sharded))
+                if accumulator_is_sharded(part):
+                    gradient = gradient_shapes(trained, state.placement, rules, sharded=True)
+                sums.append(gradient)
             notes += (*self._note_of_names(state), *notes_of_offload(leaves), *notes_of_padding(leaves))
             stacks = dict.fromkeys(path for one in structures for path in one.stacks)
             notes += notes_of_stacks(list(stacks), leaves, self.mesh)
