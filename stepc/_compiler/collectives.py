@@ -351,7 +351,9 @@ def all_reduce(
         reduced = (iter(replicated), iter(shards))
         parts = [next(reduced[scattered]) for scattered in is_scattered]
         totals = [_whole(part, region.activation_axes, dim) for part, dim in zip(parts, along, strict=True)]
-        return metrics, tree.unflatten([new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)])
+        if instruction.dtype is not None:
+            totals = [new.astype(old.dtype) for new, old in zip(totals, leaves, strict=True)]
+        return metrics, tree.unflatten(totals)
 
     of_metrics = _replicated(metrics)
     with region.scope(instruction.written):

@@ -115,7 +115,6 @@ from stepc._language.terms import (
     LossOutcome,
     Mean,
     Sums,
-    accumulation_dtype,
     divide_by_count,
     is_static,
     merge_terms,
@@ -123,6 +122,7 @@ from stepc._language.terms import (
     squares_of,
     sum_arrays,
     sum_of_squares,
+    widened,
 )
 
 SCAN_NAME = "microbatches"  # the named scope of the scan, by which it is found in compiled text
@@ -1039,7 +1039,7 @@ def _map_key(
 
 
 def _as_sum(grads: Grads) -> Grads:
-    return jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads)
+    return jax.tree.map(widened, grads)
 
 
 def _final_maps(schedule: Schedule) -> tuple[int, FinalMaps]:

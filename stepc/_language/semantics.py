@@ -17,12 +17,12 @@ from stepc._language.state import State
 from stepc._language.terms import (
     Mean,
     Metric,
-    accumulation_dtype,
     combine_metrics,
     divide_by_count,
     metric_value,
     sum_arrays,
     sum_of_squares,
+    widened,
 )
 
 
@@ -152,7 +152,7 @@ class Gradient:
         """Apply a function that is not linear: `function(value, *arguments)` returns a gradient, and metrics to add."""
         of = self.evaluated
         grads, added = function(of.value, *arguments)
-        terms = (GradientTerm(jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), grads), 1),)
+        terms = (GradientTerm(jax.tree.map(widened, grads), 1),)
         return replace(of, terms=terms, metrics={**of.metrics, **{name: Mean(x, 1) for name, x in added.items()}})
 
     def linear(self, function: Callable[[jax.Array], jax.Array]) -> "Gradient":
@@ -213,7 +213,7 @@ def narrowed(grads: Grads, params: Params) -> Grads:
 
     Between the transforms it is wider, so that no number overflows or underflows float16 that the next one scales back.
     """
-    return jax.tree.map(lambda grad, like: grad.astype(like.dtype), grads, params)
+    return jax.tree.map(lambda grad, like: grad if grad.dtype == like.dtype else grad.astype(like.dtype), grads, params)
 
 
 def key_of(state: State, *numbers: Any) -> Any:  # Any: integers; a typed key

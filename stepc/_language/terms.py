@@ -264,8 +264,7 @@ def sum_arrays(parts: Sequence[Any]) -> Any:  # Any: arrays
 
 def divide_by_count(total: Any, count: Number) -> jax.Array:  # Any: an array or a number
     """`total / count`, in float32 at least; 0 where the count is 0."""
-    total = jnp.asarray(total)
-    total = total.astype(accumulation_dtype(total.dtype))
+    total = widened(jnp.asarray(total))
     if is_static(count):
         return jax.lax.div(total, np.asarray(count, total.dtype)) if count else jnp.zeros_like(total)
     count = jnp.asarray(count).astype(total.dtype)
@@ -290,13 +289,20 @@ def sum_of_squares(leaf: jax.Array) -> jax.Array:
     That is what a finite gradient means here. Testing each element of a large leaf took seven times as long on a CPU,
     and a temporary of a quarter of its size (XLA of jaxlib 0.10.2).
     """
-    wide = leaf.astype(accumulation_dtype(leaf.dtype))
+    wide = widened(leaf)
     return jax.lax.reduce_sum(jax.lax.square(wide), tuple(range(wide.ndim)))
 
 
 def squares_of(grads: Any) -> Any:  # Any, twice: trees of arrays
     """The sum of squares of each leaf."""
     return jax.tree.map(sum_of_squares, grads)
+
+
+def widened(value: Any) -> Any:  # Any, twice: an array
+    """An array in the dtype in which it is added up."""
+    dtype = accumulation_dtype(value.dtype)
+    # With nothing to convert, `astype` would take 7 microseconds of a trace for each leaf.
+    return value if value.dtype == dtype else value.astype(dtype)
 
 
 def accumulation_dtype(dtype: Any) -> Any:  # Any, twice: whatever numpy takes for a dtype

@@ -32,11 +32,11 @@ from stepc._language.state import State, same_tree, values_read, with_frozen
 from stepc._language.terms import (
     LossOutcome,
     Sums,
-    accumulation_dtype,
     divide_by_count,
     loss_outcome,
     power_of_two,
     sum_arrays,
+    widened,
 )
 from stepc.errors import FieldTypeError
 
@@ -112,9 +112,7 @@ class Grad(Transform):
                     return term.total / unit * microbatch.factor
 
                 narrow = jax.grad(total)(state.trained)
-                return GradientTerm(
-                    jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)) * unit, narrow), count
-                )
+                return GradientTerm(jax.tree.map(lambda leaf: widened(leaf) * unit, narrow), count)
 
             terms = tuple(map(term, range(len(outcome.terms))))
             return Gradient(terms, {"loss": Sums(outcome.terms), **outcome.metrics}, result)
@@ -197,8 +195,9 @@ class Grad(Transform):
                 return value * microbatch.factor, outcome
 
             narrow, outcome = jax.grad(value, has_aux=True)(state.trained)
-            wide = jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), narrow)
-            return Gradient((GradientTerm(wide, 1),), {"loss": Sums(outcome.terms), **outcome.metrics})
+            return Gradient(
+                (GradientTerm(jax.tree.map(widened, narrow), 1),), {"loss": Sums(outcome.terms), **outcome.metrics}
+            )
 
         whole = WholeBatchLoss((EncoderCall(microbatch.numbers, encoded),), gradient_of)
         return Gradient((), {}, result, whole=whole)
