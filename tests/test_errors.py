@@ -1258,6 +1258,17 @@ def test_nnx_module_that_is_not_model_state_has_a_remedy_in_a_note() -> None:
         assert raised.value.__notes__[1].startswith(hint)
 
 
+def test_error_about_tracers_names_the_loss_and_no_function_of_ours() -> None:
+    def branching(params: Any, rows: Any) -> jax.Array:
+        value = loss(params, rows)
+        return value if value > 0 else -value
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        trained_with(branching)
+    assert re.search(r"while tracing the function branching at .*test_errors\.py", str(caught.value))
+    assert "layers.py" not in str(caught.value)
+
+
 def test_name_error_of_the_loss_passes_through_as_itself() -> None:
     def misspelt(params: Any, rows: Any) -> jax.Array:
         return undefined_name  # noqa: F821  # pyright: ignore[reportUndefinedVariable]

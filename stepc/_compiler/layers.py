@@ -11,7 +11,7 @@ stays that way: shards go into its own `jax.checkpoint`, because a second one ar
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, update_wrapper
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -183,7 +183,7 @@ def _type_of(aval: Any) -> tuple[Any, ...]:  # Any: a shape, of jax or of ours
 
 
 def trace_function(function: LossFunction, *shapes: Any) -> TracedFunction:
-    """Trace a function for arguments of these shapes."""
+    """Trace a function for arguments of these shapes. An error of jax about its tracers names what it wraps."""
     returned: list[Any] = []
 
     def arrays(*args: Any) -> list[Any]:
@@ -191,6 +191,7 @@ def trace_function(function: LossFunction, *shapes: Any) -> TracedFunction:
         returned[:] = [tree, tuple(None if isinstance(leaf, jax.Array) else leaf for leaf in leaves)]
         return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
+    update_wrapper(arrays, function, updated=())
     program = jax.make_jaxpr(arrays)(*shapes)
     return TracedFunction(program, *returned)
 

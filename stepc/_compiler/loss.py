@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, update_wrapper
 from itertools import chain, compress
 from operator import or_
 from typing import Any, TypeAlias
@@ -371,7 +371,7 @@ def _trace(node: DifferentiateNode, given: tuple[Any, ...], *, times: int = 1) -
         counts = [jnp.asarray(term.count) for term in terms if not is_static(term.count)]
         return totals, counts, outcome._replace(model_state=jax.tree.map(jnp.asarray, outcome.model_state))
 
-    whole = trace_function(results, *given)
+    whole = trace_function(update_wrapper(results, node.loss, updated=()), *given)
     of_totals, of_counts, of_outcome = whole.tree.children()
     first = of_totals.num_leaves + of_counts.num_leaves
     function = replace(whole, tree=of_outcome, others=whole.others[first:])
