@@ -811,6 +811,8 @@ def mean_of_errors(params: Any, z: Any) -> jax.Array:
     ids=["accumulate", "across"],
 )
 def test_leaf_of_a_batch_without_columns_is_split_too(outer: Any, source: Any, devices: int | None) -> None:
+    if devices and jax.__version_info__ >= (0, 11):
+        pytest.skip("jaxlib 0.11.2 crashes where a program on several CPU devices, also one by hand, sums empty arrays")
     # Features of which a data set has none. `reshape(-1, ...)` cannot tell their number of rows.
     pipeline = ADAM @ outer @ (DATA @ source if devices else source)
     step = sc.compile(pipeline, mesh=devices and mesh_of(data=devices))
