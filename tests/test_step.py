@@ -560,7 +560,10 @@ def test_parameters_that_the_caller_has_put_elsewhere_are_placed_on_the_mesh(pla
     params, batch = {"w": np.arange(8, dtype=np.float32)}, {"x": np.ones((16, 8), np.float32)}
     expected, _ = step(step.init(params), batch)
     read = ELSEWHERE[place](params)
-    state, _ = step(replace(step.init({"w": np.zeros(8, np.float32)}), params=read), batch)
+    given = replace(step.init({"w": np.zeros(8, np.float32)}), params=read)
+    lowered = step.lower(given, batch)
+    assert str(lowered.plan) == str(step.lower(step.init(params), batch).plan)
+    state, _ = step(given, batch)
     assert_equal_trees(state, expected, tolerance=0.0, of="parameters that were placed")
     assert_equal_trees(read, params, tolerance=0.0, of="the caller's own")  # neither deleted nor written to
     assert step.traces == 1

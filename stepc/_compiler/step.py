@@ -397,7 +397,7 @@ class Step:
             if not is_returned or self._has_several_devices or state.step.is_deleted():
                 check_arrays(state, batch, placed, compare_buffers=not is_returned)
             if not is_returned:
-                state = self._on_mesh(state)
+                state = self._on_mesh(state, _copy_at)
             tuned = None if self._autotuner is None else self._autotuner.tune(state, placed)
             if self._gate is not None:
                 self._gate.check(placed, lambda: self.lower(state, placed).compile(), lambda: self.traces)
@@ -461,7 +461,7 @@ class Step:
         Trace and compilation are those of a call: whichever comes first, the other makes neither again.
         """
         _check_no_tracers("lower", (state, batch), "Call it outside.")
-        batch = as_arrays(batch)
+        batch, state = as_arrays(batch), self._on_mesh(state, _shape_at)
         if self._autotuner is not None:
             tuned = self._autotuner.tune(state, batch)
             lowered = tuned.step.lower(state, batch)
@@ -478,8 +478,8 @@ class Step:
             self._traced.append((argument_types(state), argument_types(batch)))
         return Lowered(traced, self._plan(state, shapes), self.mesh)
 
-    def _on_mesh(self, state: State) -> State:
-        """The state with copies of the arrays that the caller has put elsewhere, each in its place on the mesh.
+    def _on_mesh(self, state: State, placed: Callable[[Any, Any], Any]) -> State:  # Any: as in `_copy_at`
+        """The state with arrays that the caller has put elsewhere `placed(array, sharding)` where they belong.
 
         jax takes no arrays of other devices or of explicit axes, and XLA donates none that it shards as it likes.
         """
@@ -488,7 +488,7 @@ class Step:
             return state
         check_state(state, self._transform_state, self.normal_form.wrt)
         return jax.tree.map(
-            lambda leaf, place: _copy_at(leaf, place) if _is_elsewhere(leaf, mesh) else leaf,
+            lambda leaf, place: placed(leaf, place) if _is_elsewhere(leaf, mesh) else leaf,
             state,
             shardings_of(state, state.placement, mesh),
         )
@@ -807,6 +807,10 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
 
 def _copy_at(leaf: Any, sharding: Any) -> jax.Array:  # Any, twice: an array of numpy or jax; a sharding of jax
     return jax.device_put(jnp.copy(jax.device_put(leaf, sharding)), sharding)
+
+
+def _shape_at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:  # Any, twice: as above
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf), sharding=sharding)
 
 
 def _is_elsewhere(leaf: Any, mesh: Mesh) -> bool:  # Any: an array, a shape or a number
