@@ -788,7 +788,8 @@ class StepReference:
 
         A copy, since what the reference passes through unchanged, such as the key, must outlive a donated state.
         """
-        batch = as_arrays(batch)
+        # XLA aborts where a step on simulated devices and copies of its results wait for each other's threads.
+        batch, state = as_arrays(batch), jax.block_until_ready(state)
         mesh = self.mesh_of_loss(state, batch)
         state = state.unpadded() if isinstance(state, State) else state
         if mesh is None:
@@ -806,7 +807,8 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
 
 
 def _copy_at(leaf: Any, sharding: Any) -> jax.Array:  # Any, twice: an array of numpy or jax; a sharding of jax
-    return jax.device_put(jnp.copy(jax.device_put(leaf, sharding)), sharding)
+    waited = jax.block_until_ready(leaf)  # as the reference does
+    return jax.device_put(jnp.copy(jax.device_put(waited, sharding)), sharding)
 
 
 def _shape_at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:  # Any, twice: as above
