@@ -823,6 +823,15 @@ def test_leaf_of_a_batch_without_columns_is_split_too(outer: Any, source: Any, d
     assert_equivalent(step, step.init(probe_params()), batch)
 
 
+@pytest.mark.parametrize("devices", [None, 2])
+def test_key_without_rows_is_told_to_be_split(devices: int | None) -> None:
+    step = sc.compile(
+        ADAM @ (DATA @ sc.grad(LOSS) if devices else sc.grad(LOSS)), mesh=devices and mesh_of(data=devices)
+    )
+    with pytest.raises(sc.BatchError, match=re.escape("Write `jax.random.split(batch['key'], 8)`: one key per row.")):
+        step(step.init(probe_params()), {**probe_batch(8), "key": jax.random.key(0)})
+
+
 def test_batch_of_another_byte_order_or_library_is_no_new_program() -> None:
     step = sc.compile(sc.update(optax.sgd(0.5)) @ sc.grad(distance))
     for kind in (np.asarray, KINDS["big_endian"], Exported, Tensor):

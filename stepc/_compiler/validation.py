@@ -551,7 +551,7 @@ def _remedies_of_numbers(tree: Any, written: str, rows: set[int]) -> Iterator[st
             parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
             for key, part in parts:
                 yield from _remedies_of_numbers(part, f"{written}[{key!r}]", rows)
-        case jax.Array() if not tree.ndim and is_typed_key(tree):
+        case jax.Array() | jax.ShapeDtypeStruct() if not tree.ndim and is_typed_key(tree):
             if len(rows) == 1:
                 yield f"Write `jax.random.split({written}, {next(iter(rows))})`: one key per row."
         case _ if isinstance(tree, _NUMBERS) or isinstance(tree, _ARRAYS) and not tree.ndim:
