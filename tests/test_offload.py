@@ -1,5 +1,6 @@
 """A state in the memory of the host: `dp(offload="optimizer")`, and arrays that the caller has put there."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,16 @@ def test_function_keeps_the_memory_too() -> None:
     assert memories(new) == moments("deep/w", "out")
     expected, _ = step(state, probe_batch(8))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(new.params), jax.device_get(expected.params))
+
+
+def test_optimizer_state_that_the_caller_has_put_elsewhere_goes_to_the_memory_of_the_host() -> None:
+    rules = sc.shard(sc.dp("data", zero=1, offload="optimizer"))
+    step = sc.compile(ADAM @ rules @ sc.grad(WIDE["over_rows"]), mesh=mesh_of(data=4))
+    state = step.init(wide_params())
+    elsewhere = replace(state, opt_state=jax.device_get(state.opt_state))
+    new, _ = step(elsewhere, probe_batch(8))
+    assert memories(new) == moments("deep/w", "out")
+    assert step.traces == 1
 
 
 def test_checkpoint_of_a_state_in_the_memory_of_the_host_is_read_on_another_mesh(tmp_path: Path) -> None:

@@ -487,10 +487,11 @@ class Step:
         if mesh is None or not any(_is_elsewhere(leaf, mesh) for leaf in jax.tree.leaves(state)):
             return state
         check_state(state, self._transform_state, self.normal_form.wrt)
+        host = in_host_memory(state, state.params, state.model_state, self.normal_form.rules)
         return jax.tree.map(
             lambda leaf, place: placed(leaf, place) if _is_elsewhere(leaf, mesh) else leaf,
             state,
-            shardings_of(state, state.placement, mesh),
+            with_memory(shardings_of(state, state.placement, mesh), host),
         )
 
     def _program_for(self, state: State) -> Any:  # Any: a jitted function
@@ -788,8 +789,7 @@ class StepReference:
 
         A copy, since what the reference passes through unchanged, such as the key, must outlive a donated state.
         """
-        # XLA aborts where a step on simulated devices and copies of its results wait for each other's threads.
-        batch, state = as_arrays(batch), jax.block_until_ready(state)
+        batch = as_arrays(batch)
         mesh = self.mesh_of_loss(state, batch)
         state = state.unpadded() if isinstance(state, State) else state
         if mesh is None:
@@ -807,7 +807,7 @@ def _moved(leaf: jax.Array, made: jax.Array) -> jax.Array:
 
 
 def _copy_at(leaf: Any, sharding: Any) -> jax.Array:  # Any, twice: an array of numpy or jax; a sharding of jax
-    waited = jax.block_until_ready(leaf)  # as the reference does
+    waited = jax.block_until_ready(leaf)  # as `copied_to` does
     return jax.device_put(jnp.copy(jax.device_put(waited, sharding)), sharding)
 
 

@@ -452,14 +452,15 @@ def memory_of(leaf: Any) -> str:  # Any: a leaf of the caller's
     return "" if kind is None or kind == "device" else kind
 
 
-def copied_to(state: Any, place: Any) -> Any:  # Any: a state, or what was given as one; a device or a sharding of jax
-    """A copy of a state in the memory of one device, or of several."""
+def copied_to(state: Any, place: Any) -> Any:  # Any: a state, or what was given as one; a device, or shardings
+    """A copy of a state in the memory of one device, or of several. It waits for the state."""
 
     # jax does not move an array from the memory of the host to that of the same device (0.10.2, on CPU).
     def copied(leaf: Any) -> jax.Array:  # Any: an array
         return jnp.asarray(np.asarray(leaf)) if memory_of(leaf) else jnp.copy(leaf)
 
-    return jax.device_put(jax.tree.map(copied, state), place)
+    # XLA aborts where a step on simulated devices and copies of its results wait for each other's threads.
+    return jax.device_put(jax.tree.map(copied, jax.block_until_ready(state)), place)
 
 
 def leaf_crc32(leaf: Any, crc32: int = 0) -> int:  # Any: an array

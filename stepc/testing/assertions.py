@@ -23,7 +23,7 @@ from stepc._language.kinds import Batch, Kind, Metrics
 from stepc._language.pipeline import Pipeline, Transform, expand_transforms, transforms_of
 from stepc._language.reference import complete_transforms, fold_references
 from stepc._language.semantics import Fn, Gradient, GradientTerm, Microbatch, whole_batch
-from stepc._language.state import State, describe_leaf, key_data, leaves_by_path
+from stepc._language.state import State, copied_to, describe_leaf, key_data, leaves_by_path
 from stepc._language.transforms.alternate import Alternate
 from stepc.errors import ConfigError, EquivalenceError, faults_in_one, leaf_text, listed
 from stepc.inspect.budget import Budget
@@ -281,4 +281,4 @@ def assert_within_budget(budget: Budget, step: Step, state: State, batch: Batch)
 
 def _copied(state: State) -> State:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.device_put(jax.tree.map(jnp.copy, state), shardings)
+    return copied_to(state, shardings)
